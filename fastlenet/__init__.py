@@ -1,0 +1,24 @@
+"""fastlenet: fused Triton operators for small convolutional networks, plugged into PyTorch autograd.
+
+>>> import torch, fastlenet
+>>> layer = fastlenet.ConvReLUMaxPool2d(1, 6, 5)
+>>> layer(torch.randn(2, 1, 32, 32)).shape
+torch.Size([2, 6, 14, 14])
+"""
+
+from fastlenet import functional
+from fastlenet._version import __version__
+from fastlenet.backend import backend, use_backend
+from fastlenet.lenet import LeNet, StockLeNet
+from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
+
+__all__ = [
+    "ConvReLUMaxPool2d",
+    "LeNet",
+    "LinearReLU",
+    "StockLeNet",
+    "__version__",
+    "backend",
+    "functional",
+    "use_backend",
+]

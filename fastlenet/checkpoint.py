@@ -1,0 +1,248 @@
+"""Checkpoints: one safetensors file that holds everything a training run needs to go on as if it had never stopped.
+
+Tensors (parameters, buffers, the optimiser's per-parameter state, random generator states) are stored as such;
+everything else is JSON in the file's metadata. Nothing is pickled, so loading a file from a stranger runs no code of
+theirs. A digest over both parts tells a damaged file from a good one: safetensors by itself checks only the layout. The
+same training state always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlenet.support import InputError, atomic_write, import_extra
+
+FORMAT = "fastlenet-checkpoint"
+VERSION = 1
+
+_MODEL, _OPTIMISER, _RNG = "model.", "optimiser.", "rng."
+
+
+class CheckpointError(InputError):
+    """A checkpoint is missing, damaged, or belongs to something else."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        epoch: number of finished epochs.
+        step: number of finished optimiser steps.
+        config: the run's options, as JSON values.
+        history: one record per finished epoch, as JSON values.
+        model: the model's `state_dict`, on the CPU.
+        optimiser_state: per-parameter state: for each index, the names and values (tensors, numbers or None).
+        param_groups: the optimiser's parameter groups, as JSON values.
+        rng: generator states by device type: uint8 tensors.
+    """
+
+    epoch: int
+    step: int
+    config: dict[str, Any]
+    history: list[dict[str, Any]]
+    model: dict[str, torch.Tensor]
+    optimiser_state: dict[int, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+    rng: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def restore(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        """Put the stored state into `model` and `optimiser`; both are checked before either is touched.
+
+        Args:
+            model: a model with the same parameter and buffer names, shapes and dtypes; on any device.
+            optimiser: an optimiser of the same kind over the same parameters.
+
+        Raises:
+            CheckpointError: if the checkpoint does not fit; the message names the first differences.
+        """
+        _check_model(self.model, model.state_dict())
+        groups = optimiser.state_dict()["param_groups"]
+        if [sorted(group) for group in groups] != [sorted(group) for group in self.param_groups] or [
+            group["params"] for group in groups
+        ] != [group["params"] for group in self.param_groups]:
+            raise CheckpointError("the checkpoint's optimiser is of another kind or steps other parameters")
+        parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+        for index, values in self.optimiser_state.items():
+            if not 0 <= index < len(parameters):
+                raise CheckpointError(f"the checkpoint has optimiser state for parameter {index} of {len(parameters)}")
+            for name, value in values.items():
+                # Adam's step count is a single number beside tensors shaped like the parameter.
+                if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[index].shape:
+                    raise CheckpointError(
+                        f"the checkpoint's optimiser state {name} of parameter {index} has shape "
+                        f"{tuple(value.shape)}, expected {tuple(parameters[index].shape)}"
+                    )
+        model.load_state_dict(self.model)
+        # JSON has no tuples: give each option (such as Adam's betas) the type the optimiser itself uses.
+        restored = [
+            {key: tuple(value) if isinstance(group[key], tuple) else value for key, value in stored.items()}
+            for group, stored in zip(groups, self.param_groups, strict=True)
+        ]
+        optimiser.load_state_dict({"state": self.optimiser_state, "param_groups": restored})
+
+
+def _check_model(stored: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+    problems = [f"no {name}" for name in wanted if name not in stored]
+    problems += [f"unexpected {name}" for name in stored if name not in wanted]
+    problems += [
+        f"{name} is {_describe(stored[name])}, expected {_describe(value)}"
+        for name, value in wanted.items()
+        if name in stored and _describe(stored[name]) != _describe(value)
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"the checkpoint does not fit the model: {', '.join(problems[:3])}{more}")
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Take the states of PyTorch's generators that a run on `device` draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_rng_state(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Put generator states back; a run that moved to another kind of device restores what applies there.
+
+    Raises:
+        CheckpointError: if a state is not one that this PyTorch understands.
+    """
+    try:
+        if "cpu" in states:
+            torch.set_rng_state(states["cpu"])
+        if "cuda" in states and device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], device)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint's random generator state does not fit this PyTorch: {error}") from error
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    *,
+    epoch: int,
+    step: int,
+    config: Mapping[str, Any],
+    history: list[dict[str, Any]],
+    rng: Mapping[str, torch.Tensor],
+) -> None:
+    """Write a checkpoint, atomically: a crash at any moment leaves the previous file whole.
+
+    Args:
+        path: the file to write.
+        model: the model; its `state_dict` is stored.
+        optimiser: its optimiser; the state must consist of tensors and JSON values, as in every `torch.optim` class.
+        epoch: number of finished epochs.
+        step: number of finished steps.
+        config: the run's options; JSON values.
+        history: a record per finished epoch; JSON values.
+        rng: generator states, from `rng_state`.
+
+    Raises:
+        MissingPackageError: if safetensors is not installed.
+        InputError: if the file cannot be written.
+    """
+    tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    tensors |= {_RNG + name: tensor for name, tensor in rng.items()}
+    optimiser_state = optimiser.state_dict()
+    plain: dict[str, dict[str, Any]] = {}
+    for index, values in optimiser_state["state"].items():
+        plain[str(index)] = {}
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{_OPTIMISER}{index}.{name}"] = value
+            else:
+                plain[str(index)][name] = value
+    # Clones, because safetensors refuses tensors that share memory (tied weights).
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    state = {
+        "epoch": epoch,
+        "step": step,
+        "config": dict(config),
+        "history": history,
+        "optimiser": {"state": plain, "param_groups": optimiser_state["param_groups"]},
+    }
+    body = {"format": FORMAT, "version": VERSION, "digest": _digest(state, tensors), "state": state}
+    # One metadata entry: safetensors keeps several in no fixed order, and equal runs shall give equal files.
+    metadata = {FORMAT: json.dumps(body, allow_nan=False)}
+    atomic_write(path, import_extra("safetensors.torch").save(tensors, metadata))
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint and check that it is whole.
+
+    Args:
+        path: a file that `save` wrote.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or no checkpoint of this library.
+        MissingPackageError: if safetensors is not installed.
+    """
+    name = os.fspath(path)
+    safetensors = import_extra("safetensors")
+    try:
+        with safetensors.safe_open(name, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint {name}") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {name} is damaged or no safetensors file: {error}") from error
+    if FORMAT not in metadata:
+        raise CheckpointError(f"{name} is a safetensors file but no {FORMAT}")
+    try:
+        body = json.loads(metadata[FORMAT])
+        version, digest, state = body["version"], body["digest"], body["state"]
+        if version != VERSION:
+            raise CheckpointError(f"checkpoint {name} has version {version}; this fastlenet reads version {VERSION}")
+        if digest != _digest(state, tensors):
+            raise CheckpointError(f"checkpoint {name} is damaged: its content does not match its digest")
+        return _assemble(state, tensors)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"checkpoint {name} is damaged: {error!r}") from error
+
+
+def _assemble(state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Checkpoint:
+    optimiser_state = {int(index): dict(values) for index, values in state["optimiser"]["state"].items()}
+    for key, tensor in tensors.items():
+        if key.startswith(_OPTIMISER):
+            index, _, name = key.removeprefix(_OPTIMISER).partition(".")
+            optimiser_state[int(index)][name] = tensor
+    return Checkpoint(
+        epoch=state["epoch"],
+        step=state["step"],
+        config=state["config"],
+        history=state["history"],
+        model={key.removeprefix(_MODEL): value for key, value in tensors.items() if key.startswith(_MODEL)},
+        optimiser_state=optimiser_state,
+        param_groups=state["optimiser"]["param_groups"],
+        rng={key.removeprefix(_RNG): value for key, value in tensors.items() if key.startswith(_RNG)},
+    )
+
+
+def _digest(state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash the whole content: the JSON part and every tensor's name, dtype, shape and bytes."""
+    # Through JSON and back, so that tuples and lists, which JSON does not tell apart, hash alike.
+    digest = hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {_describe(tensor)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

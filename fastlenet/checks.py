@@ -1,0 +1,187 @@
+"""What the functional forms refuse, and in which words.
+
+Each check raises what the stock operator raises for the same mistake (the exception's type is tested against stock),
+with a message that names the argument, what it is, and what was expected. Legal calls pay a few comparisons.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
+
+
+def tensors(operator: str, *required: tuple[str, Any], **optional: Any) -> None:
+    """Require tensors; an optional one may be None."""
+    for name, value in (*required, *optional.items()):
+        if not isinstance(value, Tensor) and (value is not None or name not in optional):
+            raise TypeError(f"{operator}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+
+
+def _same(operator: str, kind: str, reference: tuple[str, Tensor], others: dict[str, Tensor | None]) -> None:
+    name, tensor = reference
+    for other_name, other in others.items():
+        if other is not None and getattr(other, kind) != getattr(tensor, kind):
+            raise RuntimeError(
+                f"{operator}: expected {name} and {other_name} to have the same {kind}, but got {name} of {kind} "
+                f"{getattr(tensor, kind)} and {other_name} of {kind} {getattr(other, kind)}"
+            )
+
+
+def same_type(operator: str, reference: tuple[str, Tensor], **others: Tensor | None) -> None:
+    """Require one dtype and one device."""
+    _same(operator, "dtype", reference, others)
+    _same(operator, "device", reference, others)
+
+
+def pair(operator: str, name: str, value: Any) -> Pair:
+    """Read an int, or one or two of them, as (height, width)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value, value
+    if not isinstance(value, (tuple, list)) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        raise TypeError(f"{operator}(): argument '{name}' must be int or tuple of ints, but got {value!r}")
+    if len(value) not in (1, 2):
+        raise RuntimeError(f"{operator}: {name} must be a single int or a tuple of two ints, but got {name}={value!r}")
+    return value[0], value[-1]
+
+
+def geometry(operator: str, fields: ConvPoolGeometry) -> None:
+    """Require hyper-parameters that stock accepts."""
+    for name, low in (
+        ("stride", 1),
+        ("padding", 0),
+        ("dilation", 1),
+        ("pool_size", 1),
+        ("pool_stride", 1),
+        ("pool_padding", 0),
+        ("pool_dilation", 1),
+    ):
+        value = getattr(fields, name)
+        if min(value) < low:
+            raise RuntimeError(f"{operator}: {name} must be at least {low} in both dimensions, but got {name}={value}")
+    if fields.groups < 1:
+        raise RuntimeError(f"{operator}: groups must be at least 1, but got groups={fields.groups}")
+    for i in (0, 1):
+        if fields.pool_padding[i] > fields.pool_size[i] // 2:
+            raise RuntimeError(
+                f"{operator}: pool_padding should be at most half of pool_size, but got "
+                f"pool_padding={fields.pool_padding} and pool_size={fields.pool_size}"
+            )
+
+
+def conv_shapes(
+    operator: str, input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, batched: bool = True
+) -> None:
+    """Require shapes that fit each other; `input` is batched by now, `batched` tells whether it came so."""
+    shape = list(input.shape if batched else input.shape[1:])
+    if weight.dim() != 4:
+        raise RuntimeError(
+            f"{operator}: expected weight of 4 dimensions (out_channels, in_channels / groups, kernel height, kernel "
+            f"width), but got weight of size {list(weight.shape)}"
+        )
+    if groups < 1:
+        raise RuntimeError(f"{operator}: groups must be at least 1, but got groups={groups}")
+    out_channels, in_channels, *kernel = weight.shape
+    if out_channels == 0 or out_channels % groups != 0:
+        raise RuntimeError(
+            f"{operator}: given groups={groups}, expected weight of a size at dimension 0 that is a positive multiple "
+            f"of {groups}, but got weight of size {list(weight.shape)}"
+        )
+    if input.shape[1] != in_channels * groups:
+        raise RuntimeError(
+            f"{operator}: given groups={groups} and weight of size {list(weight.shape)}, expected input{shape} to have "
+            f"{in_channels * groups} channels, but got {input.shape[1]} channels instead"
+        )
+    if in_channels == 0 or 0 in kernel or 0 in input.shape[2:]:
+        raise RuntimeError(
+            f"{operator}: only the batch dimension may be empty, but got input of size {shape} and weight of size "
+            f"{list(weight.shape)}"
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_channels):
+        raise RuntimeError(
+            f"{operator}: given weight of size {list(weight.shape)}, expected bias to be 1-dimensional with "
+            f"{out_channels} elements, but got bias of size {list(bias.shape)} instead"
+        )
+
+
+def pooled_size(operator: str, input: Tensor, weight: Tensor, fields: ConvPoolGeometry) -> None:
+    """Require that at least one kernel fits into the input, and one window into the convolution's output."""
+    kernel = (weight.shape[2], weight.shape[3])
+    size = (input.shape[2], input.shape[3])
+    conv = fields.conv_size(size, kernel)
+    if conv[0] < 1 or conv[1] < 1:
+        padded = tuple(size[i] + 2 * fields.padding[i] for i in (0, 1))
+        reach = tuple(fields.dilation[i] * (kernel[i] - 1) + 1 for i in (0, 1))
+        raise RuntimeError(
+            f"{operator}: the kernel does not fit: padded input size per channel is {padded[0]} x {padded[1]}, kernel "
+            f"size with dilation is {reach[0]} x {reach[1]}, from weight of size {list(weight.shape)}"
+        )
+    pooled = fields.pooled_size(conv)
+    if pooled[0] < 1 or pooled[1] < 1:
+        raise RuntimeError(
+            f"{operator}: pool_size={fields.pool_size} does not fit: given a convolution output of size "
+            f"{weight.shape[0]} x {conv[0]} x {conv[1]}, the calculated pooled size of {pooled[0]} x {pooled[1]} is too "
+            "small"
+        )
+
+
+def matrices(operator: str, input: Tensor | None, mat1: Tensor, mat2: Tensor) -> None:
+    """Require two matrices that multiply, and an input that broadcasts to their product."""
+    for name, matrix in (("mat1", mat1), ("mat2", mat2)):
+        if matrix.dim() != 2:
+            raise RuntimeError(f"{operator}: {name} must be a matrix, but got {name} of size {list(matrix.shape)}")
+    if mat1.shape[1] != mat2.shape[0]:
+        raise RuntimeError(
+            f"{operator}: mat1 and mat2 shapes cannot be multiplied: mat1 is {list(mat1.shape)} and mat2 is "
+            f"{list(mat2.shape)}, expected mat2 of {mat1.shape[1]} rows"
+        )
+    if input is not None:
+        _broadcasts(operator, "input", input, (mat1.shape[0], mat2.shape[1]))
+
+
+def linear_shapes(operator: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Require what F.linear requires of a matrix `weight`."""
+    if weight.dim() not in (1, 2) or (weight.dim() == 1 and bias is not None):
+        raise RuntimeError(
+            f"{operator}: expected weight of size (out_features, in_features), or (in_features) without bias, but got "
+            f"weight of size {list(weight.shape)}"
+        )
+    if input.dim() == 0:
+        raise RuntimeError(f"{operator}: expected input of at least 1 dimension, but got a scalar")
+    if input.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            f"{operator}: expected input of {weight.shape[-1]} features in its last dimension, as weight of size "
+            f"{list(weight.shape)} has, but got input of size {list(input.shape)}"
+        )
+    if bias is not None:
+        _broadcasts(operator, "bias", bias, (*input.shape[:-1], weight.shape[0]))
+
+
+def _broadcasts(operator: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    sizes = tuple(tensor.shape)
+    fits = len(sizes) <= len(shape) and all(a in (1, b) for a, b in zip(sizes[::-1], shape[::-1], strict=False))
+    if not fits:
+        raise RuntimeError(
+            f"{operator}: expected {name} to broadcast to size {list(shape)}, but got {name} of size {list(sizes)}"
+        )
+
+
+def boolean(operator: str, name: str, value: Any) -> None:
+    """Require a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{operator}(): argument '{name}' must be bool, not {type(value).__name__}")
+
+
+def integer(operator: str, name: str, value: Any) -> None:
+    """Require an int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{operator}(): argument '{name}' must be int, not {type(value).__name__}")
+
+
+def scalar(operator: str, name: str, value: Any) -> None:
+    """Require a number."""
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
+        raise TypeError(f"{operator}(): argument '{name}' must be Number, not {type(value).__name__}")

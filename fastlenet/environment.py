@@ -1,0 +1,143 @@
+"""What a measurement ran on: the record that `fastlenet env` prints and that every result file carries."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastlenet
+
+# The folder that holds the package: the project root in a source checkout.
+ROOT = Path(__file__).resolve().parent.parent
+
+# nvidia-smi's names for what `clocks` and `driver` report: MHz, W and degrees Celsius.
+_SMI_FIELDS = {
+    "driver": "driver_version",
+    "sm_mhz": "clocks.current.sm",
+    "memory_mhz": "clocks.current.memory",
+    "max_sm_mhz": "clocks.max.sm",
+    "max_memory_mhz": "clocks.max.memory",
+    "power_limit_w": "power.limit",
+    "temperature_c": "temperature.gpu",
+}
+
+
+def collect() -> dict[str, Any]:
+    """Describe this machine and installation; JSON values throughout, None for what cannot be known here.
+
+    Returns:
+        A dict with the keys ``device`` (name of the GPU, or of the CPU where there is none), ``device_slug``,
+        ``driver``, ``cuda``, ``hip``, ``torch``, ``triton``, ``fastlenet``, ``python``, ``platform``, ``commit``,
+        ``dirty``, ``precision`` (PyTorch's fp32 switches), ``threads``, ``cpu`` and ``clocks`` (as seen now: MHz, W,
+        degrees Celsius).
+    """
+    smi = _nvidia_smi()
+    commit = _git("rev-parse", "HEAD")
+    # Files that git does not track, such as fresh results, do not change what was measured.
+    changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return {
+        "device": device_name(),
+        "device_slug": device_slug(),
+        "driver": smi.pop("driver", None),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "fastlenet": fastlenet.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": commit,
+        "dirty": None if changes is None else bool(changes),
+        "precision": precision(),
+        "threads": {"intra_op": torch.get_num_threads(), "inter_op": torch.get_num_interop_threads()},
+        "cpu": {"model": cpu_model(), "count": os.cpu_count()},
+        "clocks": smi or None,
+    }
+
+
+def precision() -> dict[str, str]:
+    """Read PyTorch's fp32 precision switches.
+
+    Only the new API is read: after any use of it, reading the old ``allow_tf32`` raises.
+    """
+    return {
+        "cudnn.conv": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        "cuda.matmul": torch.backends.cuda.matmul.fp32_precision,
+    }
+
+
+def device_name() -> str:
+    """Name the device that computes here: the current GPU, or the CPU where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model()
+
+
+def device_slug() -> str:
+    """Name the device as a folder name: ``nvidia-h100-80gb-hbm3``, or ``cpu-<model>`` where there is no GPU."""
+    name = device_name() if torch.cuda.is_available() else f"cpu-{cpu_model()}"
+    name = re.sub(r"\((r|tm)\)", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def cpu_model() -> str:
+    """Name the CPU as the system reports it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(\S.*)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    """Version of an installed package, without importing it: importing triton would fix its interpreter mode."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command on the checkout this package runs from; None outside of one."""
+    # An installed package may lie inside some other project's repository, whose commit says nothing about it.
+    if not (ROOT / ".git").exists():
+        return None
+    # Without optional locks `git status` writes nothing, so it cannot disturb a git command running beside it.
+    return _output(["git", "--no-optional-locks", "-C", str(ROOT), *arguments])
+
+
+def _nvidia_smi() -> dict[str, Any]:
+    """The current GPU's driver version and clocks, or an empty dict."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return {}
+    # By UUID: nvidia-smi counts the machine's GPUs, CUDA_VISIBLE_DEVICES makes PyTorch count differently.
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    query = ",".join(_SMI_FIELDS.values())
+    line = _output(["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={query}", "--format=csv,noheader,nounits"])
+    values = [value.strip() for value in (line or "").split(",")]
+    if len(values) != len(_SMI_FIELDS):
+        return {}
+    # A driver's version is no number, even where it looks like one.
+    return {key: value if key == "driver" else _number(value) for key, value in zip(_SMI_FIELDS, values, strict=True)}
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # "[N/A]", "[Not Supported]"
+        return None
+
+
+def _output(command: list[str]) -> str | None:
+    """What a command prints, or None if it is not there, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,200 @@
+"""The fused operators as functions, in the manner of ``torch.nn.functional``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlenet import checks
+from fastlenet.autograd import AddmmReLUFunction, ConvReLUMaxPool2dFunction
+from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
+
+__all__ = ["addmm_relu", "conv2d_relu_max_pool2d", "linear_relu"]
+
+IntOrPair = int | tuple[int, ...]
+
+
+def conv2d_relu_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    *,
+    pool_size: IntOrPair = 2,
+    pool_stride: IntOrPair | None = None,
+    pool_padding: IntOrPair = 0,
+    pool_dilation: IntOrPair = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Convolve, apply relu and max-pool in one operator.
+
+    Equal to ``F.max_pool2d(F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups)), pool_size,
+    pool_stride, pool_padding, pool_dilation, ceil_mode)``, gradients included: NaN propagates, ties go to the first
+    cell in scan order, and no gradient passes where every cell of a window is <= 0.
+
+    For the backward it keeps the input, the weight and one byte per pooled cell, nothing at the convolution's
+    resolution.
+
+    Args:
+        input: (N, C, H, W) or, unbatched, (C, H, W); any strides; float32, float16, bfloat16 or float64. N may be 0.
+        weight: (O, C / groups, KH, KW), of input's dtype and device.
+        bias: (O,), or None.
+        stride: step of the convolution, an int or a pair (height, width); so are the next ones.
+        padding: zeros added on each side, or ``"valid"`` (none) or ``"same"`` (the output has the input's size).
+        dilation: spacing between kernel elements.
+        groups: number of groups of channels that are convolved apart.
+        pool_size: size of the pooling window.
+        pool_stride: step of the window; `pool_size` by default.
+        pool_padding: cells added on each side that never win; at most half of `pool_size`.
+        pool_dilation: spacing between a window's cells.
+        ceil_mode: whether windows that overhang the end count.
+
+    Returns:
+        (N, O, PH, PW), or (O, PH, PW) for unbatched input; channels_last if input or weight is.
+
+    Raises:
+        RuntimeError: for shapes, dtypes or values that do not fit, as stock raises it.
+        TypeError: for arguments of a wrong type, as stock raises it.
+        NotImplementedError: if backend ``"triton"`` is forced for a dtype or window that no kernel covers.
+    """
+    name = "conv2d_relu_max_pool2d"
+    checks.tensors(name, ("input", input), ("weight", weight), bias=bias)
+    checks.boolean(name, "ceil_mode", ceil_mode)
+    checks.integer(name, "groups", groups)
+    if input.dim() not in (3, 4):
+        raise RuntimeError(
+            f"{name}: expected 3D (unbatched) or 4D (batched) input, but got input of size {list(input.shape)}"
+        )
+    batched = input.dim() == 4
+    if not batched:
+        input = input.unsqueeze(0)
+    input, weight, bias = _autocast(input, weight, bias)
+    checks.same_type(name, ("input", input), weight=weight, bias=bias)
+    checks.conv_shapes(name, input, weight, bias, groups, batched)
+    pool_size = checks.pair(name, "pool_size", pool_size)
+    stride, dilation = checks.pair(name, "stride", stride), checks.pair(name, "dilation", dilation)
+    if isinstance(padding, str):
+        input, padding = _named_padding(name, input, weight, padding, stride, dilation)
+    geometry = ConvPoolGeometry(
+        stride,
+        checks.pair(name, "padding", padding),
+        dilation,
+        groups,
+        pool_size,
+        pool_size if pool_stride in (None, ()) else checks.pair(name, "pool_stride", pool_stride),
+        checks.pair(name, "pool_padding", pool_padding),
+        checks.pair(name, "pool_dilation", pool_dilation),
+        ceil_mode,
+    )
+    checks.geometry(name, geometry)
+    checks.pooled_size(name, input, weight, geometry)
+    if _needs_function(input, weight, bias):
+        output, _ = ConvReLUMaxPool2dFunction.apply(input, weight, bias, tuple(geometry))
+    else:
+        output, _ = torch.ops.fastlenet.conv2d_relu_max_pool2d(input, weight, bias, *geometry, False)
+    return output if batched else output.squeeze(0)
+
+
+def _named_padding(
+    name: str, input: Tensor, weight: Tensor, padding: str, stride: Pair, dilation: Pair
+) -> tuple[Tensor, Pair]:
+    """Resolve ``"same"`` and ``"valid"``; where "same" is uneven, the odd zero goes behind the input, as in stock."""
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same":
+        raise RuntimeError(f"{name}: padding must be ints, 'same' or 'valid', but got padding={padding!r}")
+    if stride != (1, 1):
+        raise RuntimeError(f"{name}: padding='same' is not supported for strided convolutions, but got stride={stride}")
+    total = [dilation[i] * (weight.shape[2 + i] - 1) for i in (0, 1)]
+    if total[0] % 2 or total[1] % 2:
+        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+    return input, (total[0] // 2, total[1] // 2)
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply a linear map and relu in one operator: ``F.relu(F.linear(input, weight, bias))``.
+
+    Args:
+        input: (*, in_features) with any leading dimensions; float32, float16, bfloat16 or float64.
+        weight: (out_features, in_features), of input's dtype and device; or (in_features,) without bias.
+        bias: (out_features,), or None.
+
+    Returns:
+        (*, out_features), or (*) for a 1-dimensional weight.
+
+    Raises:
+        RuntimeError: for shapes or dtypes that do not fit, as stock raises it.
+        TypeError: for arguments that are no tensors, as stock raises it.
+    """
+    name = "linear_relu"
+    checks.tensors(name, ("input", input), ("weight", weight), bias=bias)
+    input, weight, bias = _autocast(input, weight, bias)
+    checks.same_type(name, ("input", input), weight=weight, bias=bias)
+    checks.linear_shapes(name, input, weight, bias)
+    leading = input.shape[:-1]
+    matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
+    if bias is not None and bias.dim() > 2:
+        bias = bias.expand(*leading, matrix.shape[0]).reshape(-1, matrix.shape[0])
+    output = _addmm_relu(bias, input.reshape(leading.numel(), input.shape[-1]), matrix.t(), 1, 1)
+    return output.reshape(leading if weight.dim() == 1 else (*leading, weight.shape[0]))
+
+
+def addmm_relu(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """Multiply two matrices, add and apply relu in one operator: ``F.relu(torch.addmm(input, mat1, mat2, ...))``.
+
+    Args:
+        input: what is added; broadcastable to (M, N). Ignored, NaN included, where `beta` is 0.
+        mat1: (M, K); float32, float16, bfloat16 or float64.
+        mat2: (K, N), of mat1's dtype and device.
+        beta: factor of `input`.
+        alpha: factor of the product.
+
+    Returns:
+        relu(beta * input + alpha * (mat1 @ mat2)), (M, N).
+
+    Raises:
+        RuntimeError: for shapes or dtypes that do not fit, as stock raises it.
+        TypeError: for arguments of a wrong type, as stock raises it.
+    """
+    name = "addmm_relu"
+    checks.tensors(name, ("input", input), ("mat1", mat1), ("mat2", mat2))
+    checks.scalar(name, "beta", beta)
+    checks.scalar(name, "alpha", alpha)
+    input, mat1, mat2 = _autocast(input, mat1, mat2)
+    checks.same_type(name, ("mat1", mat1), mat2=mat2, input=input)
+    checks.matrices(name, input, mat1, mat2)
+    return _addmm_relu(input, mat1, mat2, beta, alpha)
+
+
+def _addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
+    if _needs_function(mat1, mat2, input):
+        return AddmmReLUFunction.apply(input, mat1, mat2, beta, alpha)
+    return torch.ops.fastlenet.addmm_relu(input, mat1, mat2, beta, alpha)
+
+
+def _needs_function(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be asked for; where none is, autograd's bookkeeping is skipped."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Cast as autocast casts for F.conv2d and F.linear: floating point other than float64, on the autocast device."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype)
+        if tensor is not None
+        and tensor.is_floating_point()
+        and tensor.dtype != torch.float64
+        and tensor.device.type == device
+        else tensor
+        for tensor in tensors
+    )

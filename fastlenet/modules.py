@@ -1,0 +1,109 @@
+"""The fused operators as layers: drop-in subclasses of ``nn.Conv2d`` and ``nn.Linear``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlenet.functional import IntOrPair, conv2d_relu_max_pool2d, linear_relu
+
+__all__ = ["ConvReLUMaxPool2d", "LinearReLU"]
+
+
+class ConvReLUMaxPool2d(nn.Conv2d):
+    """An ``nn.Conv2d`` followed by relu and ``nn.MaxPool2d``, computed by one fused operator.
+
+    Parameters, initialisation and state_dict are those of ``nn.Conv2d``. See
+    `fastlenet.functional.conv2d_relu_max_pool2d` for shapes, dtypes and errors.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: size of the convolution's kernel, an int or a pair (height, width); so are the next ones.
+        stride: step of the convolution.
+        padding: zeros added on each side, or ``"same"`` or ``"valid"``.
+        dilation: spacing between kernel elements.
+        groups: number of groups of channels that are convolved apart.
+        bias: whether to learn a bias.
+        pool_size: size of the pooling window.
+        pool_stride: step of the window; `pool_size` by default.
+        pool_padding: cells added on each side that never win.
+        pool_dilation: spacing between a window's cells.
+        ceil_mode: whether windows that overhang the end count.
+        device: where the parameters live.
+        dtype: the parameters' type.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        pool_size: IntOrPair = 2,
+        pool_stride: IntOrPair | None = None,
+        pool_padding: IntOrPair = 0,
+        pool_dilation: IntOrPair = 1,
+        ceil_mode: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
+        )
+        self.pool_size = pool_size
+        self.pool_stride = pool_size if pool_stride is None else pool_stride
+        self.pool_padding = pool_padding
+        self.pool_dilation = pool_dilation
+        self.ceil_mode = ceil_mode
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (N, in_channels, H, W), or unbatched (in_channels, H, W), to the pooled output."""
+        return conv2d_relu_max_pool2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            pool_size=self.pool_size,
+            pool_stride=self.pool_stride,
+            pool_padding=self.pool_padding,
+            pool_dilation=self.pool_dilation,
+            ceil_mode=self.ceil_mode,
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the convolution as ``nn.Conv2d`` does, then the pool."""
+        pool = [f"pool_size={self.pool_size}"]
+        defaults: dict[str, Any] = {"pool_stride": self.pool_size, "pool_padding": 0, "pool_dilation": 1}
+        pool += [f"{name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value]
+        if self.ceil_mode:
+            pool.append("ceil_mode=True")
+        return ", ".join([super().extra_repr(), *pool])
+
+
+class LinearReLU(nn.Linear):
+    """An ``nn.Linear`` followed by relu, computed by one fused operator.
+
+    Parameters, initialisation and state_dict are those of ``nn.Linear``.
+
+    Args:
+        in_features: size of each input sample.
+        out_features: size of each output sample.
+        bias: whether to learn a bias.
+        device: where the parameters live.
+        dtype: the parameters' type.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (*, in_features) to (*, out_features)."""
+        return linear_relu(input, self.weight, self.bias)

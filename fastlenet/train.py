@@ -1,0 +1,601 @@
+"""Training: the one loop behind `fastlenet train` and the demo.
+
+A run is a function of its `TrainConfig` alone. The order of the images and their shifts in epoch *e* are derived from
+the seed and *e*, not from a generator that runs on, so a run that stops and resumes sees exactly the batches that an
+uninterrupted run sees.
+
+The loop is made of parts that know nothing of each other: `Batches` says which images come when, a `Learner` is
+everything that one step changes, `run_epoch` hands the batches of one epoch to any number of learners, and `train` adds
+evaluation, checkpoints and metrics. What would differ between the processes of a distributed run is confined to them:
+which part of each batch a process takes (`Batches`), what wraps the model (`Learner`), and who writes files (`train`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastlenet import checkpoint, data, environment
+from fastlenet.backend import backend
+from fastlenet.lenet import LeNet
+from fastlenet.support import InputError, import_extra, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+OPTIMISERS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
+    "nesterov": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True),
+    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
+    "rmsprop": lambda parameters, lr: torch.optim.RMSprop(parameters, lr=lr),
+}
+# Rates that train LeNet well on the sample digits.
+DEFAULT_LR = {"sgd": 0.1, "nesterov": 0.03, "adam": 0.002, "rmsprop": 0.001}
+LOSSES = ("cross-entropy", "mse")
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+MAX_SHIFT = 8
+
+# Options that a resumed run may change: they do not touch the steps already taken. `data` may be another path to the
+# same digits, which is checked by their fingerprint.
+FREE_ON_RESUME = ("data", "epochs", "device")
+
+
+class ConfigError(InputError):
+    """A training option has a value that cannot work."""
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss became infinite or not a number."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The options of a training run.
+
+    Attributes:
+        data: ``"sample"``, ``"torchvision"``, ``"torchvision:FOLDER"`` or a folder of IDX files.
+        epochs: how often the training images are gone through, in total.
+        batch_size: images a step; the last step of an epoch may have fewer.
+        optimiser: ``"sgd"``, ``"nesterov"`` (momentum 0.9), ``"adam"`` or ``"rmsprop"``.
+        lr: learning rate of the first epoch; None takes a rate that suits the optimiser.
+        lr_decay: what the learning rate is multiplied by after each epoch. A factor, not a schedule over the whole run,
+            so that a finished run can be extended and equal one that was planned longer.
+        max_shift: each training image is moved by up to so many pixels in both directions, anew each epoch.
+        loss: ``"cross-entropy"``, or ``"mse"`` between the outputs and one-hot labels.
+        seed: decides initial weights, order and shifts.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"float64"``: of parameters and images alike.
+        device: ``"auto"`` (a GPU if there is one), or what `torch.device` takes.
+
+    Raises:
+        ConfigError: on construction, if a value cannot work.
+    """
+
+    data: str = "sample"
+    epochs: int = 10
+    batch_size: int = 64
+    optimiser: str = "nesterov"
+    lr: float | None = None
+    lr_decay: float = 0.9
+    max_shift: int = 2
+    loss: str = "cross-entropy"
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("optimiser", OPTIMISERS), ("loss", LOSSES), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.lr is None:
+            object.__setattr__(self, "lr", DEFAULT_LR[self.optimiser])
+        for name, low, high in (
+            ("epochs", 1, 10**6),
+            ("batch_size", 1, 10**6),
+            ("max_shift", 0, MAX_SHIFT),
+            ("seed", 0, 2**63 - 1),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise ConfigError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+        for name, most in (("lr", sys.float_info.max), ("lr_decay", 1.0)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value <= most:  # NaN compares false.
+                raise ConfigError(f"{name} must be a number above 0 and at most {most:g}, got {value!r}")
+        if self.dtype == "float16" and self.optimiser in ("adam", "rmsprop"):
+            raise ConfigError(
+                f"{self.optimiser} cannot step float16 parameters: its eps of 1e-8 and small squared gradients are "
+                "zero in float16; choose bfloat16 or float32, or sgd or nesterov"
+            )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of parameters and images."""
+        return DTYPES[self.dtype]
+
+    def torch_device(self) -> torch.device:
+        """Find the device.
+
+        Raises:
+            ConfigError: if there is no such device here.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        # An unknown name is a RuntimeError; a build without CUDA says AssertionError, one without XPU something else.
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConfigError(f"device {self.device!r} cannot be used here: {reason}") from error
+        if device.type == "meta":
+            raise ConfigError("device 'meta' holds no numbers to train on")
+        return device
+
+
+def derived_generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """Make a CPU generator that is a function of `seed` and `purpose` alone.
+
+    Args:
+        seed: the run's seed.
+        purpose: what the numbers are for, such as ``("batches", 3)``: different purposes get unrelated streams.
+    """
+    text = "/".join(map(str, (seed, *purpose)))
+    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return torch.Generator().manual_seed(number >> 1)  # `manual_seed` takes 63 bits without a sign.
+
+
+class Batches:
+    """Which training images come when: shuffled, shifted and cut into batches, anew each epoch.
+
+    Args:
+        images: float32, (N, C, H, W), on the device that trains. The outermost pixels must be background, as they are
+            after padding: a shift repeats them.
+        labels: int64, (N,), on the same device.
+        batch_size: images a batch; the last of an epoch may be smaller.
+        seed: with the epoch's number it decides order and shifts.
+        max_shift: largest shift in pixels; 0 for none.
+    """
+
+    def __init__(
+        self, images: torch.Tensor, labels: torch.Tensor, *, batch_size: int, seed: int, max_shift: int = 0
+    ) -> None:
+        self.images, self.labels = images, labels
+        self.batch_size, self.seed, self.max_shift = batch_size, seed, max_shift
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Go through the batches of one epoch.
+
+        Args:
+            epoch: its number, from 0.
+
+        Yields:
+            Images (n, C, H, W), float32, and labels (n,), int64; memory of their own.
+        """
+        generator = derived_generator(self.seed, "batches", epoch)
+        device, count = self.images.device, len(self.images)
+        # Drawn on the CPU, so that every kind of device trains on the same batches.
+        order = torch.randperm(count, generator=generator).to(device)
+        shifts = torch.randint(-self.max_shift, self.max_shift + 1, (2, count), generator=generator).to(device)
+        for start in range(0, count, self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            images = self._shifted(chosen, *shifts[:, start : start + self.batch_size])
+            yield images, self.labels[chosen]
+
+    def _shifted(self, chosen: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if self.max_shift == 0:
+            return self.images[chosen]
+        height, width = self.images.shape[-2:]
+        rows = (torch.arange(height, device=down.device) - down[:, None]).clamp_(0, height - 1)
+        columns = (torch.arange(width, device=right.device) - right[:, None]).clamp_(0, width - 1)
+        # The index tensors broadcast to (n, H, W); indexing puts the channels they surround last.
+        shifted = self.images[chosen[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+        return shifted.movedim(-1, 1).contiguous()
+
+
+class Learner:
+    """A model with its optimiser and loss: everything that a training step changes, and how.
+
+    Args:
+        model: a classifier from (n, 1, 32, 32) to (n, 10). It is moved to `device` and to the dtype of `config`.
+        config: says optimiser, learning rate, loss and dtype.
+        device: where to train.
+        dtype: overrides the dtype of `config`.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
+        self.dtype = dtype or config.torch_dtype
+        self.model = model.to(device=device, dtype=self.dtype)
+        self.config = config
+        self.steps = 0
+        assert config.lr is not None  # TrainConfig replaces None.
+        self.lr: float = config.lr
+        self.optimiser = OPTIMISERS[config.optimiser](self.model.parameters(), self.lr)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set the learning rate of epoch number `epoch` (from 0) and put the model into training mode."""
+        self.model.train()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.lr * self.config.lr_decay**epoch
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Compute the loss of a batch.
+
+        Args:
+            images: (n, 1, 32, 32), any floating-point dtype.
+            labels: int64, (n,).
+
+        Returns:
+            A scalar: float64 for a float64 model, else float32.
+        """
+        return classification_loss(self.model(images.to(self.dtype)), labels, self.config.loss)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Take one training step; arguments as for `loss`.
+
+        Returns:
+            The loss before the step: a detached scalar on the device. Reading it waits for the device, so the loop
+            leaves that to whoever needs the number.
+        """
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = self.loss(images, labels)
+        loss.backward()
+        self.optimiser.step()
+        self.steps += 1
+        return loss.detach()
+
+
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor, kind: str) -> torch.Tensor:
+    """Compute a loss from outputs (n, classes) and labels (n,); 16-bit outputs are taken to float32 first.
+
+    Args:
+        logits: the model's outputs.
+        labels: int64 class numbers.
+        kind: ``"cross-entropy"`` or ``"mse"`` (against one-hot labels).
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if kind == "mse":
+        return F.mse_loss(logits, F.one_hot(labels, logits.shape[1]).to(logits.dtype))
+    return F.cross_entropy(logits, labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """How a model does on images it has not learned from.
+
+    Attributes:
+        accuracy: share of images whose largest output is the label's, 0 to 1.
+        loss: mean loss.
+        predictions: int64, (n,), on the CPU.
+    """
+
+    accuracy: float
+    loss: float
+    predictions: torch.Tensor
+
+
+def evaluate(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, loss: str = "cross-entropy", batch_size: int = 1000
+) -> Evaluation:
+    """Evaluate a model; its training mode is as before afterwards.
+
+    Args:
+        model: a classifier from (n, 1, 32, 32) to (n, 10).
+        images: (N, 1, 32, 32), on the model's device; cast to its dtype.
+        labels: int64, (N,), on the same device.
+        loss: ``"cross-entropy"`` or ``"mse"``.
+        batch_size: images at a time.
+    """
+    dtype = next(model.parameters()).dtype
+    training = model.training
+    model.eval()
+    predictions, total = [], 0.0
+    with torch.no_grad():
+        for some_images, some_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            logits = model(some_images.to(dtype))
+            total += classification_loss(logits, some_labels, loss).item() * len(some_labels)
+            predictions.append(logits.argmax(1))
+    model.train(training)
+    predicted = torch.cat(predictions)
+    accuracy = int((predicted == labels).sum()) / len(labels)
+    return Evaluation(accuracy=accuracy, loss=total / len(labels), predictions=predicted.cpu())
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What `run_epoch` reports after each step of each learner.
+
+    Attributes:
+        learner: index of the learner.
+        loss: its loss before the step: a scalar tensor on the device.
+        seconds: what the step took on the wall clock, the device's work included; None unless timed.
+    """
+
+    learner: int
+    loss: torch.Tensor
+    seconds: float | None
+
+
+def run_epoch(
+    learners: Sequence[Learner],
+    batches: Batches,
+    epoch: int,
+    on_step: Callable[[Step], None] | None = None,
+    *,
+    timed: bool = False,
+) -> list[list[float]]:
+    """Train learners side by side for one epoch: each takes a step on a batch before any sees the next batch.
+
+    Which learner goes first changes from step to step: what a neighbour leaves in the caches, and what else the machine
+    does at the moment, then falls on all alike.
+
+    Args:
+        learners: who trains; all on the device of `batches`.
+        batches: the training images.
+        epoch: the epoch's number, from 0.
+        on_step: called after each step of each learner.
+        timed: measure each step. This waits for the device before and after, which an untimed loop never does.
+
+    Returns:
+        For each learner its losses, in order.
+    """
+    device = batches.images.device
+    losses: list[list[torch.Tensor]] = [[] for _ in learners]
+    for learner in learners:
+        learner.start_epoch(epoch)
+    for number, (images, labels) in enumerate(batches.epoch(epoch)):
+        order = range(len(learners)) if number % 2 == 0 else reversed(range(len(learners)))
+        for index in order:
+            if timed:
+                synchronize(device)
+            start = time.perf_counter()
+            loss = learners[index].step(images, labels)
+            if timed:
+                synchronize(device)
+            seconds = time.perf_counter() - start if timed else None
+            losses[index].append(loss)
+            if on_step is not None:
+                on_step(Step(index, loss, seconds))
+    return [torch.stack(some).double().tolist() for some in losses]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """What a finished run leaves.
+
+    Attributes:
+        model: the trained model.
+        history: a record per epoch, resumed ones included: ``epoch`` (from 1), ``lr``, ``train_loss``, ``test_loss``,
+            ``test_accuracy``.
+        losses: the loss of every step that this process took.
+        seconds: wall-clock time of this process's epochs, evaluation included.
+        evaluation: of the final model on the held-out images.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    losses: list[float]
+    seconds: float
+    evaluation: Evaluation
+
+
+def train(
+    config: TrainConfig,
+    *,
+    dataset: data.Dataset | None = None,
+    model: nn.Module | None = None,
+    output: str | os.PathLike[str] | None = None,
+    checkpoint_file: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    on_step: Callable[[Step], None] | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
+    """Train a classifier of handwritten digits.
+
+    PyTorch's global generators are seeded for the duration and are as before afterwards.
+
+    Args:
+        config: the options.
+        dataset: the digits; None loads what `config.data` names.
+        model: what to train, in place; None makes a `LeNet` whose initial weights follow from the seed.
+        output: a folder for ``metrics.json`` and ``checkpoint.safetensors``, both brought up to date after every epoch;
+            None writes neither.
+        checkpoint_file: where the checkpoint goes, if not into `output`.
+        resume: go on from the checkpoint. On the same device, with the same number of threads and the same PyTorch, the
+            result equals, bit for bit, that of a run that never stopped.
+        on_step: called after each step.
+        on_epoch: called after each epoch with its record, once the checkpoint is on the disk.
+
+    Raises:
+        ConfigError: if the options cannot work here.
+        DataError: if the data cannot be used.
+        CheckpointError: if `resume` is asked for and the checkpoint is missing, damaged or from a different run.
+        TrainingDivergedError: if the loss stops being finite; the last checkpoint is from before that.
+    """
+    device = config.torch_device()
+    try:
+        backend(torch.empty(0, dtype=config.torch_dtype, device=device))
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    if checkpoint_file is None and output is not None:
+        checkpoint_file = Path(output) / "checkpoint.safetensors"
+    if resume and checkpoint_file is None:
+        raise ConfigError("resuming needs a checkpoint file or an output folder")
+    # Read before anything else: a wrong file shall be reported at once, not after the data are loaded.
+    stored = checkpoint.load(checkpoint_file) if resume and checkpoint_file is not None else None
+    if checkpoint_file is not None:
+        import_extra("safetensors.torch")  # Better missed now than after the first epoch.
+    dataset = data.load(config.data) if dataset is None else dataset
+    print_of_data = fingerprint(dataset)
+    if stored is not None:
+        _check_resumable(stored, config, print_of_data)
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        learner = Learner(LeNet() if model is None else model, config, device)
+        history: list[dict[str, Any]] = []
+        if stored is not None:
+            stored.restore(learner.model, learner.optimiser)
+            checkpoint.set_rng_state(stored.rng, device)
+            learner.steps, history = stored.step, list(stored.history)
+
+        test_images, test_labels = dataset.test_images.to(device), dataset.test_labels.to(device)
+        batches = Batches(
+            dataset.train_images.to(device),
+            dataset.train_labels.to(device),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            max_shift=config.max_shift,
+        )
+        metrics = _describe_run(config, dataset) if output is not None else {}
+        start, losses = time.perf_counter(), []
+        evaluation = None
+        for epoch in range(len(history), config.epochs):
+            [epoch_losses] = run_epoch([learner], batches, epoch, on_step)
+            losses += epoch_losses
+            evaluation = evaluate(learner.model, test_images, test_labels, config.loss)
+            record = {
+                "epoch": epoch + 1,
+                "lr": learner.optimiser.param_groups[0]["lr"],
+                "train_loss": math.fsum(epoch_losses) / len(epoch_losses),
+                "test_loss": evaluation.loss,
+                "test_accuracy": evaluation.accuracy,
+            }
+            if not math.isfinite(record["train_loss"]) or not math.isfinite(record["test_loss"]):
+                raise TrainingDivergedError(
+                    f"training diverged in epoch {epoch + 1}: the loss is no longer finite; lower the learning rate"
+                    + (" or choose bfloat16" if config.dtype == "float16" else "")
+                )
+            history.append(record)
+            if checkpoint_file is not None:
+                checkpoint.save(
+                    checkpoint_file,
+                    learner.model,
+                    learner.optimiser,
+                    epoch=epoch + 1,
+                    step=learner.steps,
+                    config=_stored_config(config) | {"data_fingerprint": print_of_data},
+                    history=history,
+                    rng=checkpoint.rng_state(device),
+                )
+            if output is not None:
+                metrics |= {
+                    "test_accuracy": evaluation.accuracy,
+                    "epochs": history,
+                    "steps": learner.steps,
+                    "seconds_this_process": time.perf_counter() - start,
+                }
+                write_json(Path(output) / "metrics.json", metrics)
+            if on_epoch is not None:
+                on_epoch(record)
+        if evaluation is None:  # The checkpoint had all the epochs asked for.
+            evaluation = evaluate(learner.model, test_images, test_labels, config.loss)
+    return TrainResult(learner.model, history, losses, time.perf_counter() - start, evaluation)
+
+
+def fingerprint(dataset: data.Dataset) -> str:
+    """Tell one data set from another: a hash over the training labels in order and the pixel statistics."""
+    content = f"{len(dataset.train_labels)} {dataset.mean!r} {dataset.std!r} ".encode()
+    return hashlib.blake2b(content + bytes(dataset.train_labels.to(torch.uint8).numpy()), digest_size=16).hexdigest()
+
+
+def resume_config(path: str | os.PathLike[str], **changes: Any) -> TrainConfig:
+    """Take the options of a resumed run from its checkpoint.
+
+    Args:
+        path: the checkpoint.
+        changes: options given anew; those that `train` does not allow to change it will refuse.
+
+    Raises:
+        CheckpointError: if the file cannot be used.
+        ConfigError: if a given option cannot work.
+    """
+    stored = checkpoint.load(path).config
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    # The device is a matter of where the run goes on, not of what it computes.
+    return TrainConfig(**{name: value for name, value in stored.items() if name in names} | changes)
+
+
+def _stored_config(config: TrainConfig) -> dict[str, Any]:
+    """The options that a checkpoint keeps: equal runs on different devices share them."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name != "device"}
+
+
+def _check_resumable(stored: checkpoint.Checkpoint, config: TrainConfig, print_of_data: str) -> None:
+    for name, value in _stored_config(config).items():
+        if name not in FREE_ON_RESUME and stored.config.get(name) != value:
+            raise checkpoint.CheckpointError(
+                f"the checkpoint was trained with {name} {stored.config.get(name)}, not {value}: "
+                "a resumed run keeps its options"
+            )
+    if stored.config.get("data_fingerprint") != print_of_data:
+        raise checkpoint.CheckpointError("the checkpoint was trained on other data: a resumed run keeps its data")
+    if stored.epoch != len(stored.history) or stored.epoch > config.epochs:
+        raise checkpoint.CheckpointError(
+            f"the checkpoint has finished {stored.epoch} epochs already; ask for at least as many, not {config.epochs}"
+        )
+
+
+def _describe_run(config: TrainConfig, dataset: data.Dataset) -> dict[str, Any]:
+    """The part of ``metrics.json`` that does not change during a run."""
+    return {
+        "config": dataclasses.asdict(config),
+        "data": {
+            "name": dataset.name,
+            "train": len(dataset.train_labels),
+            "test": len(dataset.test_labels),
+            "mean": dataset.mean,
+            "std": dataset.std,
+        },
+        "environment": environment.collect(),
+    }
+
+
+def progress_bars(console: Console) -> Progress:
+    """Make the progress display of the trainer and the demo; tasks carry a field ``loss`` with its text.
+
+    On a terminal the bars move. Elsewhere (a log file, CI) nothing is written until the end, and then each bar once.
+
+    Raises:
+        MissingPackageError: if rich is not installed.
+    """
+    rich = import_extra("rich.progress")
+    return rich.Progress(
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TextColumn("steps  loss {task.fields[loss]}"),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,81 @@
+"""The window arithmetic of a convolution followed by a max-pool, shared by every implementation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+Pair = tuple[int, int]
+
+
+class ConvPoolGeometry(NamedTuple):
+    """Hyper-parameters of ``max_pool2d(relu(conv2d(input, weight, bias)))``, each pair in (height, width) order.
+
+    The fields stand in the order in which the raw operators take them, so that ``op(input, weight, bias, *geometry)``
+    is a call. Names and meanings are those of ``torch.nn.functional.conv2d`` and ``max_pool2d``.
+    """
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    pool_size: Pair
+    pool_stride: Pair
+    pool_padding: Pair
+    pool_dilation: Pair
+    ceil_mode: bool
+
+    @property
+    def cells(self) -> int:
+        """Number of cells of a pooling window."""
+        return self.pool_size[0] * self.pool_size[1]
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Type of the argmax codes: one byte for windows of up to 255 cells.
+
+        A code is the window cell, in scan order, that won the maximum, or `dropped` of this type where relu closed the
+        cell, so that no gradient passes.
+        """
+        return torch.uint8 if self.cells <= 255 else torch.int32
+
+    @property
+    def dropped(self) -> int:
+        """The code of a pooled cell through which no gradient passes."""
+        return torch.iinfo(self.code_dtype).max
+
+    def conv_size(self, input_size: Pair, kernel_size: Pair) -> Pair:
+        """Height and width of the convolution's output."""
+        return tuple(  # type: ignore[return-value]
+            (input_size[i] + 2 * self.padding[i] - self.dilation[i] * (kernel_size[i] - 1) - 1) // self.stride[i] + 1
+            for i in (0, 1)
+        )
+
+    def pooled_size(self, conv_size: Pair) -> Pair:
+        """Height and width of the max-pool's output, by PyTorch's rule.
+
+        With `ceil_mode` a last window may overhang, as long as it starts inside the input or its left padding.
+        """
+        return tuple(self._pooled_length(conv_size[i], i) for i in (0, 1))  # type: ignore[return-value]
+
+    def _pooled_length(self, length: int, i: int) -> int:
+        stride, padding = self.pool_stride[i], self.pool_padding[i]
+        room = length + 2 * padding - self.pool_dilation[i] * (self.pool_size[i] - 1) - 1
+        if not self.ceil_mode:
+            return room // stride + 1
+        windows = (room + stride - 1) // stride + 1
+        return windows - 1 if (windows - 1) * stride >= length + padding else windows
+
+    def output_shape(self, input: torch.Tensor, weight: torch.Tensor) -> tuple[int, int, int, int]:
+        """Shape of the pooled output for a batched `input` (N, C, H, W) and `weight` (O, C / groups, KH, KW)."""
+        conv = self.conv_size((input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3]))
+        return (input.shape[0], weight.shape[0], *self.pooled_size(conv))
+
+
+def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
+    """The layout that PyTorch's convolution gives its result: channels_last if an operand is, else contiguous."""
+    for tensor in tensors:
+        if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format

@@ -1,0 +1,148 @@
+"""What every launcher and kernel shares: allocation, launching on the right device, precision, loads and stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""Whether kernels run in Triton's interpreter in this process (``TRITON_INTERPRET=1``)."""
+
+
+def empty(
+    shape: Sequence[int],
+    like: Tensor,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """Allocate what a kernel will fill. Every launcher's outputs and workspaces come from here, so tests can poison."""
+    return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Launch `kernel` on the device of its first tensor argument, which need not be the current device.
+
+    An empty grid launches nothing.
+    """
+    if min(grid) == 0:
+        return
+    with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+        kernel[grid](*args, **constants)
+
+
+def all_registers() -> dict[str, int]:
+    """Launch option that lets a thread use every register it can name.
+
+    Left to itself, ptxas aims at a round number of resident programs and spills a few bytes to reach it. The option
+    exists on NVIDIA's targets only.
+    """
+    return {"maxnreg": 255} if triton.runtime.driver.active.get_current_target().backend == "cuda" else {}
+
+
+def index_type(*tensors: Tensor | None) -> tl.dtype:
+    """Return the integer type in which every element of `tensors` can be addressed: int64 only where it is needed."""
+    for tensor in tensors:
+        if tensor is not None and tensor.numel() > 0:
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            if max(last, tensor.numel()) >= 2**31 - 2**20:  # a tile may look a block beyond the end before it masks
+                return tl.int64
+    return tl.int32
+
+
+def dot_precision(dtype: torch.dtype, fp32_precision: str) -> str:
+    """Translate PyTorch's precision switch (``"tf32"``, ``"ieee"`` or ``"none"``) to ``tl.dot``'s."""
+    return "tf32" if dtype == torch.float32 and fp32_precision == "tf32" else "ieee"
+
+
+def interpreted_tile(rows: int, columns: int, depth: int) -> dict[str, int]:
+    """Choose the tile of a matrix product in the interpreter, whose cost is per operation and not per element."""
+    sizes = (min(1024, rows), min(256, columns), min(256, depth))
+    block_m, block_n, block_k = (max(16, triton.next_power_of_2(size)) for size in sizes)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+
+
+def splits(rows: int, block: int, tiles: int) -> tuple[int, int]:
+    """Cut a reduction over `rows` into parts that programs sum apart, for a two-stage sum in a fixed order.
+
+    Depends on the shape alone, so that a result never depends on the device it was computed on.
+
+    Args:
+        rows: length of the reduction.
+        block: rows that a program takes at a time.
+        tiles: programs that each part occupies.
+
+    Returns:
+        Number of parts and rows per part, a multiple of `block`.
+    """
+    blocks = -(-rows // block)
+    # About four programs for each of some 128 multiprocessors, each with at least four blocks to sum.
+    parts = max(1, min(blocks // 4, 512 // tiles))
+    per_part = -(-blocks // parts) * block
+    return max(1, -(-rows // per_part)), per_part
+
+
+@triton.jit
+def load(pointers, mask, other=0.0):
+    """Load an operand of tl.dot or of a sum.
+
+    The interpreter computes in float32: its float16 sums lose accuracy and its bfloat16 arithmetic is wrong
+    (triton#11584). Compiled kernels keep the tensor's type, for the tensor cores.
+    """
+    values = tl.load(pointers, mask=mask, other=other)
+    if INTERPRETED:
+        values = values.to(tl.float32)
+    return values
+
+
+@triton.jit
+def store(pointers, values, mask):
+    """Store float32 `values`, rounded to nearest even."""
+    if INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
+        # The interpreter truncates; adding just under half a unit to the bits rounds as the hardware does.
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(values != values, 0x7FC0, rounded)
+        tl.store(pointers, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def relu(values):
+    """Return max(values, 0); NaN stays NaN, as in PyTorch."""
+    return tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit(do_not_specialize=["size", "parts"])
+def _sum_parts_kernel(parts_ptr, output_ptr, size, parts, factor, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+    """Add up the rows of a (parts, size) float32 matrix, first to last: output[i] = factor * sum_p parts[p, i]."""
+    offset = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    mask = offset < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(parts):
+        total += tl.load(parts_ptr + offset, mask=mask, other=0.0)
+        parts_ptr += size
+    store(output_ptr + offset, total * factor, mask)
+
+
+def sum_parts(parts: Tensor, output: Tensor, factor: float = 1.0) -> Tensor:
+    """Reduce float32 `parts` (P, *) over its first dimension into the dense `output` (*); deterministic."""
+    size = output.numel()
+    block = 4096 if INTERPRETED else 256
+    launch(
+        _sum_parts_kernel,
+        (triton.cdiv(size, block),),
+        parts,
+        output,
+        size,
+        parts.shape[0],
+        factor,
+        INDEX=index_type(output),
+        BLOCK=block,
+    )
+    return output

@@ -1,0 +1,1 @@
+"""Tests that compile kernels for GPUs that need not be there; no kernel is executed."""

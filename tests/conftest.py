@@ -1,0 +1,88 @@
+"""Fixtures for all tests, and what can run in this kind of process (see ``harness/modes.py``)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+if str(HERE) not in sys.path:  # so that `import harness` works under every import mode of pytest
+    sys.path.insert(0, str(HERE))
+
+pytest.register_assert_rewrite("harness")
+
+from harness import fuzz, modes  # noqa: E402
+
+fuzz.load_profile()
+
+
+def pytest_report_header() -> list[str]:
+    """Say what this process runs, and what not and why."""
+    how = "interpreted" if modes.interpreting() else "native" if torch.cuda.is_available() else "not run here"
+    lines = [f"fastlenet: kernels {how}, torch {torch.__version__}, {torch.get_num_threads()} threads"]
+    lines += [f"fastlenet: not collecting tests/{name}: {why}" for name, why in modes.refused_folders().items()]
+    return lines
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out the folders that cannot run in this process."""
+    refused = [HERE / name for name in modes.refused_folders()]
+    return True if any(folder == collection_path or folder in collection_path.parents for folder in refused) else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep every n-th test where the runner splits a suite over processes (``FASTLENET_SHARD=1/2``)."""
+    shard = os.environ.get("FASTLENET_SHARD")
+    if not shard:
+        return
+    number, count = map(int, shard.split("/"))
+    kept = items[number - 1 :: count]
+    config.hook.pytest_deselected(items=[item for index, item in enumerate(items) if index % count != number - 1])
+    items[:] = kept
+
+
+class _Progress:
+    """Writes how far this process is to a file that the runner reads."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.total = self.done = 0
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.total = len(session.items)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.path.write_text(f"{self.done} of {self.total} done, in {nodeid}")
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.done += 1
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Install the progress report where the runner asks for one."""
+    path = os.environ.get("FASTLENET_PROGRESS_FILE")
+    if path:
+        config.pluginmanager.register(_Progress(path), "fastlenet-progress")
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where tensors of kernel tests live: ``cuda`` when kernels run natively, else ``cpu``."""
+    return modes.kernel_device()
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A CPU random generator with a fixed seed, new for every test."""
+    return torch.Generator().manual_seed(20240131)
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    """Start every test from the same global seed, whatever ran before it."""
+    torch.manual_seed(20240131)

@@ -1,0 +1,48 @@
+"""Which kind of test process this is.
+
+Triton decides at import whether ``@triton.jit`` interprets or compiles, so one process can do only one of them:
+
+==============  ======================  ==========================================
+suite           process                 runs
+==============  ======================  ==========================================
+``plain``       any                     everything outside the two folders below
+``kernels``     ``TRITON_INTERPRET=1``  ``tests/interpreted`` on CPU tensors, or,
+                or a GPU                without the variable, natively on the GPU
+``compiled``    no ``TRITON_INTERPRET``  ``tests/compiled``, through the fake driver
+==============  ======================  ==========================================
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels of this process run in Triton's interpreter (asked of the environment, as Triton does)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed (it is not on every platform PyTorch runs on)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def kernel_device() -> str:
+    """The device for kernel tests: ``cuda`` when they run natively, ``cpu`` when they are interpreted."""
+    return "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+
+
+def refused_folders() -> dict[str, str]:
+    """Folders under ``tests/`` that cannot run in this process, each with the reason and what to do."""
+    refused = {}
+    if not has_triton():
+        refused["interpreted"] = refused["compiled"] = "Triton is not installed"
+        return refused
+    if not interpreting() and not torch.cuda.is_available():
+        refused["interpreted"] = "no GPU and TRITON_INTERPRET is not set (run with TRITON_INTERPRET=1)"
+    if interpreting():
+        refused["compiled"] = "TRITON_INTERPRET is set (run without it)"
+    return refused

@@ -11,6 +11,7 @@ from fastlenet._version import __version__
 from fastlenet.backend import backend, use_backend
 from fastlenet.lenet import LeNet, StockLeNet
 from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
+from fastlenet.rewrite import explain
 
 __all__ = [
     "ConvReLUMaxPool2d",
@@ -19,6 +20,7 @@ __all__ = [
     "StockLeNet",
     "__version__",
     "backend",
+    "explain",
     "functional",
     "use_backend",
 ]

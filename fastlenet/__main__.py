@@ -15,6 +15,9 @@ from typing import Any, NoReturn
 from fastlenet._version import __version__
 from fastlenet.support import InputError, MissingPackageError, import_extra
 
+# The folder that holds the package: the project root in a source checkout.
+ROOT = Path(__file__).resolve().parent.parent
+
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -86,21 +89,17 @@ def _train(config: Any, output: Path, checkpoint_file: Path, resume: bool) -> in
     dataset = data.load(config.data)
     steps_per_epoch = -(-len(dataset.train_labels) // config.batch_size)
     progress = train.progress_bars(console)
-    task = progress.add_task("training", total=None, loss="...")
+    task = progress.add_task("training", total=config.epochs * steps_per_epoch, loss="...")
     # Where lines stay, as in a log, the line of each epoch says it all and a bar would only repeat it.
     progress.disable = not console.is_terminal
-    done = 0
 
     def on_step(step: train.Step) -> None:
-        nonlocal done
-        done += 1
-        progress.advance(task)
+        progress.update(task, completed=step.number)
         # Reading a loss waits for the device: now and then is enough for the eye.
-        if done % 20 == 0:
+        if step.number % 20 == 0:
             progress.update(task, loss=f"{step.loss.item():.4f}")
 
     def on_epoch(record: dict[str, Any]) -> None:
-        progress.update(task, completed=record["epoch"] * steps_per_epoch)
         console.print(
             f"epoch {record['epoch']:>{len(str(config.epochs))}}/{config.epochs}  lr {record['lr']:.3g}  "
             f"loss {record['train_loss']:.4f}  held out: loss {record['test_loss']:.4f}, "
@@ -109,7 +108,6 @@ def _train(config: Any, output: Path, checkpoint_file: Path, resume: bool) -> in
 
     try:
         with progress:
-            progress.update(task, total=config.epochs * steps_per_epoch)
             result = train.train(
                 config,
                 dataset=dataset,
@@ -155,16 +153,15 @@ def run_report(arguments: Sequence[str]) -> int:
 
 def _checkout_command(command: str, module: str, arguments: Sequence[str]) -> int:
     """Run a command of the `bench` folder beside this package, which is not part of an installation."""
-    root = Path(__file__).resolve().parent.parent
     # Looked for as a file: some other package called `bench` may well be installed.
-    if not (root / module.replace(".", "/")).with_suffix(".py").is_file():
+    if not (ROOT / module.replace(".", "/")).with_suffix(".py").is_file():
         return complain(
             f"fastlenet {command}",
-            f"needs the bench folder of a source checkout, which {root} is not: clone the project, pip install -e .",
+            f"needs the bench folder of a source checkout, which {ROOT} is not: clone the project, pip install -e .",
             BAD_INPUT,
         )
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
     main_of_command: Callable[[Sequence[str]], int | None] = importlib.import_module(module).main
     return main_of_command(arguments) or OK
 

@@ -8,6 +8,7 @@ same training state always gives the same bytes.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -87,7 +88,8 @@ class Checkpoint:
             {key: tuple(value) if isinstance(group[key], tuple) else value for key, value in stored.items()}
             for group, stored in zip(groups, self.param_groups, strict=True)
         ]
-        optimiser.load_state_dict({"state": self.optimiser_state, "param_groups": restored})
+        # A copy, because the optimiser would go on to step the very tensors it is given.
+        optimiser.load_state_dict({"state": copy.deepcopy(self.optimiser_state), "param_groups": restored})
 
 
 def _check_model(stored: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:

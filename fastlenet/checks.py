@@ -123,8 +123,7 @@ def pooled_size(operator: str, input: Tensor, weight: Tensor, fields: ConvPoolGe
     if pooled[0] < 1 or pooled[1] < 1:
         raise RuntimeError(
             f"{operator}: pool_size={fields.pool_size} does not fit: given a convolution output of size "
-            f"{weight.shape[0]} x {conv[0]} x {conv[1]}, the calculated pooled size of {pooled[0]} x {pooled[1]} is too "
-            "small"
+            f"{weight.shape[0]} x {conv[0]} x {conv[1]}, the pooled size of {pooled[0]} x {pooled[1]} is too small"
         )
 
 

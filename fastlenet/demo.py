@@ -63,8 +63,8 @@ REQUIRED_ACCURACY = 0.97
 JUDGED_STEPS = 20
 STOCK_RUNS = 16
 
-# The kernels' own run: the interpreter takes about a second for such a step.
-KERNEL_STEPS = 6
+# The kernels' own run: the interpreter takes two or three seconds for such a step.
+KERNEL_STEPS = 8
 KERNEL_BATCH = 16
 
 FUSED, STOCK = 0, 1
@@ -266,7 +266,7 @@ def compare_training(dataset: Dataset, config: TrainConfig, console: Console) ->
             assert step.seconds is not None  # The steps are timed.
             seconds[step.learner].append(step.seconds)
             progress.advance(tasks[step.learner])
-            if len(seconds[step.learner]) % 20 == 0:
+            if step.number % 20 == 0:
                 progress.update(tasks[step.learner], loss=f"{step.loss.item():.4f}")
 
         for epoch in range(config.epochs):

@@ -137,6 +137,8 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     input, weight, bias = _autocast(input, weight, bias)
     checks.same_type(name, ("input", input), weight=weight, bias=bias)
     checks.linear_shapes(name, input, weight, bias)
+    if input.dim() == 2 and weight.dim() == 2:
+        return _addmm_relu(bias, input, weight.t(), 1, 1)
     leading = input.shape[:-1]
     matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
     if bias is not None and bias.dim() > 2:

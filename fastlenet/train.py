@@ -331,11 +331,13 @@ class Step:
 
     Attributes:
         learner: index of the learner.
+        number: how many steps it has taken by now, those before a resumption included.
         loss: its loss before the step: a scalar tensor on the device.
         seconds: what the step took on the wall clock, the device's work included; None unless timed.
     """
 
     learner: int
+    number: int
     loss: torch.Tensor
     seconds: float | None
 
@@ -379,7 +381,7 @@ def run_epoch(
             seconds = time.perf_counter() - start if timed else None
             losses[index].append(loss)
             if on_step is not None:
-                on_step(Step(index, loss, seconds))
+                on_step(Step(index, learners[index].steps, loss, seconds))
     return [torch.stack(some).double().tolist() for some in losses]
 
 

@@ -227,7 +227,7 @@ def _grad_input_kernel(
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradient of a full-size input: grad_input = beta * grad_output where output > 0, else 0, for an input of the full size (M, N).
+    """Gradient of a full-size input: grad_input = beta * grad_output where output > 0, else 0.
 
     Tile: BLOCK elements of M * N. Shapes and strides: grad_output any strides (0 too); output and result contiguous.
     Cost per row: reads 2 * N elements, writes N.

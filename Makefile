@@ -1,0 +1,42 @@
+# demo, test, bench and lint set up their own virtual environment; gpu uses the Python found on PATH and no network.
+PYTHON ?= python3
+VENV ?= .venv
+OUTPUT ?= out
+RESULTS ?= bench/results
+GPU_PARTS ?= tests,sanitize,bench
+
+RUN := $(VENV)/bin/python
+INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test bench gpu lint clean
+
+demo: $(VENV)/.test
+	$(RUN) -m fastlenet.demo --output $(OUTPUT)
+
+test: $(VENV)/.test
+	$(RUN) tests/run.py
+
+bench: $(VENV)/.test
+	$(RUN) -m fastlenet bench --results $(RESULTS)
+
+gpu:
+	$(PYTHON) bench/gpu.py --parts $(GPU_PARTS) --results $(RESULTS)
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf $(VENV) $(OUTPUT) build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[test]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(INSTALL) -e '.[dev]'
+	touch $@

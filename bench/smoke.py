@@ -1,0 +1,72 @@
+"""Every kernel once on a GPU, on small awkward shapes: what compute-sanitizer watches in ``make gpu``.
+
+Checks results too, so that a run which silently computes nothing does not pass.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from fastlenet import functional, use_backend
+
+
+def main() -> int:
+    """Run both operators, forward and backward, in every dtype."""
+    if not torch.cuda.is_available():
+        print("smoke: no GPU here", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    with use_backend("triton"):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            _conv(dtype, (3, 4, 11, 9), (6, 2, 3, 2), groups=2, padding=1, pool=(3, 2, 1))
+            _conv(dtype, (2, 1, 32, 32), (6, 1, 5, 5), groups=1, padding=0, pool=(2, 2, 0))
+            _linear(dtype)
+    torch.cuda.synchronize()
+    print("smoke: ok")
+    return 0
+
+
+def _agree(name: str, fused: list[torch.Tensor], stock: list[torch.Tensor]) -> None:
+    for ours, theirs in zip(fused, stock, strict=True):
+        # A few rounding steps of the dtype: whether it computes, not how accurately; the tests judge that.
+        torch.testing.assert_close(ours, theirs, msg=lambda text: f"{name}: {text}")
+
+
+def _gradients(operator, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    output = operator(*tensors)
+    return [output, *torch.autograd.grad(output.sum(), tensors)]
+
+
+def _on_grid(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Small integers: every product and sum is exact, so that fused and stock agree to the bit."""
+    return torch.randint(-2, 3, shape, device="cuda").to(dtype).requires_grad_()
+
+
+def _conv(dtype: torch.dtype, shape, kernel, groups: int, padding: int, pool: tuple[int, int, int]) -> None:
+    tensors = [_on_grid(*size, dtype=dtype) for size in (shape, kernel, kernel[:1])]
+    fused = _gradients(
+        lambda x, w, b: functional.conv2d_relu_max_pool2d(
+            x, w, b, 1, padding, 1, groups, pool_size=pool[0], pool_stride=pool[1], pool_padding=pool[2]
+        ),
+        *tensors,
+    )
+    stock = _gradients(lambda x, w, b: F.max_pool2d(F.relu(F.conv2d(x, w, b, 1, padding, 1, groups)), *pool), *tensors)
+    _agree(f"conv2d_relu_max_pool2d {dtype}", fused, stock)
+
+
+def _linear(dtype: torch.dtype) -> None:
+    tensors = [_on_grid(*size, dtype=dtype) for size in ((65, 33), (17, 33), (17,))]
+    _agree(
+        f"linear_relu {dtype}",
+        _gradients(functional.linear_relu, *tensors),
+        _gradients(lambda x, w, b: F.relu(F.linear(x, w, b)), *tensors),
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -85,7 +85,7 @@ def _train(config: Any, output: Path, checkpoint_file: Path, resume: bool) -> in
     """Run the trainer under a progress bar."""
     from fastlenet import data, train
 
-    console = import_extra("rich.console").Console(highlight=False, soft_wrap=True)
+    console = import_extra("rich.console").Console(highlight=False, soft_wrap=True, markup=False)
     dataset = data.load(config.data)
     steps_per_epoch = -(-len(dataset.train_labels) // config.batch_size)
     progress = train.progress_bars(console)

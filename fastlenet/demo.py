@@ -34,7 +34,7 @@ from torch import nn
 
 from fastlenet import environment
 from fastlenet.__main__ import BAD_INPUT, FAILED, INTERRUPTED, OK, Parser, complain
-from fastlenet.backend import backend, use_backend
+from fastlenet.backend import use_backend
 from fastlenet.data import Dataset, load_sample
 from fastlenet.lenet import LeNet, StockLeNet
 from fastlenet.support import InputError, MissingPackageError, atomic_write, import_extra, write_json
@@ -44,6 +44,7 @@ from fastlenet.train import (
     Learner,
     Step,
     TrainConfig,
+    check_backend,
     derived_generator,
     evaluate,
     progress_bars,
@@ -300,7 +301,7 @@ def print_comparison(comparison: Comparison, config: TrainConfig, console: Conso
         title_style="bold",
     )
     table.add_column("")
-    for name in ("fused", "stock", "fused against stock"):
+    for name in ("fused", "stock", "fused vs stock"):
         table.add_column(name, justify="right")
     table.add_row(
         "held-out accuracy",
@@ -309,7 +310,7 @@ def print_comparison(comparison: Comparison, config: TrainConfig, console: Conso
         f"{100 * (fused.accuracy - stock.accuracy):+.2f} points",
     )
     first = largest_difference(*(losses[:JUDGED_STEPS] for losses in comparison.losses))
-    table.add_row(f"largest loss difference, first {comparison.agreement.steps} steps", "", "", f"{first:.1e}")
+    table.add_row(f"largest loss difference, steps 1-{comparison.agreement.steps}", "", "", f"{first:.1e}")
     table.add_row("largest loss difference, all steps", "", "", f"{comparison.loss_difference:.1e}")
     table.add_row("largest weight difference at the end", "", "", f"{comparison.weight_difference:.1e}")
     table.add_row(
@@ -338,10 +339,11 @@ def run_training(output: Path, config: TrainConfig, console: Console) -> bool:
     Returns:
         Whether all is well.
     """
+    implementation = check_backend(config)
     dataset = load_sample()
     console.print(
         f"{dataset.name}: {len(dataset.train_labels):,} to train on, {len(dataset.test_labels):,} held out. "
-        f"Training two networks from the same weights on the same batches, backend {backend()!r}."
+        f"Training two networks from the same weights on the same batches; the fused one runs on {implementation}."
     )
     comparison = compare_training(dataset, config, console)
     print_comparison(comparison, config, console)
@@ -355,7 +357,7 @@ def run_training(output: Path, config: TrainConfig, console: Console) -> bool:
     record = {"config": dataclasses.asdict(config), **comparison.summary(), "environment": environment.collect()}
     write_json(output / "demo.json", record)
     atomic_write(output / "demo.png", draw(comparison, dataset))
-    console.print(f"Picture: {output / 'demo.png'}   numbers: {output / 'demo.json'}")
+    console.print(f"Picture: {output / 'demo.png'}   numbers: {output / 'demo.json'}", markup=False)
     return comparison.ok
 
 
@@ -366,15 +368,12 @@ def run_kernels(output: Path, config: TrainConfig, console: Console) -> bool:
         Whether the losses agree with stock PyTorch's.
 
     Raises:
-        InputError: if the kernels cannot run in this process.
+        ConfigError: if the kernels cannot run in this process.
     """
     config = dataclasses.replace(config, epochs=1, batch_size=KERNEL_BATCH)
     device = config.torch_device()
     with use_backend("triton"):
-        try:
-            backend(torch.empty(0, dtype=config.torch_dtype, device=device))
-        except RuntimeError as error:
-            raise InputError(str(error)) from error
+        check_backend(config)
         how = "compiled, on the GPU" if device.type == "cuda" else "in Triton's interpreter: right, but slow"
         console.print(
             f"The same training under the Triton kernels ({how}), {KERNEL_STEPS} steps of {KERNEL_BATCH} images."

@@ -150,6 +150,21 @@ class TrainConfig:
         return device
 
 
+def check_backend(config: TrainConfig) -> str:
+    """Find which implementation the fused layers will take, before any work is done.
+
+    Returns:
+        ``"triton"`` or ``"aten"``.
+
+    Raises:
+        ConfigError: if a backend is forced that does not exist or cannot run with these options.
+    """
+    try:
+        return backend(torch.empty(0, dtype=config.torch_dtype, device=config.torch_device()))
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+
+
 def derived_generator(seed: int, *purpose: str | int) -> torch.Generator:
     """Make a CPU generator that is a function of `seed` and `purpose` alone.
 
@@ -445,10 +460,7 @@ def train(
         TrainingDivergedError: if the loss stops being finite; the last checkpoint is from before that.
     """
     device = config.torch_device()
-    try:
-        backend(torch.empty(0, dtype=config.torch_dtype, device=device))
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        raise ConfigError(str(error)) from error
+    check_backend(config)
     if checkpoint_file is None and output is not None:
         checkpoint_file = Path(output) / "checkpoint.safetensors"
     if resume and checkpoint_file is None:

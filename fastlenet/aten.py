@@ -2,11 +2,16 @@
 
 Each function computes what the Triton launcher of the same name in `fastlenet.kernels` computes, from the same
 arguments and with the same saved tensors, so that the backward of one may follow the forward of the other.
+
+On a CPU two ideas make it faster than stock. The batch is worked off in slices whose convolution stays in the cache,
+so that nothing at the convolution's resolution is ever allocated for the whole batch. And a pooling window is taken
+apart into planes, one per cell, over which maximum and argmax are a few vectorised passes, where stock's max_pool2d
+writes and reads an int64 index per cell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,67 +19,35 @@ from torch import Tensor
 
 from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format
 
+_SLICE_BYTES = 4 << 20
+"""Size that the convolution of a slice of the batch may have: about a CPU core's second-level cache."""
+
 
 def conv2d_relu_max_pool2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_code: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the pooled output and, if asked for, its argmax codes (see `ConvPoolGeometry.code_dtype`).
-
-    Replaces max_pool2d's int64 indices by a running maximum over strided views of the convolution, one per window
-    cell, with a one-byte code; relu is monotonic, so it acts on the pooled cells alone.
-    """
-    conv = F.conv2d(input, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-    if max(geometry.pool_dilation) > 1 and max(geometry.pool_padding) > 0:
-        # A window may then hold no cell at all. It stays at -inf, as in stock, which relu must not close.
-        return _max_pool(conv.relu_(), geometry, return_code)
-    output, code = _max_pool(conv, geometry, return_code)
-    output = output.relu_()
-    if code is not None:
-        code = code.masked_fill_(output <= 0, geometry.dropped)
+    """Return the pooled output and, if asked for, its argmax codes (see `ConvPoolGeometry.code_dtype`)."""
+    output = torch.empty(
+        geometry.output_shape(input, weight),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=memory_format(input, weight),
+    )
+    code = torch.empty_like(output, dtype=geometry.code_dtype) if return_code else None
+    phases = _phases(weight, bias, geometry) if _phases_pay(weight, geometry) else None
+    for images in _slices(input, weight, geometry):
+        result = output[images], None if code is None else code[images], geometry
+        if phases is not None:
+            conv = F.conv2d(input[images], *phases, geometry.pool_stride, geometry.padding)
+            # The zeros around a shifted kernel turn an infinite input into NaN, so that needs the plain way.
+            if _max_of_numbers(conv.chunk(geometry.cells, dim=1), *result):
+                continue
+        conv = F.conv2d(
+            input[images], weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+        )
+        if not _max_of_numbers(_planes(conv, result[0], geometry), *result):
+            _max_of_anything(_planes(conv, result[0], geometry), *result)
     return output, code
-
-
-def _max_pool(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) -> tuple[Tensor, Tensor | None]:
-    layout = memory_format(conv)
-    pooled = geometry.pooled_size((conv.shape[2], conv.shape[3]))
-    views = _window_views(_with_overhang(conv, pooled, geometry), pooled, geometry)
-    output = views[0].clone(memory_format=layout)
-    if not return_code:
-        for view in views[1:]:
-            torch.maximum(output, view, out=output)
-        return output, None
-    code = torch.zeros_like(output, dtype=geometry.code_dtype)
-    for cell, view in enumerate(views[1:], start=1):
-        # Stock's rule: a later cell wins only where it is greater, or NaN.
-        code.masked_fill_((view > output).logical_or_(view != view), cell)
-        torch.maximum(output, view, out=output)
-    return output, code.masked_fill_(output <= 0, geometry.dropped)
-
-
-def _overhang(length: int, pooled: int, i: int, geometry: ConvPoolGeometry) -> tuple[int, int]:
-    """Cells that the windows reach before and behind the convolution's output, along dimension `i`."""
-    reach = (pooled - 1) * geometry.pool_stride[i] + (geometry.pool_size[i] - 1) * geometry.pool_dilation[i] + 1
-    return geometry.pool_padding[i], max(0, reach - length - geometry.pool_padding[i])
-
-
-def _with_overhang(conv: Tensor, pooled: tuple[int, int], geometry: ConvPoolGeometry) -> Tensor:
-    """Surround `conv` with cells that never win, wherever a window reaches beyond it."""
-    (top, bottom), (left, right) = (_overhang(conv.shape[2 + i], pooled[i], i, geometry) for i in (0, 1))
-    if not any((top, bottom, left, right)):
-        return conv
-    least = -torch.inf if conv.is_floating_point() else torch.iinfo(conv.dtype).min
-    return F.pad(conv, (left, right, top, bottom), value=least)
-
-
-def _window_views(padded: Tensor, pooled: tuple[int, int], geometry: ConvPoolGeometry) -> list[Tensor]:
-    """One strided view of `padded` per window cell, in scan order, each of the pooled size."""
-    (stride_h, stride_w), (dilation_h, dilation_w) = geometry.pool_stride, geometry.pool_dilation
-    height, width = (pooled[0] - 1) * stride_h + 1, (pooled[1] - 1) * stride_w + 1
-    return [
-        padded[:, :, top : top + height : stride_h, left : left + width : stride_w]
-        for top in range(0, geometry.pool_size[0] * dilation_h, dilation_h)
-        for left in range(0, geometry.pool_size[1] * dilation_w, dilation_w)
-    ]
 
 
 def conv2d_relu_max_pool2d_backward(
@@ -86,46 +59,236 @@ def conv2d_relu_max_pool2d_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return grad_input, grad_weight and grad_bias, None where `output_mask` does not ask for one."""
+    slices = list(_slices(input, weight, geometry))
+    if len(slices) == 1:
+        return _backward_of_slice(grad_output, input, weight, code, geometry, output_mask)
     need_input, need_weight, need_bias = output_mask
-    grad_conv = _max_unpool(grad_output, input, weight, code, geometry)
+    grad_input = torch.empty_like(input, memory_format=memory_format(input, weight)) if need_input else None
+    # Sums over slices are kept in at least float32, whatever the operands.
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    grad_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
+    grad_bias = weight.new_zeros(weight.shape[0], dtype=exact) if need_bias else None
+    for images in slices:
+        grads = _backward_of_slice(grad_output[images], input[images], weight, code[images], geometry, output_mask)
+        if grad_input is not None:
+            grad_input[images] = grads[0]
+        if grad_weight is not None:
+            grad_weight += grads[1]
+        if grad_bias is not None:
+            grad_bias += grads[2]
+    return (
+        grad_input,
+        None if grad_weight is None else grad_weight.to(weight.dtype),
+        None if grad_bias is None else grad_bias.to(weight.dtype),
+    )
+
+
+def _backward_of_slice(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    code: Tensor,
+    geometry: ConvPoolGeometry,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = _chosen_gradients(grad_output, code, geometry)
+    by_phases = not output_mask[0] and _phases_pay(weight, geometry)
+    if by_phases:
+        grad_conv = torch.cat(list(chosen), dim=1)
+        kernel, stride = _phases(weight, None, geometry)[0], geometry.pool_stride
+    else:
+        grad_conv = _max_unpool(chosen, input, weight, geometry)
+        kernel, stride = weight, geometry.stride
     grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad_conv,
         input,
-        weight,
-        [weight.shape[0]],
-        geometry.stride,
+        kernel,
+        [kernel.shape[0]],
+        stride,
         geometry.padding,
         geometry.dilation,
         False,
         [0, 0],
         geometry.groups,
-        [need_input, need_weight, need_bias],
+        output_mask,
     )
+    if by_phases and grad_weight is not None:
+        grad_weight = _fold_phases(grad_weight, weight, geometry)
+    if by_phases and grad_bias is not None:
+        grad_bias = grad_bias.view(geometry.cells, -1).sum(0)
     return grad_input, grad_weight, grad_bias
 
 
-def _max_unpool(grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, geometry: ConvPoolGeometry) -> Tensor:
-    """Gradient at the convolution's resolution: each pooled gradient at the cell that its code names, zero elsewhere.
+def _slices(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> Iterator[slice]:
+    """Cut the batch: on a CPU into slices that fit the cache, while a GPU wants everything at once."""
+    images = input.shape[0]
+    step = images
+    if input.device.type == "cpu":
+        height, width = geometry.conv_size((input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3]))
+        step = _SLICE_BYTES // (weight.shape[0] * height * width * input.element_size())
+    for first in range(0, images, max(1, step)):
+        yield slice(first, min(images, first + max(1, step)))
 
-    Replaces max_pool2d's backward, a zero fill and a scatter by int64 index, and relu's backward by one masked write
-    per window cell.
+
+def _max_of_numbers(planes: Iterable[Tensor], output: Tensor, code: Tensor | None, geometry: ConvPoolGeometry) -> bool:
+    """Fill `output` and `code` from a window's planes; return False, with both undefined, where there is any NaN.
+
+    Comparisons write 0 or 1 in the planes' own type, which vectorises where a bool result does not. Only on a CPU: a
+    GPU would have to wait for the answer.
     """
-    conv_size = geometry.conv_size((input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3]))
-    pooled = (code.shape[2], code.shape[3])
-    (top, bottom), (left, right) = (_overhang(conv_size[i], pooled[i], i, geometry) for i in (0, 1))
-    padded = grad_output.new_zeros(
-        (*code.shape[:2], conv_size[0] + top + bottom, conv_size[1] + left + right)
-    ).contiguous(memory_format=memory_format(input, weight))
-    zero = grad_output.new_zeros(())
+    if output.device.type != "cpu" or not output.is_floating_point() or geometry.code_dtype != torch.uint8:
+        return False
+    wins = winner = None
+    for cell, plane in enumerate(planes):
+        if cell == 0:
+            output.copy_(plane)
+            continue
+        if code is not None:
+            wins = torch.gt(plane, output, out=torch.empty_like(output) if wins is None else wins)
+            wins *= cell
+            # Cells come in order, so the greatest cell that ever won is the last one that did.
+            winner = wins.clone() if winner is None else torch.maximum(winner, wins, out=winner)
+        torch.maximum(output, plane, out=output)
+    if torch.isnan(output.sum()):
+        return False
+    if not _window_may_be_empty(geometry):
+        output.relu_()
+    if code is not None:
+        off = torch.le(output, 0, out=torch.empty_like(output) if wins is None else wins).mul_(geometry.dropped)
+        code.copy_(off if winner is None else torch.maximum(winner, off, out=winner))
+    return True
+
+
+def _max_of_anything(planes: Iterable[Tensor], output: Tensor, code: Tensor | None, geometry: ConvPoolGeometry) -> None:
+    """Do as `_max_of_numbers` does, NaN included: it propagates, and the last NaN of a window has its argmax."""
+    for cell, plane in enumerate(planes):
+        if cell == 0:
+            output.copy_(plane)
+            if code is not None:
+                code.zero_()
+            continue
+        if code is not None:
+            code.masked_fill_((plane > output).logical_or_(plane != plane), cell)
+        torch.maximum(output, plane, out=output)
+    if not _window_may_be_empty(geometry):
+        output.relu_()
+    if code is not None:
+        code.masked_fill_(output <= 0, geometry.dropped)
+
+
+def _window_may_be_empty(geometry: ConvPoolGeometry) -> bool:
+    """Whether a window may lie wholly in the padding: its output is then -inf, as in stock, which relu must spare."""
+    return max(geometry.pool_dilation) > 1 and max(geometry.pool_padding) > 0
+
+
+def _planes(conv: Tensor, output: Tensor, geometry: ConvPoolGeometry) -> Iterator[Tensor]:
+    """Give each window cell's values in scan order, -inf where a window overhangs; each is valid until the next."""
+    if _window_may_be_empty(geometry):
+        conv = conv.relu()
+    top, bottom, left, right = _overhang(conv.shape[2:], output.shape[2:], geometry)
+    if any((top, bottom, left, right)):
+        least = -torch.inf if conv.is_floating_point() else torch.iinfo(conv.dtype).min
+        conv = F.pad(conv, (left, right, top, bottom), value=least)
+    first, *others = _window_views(conv, output.shape[2:], geometry)
+    yield first
+    plane = torch.empty_like(output)
+    for view in others:
+        # One strided read into a contiguous plane costs less than the two that the passes over it would make.
+        yield plane.copy_(view)
+
+
+def _overhang(size: Sequence[int], pooled: Sequence[int], geometry: ConvPoolGeometry) -> tuple[int, int, int, int]:
+    """Cells by which the windows reach beyond the convolution's output: top, bottom, left, right."""
+    reach = [
+        (pooled[i] - 1) * geometry.pool_stride[i] + (geometry.pool_size[i] - 1) * geometry.pool_dilation[i] + 1
+        for i in (0, 1)
+    ]
+    top, left = geometry.pool_padding
+    return top, max(0, reach[0] - size[0] - top), left, max(0, reach[1] - size[1] - left)
+
+
+def _window_views(padded: Tensor, pooled: Sequence[int], geometry: ConvPoolGeometry) -> list[Tensor]:
+    """One strided view of `padded` per window cell, in scan order, each of the pooled size."""
+    (stride_h, stride_w), (dilation_h, dilation_w) = geometry.pool_stride, geometry.pool_dilation
+    height, width = (pooled[0] - 1) * stride_h + 1, (pooled[1] - 1) * stride_w + 1
+    return [
+        padded[:, :, top : top + height : stride_h, left : left + width : stride_w]
+        for top in range(0, geometry.pool_size[0] * dilation_h, dilation_h)
+        for left in range(0, geometry.pool_size[1] * dilation_w, dilation_w)
+    ]
+
+
+def _chosen_gradients(grad_output: Tensor, code: Tensor, geometry: ConvPoolGeometry) -> Iterator[Tensor]:
+    """Give, per window cell, the gradients of those pooled cells whose code names it, zero for the others."""
+    if geometry.code_dtype == torch.uint8:
+        # Codes up to 255 are exact in every floating type, in which comparisons vectorise.
+        code = code.to(grad_output.dtype)
+    mask = torch.empty_like(code)
+    for cell in range(geometry.cells):
+        # threshold_backward selects without arithmetic, so that an infinite gradient leaves no NaN behind.
+        yield torch.ops.aten.threshold_backward(grad_output, torch.eq(code, cell, out=mask), 0)
+
+
+def _max_unpool(chosen: Iterable[Tensor], input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> Tensor:
+    """Gradient at the convolution's resolution: each cell's chosen gradients where its plane was taken from."""
+    size = geometry.conv_size((input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3]))
+    pooled = geometry.pooled_size(size)
+    top, bottom, left, right = _overhang(size, pooled, geometry)
+    padded = torch.empty(
+        (input.shape[0], weight.shape[0], size[0] + top + bottom, size[1] + left + right),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=memory_format(input, weight),
+    ).zero_()
     disjoint = all(
         geometry.pool_stride[i] >= (geometry.pool_size[i] - 1) * geometry.pool_dilation[i] + 1 for i in (0, 1)
     )
-    for cell, view in enumerate(_window_views(padded, pooled, geometry)):
+    for view, grads in zip(_window_views(padded, pooled, geometry), chosen, strict=True):
         if disjoint:
-            torch.where(code == cell, grad_output, zero, out=view)
+            view.copy_(grads)
         else:
-            view += torch.where(code == cell, grad_output, zero)
-    return padded[:, :, top : top + conv_size[0], left : left + conv_size[1]]
+            view += grads
+    return padded[:, :, top : top + size[0], left : left + size[1]]
+
+
+def _phases_pay(weight: Tensor, geometry: ConvPoolGeometry) -> bool:
+    """Whether to convolve once per window cell: one convolution with `cells` times the channels, strided as the pool.
+
+    Its output is the window's planes, ready to be compared. Its kernel is larger by the window's reach, so it pays
+    only where a convolution has too few output channels to fill the vector lanes.
+    """
+    larger = (weight.shape[2] + geometry.pool_size[0] - 1) * (weight.shape[3] + geometry.pool_size[1] - 1)
+    unit = (geometry.stride, geometry.dilation, geometry.pool_dilation) == ((1, 1),) * 3
+    return (
+        weight.device.type == "cpu"
+        and unit
+        and geometry.groups == 1
+        and not geometry.ceil_mode
+        and geometry.pool_padding == (0, 0)
+        and weight.shape[0] < 16
+        and larger <= 1.5 * weight.shape[2] * weight.shape[3]
+    )
+
+
+def _phases(weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry) -> tuple[Tensor, Tensor | None]:
+    """Stack the kernel and the bias once per window cell, the kernel shifted to the cell's receptive field."""
+    (out_channels, in_channels, height, width), (rows, columns) = weight.shape, geometry.pool_size
+    kernels = weight.new_zeros(geometry.cells, out_channels, in_channels, height + rows - 1, width + columns - 1)
+    for cell, kernel in enumerate(kernels):
+        row, column = divmod(cell, columns)
+        kernel[..., row : row + height, column : column + width] = weight
+    return kernels.flatten(0, 1), None if bias is None else bias.repeat(geometry.cells)
+
+
+def _fold_phases(grad_phases: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> Tensor:
+    """Sum the gradients of the shifted kernels where each has the kernel's own entries."""
+    (out_channels, _, height, width), (rows, columns) = weight.shape, geometry.pool_size
+    shifted = grad_phases.unflatten(0, (geometry.cells, out_channels))
+    grad_weight = shifted[0, ..., :height, :width].clone(memory_format=torch.contiguous_format)
+    for cell in range(1, rows * columns):
+        row, column = divmod(cell, columns)
+        grad_weight += shifted[cell, ..., row : row + height, column : column + width]
+    return grad_weight
 
 
 def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:

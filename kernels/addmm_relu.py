@@ -368,7 +368,8 @@ def _grad_mat2(
     (m, k), n = mat1.shape, mat2.shape[1]
     tile = _tile(mat1.dtype, k, n, m)
     column_tiles = triton.cdiv(n, tile["BLOCK_N"])
-    tiles = (triton.cdiv(k, tile["BLOCK_M"]) if need_mat2 else 1) * column_tiles
+    # A tile of no depth still sums the bias's gradient.
+    tiles = (max(1, triton.cdiv(k, tile["BLOCK_M"])) if need_mat2 else 1) * column_tiles
     parts, rows_per_part = splits(m, tile["BLOCK_K"], max(1, tiles))
     transposed = mat2.stride(0) == 1 and mat2.stride(1) != 1
     mat2_parts = empty((parts, n, k) if transposed else (parts, k, n), mat1, torch.float32) if need_mat2 else None

@@ -82,7 +82,7 @@ def splits(rows: int, block: int, tiles: int) -> tuple[int, int]:
     blocks = -(-rows // block)
     # About four programs for each of some 128 multiprocessors, each with at least four blocks to sum.
     parts = max(1, min(blocks // 4, 512 // tiles))
-    per_part = -(-blocks // parts) * block
+    per_part = max(1, -(-blocks // parts)) * block
     return max(1, -(-rows // per_part)), per_part
 
 

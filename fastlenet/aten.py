@@ -251,6 +251,30 @@ def _max_unpool(chosen: Iterable[Tensor], input: Tensor, weight: Tensor, geometr
     return padded[:, :, top : top + size[0], left : left + size[1]]
 
 
+def _argmax_index(code: Tensor, conv_size: Sequence[int], geometry: ConvPoolGeometry) -> tuple[Tensor, Tensor]:
+    """Turn codes into flat int64 positions in the convolution's output, and tell which pooled cells have one."""
+    kept = code != geometry.dropped
+    cell = torch.where(kept, code, 0).long()
+    rows, columns = (torch.arange(code.shape[2 + i], device=code.device) * geometry.pool_stride[i] for i in (0, 1))
+    row = rows[:, None] - geometry.pool_padding[0] + cell // geometry.pool_size[1] * geometry.pool_dilation[0]
+    column = columns - geometry.pool_padding[1] + cell % geometry.pool_size[1] * geometry.pool_dilation[1]
+    return torch.where(kept, row * conv_size[1] + column, 0).flatten(2), kept
+
+
+def max_gather(conv: Tensor, code: Tensor, geometry: ConvPoolGeometry) -> Tensor:
+    """Take from `conv` the cell that each code names, zero where it names none; differentiable to any order."""
+    index, kept = _argmax_index(code, conv.shape[2:], geometry)
+    return torch.where(kept, conv.flatten(2).gather(2, index).view(code.shape), 0.0)
+
+
+def max_scatter(grad_output: Tensor, code: Tensor, conv_size: Sequence[int], geometry: ConvPoolGeometry) -> Tensor:
+    """Transpose of `max_gather`: add each pooled gradient to the cell that its code names; differentiable too."""
+    index, kept = _argmax_index(code, conv_size, geometry)
+    zeros = grad_output.new_zeros(*code.shape[:2], conv_size[0] * conv_size[1])
+    chosen = torch.where(kept, grad_output, 0.0).flatten(2)
+    return zeros.scatter_add(2, index, chosen).unflatten(2, tuple(conv_size))
+
+
 def _phases_pay(weight: Tensor, geometry: ConvPoolGeometry) -> bool:
     """Whether to convolve once per window cell: one convolution with `cells` times the channels, strided as the pool.
 

@@ -1,4 +1,12 @@
-"""The differentiable operators: one ``torch.autograd.Function`` around each pair of raw operators."""
+"""The differentiable operators: ``torch.autograd.Function``s around the raw operators.
+
+Per operator there are three. One is the operator itself. One is its backward, differentiable in turn by plain ATen
+formulas, which serves double backward and torch.func. And a subclass of the first adds forward-mode derivatives; it
+stands apart because torch.compile refuses a Function that defines `jvp`.
+
+Under torch.vmap a convolution folds the mapped dimension into the batch or into its groups and stays fused; a linear
+map becomes a batched matrix product in ATen.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +15,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlenet import ops  # noqa: F401  (registers torch.ops.fastlenet)
+from fastlenet.aten import max_gather, max_scatter
+from fastlenet.kernels.geometry import ConvPoolGeometry
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _requested(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> Grads:
+    """Turn the operators' empty stand-ins back into None."""
+    first, second, third = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    return first, second, third
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    """Add up those terms that are there."""
+    present = [term for term in terms if term is not None]
+    return sum(present[1:], present[0]) if present else None
+
+
+def _to_front(tensor: Any, dim: int | None, size: int) -> Any:
+    """Move a mapped dimension to the front, or add one of `size` where the tensor is not mapped."""
+    if tensor is None:
+        return None
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 class ConvReLUMaxPool2dFunction(torch.autograd.Function):
@@ -33,16 +63,135 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
         ctx.save_for_backward(input, weight, output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         """Return the gradients of those inputs that need one."""
         needs = ctx.needs_input_grad[:3]
         if grad_output is None or not any(needs):
             return None, None, None, None
-        grads = torch.ops.fastlenet.conv2d_relu_max_pool2d_backward(
-            grad_output, *ctx.saved_tensors, *ctx.geometry, needs
-        )
+        backward = ConvReLUMaxPool2dBackward.apply if torch.is_grad_enabled() else ConvReLUMaxPool2dBackward.forward
+        grads = backward(grad_output, *ctx.saved_tensors, ctx.geometry, needs)
         return *_requested(grads, needs), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """Fold the mapped dimension into the batch, or into the groups where each sample has its own weights."""
+        (input, weight, bias, geometry), size = args, info.batch_size
+        if in_dims[1] is None and in_dims[2] is None:
+            input = _to_front(input, in_dims[0], size)
+            output, code = ConvReLUMaxPool2dFunction.apply(input.flatten(0, 1), weight, bias, geometry)
+            return (output.unflatten(0, (size, -1)), code.unflatten(0, (size, -1))), (0, 0)
+        input, weight, bias = (_to_front(arg, dim, size) for arg, dim in zip(args[:3], in_dims[:3], strict=True))
+        output, code = ConvReLUMaxPool2dFunction.apply(
+            input.movedim(0, 1).flatten(1, 2),
+            weight.flatten(0, 1),
+            None if bias is None else bias.flatten(),
+            _grouped(geometry, size),
+        )
+        return (output.unflatten(1, (size, -1)), code.unflatten(1, (size, -1))), (1, 1)
+
+
+class ConvReLUMaxPool2dForwardAD(ConvReLUMaxPool2dFunction):
+    """The same with forward-mode derivatives."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Save for both modes."""
+        ConvReLUMaxPool2dFunction.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0], inputs[1], output[1])
+
+    @staticmethod
+    def jvp(ctx: Any, input_tangent: Any, weight_tangent: Any, bias_tangent: Any, _: None) -> tuple[Any, None]:
+        """Push tangents through the cells that won."""
+        input, weight, code = ctx.saved_tensors
+        return _conv_tangent(input, weight, code, ctx.geometry, input_tangent, weight_tangent, bias_tangent), None
+
+
+class ConvReLUMaxPool2dBackward(torch.autograd.Function):
+    """Gradients of `ConvReLUMaxPool2dFunction`, linear in grad_output; their own derivatives are plain ATen."""
+
+    @staticmethod
+    def forward(
+        grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, geometry: tuple[Any, ...], needs: Any
+    ) -> tuple[Tensor, ...]:
+        """Return grad_input, grad_weight and grad_bias, empty where not needed."""
+        return torch.ops.fastlenet.conv2d_relu_max_pool2d_backward(grad_output, input, weight, code, *geometry, needs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save what the second derivative needs."""
+        *tensors, ctx.geometry, ctx.needs = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Differentiate the gradients by grad_output, input and weight."""
+        grad_output, input, weight, code = ctx.saved_tensors
+        geometry = ConvPoolGeometry(*ctx.geometry)
+        to_input, to_weight, to_bias = _requested(cotangents, ctx.needs)  # type: ignore[arg-type]
+        grad_grad = by_input = by_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_grad = _conv_tangent(input, weight, code, ctx.geometry, to_input, to_weight, to_bias)
+        size = geometry.conv_size((input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3]))
+        grad_conv = max_scatter(grad_output, code, size, geometry)
+        hyper = geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups
+        derivative = torch.ops.aten.convolution_backward
+        if ctx.needs_input_grad[1] and to_weight is not None:
+            by_input = derivative(grad_conv, input, to_weight, None, *hyper, (True, False, False))[0]
+        if ctx.needs_input_grad[2] and to_input is not None:
+            by_weight = derivative(grad_conv, to_input, weight, None, *hyper, (False, True, False))[1]
+        return grad_grad, by_input, by_weight, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """Fold the mapped dimension into the groups: each sample then has weight gradients of its own."""
+        *tensors, geometry, needs = args
+        size = info.batch_size
+        grad_output, input, weight, code = (
+            _to_front(arg, dim, size) for arg, dim in zip(tensors, in_dims[:4], strict=True)
+        )
+        grad_input, grad_weight, grad_bias = ConvReLUMaxPool2dBackward.apply(
+            *(tensor.movedim(0, 1).flatten(1, 2) for tensor in (grad_output, input)),
+            weight.flatten(0, 1),
+            code.movedim(0, 1).flatten(1, 2),
+            _grouped(geometry, size),
+            needs,
+        )
+        grads = (
+            grad_input.unflatten(1, (size, -1)).movedim(1, 0) if needs[0] else grad_input.expand(size, 0),
+            grad_weight.unflatten(0, (size, -1)) if needs[1] else grad_weight.expand(size, 0),
+            grad_bias.unflatten(0, (size, -1)) if needs[2] else grad_bias.expand(size, 0),
+        )
+        return grads, (0, 0, 0)
+
+
+def _grouped(geometry: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """Multiply the groups of a geometry by the size of a mapped dimension."""
+    fields = ConvPoolGeometry(*geometry)
+    return tuple(fields._replace(groups=fields.groups * size))
+
+
+def _conv_tangent(
+    input: Tensor,
+    weight: Tensor,
+    code: Tensor,
+    fields: tuple[Any, ...],
+    input_tangent: Tensor | None,
+    weight_tangent: Tensor | None,
+    bias_tangent: Tensor | None,
+) -> Tensor | None:
+    """Directional derivative of the pooled output: that of the convolution, at the cells that won."""
+    geometry = ConvPoolGeometry(*fields)
+    hyper = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    convolve = torch.nn.functional.conv2d
+    by_input = None if input_tangent is None else convolve(input_tangent, weight, None, *hyper)
+    by_weight = None if weight_tangent is None else convolve(input, weight_tangent, None, *hyper)
+    tangent = _sum(by_input, by_weight)
+    size = geometry.conv_size((input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3]))
+    if bias_tangent is not None:
+        by_bias = bias_tangent.reshape(1, -1, 1, 1).expand(input.shape[0], -1, *size)
+        tangent = by_bias if tangent is None else tangent + by_bias
+    return None if tangent is None else max_gather(tangent, code, geometry)
 
 
 class AddmmReLUFunction(torch.autograd.Function):
@@ -57,28 +206,130 @@ class AddmmReLUFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save what the backward needs."""
         input, mat1, mat2, ctx.beta, ctx.alpha = inputs
-        ctx.input_size = None if input is None else input.shape
+        ctx.input_size = () if input is None else tuple(input.shape)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output, mat1, mat2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of those inputs that need one."""
         needs = ctx.needs_input_grad[:3]
         if grad_output is None or not any(needs):
             return None, None, None, None, None
-        grads = torch.ops.fastlenet.addmm_relu_backward(
-            grad_output, *ctx.saved_tensors, ctx.input_size or (), ctx.beta, ctx.alpha, needs
-        )
+        backward = AddmmReLUBackward.apply if torch.is_grad_enabled() else AddmmReLUBackward.forward
+        grads = backward(grad_output, *ctx.saved_tensors, ctx.input_size, ctx.beta, ctx.alpha, needs)
         return *_requested(grads, needs), None, None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """Compute a batched matrix product."""
+        (input, mat1, mat2, beta, alpha), size = args, info.batch_size
+        product = torch.matmul(_to_front(mat1, in_dims[1], size), _to_front(mat2, in_dims[2], size)) * alpha
+        if input is not None and beta != 0:
+            input = _to_front(input, in_dims[0], size)
+            product = product + beta * input.reshape(size, *(1,) * (3 - input.dim()), *input.shape[1:])
+        return product.relu(), 0
 
-for _function in (ConvReLUMaxPool2dFunction, AddmmReLUFunction):
+
+class AddmmReLUForwardAD(AddmmReLUFunction):
+    """The same with forward-mode derivatives."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save for both modes."""
+        AddmmReLUFunction.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(output, inputs[1], inputs[2])
+
+    @staticmethod
+    def jvp(ctx: Any, input_tangent: Any, mat1_tangent: Any, mat2_tangent: Any, *_: None) -> Any:
+        """Push tangents through where relu was on."""
+        output, mat1, mat2 = ctx.saved_tensors
+        return _addmm_tangent(output, mat1, mat2, ctx.beta, ctx.alpha, input_tangent, mat1_tangent, mat2_tangent)
+
+
+class AddmmReLUBackward(torch.autograd.Function):
+    """Gradients of `AddmmReLUFunction`, linear in grad_output; their own derivatives are plain ATen."""
+
+    @staticmethod
+    def forward(
+        grad_output: Tensor,
+        output: Tensor,
+        mat1: Tensor,
+        mat2: Tensor,
+        input_size: tuple[int, ...],
+        beta: float,
+        alpha: float,
+        needs: Any,
+    ) -> tuple[Tensor, ...]:
+        """Return grad_input, grad_mat1 and grad_mat2, empty where not needed."""
+        return torch.ops.fastlenet.addmm_relu_backward(grad_output, output, mat1, mat2, input_size, beta, alpha, needs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save what the second derivative needs."""
+        *tensors, _, ctx.beta, ctx.alpha, ctx.needs = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Differentiate the gradients by grad_output, mat1 and mat2."""
+        grad_output, output, mat1, mat2 = ctx.saved_tensors
+        to_input, to_mat1, to_mat2 = _requested(cotangents, ctx.needs)  # type: ignore[arg-type]
+        grad_grad = by_mat1 = by_mat2 = None
+        if ctx.needs_input_grad[0]:
+            grad_grad = _addmm_tangent(output, mat1, mat2, ctx.beta, ctx.alpha, to_input, to_mat1, to_mat2)
+        grad = torch.ops.aten.threshold_backward(grad_output, output, 0) * ctx.alpha
+        if ctx.needs_input_grad[2] and to_mat2 is not None:
+            by_mat1 = grad @ to_mat2.t()
+        if ctx.needs_input_grad[3] and to_mat1 is not None:
+            by_mat2 = to_mat1.t() @ grad
+        return grad_grad, None, by_mat1, by_mat2, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """Compute batched matrix products."""
+        *tensors, input_size, beta, alpha, needs = args
+        size = info.batch_size
+        grad_output, output, mat1, mat2 = (
+            _to_front(arg, dim, size) for arg, dim in zip(tensors, in_dims[:4], strict=True)
+        )
+        grad = torch.ops.aten.threshold_backward(grad_output, output, 0)
+        none = grad.new_empty(size, 0)
+        # A sum over broadcast dimensions sees the mapped one as one more leading dimension that stays.
+        sized = (size, *(1,) * (2 - len(input_size)), *input_size)
+        grads = (
+            (grad.sum_to_size(sized) * beta).reshape(size, *input_size) if needs[0] else none,
+            torch.matmul(grad, mat2.mT) * alpha if needs[1] else none,
+            torch.matmul(mat1.mT, grad) * alpha if needs[2] else none,
+        )
+        return grads, (0, 0, 0)
+
+
+def _addmm_tangent(
+    output: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    beta: float,
+    alpha: float,
+    input_tangent: Tensor | None,
+    mat1_tangent: Tensor | None,
+    mat2_tangent: Tensor | None,
+) -> Tensor | None:
+    """Directional derivative of the output: that of the product and sum, where relu was on."""
+    tangent = _sum(
+        None if input_tangent is None else (input_tangent * beta).expand(mat1.shape[0], mat2.shape[1]),
+        None if mat1_tangent is None else alpha * (mat1_tangent @ mat2),
+        None if mat2_tangent is None else alpha * (mat1 @ mat2_tangent),
+    )
+    return None if tangent is None else torch.ops.aten.threshold_backward(tangent, output, 0)
+
+
+for _function in (
+    ConvReLUMaxPool2dFunction,
+    ConvReLUMaxPool2dBackward,
+    AddmmReLUFunction,
+    AddmmReLUBackward,
+):
     # Function.apply reads forward's signature at every call; reading it once saves a fifth of a small call's overhead.
     _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
-
-
-def _requested(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Turn the operators' empty stand-ins back into None."""
-    return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlenet import checks
-from fastlenet.autograd import AddmmReLUFunction, ConvReLUMaxPool2dFunction
+from fastlenet import autograd, checks
 from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
 
 __all__ = ["addmm_relu", "conv2d_relu_max_pool2d", "linear_relu"]
@@ -94,8 +93,10 @@ def conv2d_relu_max_pool2d(
     )
     checks.geometry(name, geometry)
     checks.pooled_size(name, input, weight, geometry)
-    if _needs_function(input, weight, bias):
-        output, _ = ConvReLUMaxPool2dFunction.apply(input, weight, bias, tuple(geometry))
+    if _needs_forward_mode():
+        output, _ = autograd.ConvReLUMaxPool2dForwardAD.apply(input, weight, bias, tuple(geometry))
+    elif _needs_function(input, weight, bias):
+        output, _ = autograd.ConvReLUMaxPool2dFunction.apply(input, weight, bias, tuple(geometry))
     else:
         output, _ = torch.ops.fastlenet.conv2d_relu_max_pool2d(input, weight, bias, *geometry, False)
     return output if batched else output.squeeze(0)
@@ -175,14 +176,23 @@ def addmm_relu(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, al
 
 
 def _addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
+    if _needs_forward_mode():
+        return autograd.AddmmReLUForwardAD.apply(input, mat1, mat2, beta, alpha)
     if _needs_function(mat1, mat2, input):
-        return AddmmReLUFunction.apply(input, mat1, mat2, beta, alpha)
+        return autograd.AddmmReLUFunction.apply(input, mat1, mat2, beta, alpha)
     return torch.ops.fastlenet.addmm_relu(input, mat1, mat2, beta, alpha)
 
 
 def _needs_function(*tensors: Tensor | None) -> bool:
-    """Whether a gradient may be asked for; where none is, autograd's bookkeeping is skipped."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    """Whether a gradient may be asked for, or torch.func maps the call; else autograd's bookkeeping is skipped."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return True
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _needs_forward_mode() -> bool:
+    """Whether forward-mode derivatives may be asked for."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -1,0 +1,273 @@
+"""Every launcher in every configuration that ships, compiled for every architecture: what the machine code must be.
+
+A launcher runs on CPU tensors through the fake driver, which compiles for the architecture and launches nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from fastlenet.kernels import addmm_relu as addmm
+from fastlenet.kernels import conv2d_relu_max_pool2d as conv
+from fastlenet.kernels import runtime
+from harness.cases import conv_case
+from harness.fake_driver import TARGETS, CompiledKernelRecord, assert_no_spills, compiling_for, opcodes
+from harness.operators import far_apart, fp32_precision
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A dtype with the precision of its products."""
+
+    dtype: torch.dtype
+    precision: str = "ieee"
+
+    def __str__(self) -> str:
+        return f"{self.dtype}".removeprefix("torch.") + ("" if self.precision == "ieee" else "-tf32")
+
+
+IEEE = Mode(torch.float32)
+MODES = (IEEE, Mode(torch.float32, "tf32"), Mode(torch.float16), Mode(torch.bfloat16))
+WIDTHS = {16: 16, 32: 32, 128: 64}
+"""Output channels or features, and the tile that ships for them; 6 takes 16's tile and 64 takes 128's."""
+NVIDIA = [name for name in TARGETS if name.startswith("sm")]
+PRODUCTS = {
+    "conv forward": "_forward_kernel",
+    "conv grad_input": "_grad_input_kernel",
+    "conv grad_weight": "_grad_weight_kernel",
+    "addmm forward": "_forward_kernel",
+    "addmm grad_mat1": "_grad_mat1_kernel",
+    "addmm grad_mat2": "_grad_mat2_kernel",
+}
+
+every_target = pytest.mark.parametrize("target", TARGETS)
+
+
+def modes(*chosen: Mode):
+    return pytest.mark.parametrize("mode", chosen, ids=str)
+
+
+class Launchers:
+    """Calls the launchers as the operators do and returns what each call compiled."""
+
+    def __init__(self, records: list[CompiledKernelRecord]) -> None:
+        self.records = records
+        self.seen = 0
+
+    def new(self) -> list[CompiledKernelRecord]:
+        """The kernels compiled since the last call."""
+        records = self.records[self.seen :]
+        self.seen = len(self.records)
+        return records
+
+    def product(self) -> CompiledKernelRecord | None:
+        """The one kernel compiled since the last call that is not the sum of parts; None if it was not new."""
+        records = [record for record in self.new() if "sum_parts" not in record.name]
+        assert len(records) <= 1
+        return records[0] if records else None
+
+    def conv(self, case, dtype, *, bias=True, code=True, masks=((True, False, False), (False, True, True)), make=None):
+        """Forward, then a backward for each mask; yields the product kernel of each."""
+        tensors = make() if make else case.random(dtype)
+        output, codes = conv.conv2d_relu_max_pool2d(
+            tensors["input"], tensors["weight"], tensors["bias"] if bias else None, case.geometry, code
+        )
+        yield self.product()
+        if codes is None:
+            codes = torch.empty_like(output, dtype=torch.uint8)
+        for mask in masks:
+            conv.conv2d_relu_max_pool2d_backward(
+                output, tensors["input"], tensors["weight"], codes, case.geometry, mask
+            )
+            yield self.product()
+
+    def addmm(self, m, width, dtype, *, addend=(), masks=((False, True, False), (True, False, True))):
+        """Forward, then a backward for each mask; yields the product kernel of each."""
+        mat1, mat2 = torch.randn(m, width).to(dtype), torch.randn(width, width).to(dtype)
+        size = (width,) if addend == () else addend
+        input = None if size is None else torch.randn(size).to(dtype)
+        output = addmm.addmm_relu(input, mat1, mat2, 1, 1)
+        yield self.product()
+        for mask in masks:
+            addmm.addmm_relu_backward(output, output, mat1, mat2, size or (), 1, 1, mask)
+            yield self.product()
+
+
+def channels(width, **keywords):
+    return conv_case("compiled", (2, width, 14, 14), (width, width, 5, 5), **keywords)
+
+
+def tile(record):
+    return record.constexprs["BLOCK_N"]
+
+
+@pytest.fixture
+def compiled():
+    """Compile the six product kernels, with all that they can return, and check what must hold of any kernel."""
+
+    def compile_all(target: str, mode: Mode, width: int) -> dict[str, CompiledKernelRecord]:
+        with fp32_precision(mode.precision), compiling_for(target) as records:
+            launchers = Launchers(records)
+            found = [*launchers.conv(channels(width), mode.dtype), *launchers.addmm(64, width, mode.dtype)]
+            check(records)
+            return dict(zip(PRODUCTS, found, strict=True))
+
+    return compile_all
+
+
+def check(records):
+    """No spills (OutOfResources has told of too much shared memory already), and no atomics of any kind."""
+    assert_no_spills(records)
+    for record in records:
+        pattern = r"\b(atom|red)\." if record.target.backend == "cuda" else r"atomic"
+        assert record.count(pattern) == 0, f"{record} uses atomics"
+
+
+# --- every configuration -------------------------------------------------------------------------------------------
+
+
+@every_target
+@modes(*MODES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_shipped_configurations(target, mode, width, compiled):
+    """All fit the architecture without spilling, and multiply on the units that their precision demands."""
+    records = compiled(target, mode, width)
+    assert {name: record.name for name, record in records.items()} == PRODUCTS
+    for name, record in records.items():
+        # Exact float32 products of matrices keep both operands in registers, and would spill in a wider tile.
+        widest = 32 if mode == IEEE and name.startswith("addmm") else 64
+        assert tile(record) == min(widest, WIDTHS[width]), name
+        assert record.constexprs["PRECISION"] == mode.precision
+        if record.target.backend == "cuda":
+            units = opcodes(record)
+            tensor_cores = sum(n for op, n in units.items() if op.startswith(("HMMA", "HGMMA", "UTCHMMA", "UTCMMA")))
+            assert bool(tensor_cores) == (mode != IEEE), f"{name}: {tensor_cores} tensor-core instructions"
+            if mode == IEEE:
+                assert sum(n for op, n in units.items() if op.startswith(("FFMA", "FFMA2"))) > 100, name
+        elif mode.dtype != torch.float32:
+            assert record.count(r"v_mfma_f32_\w+(f16|bf16)") > 0, name
+
+
+@every_target
+@modes(IEEE, Mode(torch.bfloat16))
+def test_every_form_of_each_launcher(target, mode):
+    """With and without bias, code and addend, and each set of gradients that a caller may ask for."""
+    case = channels(128)
+    with compiling_for(target) as records:
+        launchers = Launchers(records)
+        only = [(False, True, False), (False, False, True)]
+        bare, weight, bias = launchers.conv(case, mode.dtype, bias=False, code=False, masks=only)
+        assert (bare.constexprs["HAS_BIAS"], bare.constexprs["RETURN_CODE"]) == (False, False)
+        needs = [(r.constexprs["NEED_WEIGHT"], r.constexprs["NEED_BIAS"]) for r in (weight, bias)]
+        assert needs == [(True, False), (False, True)]
+        (with_bias,) = launchers.conv(case, mode.dtype, code=False, masks=())
+        (with_code,) = launchers.conv(case, mode.dtype, bias=False, masks=())
+        assert (with_bias.constexprs["HAS_BIAS"], with_code.constexprs["RETURN_CODE"]) == (True, True)
+        # A bias, an addend of the output's size and one of another size have kernels of their own.
+        product, mat2 = launchers.addmm(64, 128, mode.dtype, addend=None, masks=[(False, False, True)])
+        assert product.constexprs["HAS_INPUT"] is False
+        assert (mat2.constexprs["NEED_MAT2"], mat2.constexprs["NEED_INPUT"]) == (True, False)
+        _, bias = launchers.addmm(64, 128, mode.dtype, masks=[(True, False, False)])
+        assert (bias.constexprs["NEED_MAT2"], bias.constexprs["NEED_INPUT"]) == (False, True)
+        for size in ((64, 128), (64, 1)):
+            _, addend = launchers.addmm(64, 128, mode.dtype, addend=size, masks=[(True, False, False)])
+            # In float32 both forms are the same kernel.
+            if size == (64, 128) or mode.dtype != torch.float32:
+                assert addend.name == "_grad_input_kernel"
+        check(records)
+
+
+@every_target
+@modes(IEEE, Mode(torch.float16))
+def test_addresses_of_64_bits(target, mode, monkeypatch):
+    """The variant for tensors beyond 2^31 elements must fit as well."""
+    for module in (conv, addmm, runtime):
+        monkeypatch.setattr(module, "index_type", lambda *_: runtime.tl.int64)
+    with compiling_for(target) as records:
+        launchers = Launchers(records)
+        found = [*launchers.conv(channels(128), mode.dtype), *launchers.addmm(64, 128, mode.dtype)]
+        assert {str(record.constexprs["INDEX"]) for record in records} == {"int64"}
+        assert len(found) == len(PRODUCTS)
+        check(records)
+
+
+def test_a_tensor_beyond_two_to_the_31_gets_64_bits():
+    """The launchers choose the variant themselves, and strides that need 64 bits are passed as such."""
+    image = far_apart(torch.zeros(2, 16, 14, 14, dtype=torch.uint8)[:, :, :, :].half()[:2].repeat(2, 1, 1, 1))
+    case = channels(16)
+    with compiling_for("sm_90") as records:
+        make = lambda: {**case.random(torch.float16), "input": image}  # noqa: E731
+        forward, grad_input, grad_weight = Launchers(records).conv(case, torch.float16, make=make)
+    assert [str(r.constexprs["INDEX"]) for r in (forward, grad_input, grad_weight)] == ["int64", "int32", "int64"]
+
+
+# --- what the code must contain ------------------------------------------------------------------------------------
+
+
+@every_target
+@modes(IEEE, Mode(torch.float16))
+def test_relu_propagates_nan(target, mode, compiled):
+    """A plain maximum would turn NaN into 0, and the interpreter would not show it."""
+    records = compiled(target, mode, 16)
+    for name in ("conv forward", "addmm forward"):
+        if target in NVIDIA:
+            assert records[name].count(r"max\.NaN\.f32") > 0, name
+            assert records[name].count(r"max\.f32") == 0, name
+        else:
+            # An unordered comparison tells NaN, which gfx942's maximum drops.
+            assert records[name].count(r"v_cmp_u_f32|v_cmp_o_f32|v_maximum|v_max_f32.*nan") > 0, name
+
+
+# --- a bounded number of variants ----------------------------------------------------------------------------------
+
+SHAPES = [
+    conv_case("batch 2", (2, 3, 14, 14), (6, 3, 5, 5)),
+    conv_case("batch 1", (1, 3, 14, 14), (6, 3, 5, 5)),
+    conv_case("batch 16", (16, 3, 14, 14), (6, 3, 5, 5)),
+    conv_case("batch 17", (17, 3, 14, 14), (6, 3, 5, 5)),
+    conv_case("multiples of 16", (32, 16, 32, 48), (16, 16, 1, 1)),
+    conv_case("ones everywhere", (1, 1, 1, 1), (1, 1, 1, 1), pool_size=1),
+    conv_case("stride and groups", (2, 4, 15, 13), (6, 2, 2, 3), stride=(1, 16), groups=2, padding=1),
+    conv_case("large window", (1, 2, 20, 20), (5, 2, 3, 3), pool_size=(16, 1), pool_stride=1, dilation=2),
+    conv_case("ceil mode", (3, 1, 12, 11), (13, 1, 3, 3), pool_size=3, pool_stride=2, pool_padding=1, ceil_mode=True),
+    conv_case("LeNet conv1", (64, 1, 32, 32), (6, 1, 5, 5)),
+]
+
+
+def test_new_shapes_compile_nothing_new():
+    """Batch sizes, ones, multiples of 16, odd strides and unaligned pointers all run the same few kernels."""
+    with compiling_for("sm_90") as records:
+        launchers = Launchers(records)
+        everything = [(True, True, True)]
+        counts = []
+        for case in SHAPES:
+            for awkward in (False, True):
+                tensors = case.random(torch.float16)
+                if awkward:  # shift every pointer by one element and widen every stride
+                    tensors = {name: _unaligned(tensor) for name, tensor in tensors.items()}
+                output, code = conv.conv2d_relu_max_pool2d(*tensors.values(), case.geometry, True)
+                grad = _unaligned(output) if awkward else output.sum().expand_as(output)
+                arguments = (tensors["input"], tensors["weight"], code, case.geometry)
+                conv.conv2d_relu_max_pool2d_backward(grad, *arguments, everything[0])
+                counts.append(len(records))
+        assert counts == [4] * len(counts)  # forward, two gradients, sum_parts
+        for m, k, n in [(1, 1, 1), (16, 16, 16), (17, 12, 6), (64, 1, 16), (3, 5, 1), (1000, 16, 10)]:
+            for awkward in (False, True):
+                mat1, mat2, bias = (torch.randn(shape).half() for shape in ((m, k), (k, n), (n,)))
+                if awkward:
+                    mat1, mat2, bias = (_unaligned(tensor) for tensor in (mat1, mat2.t().contiguous().t(), bias))
+                output = addmm.addmm_relu(bias, mat1, mat2, 1, 0.5)
+                grad = _unaligned(output) if awkward else output.sum().expand_as(output)
+                addmm.addmm_relu_backward(grad, output, mat1, mat2, (n,), 1, 0.5, everything[0])
+                counts.append(len(records))
+        assert counts[-12:] == [7] * 12  # and forward and two gradients here
+    assert launchers.records is records
+
+
+def _unaligned(tensor):
+    """A view with twice the strides that starts one element into its memory."""
+    return torch.zeros(2 * tensor.numel() + 1, dtype=tensor.dtype)[1:].as_strided(
+        tensor.shape, [2 * stride for stride in tensor.stride()]
+    )

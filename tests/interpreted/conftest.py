@@ -1,0 +1,81 @@
+"""What every test of a kernel starts from: Triton forced, full float32 precision, and all of memory watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from fastlenet.kernels import addmm_relu, conv2d_relu_max_pool2d, runtime
+from harness import modes
+from harness.bounds import sanitized
+from harness.operators import Result, fp32_precision, run
+
+import fastlenet
+
+
+@pytest.fixture(autouse=True)
+def _triton_at_full_precision() -> Iterator[None]:
+    with fp32_precision("ieee"), fastlenet.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def watched() -> Callable[..., Result]:
+    """`harness.operators.run` with outputs poisoned and guarded, inputs read-only and every pointer checked."""
+
+    def watched_run(function: Callable, tensors: dict, keywords: dict, *args: Any, **options: Any) -> Result:
+        empty = any(t is not None and t.numel() == 0 for t in tensors.values())
+        # 0xFE is no code of a window of up to 254 cells, so unwritten codes can be told too.
+        with sanitized(require_launch=not empty, byte=0xFE) as (poison, _):
+            result = run(function, tensors, keywords, *args, **options)
+            if not empty and keywords.get("pool_size") != (15, 17):
+                poison.assert_all_written()
+        return result
+
+    return watched_run
+
+
+@pytest.fixture
+def shipped_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the tiles that ship in the interpreter too, which for speed takes larger ones."""
+    if modes.interpreting():
+        for module in (conv2d_relu_max_pool2d, addmm_relu):
+            monkeypatch.setattr(module, "INTERPRETED", False)
+            monkeypatch.setattr(module, "all_registers", dict)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """The kernels launched, each by name with its constants."""
+    log: list[tuple[str, dict[str, Any]]] = []
+    launch = runtime.launch
+
+    def logged(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        if min(grid) > 0:
+            log.append((kernel.fn.__name__, constants))
+        launch(kernel, grid, *args, **constants)
+
+    for module in (runtime, conv2d_relu_max_pool2d, addmm_relu):
+        monkeypatch.setattr(module, "launch", logged)
+    return log
+
+
+@pytest.fixture
+def sums_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter's tl.dot add its terms one after the other, as the tensor's shape must not decide.
+
+    NumPy's matmul adds a row's terms in an order that depends on the row's position in the tile. What is left then
+    is the kernel's own order.
+    """
+    if not modes.interpreting():
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        total = d.data
+        for k in range(a.data.shape[1]):
+            total = total + a.data[:, k : k + 1] * b.data[k : k + 1]
+        return TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

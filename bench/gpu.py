@@ -100,7 +100,13 @@ def main() -> int:
     results.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fastlenet-") as folder:
         lay_out(Path(folder))
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join([folder, str(ROOT)]), PYTHONUNBUFFERED="1")
+        environment = dict(
+            os.environ,
+            PYTHONPATH=os.pathsep.join([folder, str(ROOT)]),
+            # Else `python -m` would look into the checkout first, whose fastlenet/ has no kernels/ inside.
+            PYTHONSAFEPATH="1",
+            PYTHONUNBUFFERED="1",
+        )
         # Without the caching allocator every tensor has its own allocation, whose bounds the sanitizer then knows.
         sanitizing = dict(environment, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         outcome = {}

@@ -12,6 +12,7 @@ writes and reads an int64 index per cell.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,11 +72,10 @@ def conv2d_relu_max_pool2d_backward(
     for images in slices:
         grads = _backward_of_slice(grad_output[images], input[images], weight, code[images], geometry, output_mask)
         if grad_input is not None:
-            grad_input[images] = grads[0]
-        if grad_weight is not None:
-            grad_weight += grads[1]
-        if grad_bias is not None:
-            grad_bias += grads[2]
+            grad_input[images].copy_(grads[0])
+        for total, part in ((grad_weight, grads[1]), (grad_bias, grads[2])):
+            if total is not None:
+                total.add_(part)
     return (
         grad_input,
         None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -90,7 +90,7 @@ def _backward_of_slice(
     code: Tensor,
     geometry: ConvPoolGeometry,
     output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Any, Any, Any]:
     chosen = _chosen_gradients(grad_output, code, geometry)
     by_phases = not output_mask[0] and _phases_pay(weight, geometry)
     if by_phases:
@@ -112,11 +112,13 @@ def _backward_of_slice(
         geometry.groups,
         output_mask,
     )
-    if by_phases and grad_weight is not None:
+    need_input, need_weight, need_bias = output_mask
+    if by_phases and need_weight:
         grad_weight = _fold_phases(grad_weight, weight, geometry)
-    if by_phases and grad_bias is not None:
+    if by_phases and need_bias:
         grad_bias = grad_bias.view(geometry.cells, -1).sum(0)
-    return grad_input, grad_weight, grad_bias
+    # oneDNN's backward may return a gradient that was not asked for.
+    return grad_input if need_input else None, grad_weight if need_weight else None, grad_bias if need_bias else None
 
 
 def _slices(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> Iterator[slice]:

@@ -1,8 +1,8 @@
 """The differentiable operators: ``torch.autograd.Function``s around the raw operators.
 
-Per operator there are three. One is the operator itself. One is its backward, differentiable in turn by plain ATen
-formulas, which serves double backward and torch.func. And a subclass of the first adds forward-mode derivatives; it
-stands apart because torch.compile refuses a Function that defines `jvp`.
+Per operator there are two: the operator itself, and its backward, differentiable in turn by plain ATen formulas, which
+serves double backward and torch.func. A subclass of each adds forward-mode derivatives; they stand apart because
+torch.compile refuses a Function that defines `jvp`.
 
 Under torch.vmap a convolution folds the mapped dimension into the batch or into its groups and stays fused; a linear
 map becomes a batched matrix product in ATen.
@@ -27,6 +27,18 @@ def _requested(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> Grads:
     """Turn the operators' empty stand-ins back into None."""
     first, second, third = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return first, second, third
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives may be asked for."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
+def _apply_backward(plain: Any, forward_ad: Any, *args: Any) -> tuple[Tensor, ...]:
+    """Run a backward: bare, or as a Function where its own derivatives may be asked for."""
+    if forward_mode():
+        return forward_ad.apply(*args)
+    return plain.apply(*args) if torch.is_grad_enabled() else plain.forward(*args)
 
 
 def _sum(*terms: Tensor | None) -> Tensor | None:
@@ -68,20 +80,21 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if grad_output is None or not any(needs):
             return None, None, None, None
-        backward = ConvReLUMaxPool2dBackward.apply if torch.is_grad_enabled() else ConvReLUMaxPool2dBackward.forward
-        grads = backward(grad_output, *ctx.saved_tensors, ctx.geometry, needs)
+        args = grad_output, *ctx.saved_tensors, ctx.geometry, needs
+        grads = _apply_backward(ConvReLUMaxPool2dBackward, ConvReLUMaxPool2dBackwardForwardAD, *args)
         return *_requested(grads, needs), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         """Fold the mapped dimension into the batch, or into the groups where each sample has its own weights."""
         (input, weight, bias, geometry), size = args, info.batch_size
+        function = ConvReLUMaxPool2dForwardAD if forward_mode() else ConvReLUMaxPool2dFunction
         if in_dims[1] is None and in_dims[2] is None:
             input = _to_front(input, in_dims[0], size)
-            output, code = ConvReLUMaxPool2dFunction.apply(input.flatten(0, 1), weight, bias, geometry)
+            output, code = function.apply(input.flatten(0, 1), weight, bias, geometry)
             return (output.unflatten(0, (size, -1)), code.unflatten(0, (size, -1))), (0, 0)
         input, weight, bias = (_to_front(arg, dim, size) for arg, dim in zip(args[:3], in_dims[:3], strict=True))
-        output, code = ConvReLUMaxPool2dFunction.apply(
+        output, code = function.apply(
             input.movedim(0, 1).flatten(1, 2),
             weight.flatten(0, 1),
             None if bias is None else bias.flatten(),
@@ -127,19 +140,14 @@ class ConvReLUMaxPool2dBackward(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate the gradients by grad_output, input and weight."""
         grad_output, input, weight, code = ctx.saved_tensors
-        geometry = ConvPoolGeometry(*ctx.geometry)
         to_input, to_weight, to_bias = _requested(cotangents, ctx.needs)  # type: ignore[arg-type]
         grad_grad = by_input = by_weight = None
         if ctx.needs_input_grad[0]:
             grad_grad = _conv_tangent(input, weight, code, ctx.geometry, to_input, to_weight, to_bias)
-        size = geometry.conv_size((input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3]))
-        grad_conv = max_scatter(grad_output, code, size, geometry)
-        hyper = geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups
-        derivative = torch.ops.aten.convolution_backward
         if ctx.needs_input_grad[1] and to_weight is not None:
-            by_input = derivative(grad_conv, input, to_weight, None, *hyper, (True, False, False))[0]
+            by_input = _conv_grads(grad_output, input, to_weight, code, ctx.geometry, (True, False, False))[0]
         if ctx.needs_input_grad[2] and to_input is not None:
-            by_weight = derivative(grad_conv, to_input, weight, None, *hyper, (False, True, False))[1]
+            by_weight = _conv_grads(grad_output, to_input, weight, code, ctx.geometry, (False, True, False))[1]
         return grad_grad, by_input, by_weight, None, None, None
 
     @staticmethod
@@ -150,7 +158,8 @@ class ConvReLUMaxPool2dBackward(torch.autograd.Function):
         grad_output, input, weight, code = (
             _to_front(arg, dim, size) for arg, dim in zip(tensors, in_dims[:4], strict=True)
         )
-        grad_input, grad_weight, grad_bias = ConvReLUMaxPool2dBackward.apply(
+        function = ConvReLUMaxPool2dBackwardForwardAD if forward_mode() else ConvReLUMaxPool2dBackward
+        grad_input, grad_weight, grad_bias = function.apply(
             *(tensor.movedim(0, 1).flatten(1, 2) for tensor in (grad_output, input)),
             weight.flatten(0, 1),
             code.movedim(0, 1).flatten(1, 2),
@@ -165,10 +174,58 @@ class ConvReLUMaxPool2dBackward(torch.autograd.Function):
         return grads, (0, 0, 0)
 
 
+class ConvReLUMaxPool2dBackwardForwardAD(ConvReLUMaxPool2dBackward):
+    """The same with forward-mode derivatives."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save for both modes."""
+        ConvReLUMaxPool2dBackward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:4])
+
+    @staticmethod
+    def jvp(ctx: Any, grad_tangent: Any, input_tangent: Any, weight_tangent: Any, *_: None) -> tuple[Any, ...]:
+        """Differentiate each gradient along the tangents: it is linear in each of the three."""
+        grad_output, input, weight, code = ctx.saved_tensors
+
+        def grads(grad: Any, image: Any, kernel: Any, mask: tuple[bool, ...]) -> Grads:
+            if grad is None or image is None or kernel is None:
+                return None, None, None
+            return _conv_grads(grad, image, kernel, code, ctx.geometry, mask)
+
+        needs = tuple(ctx.needs)
+        by_grad = grads(grad_tangent, input, weight, needs)
+        by_weight = grads(grad_output, input, weight_tangent, (needs[0], False, False))
+        by_input = grads(grad_output, input_tangent, weight, (False, needs[1], False))
+        return _sum(by_grad[0], by_weight[0]), _sum(by_grad[1], by_input[1]), by_grad[2]
+
+
 def _grouped(geometry: tuple[Any, ...], size: int) -> tuple[Any, ...]:
     """Multiply the groups of a geometry by the size of a mapped dimension."""
     fields = ConvPoolGeometry(*geometry)
     return tuple(fields._replace(groups=fields.groups * size))
+
+
+def _conv_grads(
+    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, fields: tuple[Any, ...], mask: tuple[bool, ...]
+) -> Grads:
+    """Gradients of the operator for given codes, in differentiable ATen."""
+    geometry = ConvPoolGeometry(*fields)
+    size = geometry.conv_size((input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3]))
+    grads = torch.ops.aten.convolution_backward(
+        max_scatter(grad_output, code, size, geometry),
+        input,
+        weight,
+        [weight.shape[0]],
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        (0, 0),
+        geometry.groups,
+        mask,
+    )
+    return _requested(grads, mask)
 
 
 def _conv_tangent(
@@ -216,8 +273,8 @@ class AddmmReLUFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if grad_output is None or not any(needs):
             return None, None, None, None, None
-        backward = AddmmReLUBackward.apply if torch.is_grad_enabled() else AddmmReLUBackward.forward
-        grads = backward(grad_output, *ctx.saved_tensors, ctx.input_size, ctx.beta, ctx.alpha, needs)
+        args = grad_output, *ctx.saved_tensors, ctx.input_size, ctx.beta, ctx.alpha, needs
+        grads = _apply_backward(AddmmReLUBackward, AddmmReLUBackwardForwardAD, *args)
         return *_requested(grads, needs), None, None
 
     @staticmethod
@@ -304,6 +361,36 @@ class AddmmReLUBackward(torch.autograd.Function):
             torch.matmul(mat1.mT, grad) * alpha if needs[2] else none,
         )
         return grads, (0, 0, 0)
+
+
+class AddmmReLUBackwardForwardAD(AddmmReLUBackward):
+    """The same with forward-mode derivatives."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save for both modes."""
+        AddmmReLUBackward.setup_context(ctx, inputs, output)
+        ctx.input_size = inputs[4]
+        ctx.save_for_forward(*inputs[:4])
+
+    @staticmethod
+    def jvp(
+        ctx: Any, grad_tangent: Any, _output_tangent: Any, mat1_tangent: Any, mat2_tangent: Any, *_: None
+    ) -> tuple[Any, ...]:
+        """Differentiate each gradient along the tangents; relu's mask has no derivative."""
+        grad_output, output, mat1, mat2 = ctx.saved_tensors
+        grad = torch.ops.aten.threshold_backward(grad_output, output, 0) * ctx.alpha
+        along = None if grad_tangent is None else torch.ops.aten.threshold_backward(grad_tangent, output, 0)
+        by_input = None if along is None else along.sum_to_size(ctx.input_size) * ctx.beta
+        by_mat1 = _sum(
+            None if along is None else along @ mat2.t() * ctx.alpha,
+            None if mat2_tangent is None else grad @ mat2_tangent.t(),
+        )
+        by_mat2 = _sum(
+            None if along is None else mat1.t() @ along * ctx.alpha,
+            None if mat1_tangent is None else mat1_tangent.t() @ grad,
+        )
+        return _requested((by_input, by_mat1, by_mat2), ctx.needs)  # type: ignore[arg-type]
 
 
 def _addmm_tangent(

@@ -93,7 +93,7 @@ def conv2d_relu_max_pool2d(
     )
     checks.geometry(name, geometry)
     checks.pooled_size(name, input, weight, geometry)
-    if _needs_forward_mode():
+    if autograd.forward_mode():
         output, _ = autograd.ConvReLUMaxPool2dForwardAD.apply(input, weight, bias, tuple(geometry))
     elif _needs_function(input, weight, bias):
         output, _ = autograd.ConvReLUMaxPool2dFunction.apply(input, weight, bias, tuple(geometry))
@@ -176,7 +176,7 @@ def addmm_relu(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, al
 
 
 def _addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
-    if _needs_forward_mode():
+    if autograd.forward_mode():
         return autograd.AddmmReLUForwardAD.apply(input, mat1, mat2, beta, alpha)
     if _needs_function(mat1, mat2, input):
         return autograd.AddmmReLUFunction.apply(input, mat1, mat2, beta, alpha)
@@ -190,15 +190,10 @@ def _needs_function(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _needs_forward_mode() -> bool:
-    """Whether forward-mode derivatives may be asked for."""
-    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
-
-
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast as autocast casts for F.conv2d and F.linear: floating point other than float64, on the autocast device."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -1,0 +1,343 @@
+"""At home in PyTorch: opcheck, torch.func, double backward, compile, export, autocast, a module's life."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.utils.checkpoint import checkpoint
+
+import fastlenet
+from fastlenet import functional
+from fastlenet.autograd import AddmmReLUFunction, ConvReLUMaxPool2dFunction
+
+ALL_ELSE = {"stride": (1, 2), "padding": (2, 1), "groups": 2}
+POOL = {"pool_size": (3, 2), "pool_stride": (2, 1), "pool_padding": 1, "ceil_mode": True}
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.fixture
+def conv_tensors():
+    return double(2, 4, 7, 8), double(4, 2, 3, 2), double(4)
+
+
+@pytest.fixture
+def addmm_tensors():
+    return double(3), double(5, 4), double(4, 3)
+
+
+def fused_conv(input, weight, bias):
+    return functional.conv2d_relu_max_pool2d(input, weight, bias, **ALL_ELSE, **POOL)
+
+
+def fused_addmm(input, mat1, mat2):
+    return functional.addmm_relu(input, mat1, mat2, beta=0.5, alpha=2.0)
+
+
+@pytest.fixture
+def networks():
+    """Fused and stock LeNet in float64, in the same state."""
+    fused, stock = fastlenet.LeNet().double(), fastlenet.StockLeNet().double()
+    stock.load_state_dict(fused.state_dict())
+    return fused, stock
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 1, 32, 32, dtype=torch.float64)
+
+
+def agree(values):
+    """In float64 both compute the same; what is left is the order of sums."""
+    fused, stock = values
+    torch.testing.assert_close(fused, stock, rtol=1e-12, atol=1e-14)
+
+
+# --- derivatives ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("function", "tensors"), [(fused_conv, "conv_tensors"), (fused_addmm, "addmm_tensors")])
+def test_gradients_to_second_order_and_forward_mode(function, tensors, request):
+    tensors = request.getfixturevalue(tensors)
+    assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+@pytest.mark.parametrize("subset", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize(("function", "tensors"), [(fused_conv, "conv_tensors"), (fused_addmm, "addmm_tensors")])
+def test_second_order_of_single_inputs(function, tensors, subset, request):
+    """Some cotangents of a double backward are then undefined."""
+    tensors = [tensor.detach() for tensor in request.getfixturevalue(tensors)]
+    for tensor, needed in zip(tensors, subset, strict=True):
+        tensor.requires_grad_(needed)
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+def test_per_sample_gradients(networks, images):
+    labels = torch.tensor([1, 2, 3])
+
+    def per_sample(network):
+        def loss(parameters, image, label):
+            return F.cross_entropy(functional_call(network, parameters, (image[None],)), label[None])
+
+        parameters = {name: value.detach() for name, value in network.named_parameters()}
+        return vmap(grad(loss), (None, 0, 0))(parameters, images, labels)
+
+    agree(per_sample(network) for network in networks)
+
+
+@pytest.mark.parametrize("jacobian", [jacrev, jacfwd])
+def test_jacobian(jacobian, networks, images):
+    agree(jacobian(network)(images[:1]) for network in networks)
+
+
+def test_jvp(networks, images):
+    agree(jvp(network, (images,), (images.flip(0),)) for network in networks)
+
+
+def test_forward_mode_by_dual_numbers(networks, images):
+    """Without torch.func, and without any requires_grad."""
+
+    def tangent(network):
+        network.requires_grad_(False)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(images, images.flip(0))
+            return torch.autograd.forward_ad.unpack_dual(network(dual)).tangent
+
+    agree(tangent(network) for network in networks)
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), (0, 0), (None, 0)])
+def test_mapped_over_weights_and_images(in_dims, networks, images):
+    stacked, _ = stack_module_state([fastlenet.LeNet().double() for _ in range(3)])
+    single = {name: value[0] for name, value in stacked.items()}
+    state = stacked if in_dims[0] == 0 else single
+    batch = torch.stack([images] * 3) * torch.arange(1, 4).view(3, 1, 1, 1, 1) if in_dims[1] == 0 else images
+    agree(vmap(lambda s, x, n=network: functional_call(n, s, (x,)), in_dims)(state, batch) for network in networks)
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "conv2.bias", "fc2.bias"])
+@pytest.mark.parametrize("outer", [jacfwd, jacrev])
+def test_hessian(outer, name, networks, images):
+    """Forward mode over reverse mode, as torch.func.hessian does it, and reverse over reverse."""
+
+    def of(network):
+        parameters = {name: value.detach() for name, value in network.named_parameters()}
+        return outer(
+            jacrev(lambda value: functional_call(network, {**parameters, name: value}, (images[:1],)).square().sum())
+        )(parameters[name])
+
+    agree(of(network) for network in networks)
+
+
+def test_gradient_penalty_trains(networks, images):
+    """A loss of a gradient, back-propagated into every weight."""
+
+    def gradients(network):
+        inputs = images.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(network(inputs).sum(), inputs, create_graph=True)
+        weights = [value for name, value in network.named_parameters() if "weight" in name]
+        return torch.autograd.grad((slope.norm() - 1) ** 2, weights)
+
+    agree(gradients(network) for network in networks)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant, networks, images):
+    def gradients(network):
+        inputs = images.clone().requires_grad_()
+        checkpoint(network, inputs, use_reentrant=reentrant).sum().backward()
+        return [inputs.grad, *(parameter.grad for parameter in network.parameters())]
+
+    agree(gradients(network) for network in networks)
+
+
+def test_anomaly_detection_and_frozen_parameters(networks, images):
+    fused = networks[0]
+    fused.conv1.requires_grad_(False)
+    fused.fc1.weight.requires_grad_(False)
+    with torch.autograd.set_detect_anomaly(True):
+        fused(images).sum().backward()
+    assert fused.conv1.weight.grad is None
+    assert fused.fc1.weight.grad is None
+    assert fused.fc1.bias.grad is not None
+    assert fused.conv2.weight.grad is not None
+
+
+def test_function_is_skipped_where_no_gradient_is_needed(networks, images, monkeypatch):
+    for function in (ConvReLUMaxPool2dFunction, AddmmReLUFunction):
+        monkeypatch.setattr(function, "apply", None)
+    with torch.no_grad():
+        assert networks[0](images).grad_fn is None
+    with torch.inference_mode():
+        assert networks[0](images).is_inference()
+    assert networks[0].requires_grad_(False)(images).grad_fn is None
+
+
+# --- raw operators, compile, export --------------------------------------------------------------------------------
+
+GEOMETRIES = {
+    "LeNet": ((2, 1, 10, 10), (3, 1, 3, 3), ((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)),
+    "all else": ((2, 4, 7, 8), (4, 2, 3, 2), ((1, 2), (2, 1), (1, 1), 2, (3, 2), (2, 1), (1, 1), (1, 1), True)),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_opcheck_conv(name, layout):
+    size, kernel, geometry = GEOMETRIES[name]
+    tensors = torch.randn(size).contiguous(memory_format=layout), torch.randn(kernel), torch.randn(kernel[0])
+    for return_code in (True, False):
+        args = (*tensors, *geometry, return_code)
+        torch.library.opcheck(torch.ops.fastlenet.conv2d_relu_max_pool2d.default, args)
+    output, code = torch.ops.fastlenet.conv2d_relu_max_pool2d(*tensors, *geometry, True)
+    for mask in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        args = (torch.randn_like(output), *tensors[:2], code, *geometry, mask)
+        torch.library.opcheck(torch.ops.fastlenet.conv2d_relu_max_pool2d_backward.default, args)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("size", [(3,), (5, 3), (5, 1), (), None])
+def test_opcheck_addmm(size, transposed):
+    input = None if size is None else torch.randn(size)
+    mat1, mat2 = torch.randn(5, 4), torch.randn(3, 4).t() if transposed else torch.randn(4, 3)
+    torch.library.opcheck(torch.ops.fastlenet.addmm_relu.default, (input, mat1, mat2, 0.5, 2.0))
+    output = torch.ops.fastlenet.addmm_relu(input, mat1, mat2, 0.5, 2.0)
+    for mask in ((size is not None, True, True), (False, False, True)):
+        args = (torch.randn(5, 3), output, mat1, mat2, size or (), 0.5, 2.0, mask)
+        torch.library.opcheck(torch.ops.fastlenet.addmm_relu_backward.default, args)
+
+
+def test_raw_operators_take_tensors_that_require_gradients():
+    """They are below autograd: the result is right and has no graph."""
+    layer, images = fastlenet.ConvReLUMaxPool2d(1, 3, 3), torch.randn(2, 1, 10, 10)
+    geometry = GEOMETRIES["LeNet"][2]
+    output, _ = torch.ops.fastlenet.conv2d_relu_max_pool2d(images, layer.weight, layer.bias, *geometry, True)
+    assert torch.equal(output, layer(images).detach())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic, networks):
+    fused, stock = (network.float() for network in networks)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(fused, fullgraph=True, dynamic=dynamic, backend=counter)
+    for size in (4, 5, 9) if dynamic else (4,):
+        images, labels = torch.randn(size, 1, 32, 32), torch.arange(size) % 10
+        for network in (compiled, stock):
+            network.zero_grad()
+            F.cross_entropy(network(images), labels).backward()
+        for ours, theirs in zip(fused.parameters(), stock.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), stock(images))
+
+
+def test_one_layer_in_a_compiled_stock_model():
+    model = torch.nn.Sequential(fastlenet.ConvReLUMaxPool2d(1, 3, 3), torch.nn.Flatten(), torch.nn.Linear(75, 2))
+    images = torch.randn(4, 1, 12, 12)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(images), model(images))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exports_with_a_dynamic_batch(strict, networks):
+    fused = networks[0].float()
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(fused, (torch.randn(2, 1, 32, 32),), dynamic_shapes=shapes, strict=strict)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    images = torch.randn(7, 1, 32, 32)
+    torch.testing.assert_close(torch.export.load(file).module()(images), fused(images))
+
+
+# --- autocast ------------------------------------------------------------------------------------------------------
+
+
+def test_autocast_as_stock(networks):
+    """Output and gradient dtypes, in the region, in a disabled one inside it, and for float64."""
+    fused, stock = (network.float() for network in networks)
+    images = torch.randn(4, 1, 32, 32)
+
+    def observe(network):
+        network.zero_grad()
+        seen = []
+        network.conv1.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            output = network(images)
+            with torch.autocast("cpu", enabled=False):
+                inner = network(images)
+        output.float().sum().backward()
+        return seen, output.dtype, inner.dtype, [parameter.grad.dtype for parameter in network.parameters()]
+
+    assert observe(fused) == observe(stock)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused.double()(images.double()).dtype == torch.float64
+
+
+def test_backward_inside_an_autocast_region_keeps_its_dtype():
+    """The forward ran in float32; a cast inside the backward would lose half the digits."""
+    layer, images = fastlenet.ConvReLUMaxPool2d(3, 4, 3), torch.randn(2, 3, 8, 8, requires_grad=True)
+    layer(images).sum().backward()
+    expected = images.grad.clone()
+    images.grad = None
+    output = layer(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        output.sum().backward()
+    assert torch.equal(images.grad, expected)
+
+
+# --- a module's life -----------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_weights_and_states_fit_both_ways():
+    torch.manual_seed(5)
+    fused = fastlenet.LeNet()
+    torch.manual_seed(5)
+    stock = fastlenet.StockLeNet()
+    assert list(fused.state_dict()) == list(stock.state_dict())
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(fused.parameters(), stock.parameters(), strict=True))
+    fused.load_state_dict(stock.state_dict(), strict=True)
+    stock.load_state_dict(fused.state_dict(), strict=True)
+
+
+def test_copies(networks, images):
+    fused = networks[0]
+    expected = fused(images)
+    file = io.BytesIO()
+    torch.save(fused.state_dict(), file)
+    file.seek(0)
+    loaded = fastlenet.LeNet().double()
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), loaded):
+        assert torch.equal(other(images), expected)
+
+
+def test_meta_device_and_to_empty():
+    meta = fastlenet.LeNet(device="meta")
+    assert meta(torch.empty(2, 1, 32, 32, device="meta")).shape == (2, 10)
+    real = meta.to_empty(device="cpu")
+    real.load_state_dict(fastlenet.StockLeNet().state_dict())
+    assert real(torch.randn(2, 1, 32, 32)).isfinite().all()
+
+
+def test_channels_last_model(networks, images):
+    fused, stock = (network.to(memory_format=torch.channels_last) for network in networks)
+    wide = images.expand(3, 1, 32, 32).to(memory_format=torch.channels_last)
+    agree((fused(wide), stock(wide)))
+
+
+def test_repr_names_what_is_not_default():
+    layer = fastlenet.ConvReLUMaxPool2d(3, 4, 5, pool_size=3, pool_stride=2, ceil_mode=True, bias=False)
+    assert layer.extra_repr().endswith("bias=False, pool_size=3, pool_stride=2, ceil_mode=True")

@@ -1,0 +1,190 @@
+"""Bad input gets stock's exception type and a message that names the argument and what it was."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import randn
+
+import fastlenet
+from fastlenet import functional
+
+
+def stock_conv(input, weight, bias=None, *, pool_size=2, pool_stride=None, pool_padding=0, pool_dilation=1, **options):
+    ceil_mode = options.pop("ceil_mode", False)
+    conv = F.relu(F.conv2d(input, weight, bias, **options))
+    return F.max_pool2d(conv, pool_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
+
+
+def conv(function, input=(2, 3, 8, 8), weight=(4, 3, 3, 3), bias=(4,), **options):
+    """Call `function` with random tensors of these sizes; anything else stands for itself."""
+    made = [randn(value) if isinstance(value, tuple) else value for value in (input, weight, bias)]
+    return function(*made, **options)
+
+
+# fmt: off
+CONV = {
+    "input of 2 dimensions": ({"input": (3, 3)}, "input.*[3, 3]"),
+    "input of 5 dimensions": ({"input": (1, 1, 3, 8, 8)}, "input.*[1, 1, 3, 8, 8]"),
+    "input of wrong channels": ({"input": (2, 5, 8, 8)}, "weight of size [4, 3, 3, 3].*input[2, 5, 8, 8].*3 channels"),
+    "unbatched, wrong channels": ({"input": (5, 8, 8)}, "input[5, 8, 8].*3 channels"),
+    "weight of 3 dimensions": ({"weight": (4, 3, 3)}, "weight.*[4, 3, 3]"),
+    "weight without output channels": ({"weight": (0, 3, 3, 3), "bias": (0,)}, "weight.*[0, 3, 3, 3]"),
+    "bias of wrong length": ({"bias": (5,)}, "bias.*4 elements.*[5]"),
+    "bias of 2 dimensions": ({"bias": (4, 1)}, "bias.*1-dimensional.*[4, 1]"),
+    "input of another dtype": ({"input": randn(2, 3, 8, 8).double()}, "input.*weight.*dtype.*float64.*float32"),
+    "bias of another dtype": ({"bias": randn(4).double()}, "input.*bias.*dtype.*float32.*float64"),
+    "input no tensor": ({"input": None}, "'input' must be Tensor, not NoneType"),
+    "weight no tensor": ({"weight": [1.0]}, "'weight' must be Tensor, not list"),
+    "bias no tensor": ({"bias": 1.0}, "'bias' must be Tensor, not float"),
+    "stride 0": ({"stride": 0}, "stride.*at least 1.*0"),
+    "stride negative": ({"stride": (1, -1)}, "stride.*at least 1.*-1"),
+    "stride of three": ({"stride": (1, 1, 1)}, "stride.*(1, 1, 1)"),
+    "stride a string": ({"stride": "a"}, "'stride'.*'a'"),
+    "stride a float": ({"stride": 1.5}, "'stride'.*1.5"),
+    "padding negative": ({"padding": -1}, "padding.*at least 0.*-1"),
+    "padding of an unknown name": ({"padding": "full"}, "padding.*'full'"),
+    "padding same with stride": ({"padding": "same", "stride": 2}, "padding='same'.*stride=(2, 2)"),
+    "dilation 0": ({"dilation": 0}, "dilation.*at least 1.*0"),
+    "groups 0": ({"groups": 0}, "groups.*at least 1.*0"),
+    "groups that do not divide the channels": ({"groups": 2}, "groups=2.*6 channels.*3"),
+    "groups that do not divide the output": (
+        {"input": (2, 6, 8, 8), "weight": (3, 3, 3, 3), "bias": (3,), "groups": 2}, "groups=2.*weight.*[3, 3, 3, 3]"
+    ),
+    "groups a float": ({"groups": 1.0}, "'groups' must be int, not float"),
+    "kernel larger than input": ({"input": (2, 3, 2, 2)}, "kernel.*2 x 2.*3 x 3"),
+    "empty height": ({"input": (2, 3, 0, 8), "padding": 2}, "input of size [2, 3, 0, 8]"),
+    "pool_size 0": ({"pool_size": 0}, "pool_size.*at least 1.*0"),
+    "pool_size of three": ({"pool_size": (1, 2, 3)}, "pool_size.*(1, 2, 3)"),
+    "pool_size a float": ({"pool_size": 2.5}, "'pool_size'.*2.5"),
+    "pool_size too large": ({"pool_size": 9}, "pool_size=(9, 9).*4 x 6 x 6"),
+    "pool_stride 0": ({"pool_stride": 0}, "pool_stride.*at least 1.*0"),
+    "pool_padding too large": ({"pool_padding": 2}, "pool_padding=(2, 2).*pool_size=(2, 2)"),
+    "pool_padding negative": ({"pool_padding": -1}, "pool_padding.*at least 0.*-1"),
+    "pool_dilation 0": ({"pool_dilation": 0}, "pool_dilation.*at least 1.*0"),
+    "ceil_mode no bool": ({"ceil_mode": "x"}, "'ceil_mode' must be bool, not str"),
+}
+# fmt: on
+
+
+def assert_same_error(fused, stock, words):
+    """Both calls raise the same type; the fused one's message holds the words in this order."""
+    with pytest.raises(Exception) as expected:  # noqa: PT011 (stock decides)
+        stock()
+    pattern = ".*".join(re.escape(word) for word in words.split(".*"))
+    with pytest.raises(type(expected.value), match=f"(?s){pattern}"):
+        fused()
+
+
+@pytest.mark.parametrize("name", CONV)
+def test_conv2d_relu_max_pool2d(name):
+    arguments, words = CONV[name]
+    assert_same_error(
+        lambda: conv(functional.conv2d_relu_max_pool2d, **arguments), lambda: conv(stock_conv, **arguments), words
+    )
+
+
+LINEAR = {
+    "features do not fit": (((5, 6), (3, 7), (3,)), "input of 7 features.*[3, 7].*[5, 6]"),
+    "bias of wrong length": (((5, 7), (3, 7), (4,)), "bias.*[5, 3].*[4]"),
+    "bias of wrong length, 3 dimensions": (((2, 5, 7), (3, 7), (4,)), "bias.*[2, 5, 3].*[4]"),
+    "weight of 1 dimension with bias": (((5, 7), (7,), (3,)), "weight.*[7]"),
+    "weight of 3 dimensions": (((5, 7), (2, 3, 7), None), "weight.*[2, 3, 7]"),
+    "input a scalar": (((), (3, 7), (3,)), "input.*1 dimension"),
+    "input of another dtype": ((randn(5, 7).double(), (3, 7), (3,)), "input.*weight.*dtype.*float64.*float32"),
+    "bias of another dtype": (((5, 7), (3, 7), randn(3).double()), "input.*bias.*dtype.*float32.*float64"),
+    "input no tensor": ((None, (3, 7), (3,)), "'input' must be Tensor, not NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_relu(name):
+    arguments, words = LINEAR[name]
+    made = [randn(value) if isinstance(value, tuple) else value for value in arguments]
+    assert_same_error(lambda: functional.linear_relu(*made), lambda: F.relu(F.linear(*made)), words)
+
+
+ADDMM = {
+    "mat1 of 1 dimension": (((3,), (7,), (7, 3)), {}, "mat1.*matrix.*[7]"),
+    "mat2 of 3 dimensions": (((3,), (5, 7), (1, 7, 3)), {}, "mat2.*matrix.*[1, 7, 3]"),
+    "inner sizes do not fit": (((3,), (5, 7), (6, 3)), {}, "mat1 is [5, 7].*mat2 is [6, 3]"),
+    "input does not broadcast": (((4,), (5, 7), (7, 3)), {}, "input.*[5, 3].*[4]"),
+    "input of 3 dimensions": (((1, 5, 3), (5, 7), (7, 3)), {}, "input.*[5, 3].*[1, 5, 3]"),
+    "mat2 of another dtype": (((3,), (5, 7), randn(7, 3).double()), {}, "mat1.*mat2.*dtype.*float32.*float64"),
+    "input of another dtype": ((randn(3).double(), (5, 7), (7, 3)), {}, "mat1.*input.*dtype.*float32.*float64"),
+    "input no tensor": ((None, (5, 7), (7, 3)), {}, "'input' must be Tensor, not NoneType"),
+    "beta a string": (((3,), (5, 7), (7, 3)), {"beta": "a"}, "'beta' must be Number, not str"),
+    "alpha a string": (((3,), (5, 7), (7, 3)), {"alpha": "a"}, "'alpha' must be Number, not str"),
+}
+
+
+@pytest.mark.parametrize("name", ADDMM)
+def test_addmm_relu(name):
+    arguments, options, words = ADDMM[name]
+    made = [randn(value) if isinstance(value, tuple) else value for value in arguments]
+    assert_same_error(
+        lambda: functional.addmm_relu(*made, **options), lambda: F.relu(torch.addmm(*made, **options)), words
+    )
+
+
+@pytest.mark.parametrize("name", ["", "cuda", "Triton"])
+def test_unknown_backend(name):
+    with (
+        pytest.raises(ValueError, match=f"backend must be one of 'auto', 'triton', 'aten', but got '{name}'"),
+        fastlenet.use_backend(name),
+    ):
+        pass
+    assert fastlenet.backend() == "auto"
+
+
+def test_unknown_backend_in_the_environment(monkeypatch):
+    monkeypatch.setenv("FASTLENET_BACKEND", "cudnn")
+    with pytest.raises(ValueError, match=r"FASTLENET_BACKEND must be one of .*'cudnn'"):
+        conv(functional.conv2d_relu_max_pool2d)
+
+
+def test_backend_is_restored_after_an_error():
+    with pytest.raises(KeyError), fastlenet.use_backend("aten"):
+        raise KeyError
+    assert fastlenet.backend() == "auto"
+
+
+@pytest.mark.parametrize("layer", [fastlenet.ConvReLUMaxPool2d(3, 4, 3), fastlenet.LinearReLU(8, 4)])
+def test_forced_triton_on_a_cpu_says_what_to_do(layer, monkeypatch):
+    """Never a silent fallback: the error names the device and the two ways out."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with fastlenet.use_backend("triton"), pytest.raises(RuntimeError, match=r"forced.*cpu.*GPU.*TRITON_INTERPRET=1"):
+        layer(randn(2, 3, 8, 8))
+
+
+def test_log_says_why_aten_was_taken(caplog):
+    with caplog.at_level(logging.DEBUG, logger="fastlenet"):
+        conv(functional.conv2d_relu_max_pool2d)
+    assert "conv2d_relu_max_pool2d of (2, 3, 8, 8) torch.float32 runs on ATen: the input is on cpu" in caplog.text
+
+
+def test_backend_of_a_tensor():
+    assert fastlenet.backend(randn(2)) == "aten"
+    with fastlenet.use_backend("aten"):
+        assert fastlenet.backend() == "aten"
+
+
+def test_explain_lists_sites_shapes_and_reasons():
+    table = fastlenet.explain(fastlenet.LeNet(), randn(2, 1, 32, 32))
+    assert [site.name for site in table.sites] == ["conv1", "conv2", "fc1", "fc2"]
+    assert table.sites[0].input == "2x1x32x32 float32"
+    assert table.sites[0].output == "2x6x14x14 float32"
+    assert {site.implementation for site in table.sites} == {"aten"}
+    assert "the input is on cpu" in str(table)
+    assert "(no fused operators)" in str(fastlenet.explain(fastlenet.StockLeNet()))
+
+
+def test_explain_shows_what_a_forced_backend_would_raise(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with fastlenet.use_backend("triton"):
+        table = fastlenet.explain(fastlenet.LeNet())
+    assert {site.implementation for site in table.sites} == {"none"}

@@ -47,6 +47,14 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
     return sum(present[1:], present[0]) if present else None
 
 
+def _defined(tangents: tuple[Any, ...], shapes: tuple[Any, ...], needs: tuple[bool, ...], like: Tensor) -> Any:
+    """Stand zeros in for tangents that are not there: PyTorch takes no None from a `jvp` with several outputs."""
+    return tuple(
+        like.new_zeros(shape if needed else 0) if tangent is None or not needed else tangent
+        for tangent, shape, needed in zip(tangents, shapes, needs, strict=True)
+    )
+
+
 def _to_front(tensor: Any, dim: int | None, size: int) -> Any:
     """Move a mapped dimension to the front, or add one of `size` where the tensor is not mapped."""
     if tensor is None:
@@ -197,7 +205,8 @@ class ConvReLUMaxPool2dBackwardForwardAD(ConvReLUMaxPool2dBackward):
         by_grad = grads(grad_tangent, input, weight, needs)
         by_weight = grads(grad_output, input, weight_tangent, (needs[0], False, False))
         by_input = grads(grad_output, input_tangent, weight, (False, needs[1], False))
-        return _sum(by_grad[0], by_weight[0]), _sum(by_grad[1], by_input[1]), by_grad[2]
+        tangents = _sum(by_grad[0], by_weight[0]), _sum(by_grad[1], by_input[1]), by_grad[2]
+        return _defined(tangents, (input.shape, weight.shape, weight.shape[:1]), needs, input)
 
 
 def _grouped(geometry: tuple[Any, ...], size: int) -> tuple[Any, ...]:
@@ -390,7 +399,8 @@ class AddmmReLUBackwardForwardAD(AddmmReLUBackward):
             None if along is None else mat1.t() @ along * ctx.alpha,
             None if mat1_tangent is None else mat1_tangent.t() @ grad,
         )
-        return _requested((by_input, by_mat1, by_mat2), ctx.needs)  # type: ignore[arg-type]
+        shapes = ctx.input_size, mat1.shape, mat2.shape
+        return _defined((by_input, by_mat1, by_mat2), shapes, tuple(ctx.needs), mat1)
 
 
 def _addmm_tangent(

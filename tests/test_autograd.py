@@ -69,7 +69,7 @@ def agree(values):
 def test_gradients_to_second_order_and_forward_mode(function, tensors, request):
     tensors = request.getfixturevalue(tensors)
     assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors, check_fwd_over_rev=True)
 
 
 @pytest.mark.parametrize("subset", [(True, False, False), (False, True, False), (False, False, True)])

@@ -208,7 +208,7 @@ CONV_CASES = [
 SHIPPED_CONV = [
     conv_case("two tiles of rows, channels and depth", (2, 70, 4, 5), (5, 70, 2, 2)),
     conv_case("two tiles of output channels", (2, 2, 7, 8), (70, 2, 3, 3), pool_size=(2, 1), pool_stride=(2, 2)),
-    conv_case("several parts", (5, 3, 15, 13), (6, 3, 3, 3), stride=1, pool_size=2),
+    conv_case("several parts", (8, 3, 15, 13), (6, 3, 3, 3), stride=1, pool_size=2),
     conv_case("groups, overlap and all else", (2, 6, 9, 8), (40, 3, 2, 3), groups=2, stride=(1, 2), padding=1,
               dilation=(2, 1), pool_size=3, pool_stride=(2, 1), pool_padding=1, ceil_mode=True),
 ]  # fmt: skip
@@ -269,7 +269,7 @@ ADDMM_CASES = [
 
 SHIPPED_ADDMM = [
     AddmmCase("partial tiles everywhere", 67, 70, 71, (71,)),
-    AddmmCase("several parts", 150, 5, 20, (20,)),
+    AddmmCase("several parts", 250, 5, 20, (20,)),
     AddmmCase("full addend", 67, 18, 65, (67, 65), beta=0.5, alpha=-2),
 ]
 

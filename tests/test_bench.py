@@ -1,0 +1,406 @@
+"""The benchmark harness: that it counts, judges, times and records what it says, on tiny shapes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from harness.judge import assert_as_accurate
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from bench import memory, report, rivals, run, timing, work  # noqa: E402
+from bench.work import BACKWARD, BOTH, FORWARD, KERNEL, LENET, TRAIN_STEP, ConvCase, LinearCase, Work  # noqa: E402
+
+CPU = torch.device("cpu")
+CONV = ConvCase("tiny", 2, 9, 3, 3, padding=1, pool=3, pool_padding=1)
+LINEAR = LinearCase("tiny", 5, 4)
+MODES = [(torch.float32, "ieee"), (torch.bfloat16, "bf16")]
+WORKS = [Work(case, 3, *mode, way) for case in (CONV, LINEAR) for mode in MODES for way in (FORWARD, BACKWARD, BOTH)]
+WORKS += [Work(LENET, 4, *mode, direction) for mode in MODES for direction in (FORWARD, TRAIN_STEP)]
+
+
+# ---- what is counted
+
+
+def test_cost_of_lenet_is_the_counted_one():
+    assert LENET.cost(FORWARD, 4)[:2] == (833_040, 16_744)
+    assert LENET.cost(TRAIN_STEP, 4).flops == 1_367_520
+    assert LENET.cost(TRAIN_STEP, 4, dense=True).flops == 2_263_920
+    assert LENET.cost(FORWARD, 4).fixed_bytes == 61_706 * 4
+    # Layer by layer, and each gradient by a kernel of its own, it is about 53 KB.
+    assert 44_000 < LENET.cost(TRAIN_STEP, 4).bytes < 53_000
+
+
+def test_cost_counts_only_cells_under_a_window():
+    # A 5x5 convolution output of which a 2/2 pool sees 4x4 cells.
+    case = ConvCase("", 1, 7, 1, 3)
+    assert case.output_shape == (1, 2, 2)
+    assert case.cost(FORWARD, 4).flops == 2 * 16 * 9
+    # One cell of four carries a gradient.
+    assert case.cost(BACKWARD, 4).flops == 2 * 2 * 4 * 9
+    assert case.cost(BACKWARD, 4, dense=True).flops == 2 * 2 * 16 * 9
+    # Overlapping windows look at each cell once: 7x7 of them; the code is one byte a pooled cell.
+    overlapping = ConvCase("", 1, 9, 1, 3, pool=3, pool_stride=2)
+    assert overlapping.cost(FORWARD, 4).flops == 2 * 49 * 9
+    assert overlapping.cost(BOTH, 4).bytes == overlapping.cost(FORWARD, 4).bytes + (9 + 2 * 81) * 4 + 2 * 9
+
+
+@pytest.mark.parametrize("name", run.SUITES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_suite_holds_what_the_issues_ask_for(name, device):
+    works = list(work.suite(name, device))
+    assert len({w.label for w in works}) == len(works)
+    steps = {w.batch for w in works if w.direction == TRAIN_STEP}
+    assert steps == {1, 64, 1024, 8192}
+    inference = {w.batch for w in works if w.case is LENET and w.direction == FORWARD}
+    assert inference >= {1, 64, 1024, 8192}
+    assert (65536 in inference) == (name == "full" or device == "cuda")
+    assert {w.precision for w in works} == {"ieee", "bf16"} | ({"tf32"} if device == "cuda" else set())
+    assert any(w.level == KERNEL for w in works) == (device == "cuda")
+    assert not any(w.level == KERNEL and w.direction == TRAIN_STEP for w in works)
+
+
+# ---- the data
+
+
+@pytest.mark.parametrize("some", WORKS, ids=lambda w: w.label)
+def test_setup_is_the_same_every_time(some):
+    first, second = (work.setup(some, CPU, cache_bytes=0) for _ in range(2))
+    assert len(first.sets) == max(2, work.parity_sets(some))
+    for mine, theirs in zip(first.sets, second.sets, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert torch.equal(a, b)
+    assert all(torch.equal(first.parameters[name], second.parameters[name]) for name in first.parameters)
+
+
+def test_training_images_have_clear_decisions():
+    step = Work(LENET, 200, direction=TRAIN_STEP)
+    data = work.setup(step, CPU, cache_bytes=0)
+    exact = data.to(torch.float64)
+    for input, _ in exact.sets:
+        assert not LENET.undecided(input, exact.parameters, step.epsilon).any()
+    # Without the choice some are not clear: the choice does something.
+    unchosen = work.setup(step, CPU, cache_bytes=0, choose=False).to(torch.float64)
+    assert LENET.undecided(unchosen.sets[0][0], exact.parameters, 4 * step.epsilon).any()
+
+
+def test_undecided_finds_ties_and_relus_at_their_edge():
+    case = ConvCase("", 1, 4, 1, 1, pool=2)
+    parameters = {"weight": torch.ones(1, 1, 1, 1).double(), "bias": torch.zeros(1).double()}
+    image = torch.tensor([[5, 5, 1, 2], [0, 0, 3, 4], [-1, -1, 0, -3], [-2, -1, -4, -5]]).double().reshape(1, 1, 4, 4)
+    # A tie; clear; closed whatever wins; at the edge.
+    assert case.undecided(image, parameters, 1e-3).flatten().tolist() == [True, False, False, True]
+
+
+# ---- implementations
+
+
+@pytest.mark.parametrize("some", WORKS, ids=lambda w: w.label)
+def test_every_implementation_computes_the_same(some):
+    with rivals.precision_mode(some.precision):
+        calls, rows = run.check(some, CPU)
+    assert {name: row.get("why") for name, row in rows.items() if not row["ok"]} == {}
+    assert list(calls) == [name for name in ("fastlenet", "eager", "channels_last") if name in rows]
+    assert ("channels_last" in rows) == (not isinstance(some.case, LinearCase))
+
+
+def test_results_start_from_the_same_parameters_every_time():
+    step = Work(LENET, 4, direction=TRAIN_STEP)
+    call = rivals.Call(step, rivals.EAGER, work.setup(step, CPU, cache_bytes=0))
+    first, second = call.results(1), call.results(1)
+    assert first.keys() == {"loss"} | {f"gradient of {n}" for n in LENET.parameter_shapes} | {
+        f"{n} after the step" for n in LENET.parameter_shapes
+    }
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    moved = first["conv1.weight after the step"] - call.parameters["conv1.weight"].detach()
+    assert float((moved + rivals.LEARNING_RATE * first["gradient of conv1.weight"]).abs().max()) < 1e-7
+    assert float(moved.abs().max()) > 0
+
+
+def test_precision_mode_is_put_back():
+    before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    inside = []
+
+    def fail():
+        with rivals.precision_mode("tf32"):
+            inside.append(torch.backends.cuda.matmul.fp32_precision)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert inside == ["tf32"]
+    assert before == (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+
+
+def test_competitors_on_a_gpu():
+    gpu = torch.device("cuda")
+    names = {i.name for i in rivals.competitors(Work(LENET, 64, compiled=True), gpu)}
+    assert names == {i.name for i in rivals.IMPLEMENTATIONS}
+    step = {i.name for i in rivals.competitors(Work(LENET, 64, direction=TRAIN_STEP), gpu)}
+    assert step == {
+        "fastlenet", "eager", "channels_last", "fastlenet graphed", "eager graphed", "channels_last graphed",
+    }  # fmt: skip
+    kernel = {i.name for i in rivals.competitors(Work(CONV, 64, level=KERNEL), gpu)}
+    assert kernel == {"fastlenet", "eager", "channels_last", "library", "library channels_last"}
+
+
+# ---- parity
+
+
+def _results(values: torch.Tensor, **others: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    return [{"output": values, **others}]
+
+
+@pytest.mark.parametrize(("factor", "fine"), [(0.0, True), (1.9, True), (2.5, False), (1e3, False)])
+def test_parity_agrees_with_the_tests_judge(factor, fine, generator):
+    reference = torch.randn(2000, dtype=torch.float64, generator=generator)
+    noise = 1e-4 * torch.randn(2000, dtype=torch.float64, generator=generator)
+    stock, actual = (reference + noise).float(), (reference + factor * noise).float()
+    verdict = timing.parity(_results(actual), _results(stock), _results(reference))
+    assert (verdict is None) == fine
+    if fine:
+        assert_as_accurate(actual, stock, reference, dtype=torch.float32)
+    else:
+        with pytest.raises(AssertionError):
+            assert_as_accurate(actual, stock, reference, dtype=torch.float32)
+        assert "output" in verdict
+
+
+@pytest.mark.parametrize("spoil", ["nan", "shape", "small"])
+def test_parity_sees_single_wrong_values(spoil, generator):
+    reference = torch.randn(500, dtype=torch.float64, generator=generator)
+    small = torch.randn(6, dtype=torch.float64, generator=generator)
+    stock = _results(reference.float(), bias=small.float())
+    actual = _results(reference.float(), bias=small.float())
+    assert timing.parity(actual, stock, _results(reference, bias=small)) is None
+    if spoil == "nan":
+        actual[0]["output"][7] = torch.nan
+    elif spoil == "shape":
+        actual[0]["output"] = actual[0]["output"][:-1]
+    else:
+        actual[0]["bias"][3] *= 1.001
+    assert timing.parity(actual, stock, _results(reference, bias=small)) is not None
+
+
+def test_a_red_check_prints_no_time(monkeypatch):
+    some = Work(LINEAR, 3)
+    build = rivals.build
+
+    def spoiled(work, form):
+        model = build(work, form)
+        if form == rivals.FUSED:
+            forward = model.function
+            model.function = lambda *args, **options: forward(*args, **options) * 1.01
+        return model
+
+    monkeypatch.setattr(rivals, "build", spoiled)
+    rows = {row["impl"]: row for row in run.measure(some, CPU, budget=0, rounds=2)}
+    assert not rows["fastlenet"]["ok"]
+    assert rows["fastlenet"]["median"] is None
+    assert "error" in rows["fastlenet"]["why"]
+    assert rows["eager"]["ok"]
+    assert "fastlenet red" in report.line(list(rows.values()))
+
+
+def test_an_implementation_that_fails_leaves_the_others_alone(monkeypatch):
+    def explode(*_):
+        raise RuntimeError("cannot\nrun")
+
+    monkeypatch.setattr(memory, "saved_bytes_per_image", explode)
+    rows = run.measure(Work(LINEAR, 3), CPU, budget=0, rounds=2)
+    assert {row["why"] for row in rows} == {"RuntimeError: cannot"}
+
+
+# ---- timing
+
+
+def test_interleaving_turns_the_order_and_keeps_to_its_rounds(monkeypatch):
+    some = Work(LINEAR, 2)
+    data = work.setup(some, CPU, cache_bytes=0)
+    calls = {i.name: rivals.Call(some, i, data) for i in rivals.competitors(some, CPU)}
+    seen = []
+    names = {id(call): name for name, call in calls.items()}
+
+    def sample(call, device, repeats, first=0):
+        seen.append(names[id(call)])
+        return 1e-3
+
+    monkeypatch.setattr(timing, "sample", sample)
+    timings = timing.interleave(calls, CPU, budget=0, min_rounds=3)
+    assert seen[4:] == ["fastlenet", "eager", "eager", "fastlenet", "fastlenet", "eager"]
+    assert timings["eager"] == timing.Timing(1e-3, 0.0, 1e-3, 3)
+
+
+def test_bystanders_are_seen(monkeypatch):
+    readings = iter([(10.0, 20.0, 5.0), (14.0, 24.0, 7.0), (10.0, 20.0, 5.0), (14.0, 24.0, 9.0), None])
+    monkeypatch.setattr(timing.Bystanders, "_read", staticmethod(lambda: next(readings)))
+    # Of four CPU seconds, all busy, this process had two; then all four; then nobody knows.
+    assert timing.Bystanders().crowded() is True
+    watcher = timing.Bystanders()
+    assert watcher.crowded() is False
+    assert watcher.crowded() is None
+
+
+def test_floor_is_the_longer_of_memory_and_arithmetic():
+    rates = timing.Rates(copy={1_000: 4e9, 1_000_000: 1e9}, matrix={"ieee": 1e12, "bf16": 4e12}, fma=2e12)
+    memory_bound, arithmetic_bound = work.Cost(0, 4_000_000), work.Cost(1e9, 4)
+    assert rates.floor(memory_bound, 2, "bf16") == pytest.approx(8e-3)
+    assert rates.floor(arithmetic_bound, 2, "ieee") == pytest.approx(1e-3)
+    assert rates.floor(arithmetic_bound, 2, "bf16") == pytest.approx(0.5e-3)
+    # What fits a cache may be as fast as a copy there.
+    assert rates.floor(work.Cost(0, 1_000), 1, "ieee") == pytest.approx(0.25e-6)
+    better = rates.best(timing.Rates({1_000: 1.0, 1_000_000: 2e9}, {"ieee": 2e12, "bf16": 1.0}, 1.0))
+    assert better == timing.Rates({1_000: 4e9, 1_000_000: 2e9}, {"ieee": 2e12, "bf16": 4e12}, 2e12)
+
+
+# ---- memory
+
+
+def test_saved_bytes_are_those_of_the_contract():
+    step = Work(LENET, 4, direction=TRAIN_STEP)
+    data = work.setup(step, CPU, cache_bytes=0)
+    saved = {i.name: memory.saved_bytes_per_image(rivals.Call(step, i, data)) for i in rivals.IMPLEMENTATIONS[:2]}
+    assert saved["fastlenet"] <= 12_800
+    assert saved["eager"] == 49_040
+    assert memory.saved_bytes_per_image(rivals.Call(Work(LENET, 4), rivals.EAGER, data)) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_of_a_step_is_at_least_what_autograd_keeps():
+    step = Work(LENET, 2048, direction=TRAIN_STEP)
+    peak = memory.cpu_peak_bytes(step, rivals.EAGER)
+    if peak is None:
+        pytest.skip("this system does not let a process reset its peak")
+    # All saved activations but the input, which was there before; and not several times as much.
+    kept = 2048 * (49_040 - 4_096)
+    assert kept < peak < 4 * kept
+
+
+# ---- the commands
+
+
+RATES = timing.Rates({2**20: 1e10}, {"ieee": 1e11, "bf16": 1e11}, None)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The results file of a run of three tiny comparisons, and what the run printed."""
+    works = [replace(WORKS[0], case=CONV), Work(LENET, 2, direction=TRAIN_STEP), Work(LENET, 4, direction=TRAIN_STEP)]
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(run, "suite", lambda *_: iter(works))
+        patch.setattr(timing.Rates, "measure", classmethod(lambda *_: RATES))
+        assert run.main(["--results", str(folder), "--budget", "0", "--rounds", "2"]) == 0
+    [path] = folder.glob("*/*.json")
+    return path, out.getvalue()
+
+
+def test_bench_writes_what_the_contract_says(tiny):
+    path, out = tiny
+    results = json.loads(path.read_text())
+    about = results["environment"]
+    assert path.parent.name == about["device_slug"]
+    assert path.stem == f"{about['date']}-{(about['commit'] or 'unknown')[:10]}"
+    assert {"device", "driver", "cuda", "torch", "triton", "python", "commit", "dirty", "precision", "clocks"} <= set(
+        about
+    )
+    assert about["bench"]["not_measured"] == []
+    assert len(results["rows"]) == 9
+    for row in results["rows"]:
+        assert {
+            "name", "impl", "batch", "dtype", "precision", "direction", "unit", "median", "iqr", "n", "ns_per_image",
+            "saved_bytes_per_image", "ok", "floor_ns_per_image", "peak_bytes", "compile_seconds", "shape",
+        } <= set(row)  # fmt: skip
+        assert row["ok"]
+        assert row["n"] == 2
+        assert row["unit"] == "us"
+        assert row["ns_per_image"] == pytest.approx(row["median"] * 1e3 / row["batch"])
+        assert row["floor_ns_per_image"] > 0
+    assert "LeNet training step" in out
+    assert str(path) in out
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_bench_stops_at_its_limit_and_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(timing.Rates, "measure", classmethod(lambda *_: RATES))
+    assert run.main(["--results", str(tmp_path), "--limit", "0", "--filter", "lenet train_step 64 "]) == 0
+    [path] = tmp_path.glob("*/*.json")
+    results = json.loads(path.read_text())
+    assert results["environment"]["bench"]["not_measured"] == ["LeNet train_step 64 ieee"]
+    assert results["rows"] == []
+    assert "time is up" in capsys.readouterr().out
+    assert report.main([str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_report_makes_a_page_and_a_picture(tiny, tmp_path):
+    pytest.importorskip("matplotlib")
+    path, _ = tiny
+    assert report.main(["--results", str(path.parents[1]), "--output", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / f"{path.stem}.md").read_text()
+    assert "none is modelled" in page
+    assert f"![How fast LeNet runs, stock eager being 1]({path.stem}.png)" in page
+    assert "| LeNet training step | 4 | float32 ieee |" in page
+    assert torch.__version__ in page
+    assert (tmp_path / "page" / f"{path.stem}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_marks_what_is_modelled(tiny):
+    results = json.loads(tiny[0].read_text())
+    for row in results["rows"]:
+        if row["impl"] == "fastlenet":
+            row["source"] = "modelled"
+    page = report.as_markdown(results, None)
+    assert "modelled in part" in page
+    assert page.count("(modelled)") >= 3
+
+
+def test_ratios_and_their_certainty():
+    def row(impl, median, iqr, **others):
+        base = {"name": "LeNet", "level": "module", "direction": "forward", "batch": 2, "dtype": "float32"}
+        base |= {"precision": "ieee", "impl": impl, "median": median, "iqr": iqr, "ok": True}
+        return base | {"ns_per_image": median and median * 500, "floor_ns_per_image": 1000.0} | others
+
+    rows = [row("fastlenet", 10.0, 1.0), row("eager", 25.0, 2.0), row("channels_last", 10.4, 1.0)]
+    rows.append(row("compiled", None, None, ok=False))
+    [comparison] = report.comparisons(rows)
+    assert [comparison.ratio_text(name) for name in comparison.rows] == ["1.00x~", "2.50x", "1.04x~", "red"]
+    assert comparison.ratio_text("absent") == ""
+    assert comparison.floor_ratio == 5
+    assert report.noise(rows) is None
+    assert "Noisy" in report.noise([row("eager", 10.0, 5.0)])
+    assert "Noisy" in report.noise([row("eager", 10.0, 0.0, crowded=True)])
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (run.main, ["--suite", "huge"]),
+        (run.main, ["--filter", "no such thing"]),
+        (run.main, ["--threads", "0"]),
+        (run.main, ["--rounds", "1"]),
+        (run.main, ["--budget", "nan"]),
+        (run.main, ["--results", "/proc/nowhere", "--limit", "0"]),
+        (report.main, ["/no/such/file.json"]),
+        (report.main, ["--results", "/no/such/folder"]),
+        (report.main, [__file__]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_bad_input_gets_one_line_and_exit_code_2(command, arguments, capsys, monkeypatch):
+    monkeypatch.setattr(timing.Rates, "measure", classmethod(lambda *_: RATES))
+    try:
+        code = command(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -68,9 +68,11 @@ class Launchers:
         assert len(records) <= 1
         return records[0] if records else None
 
-    def conv(self, case, dtype, *, bias=True, code=True, masks=((True, False, False), (False, True, True)), make=None):
+    def conv(
+        self, case, dtype, *, bias=True, code=True, masks=((True, False, False), (False, True, True)), tensors=None
+    ):
         """Forward, then a backward for each mask; yields the product kernel of each."""
-        tensors = make() if make else case.random(dtype)
+        tensors = tensors or case.random(dtype)
         output, codes = conv.conv2d_relu_max_pool2d(
             tensors["input"], tensors["weight"], tensors["bias"] if bias else None, case.geometry, code
         )
@@ -202,11 +204,11 @@ def test_addresses_of_64_bits(target, mode, monkeypatch):
 
 def test_a_tensor_beyond_two_to_the_31_gets_64_bits():
     """The launchers choose the variant themselves, and strides that need 64 bits are passed as such."""
-    image = far_apart(torch.zeros(2, 16, 14, 14, dtype=torch.uint8)[:, :, :, :].half()[:2].repeat(2, 1, 1, 1))
     case = channels(16)
+    tensors = case.random(torch.float16)
+    tensors["input"] = far_apart(torch.cat([tensors["input"]] * 2))
     with compiling_for("sm_90") as records:
-        make = lambda: {**case.random(torch.float16), "input": image}  # noqa: E731
-        forward, grad_input, grad_weight = Launchers(records).conv(case, torch.float16, make=make)
+        forward, grad_input, grad_weight = Launchers(records).conv(case, torch.float16, tensors=tensors)
     assert [str(r.constexprs["INDEX"]) for r in (forward, grad_input, grad_weight)] == ["int64", "int32", "int64"]
 
 

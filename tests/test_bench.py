@@ -149,6 +149,9 @@ def test_competitors_on_a_gpu():
     assert step == {
         "fastlenet", "eager", "channels_last", "fastlenet graphed", "eager graphed", "channels_last graphed",
     }  # fmt: skip
+    # Backward alone keeps the outputs of several forwards, which modes with CUDA graphs of their own overwrite.
+    backward = {i.name for i in rivals.competitors(Work(CONV, 64, direction=BACKWARD, compiled=True), gpu)}
+    assert backward == {"fastlenet", "eager", "channels_last", "compiled"}
     kernel = {i.name for i in rivals.competitors(Work(CONV, 64, level=KERNEL), gpu)}
     assert kernel == {"fastlenet", "eager", "channels_last", "library", "library channels_last"}
 
@@ -379,6 +382,59 @@ def test_ratios_and_their_certainty():
     assert report.noise(rows) is None
     assert "Noisy" in report.noise([row("eager", 10.0, 5.0)])
     assert "Noisy" in report.noise([row("eager", 10.0, 0.0, crowded=True)])
+
+
+def test_a_comparison_that_breaks_down_is_named_and_the_rest_goes_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(timing.Rates, "measure", classmethod(lambda *_: RATES))
+    monkeypatch.setattr(run, "suite", lambda *_: iter([Work(LINEAR, 3), Work(LINEAR, 4)]))
+    interleave = timing.interleave
+
+    def break_down_once(calls, *args, **options):
+        if next(iter(calls.values())).work.batch == 3:
+            raise RuntimeError("out of\nmemory")
+        return interleave(calls, *args, **options)
+
+    monkeypatch.setattr(run, "interleave", break_down_once)
+    assert run.main(["--results", str(tmp_path), "--budget", "0", "--rounds", "2"]) == 1
+    assert "RuntimeError: out of\n" in capsys.readouterr().out
+    [path] = tmp_path.glob("*/*.json")
+    results = json.loads(path.read_text())
+    assert results["environment"]["bench"]["not_measured"] == ["linear_relu tiny forward 3 ieee"]
+    assert {row["batch"] for row in results["rows"]} == {4}
+
+
+def test_goals_are_set_against_the_results():
+    def row(impl, median, direction="train_step", batch=1024, **others):
+        base = {"name": "LeNet", "level": "module", "direction": direction, "batch": batch, "dtype": "float32"}
+        base |= {"precision": "ieee", "impl": impl, "median": median, "ok": median is not None}
+        return base | {"saved_bytes_per_image": 12_792, "peak_bytes": None} | others
+
+    rows = [row("fastlenet", 10.0), row("eager", 26.0), row("channels_last", 14.0), row("compiled", 30.0)]
+    rows += [row("fastlenet", None, "forward"), row("eager", 20.0, "forward")]
+    rows += [row("fastlenet", 10.0, batch=8192, peak_bytes=40), row("eager", 9.0, batch=8192, peak_bytes=100)]
+    rows += [
+        row(name, value, level="operator", name="VGG", direction="forward")
+        for name, value in (("fastlenet", 10.0), ("eager", 9.0))
+    ]
+    head, *lines = report.goals({"environment": {"device_slug": "cpu-some"}, "rows": rows})
+    assert head[2] == "against the best of eager, channels_last, compiled"
+    assert lines == [
+        ["LeNet training step, batch 1024", "2.60x, goal >= 2.5x: met", "1.40x, goal >= 1.5x: missed"],
+        ["LeNet inference, batch 1024", "goal >= 2x: not measured", "goal >= 1.2x: not measured"],
+        ["peak memory, LeNet training step, batch 8192", "0.40x, goal <= 0.5x: met", ""],
+        ["saved for backward, bytes per image", "12,792 B, goal <= 12,800 B: met", ""],
+        ["worst operator: VGG forward, batch 1024, float32 ieee", "0.90x, goal >= 0.95x: missed", ""],
+    ]
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_tables_print_with_and_without_rich(tiny, rich, monkeypatch, capsys):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich", None)
+    report.print_tables(json.loads(tiny[0].read_text()))
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("Goals", "Networks", "Operators", "channels_last", "12,792 B"))
+    assert "…" not in out
 
 
 @pytest.mark.parametrize(

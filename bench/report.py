@@ -1,0 +1,554 @@
+"""``fastlenet report``: a results file as a Markdown page and a picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastlenet import environment
+from fastlenet.__main__ import Parser, complain
+from fastlenet.support import InputError, MissingPackageError, atomic_write, import_extra
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS, EAGER = "fastlenet", "eager"
+# What makes rows one comparison.
+KEY = ("name", "level", "direction", "batch", "dtype", "precision")
+NAMES = {
+    ("LeNet", "train_step"): "LeNet training step",
+    ("LeNet", "forward"): "LeNet inference",
+}
+DIRECTIONS = {"forward": "forward", "backward": "backward", "forward_backward": "forward + backward"}
+LEGEND = (
+    "Times are medians of interleaved rounds in one process, with the interquartile range. A rival's column says how "
+    "many times as long it takes as fastlenet: above 1x fastlenet is faster; ~ marks ranges that overlap, so no clear "
+    "difference. 'floor' is how many times as long fastlenet takes as the least memory traffic and arithmetic would at "
+    "the rates measured on this device. 'red' means that the parity check failed, so there is no time."
+)
+
+Row = dict[str, Any]
+
+
+class Goal(NamedTuple):
+    """What the project promised of one comparison of LeNet.
+
+    Attributes:
+        direction: of the comparison.
+        batch: of the comparison.
+        eager: against stock eager: how many times as fast at least, or of memory which part at most.
+        best: the same against the best of `rivals`, or None.
+        memory: the goal is about peak memory, not time.
+    """
+
+    direction: str
+    batch: int
+    eager: float
+    best: float | None = None
+    memory: bool = False
+
+
+@dataclass(frozen=True)
+class Goals:
+    """A kind of device's goals; `precision` and `rivals` (which "the best" is chosen from) hold for all."""
+
+    precision: str
+    rivals: tuple[str, ...]
+    goals: tuple[Goal, ...]
+    saved_bytes: int = 12_800
+    worst_operator: float = 0.95
+
+
+CPU_GOALS = Goals(
+    "ieee",
+    (EAGER, "channels_last", "compiled"),
+    (
+        Goal("train_step", 1024, 2.5, 1.5),
+        Goal("train_step", 64, 2.0, 1.3),
+        Goal("train_step", 1, 1.0),
+        Goal("forward", 1024, 2.0, 1.2),
+        Goal("train_step", 8192, 0.5, memory=True),
+    ),
+)
+GPU_GOALS = Goals(
+    "tf32",
+    ("compiled", "compiled reduce-overhead", "compiled max-autotune"),
+    (Goal("train_step", 8192, 4.5, 3.0), Goal("forward", 8192, 5.0, 3.0)),
+    worst_operator=1.0,
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of one comparison, by implementation."""
+
+    rows: dict[str, Row]
+
+    @property
+    def first(self) -> Row:
+        """Some row: all agree in what was computed."""
+        return next(iter(self.rows.values()))
+
+    def median(self, name: str) -> float | None:
+        """Median of an implementation, or None where it was not measured or failed its check."""
+        row = self.rows.get(name)
+        return row["median"] if row is not None and row["ok"] else None
+
+    def ratio(self, name: str) -> float | None:
+        """How many times as long as fastlenet an implementation takes."""
+        ours, theirs = self.median(OURS), self.median(name)
+        return theirs / ours if ours and theirs else None
+
+    def ratio_text(self, name: str) -> str:
+        """The ratio as a table shows it."""
+        if name not in self.rows:
+            return ""
+        ratio = self.ratio(name)
+        if ratio is None:
+            return "" if self.rows[name]["ok"] else "red"
+        apart = abs(self.median(name) - self.median(OURS)) > (self.rows[name]["iqr"] + self.rows[OURS]["iqr"]) / 2
+        return f"{ratio:.2f}x" + ("" if apart else "~") + modelled(self.rows[name], self.rows[OURS])
+
+    @property
+    def floor_ratio(self) -> float | None:
+        """How many times its floor fastlenet takes."""
+        row = self.rows.get(OURS)
+        if row is None or not row["ok"] or not row["floor_ns_per_image"]:
+            return None
+        return row["ns_per_image"] / row["floor_ns_per_image"]
+
+
+def comparisons(rows: Iterable[Row]) -> list[Comparison]:
+    """Group rows by what they compare, in order."""
+    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(name) for name in KEY), {})[row["impl"]] = row
+    return [Comparison(group) for group in groups.values()]
+
+
+def modelled(*rows: Row) -> str:
+    """Mark a figure that no clock has seen."""
+    return " (modelled)" if any(row.get("source", "measured") != "measured" for row in rows) else ""
+
+
+def label(row: Row) -> str:
+    """What a row measured, in words."""
+    work = NAMES.get((row["name"], row["direction"])) or f"{row['name']} {DIRECTIONS[row['direction']]}"
+    return f"{work}, batch {row['batch']}, {mode(row)}" + (", kernels alone" if row["level"] == "kernel" else "")
+
+
+def mode(row: Row) -> str:
+    """Dtype and precision in words."""
+    return "bfloat16" if row["dtype"] == "bfloat16" else f"{row['dtype']} {row['precision']}"
+
+
+def duration(microseconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if microseconds >= size:
+            return f"{microseconds / size:.3g} {unit}"
+    return f"{microseconds:.3g} us"
+
+
+def line(rows: Sequence[Row]) -> str:
+    """One comparison in one line."""
+    comparison = Comparison({row["impl"]: row for row in rows})
+    ours = comparison.median(OURS)
+    parts = [f"{label(comparison.first)}: fastlenet {'red' if ours is None else duration(ours)}"]
+    parts += [f"{name} {text}" for name in comparison.rows if name != OURS and (text := comparison.ratio_text(name))]
+    if comparison.floor_ratio is not None:
+        parts.append(f"floor {comparison.floor_ratio:.1f}x")
+    return "; ".join(parts)
+
+
+def noise(rows: Iterable[Row]) -> str | None:
+    """Warn if other processes shared the CPUs, or if the timings scatter."""
+    timed = [row for row in rows if row["ok"]]
+    crowded = sum(bool(row.get("crowded")) for row in timed)
+    scattered = sum(row["iqr"] > 0.1 * row["median"] for row in timed)
+    if crowded + scattered <= len(timed) / 20:
+        return None
+    return (
+        f"Noisy: of {len(timed)} timings, {crowded} were taken while other processes used these CPUs, and {scattered} "
+        "have an interquartile range of more than 10% of the median. Repeat on a quiet machine before believing these "
+        "ratios."
+    )
+
+
+def sections(rows: Iterable[Row]) -> list[tuple[str, list[list[str]]]]:
+    """Make the tables: titles, and lines of cells of which the first is the head."""
+    titles = {"module": "Networks", "operator": "Operators", "kernel": "GPU time alone"}
+    result = []
+    everything = comparisons(rows)
+    for level, title in titles.items():
+        some = [comparison for comparison in everything if comparison.first["level"] == level]
+        if not some:
+            continue
+        rivals = list(dict.fromkeys(name for comparison in some for name in comparison.rows if name != OURS))
+        head = ["work", "batch", "mode", "fastlenet", *rivals, "floor", "saved/image", "peak memory"]
+        lines = [_cells(comparison, rivals) for comparison in some]
+        keep = [i for i in range(len(head)) if i < 4 or any(cells[i] for cells in lines)]
+        result.append((title, [[cells[i] for i in keep] for cells in [head, *lines]]))
+    return result
+
+
+def _cells(comparison: Comparison, rivals: Sequence[str]) -> list[str]:
+    row = comparison.first
+    ours = comparison.rows.get(OURS, row)
+    median = comparison.median(OURS)
+    time = "red" if median is None else f"{duration(median)} +- {ours['iqr'] / median / 2:.0%}{modelled(ours)}"
+    return [
+        NAMES.get((row["name"], row["direction"])) or f"{row['name']} {DIRECTIONS[row['direction']]}",
+        str(row["batch"]),
+        mode(row),
+        time,
+        *(comparison.ratio_text(name) for name in rivals),
+        "" if comparison.floor_ratio is None else f"{comparison.floor_ratio:.1f}x",
+        _against_eager(comparison, "saved_bytes_per_image", lambda value: f"{value:,.0f} B"),
+        _against_eager(comparison, "peak_bytes", lambda value: f"{value / 1e6:,.1f} MB"),
+    ]
+
+
+def _against_eager(comparison: Comparison, field: str, show: Any) -> str:
+    """Our figure with eager's beside it."""
+    ours, theirs = (comparison.rows.get(name, {}).get(field) for name in (OURS, EAGER))
+    if ours is None:
+        return ""
+    return show(ours) + (f" (eager {show(theirs)})" if theirs else "")
+
+
+def goals(results: dict[str, Any]) -> list[list[str]]:
+    """Set the project's goals against the results: lines of cells of which the first is the head."""
+    wanted = CPU_GOALS if results["environment"]["device_slug"].startswith("cpu-") else GPU_GOALS
+    everything = comparisons(row for row in results["rows"] if row["precision"] == wanted.precision)
+    lenet = {
+        (c.first["direction"], c.first["batch"]): c
+        for c in everything
+        if c.first["name"] == "LeNet" and c.first["level"] == "module"
+    }
+    lines = []
+    for goal in wanted.goals:
+        if (comparison := lenet.get((goal.direction, goal.batch))) is None:
+            continue
+        title = f"{NAMES['LeNet', goal.direction]}, batch {goal.batch}"
+        if goal.memory:
+            ours, theirs = (comparison.rows.get(name, {}).get("peak_bytes") for name in (OURS, EAGER))
+            value = ours / theirs if ours and theirs else None
+            lines.append([f"peak memory, {title}", _against(value, goal.eager, most=True), ""])
+            continue
+        ratios = [ratio for name in wanted.rivals if (ratio := comparison.ratio(name))]
+        best = "" if goal.best is None else _against(min(ratios, default=None), goal.best)
+        lines.append([title, _against(comparison.ratio(EAGER), goal.eager), best])
+    for (direction, _), comparison in lenet.items():
+        if direction == "train_step":
+            saved = comparison.rows.get(OURS, {}).get("saved_bytes_per_image")
+            verdict = "not measured" if saved is None else "met" if saved <= wanted.saved_bytes else "missed"
+            figure = "" if saved is None else f"{saved:,.0f} B, "
+            lines.append(
+                ["saved for backward, bytes per image", f"{figure}goal <= {wanted.saved_bytes:,} B: {verdict}", ""]
+            )
+            break
+    operators = [(ratio, c) for c in everything if c.first["level"] == "operator" and (ratio := c.ratio(EAGER))]
+    if operators:
+        ratio, worst = min(operators, key=lambda pair: pair[0])
+        title = f"worst operator: {label(worst.first)}"
+        lines.append([title, _against(ratio, wanted.worst_operator), ""])
+    return [["goal", "against stock eager", f"against the best of {', '.join(wanted.rivals)}"], *lines]
+
+
+def _against(value: float | None, goal: float, most: bool = False) -> str:
+    """A ratio beside its goal."""
+    bound = f"goal {'<=' if most else '>='} {goal:g}x"
+    if value is None:
+        return f"{bound}: not measured"
+    met = value <= goal if most else value >= goal
+    return f"{value:.2f}x, {bound}: {'met' if met else 'missed'}"
+
+
+def all_tables(results: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """The goals' table, where the results say anything about them, and those of `sections`."""
+    against_goals = goals(results)
+    return [("Goals", against_goals)] * (len(against_goals) > 1) + sections(results["rows"])
+
+
+def print_tables(results: dict[str, Any]) -> None:
+    """Print all tables, by rich where it is installed."""
+    tables = all_tables(results)
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(as_text(tables))
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a log has lines as long as it takes
+        console = Console(highlight=False, width=max(240, console.width))
+    for title, (head, *lines) in tables:
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for number, name in enumerate(head):
+            table.add_column(name, justify="left" if number == 0 else "right")
+        for cells in lines:
+            table.add_row(*cells)
+        console.print(table)
+
+
+def as_text(tables: Iterable[tuple[str, list[list[str]]]]) -> str:
+    """Tables in plain text."""
+    blocks = []
+    for title, lines in tables:
+        widths = [max(len(cells[i]) for cells in lines) for i in range(len(lines[0]))]
+        text = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in lines]
+        blocks.append("\n".join([title, *(line.rstrip() for line in text)]))
+    return "\n\n".join(blocks)
+
+
+def as_markdown(results: dict[str, Any], picture: str | None) -> str:
+    """The whole page."""
+    about = results["environment"]
+    rows = results["rows"]
+    source = "modelled in part, as marked" if any(modelled(row) for row in rows) else "measured; none is modelled"
+    parts = [f"# fastlenet on {about['device']}", heading(about) + f" All figures are {source}."]
+    if picture is not None:
+        parts.append(f"![How fast LeNet runs, stock eager being 1]({picture})")
+    parts += [text for text in (noise(rows), LEGEND) if text]
+    for title, lines in all_tables(results):
+        head, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
+        parts.append("\n".join([f"## {title}\n", head, "| --- " * len(lines[0]) + "|", *body]))
+    red = [f"- {label(row)}, {row['impl']}: {row.get('why', 'unknown')}" for row in rows if not row["ok"]]
+    if red:
+        parts.append("## Not timed\n\n" + "\n".join(red))
+    compiled = [row for row in rows if row["compile_seconds"] and row["compile_seconds"] > 1]
+    if compiled:
+        first = {}
+        for row in compiled:
+            first.setdefault(row["impl"], []).append(row["compile_seconds"])
+        times = ", ".join(f"{name} {max(values):.1f} s" for name, values in first.items())
+        parts.append(f"Longest first call, compilation included, outside all times above: {times}.")
+    if missing := about.get("bench", {}).get("not_measured"):
+        parts.append(f"Not measured for lack of time: {len(missing)} comparisons.")
+    return "\n\n".join(parts) + "\n"
+
+
+def heading(about: dict[str, Any]) -> str:
+    """Say where the figures come from."""
+    versions = [f"torch {about['torch']}", f"triton {about['triton']}", f"Python {about['python']}"]
+    versions += [f"{name} {about[key]}" for name, key in (("CUDA", "cuda"), ("driver", "driver")) if about.get(key)]
+    commit = f"commit {(about['commit'] or 'unknown')[:10]}" + (" with uncommitted changes" if about["dirty"] else "")
+    threads = f"{about['threads']['intra_op']} threads, " if "cpu" in about["device_slug"] else ""
+    return f"{about['device']}, {threads}{', '.join(versions)}; {about.get('date', 'date unknown')}, {commit}."
+
+
+COLOURS = {OURS: "#c1272d", EAGER: "#555555", "channels_last": "#0072b2", "compiled": "#009e73"}
+OTHER_COLOURS = ("#e69f00", "#56b4e9", "#cc79a7", "#8c6d31", "#7b4173", "#3182bd", "#31a354")
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw the picture.
+
+    Above, for LeNet's training step and inference: speed against stock eager by batch, a line for each implementation,
+    and as a dashed line the speed at the floor. Below: every operator against eager and against its best rival.
+
+    Raises:
+        MissingPackageError: without matplotlib.
+        InputError: if there is nothing to draw, or `path` cannot be written.
+    """
+    matplotlib = import_extra("matplotlib")
+    matplotlib.use("Agg")
+    pyplot = import_extra("matplotlib.pyplot")
+    everything = [c for c in comparisons(results["rows"]) if c.ratio(EAGER)]
+    networks = [c for c in everything if c.first["level"] == "module"]
+    modes = [mode(c.first) for c in networks]
+    shown = max(set(modes), key=lambda name: (modes.count(name), -modes.index(name))) if modes else ""
+    panels = [
+        (title, sorted((c for c in networks if key == (c.first["name"], c.first["direction"])), key=_batch))
+        for key, title in NAMES.items()
+    ]
+    panels = [(title, [c for c in some if mode(c.first) == shown]) for title, some in panels]
+    panels = [(title, some) for title, some in panels if some]
+    operators = [c for c in everything if c.first["level"] == "operator"]
+    operators = [c for c in operators if mode(c.first) == mode(operators[0].first)]
+    if not panels and not operators:
+        raise InputError("the results hold no comparison of fastlenet with stock eager: nothing to draw")
+    height = (4.6 if panels else 0) + (0.9 + 0.23 * len(operators) if operators else 0) + 1.1
+    figure = pyplot.figure(figsize=(11, height), layout="constrained")
+    about = results["environment"]
+    figure.suptitle(f"fastlenet on {about['device']}: how many times as fast as stock PyTorch", fontweight="bold")
+    note = "\nNoisy: the machine was busy with other work." if noise(results["rows"]) else ""
+    figure.supxlabel(heading(about) + note, fontsize=7.5, color="#444444")
+    grid = figure.add_gridspec(
+        int(bool(panels)) + int(bool(operators)),
+        max(1, len(panels)),
+        height_ratios=[*([4.6] if panels else []), *([0.9 + 0.23 * len(operators)] if operators else [])],
+    )
+    for column, (title, some) in enumerate(panels):
+        _draw_lines(figure.add_subplot(grid[0, column]), f"{title} ({shown})", some)
+    if operators:
+        _draw_bars(figure.add_subplot(grid[-1, :]), operators)
+    try:
+        from io import BytesIO
+
+        buffer = BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        atomic_write(path, buffer.getvalue())
+    finally:
+        pyplot.close(figure)
+
+
+def _batch(comparison: Comparison) -> int:
+    return comparison.first["batch"]
+
+
+def _draw_lines(axes: Any, title: str, some: list[Comparison]) -> None:
+    """Speed against eager by batch."""
+    names = list(dict.fromkeys(name for comparison in some for name in comparison.rows))
+    spare = iter(OTHER_COLOURS)
+    top, bottom = 1.0, 1.0
+    ends = []
+    for name in [*(name for name in names if name != OURS), OURS]:
+        points = [(i, c.median(EAGER) / c.median(name)) for i, c in enumerate(some) if c.median(name)]
+        if not points:
+            continue
+        positions, speeds = zip(*points, strict=True)
+        top, bottom = max(top, *speeds), min(bottom, *speeds)
+        colour = COLOURS.get(name) or next(spare, "#999999")
+        ours = name == OURS
+        axes.plot(positions, speeds, "o-", color=colour, linewidth=3 if ours else 1.6, markersize=7 if ours else 4)
+        ends.append((speeds[-1], name, colour))
+        if ours:
+            for position, speed in points:
+                text = axes.annotate(
+                    f"{speed:.2g}x", (position, speed), (0, 9), textcoords="offset points", ha="center", color=colour,
+                    fontweight="bold", zorder=5,
+                )  # fmt: skip
+                text.set_path_effects([import_extra("matplotlib.patheffects").withStroke(linewidth=3, foreground="w")])
+    floors = [c.median(EAGER) * 1e3 / c.first["batch"] / c.rows[OURS]["floor_ns_per_image"] for c in some]
+    # The floor of a batch of one is far out of reach, and of the picture: there calls cost more than work.
+    upper = max(top * 1.6, 2.0, min(max(floors), 12 * top) * 1.3)
+    lower = bottom / 1.35
+    axes.plot(range(len(some)), floors, "--", color="black", linewidth=1.2)
+    ends.append((min(floors[-1], upper / 1.1), "floor of this device", "black"))
+    axes.set_yscale("log")
+    axes.set_ylim(lower, upper)
+    axes.axhspan(lower, 1, color="#000000", alpha=0.06, zorder=0)
+    axes.annotate("slower than stock", (0.015, 0.012), xycoords="axes fraction", fontsize=8, color="#666666")
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500) if lower <= t <= upper]
+    axes.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xticks(range(len(some)), [f"{_batch(c):,}" for c in some])
+    axes.set_xlim(-0.3, len(some) - 0.5 + 0.16 * max(len(name) for _, name, _ in ends) * len(some) / 10)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_xlabel("images a batch")
+    axes.set_ylabel("speed, stock eager = 1 (higher is faster)")
+    axes.set_title(title, fontsize=11)
+    _name_ends(axes, len(some) - 1, ends, upper / lower)
+
+
+def _name_ends(axes: Any, position: int, ends: list[tuple[float, str, str]], span: float) -> None:
+    """Write each line's name at its right end, moved apart where they would overlap."""
+    gap = span**0.055
+    last = 0.0
+    for value, name, colour in sorted(ends):
+        height = max(value, last * gap)
+        last = height
+        axes.annotate(
+            name, (position, height), (9, 0), textcoords="offset points", va="center", color=colour, fontsize=9,
+            fontweight="bold" if name == OURS else "normal",
+        )  # fmt: skip
+
+
+def _draw_bars(axes: Any, operators: list[Comparison]) -> None:
+    """Each operator's ratio against eager as a bar, against its best rival as a mark."""
+    operators = list(reversed(operators))
+    heights = range(len(operators))
+    ratios = [c.ratio(EAGER) for c in operators]
+    best = [min(r for name in c.rows if name != OURS and (r := c.ratio(name))) for c in operators]
+    # A logarithmic scale from 1: twice as slow is as long a bar as twice as fast.
+    axes.set_xscale("log")
+    colours = [COLOURS[OURS] if ratio >= 1 else "#999999" for ratio in ratios]
+    axes.barh(heights, [ratio - 1 for ratio in ratios], left=1, color=colours, alpha=0.8)
+    patch = import_extra("matplotlib.patches").Patch
+    [mark] = axes.plot(best, heights, "|", color="black", markersize=11, markeredgewidth=2.2)
+    axes.axvline(1, color=COLOURS[EAGER], linewidth=1.2)
+    names = [f"{c.first['name'].split()[-1]} {DIRECTIONS[c.first['direction']]}, {_batch(c)}" for c in operators]
+    axes.set_yticks(heights, names, fontsize=7.5)
+    for height, ratio in zip(heights, ratios, strict=True):
+        side = {"xytext": (4, 0), "ha": "left"} if ratio >= 1 else {"xytext": (-4, 0), "ha": "right"}
+        axes.annotate(f"{ratio:.2f}x", (ratio, height), textcoords="offset points", va="center", fontsize=7.5, **side)
+    axes.set_ylim(-0.7, len(operators) - 0.3)
+    low, high = min(*ratios, *best, 0.8) / 1.25, max(*ratios, *best, 1.25) * 1.25
+    axes.set_xlim(low, high)
+    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100) if low <= t <= high]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("fastlenet is slower (grey)      |      fastlenet is faster (red)")
+    axes.set_title(f"Operators ({mode(operators[0].first)}): shape, direction, batch", fontsize=11)
+    handles = [patch(color=COLOURS[OURS], alpha=0.8), mark]
+    axes.legend(handles, ["against stock eager", "against the best rival"], loc="lower right", fontsize=8.5)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a results file.
+
+    Raises:
+        InputError: if it cannot be used.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(results, dict) or not {"environment", "rows"} <= results.keys():
+        raise InputError(f"{path} is not a results file of fastlenet bench")
+    if not results["rows"]:
+        raise InputError(f"{path} holds no rows: its run stopped before the first comparison")
+    return results
+
+
+def newest(folder: Path) -> Path:
+    """Find the newest results file of this device.
+
+    Raises:
+        InputError: if there is none.
+    """
+    own = folder / environment.device_slug()
+    # Their names begin with the UTC date.
+    files = sorted(own.glob("*.json"))
+    if not files:
+        raise InputError(f"no results in {own}: run `fastlenet bench` first, or name a results file")
+    return files[-1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page and the picture of a results file.
+
+    Returns:
+        0, or 2 for bad input.
+    """
+    parser = Parser(prog="fastlenet report", description=__doc__.replace("``", ""), allow_abbrev=False)
+    parser.add_argument("file", type=Path, nargs="?", help="results file (default: the newest of this device)")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder with the results")
+    parser.add_argument("--output", type=Path, help="folder for page and picture (default: beside the results file)")
+    options = parser.parse_args(argv)
+    try:
+        path = options.file or newest(options.results)
+        results = load(path)
+        folder = options.output or path.parent
+        picture: Path | None = folder / f"{path.stem}.png"
+        try:
+            draw(results, picture)
+        except MissingPackageError as error:
+            print(f"no picture: {error}", file=sys.stderr)
+            picture = None
+        page = folder / f"{path.stem}.md"
+        atomic_write(page, as_markdown(results, picture and picture.name).encode())
+    except InputError as error:
+        return complain(parser.prog, error, 2)
+    print(f"{page}" + (f"\n{picture}" if picture else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,336 @@
+"""``fastlenet bench``: check, time and record fastlenet and its rivals on this machine.
+
+Every comparison is set up once for all its implementations; each is judged against a float64 reference and, if it
+passes, timed against the others in turns. Results are on the disk after every comparison.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import memory, report
+from bench.rivals import EAGER, FASTLENET, Call, Implementation, competitors, precision_mode
+from bench.timing import PROMISED, SAME_THING, Bystanders, Rates, Results, Timing, interleave, parity, synchronize
+from bench.work import FORWARD, KERNEL, TRAIN_STEP, Data, LeNetCase, Work, parity_sets, setup, suite
+from fastlenet import environment
+from fastlenet.__main__ import Parser, complain
+from fastlenet.support import InputError, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITES = ("quick", "full")
+# The quick suite starts no comparison after so many seconds, to end within six minutes (seven on a GPU).
+QUICK_LIMIT = {"cpu": 330.0, "cuda": 380.0}
+# Seconds of timed rounds a comparison; more than that only where the least number of rounds takes longer.
+BUDGET = {"cpu": 1.5, "cuda": 0.3}
+# Images of one float64 inference: a whole large batch would need gigabytes.
+REFERENCE_IMAGES = 8192
+
+Row = dict[str, Any]
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache that rotating sets of data must exceed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) * 1024 for size in sizes), default=32 * 2**20)
+
+
+def reference_results(work: Work, data: Data) -> list[Results]:
+    """Compute what the results should be: stock eager in float64, from the very same values."""
+    exact = data.to(torch.float64)
+    if work.direction != FORWARD:
+        call = Call(work, EAGER, exact)
+        return [call.results(number) for number in range(parity_sets(work))]
+    outputs = []
+    for input, target in exact.sets[: parity_sets(work)]:
+        parts = [Data(exact.parameters, [(part, target)]) for part in input.split(REFERENCE_IMAGES)]
+        outputs.append({"output": torch.cat([Call(work, EAGER, part).results(0)["output"] for part in parts])})
+    return outputs
+
+
+def bind(work: Work, implementation: Implementation, data: Data, device: torch.device) -> tuple[Call, float]:
+    """Make a call ready to be timed and return it with the seconds that its first run took: mostly compilation."""
+    begin = time.perf_counter()
+    call = Call(work, implementation, data)
+    if work.level == KERNEL or implementation.graphed:
+        call.capture(together=work.level == KERNEL)
+    call.results(0)
+    synchronize(device)
+    return call, time.perf_counter() - begin
+
+
+def check(work: Work, device: torch.device) -> tuple[dict[str, Call], dict[str, Row]]:
+    """Set one comparison up, and judge all its implementations; call it in the work's `precision_mode`.
+
+    Returns:
+        By implementation, the calls that may be timed; and the rows without times. Where the check failed, ``ok`` is
+        false and ``why`` says what was wrong.
+    """
+    torch.compiler.reset()
+    data = setup(work, device, cache_bytes(device))
+    reference = reference_results(work, data)
+    sets = range(len(reference))
+    eager = Call(work, EAGER, data)
+    stock = [eager.results(number) for number in sets]
+    calls: dict[str, Call] = {}
+    rows: dict[str, Row] = {}
+    for implementation in competitors(work, device):
+        row = rows[implementation.name] = _row(work, implementation)
+        try:
+            call, row["compile_seconds"] = bind(work, implementation, data, device)
+            factor = PROMISED if implementation is FASTLENET else SAME_THING
+            wrong = parity([call.results(number) for number in sets], stock, reference, factor)
+            row |= _memory(work, implementation, call, device)
+        except Exception as error:  # an implementation that cannot run must not end the others' comparison
+            wrong = _in_short(error)
+        if wrong is None:
+            calls[implementation.name] = call
+            row["ok"] = True
+        else:
+            row["why"] = wrong
+    return calls, rows
+
+
+def measure(work: Work, device: torch.device, *, budget: float, rounds: int) -> list[Row]:
+    """Measure one comparison.
+
+    Args:
+        work: what to compute.
+        device: where.
+        budget: seconds of timed rounds.
+        rounds: how many rounds there are at least.
+
+    Returns:
+        A row for each implementation, its floor still to be filled in; without times where the check failed.
+    """
+    with precision_mode(work.precision):
+        calls, rows = check(work, device)
+        bystanders = Bystanders()
+        timings = interleave(calls, device, budget=budget, min_rounds=rounds)
+        crowded = bystanders.crowded()
+        for name, timing in timings.items():
+            rows[name] |= _figures(timing, work) | {"crowded": crowded}
+    return list(rows.values())
+
+
+def _in_short(error: BaseException) -> str:
+    """An error's type and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _row(work: Work, implementation: Implementation) -> Row:
+    """A row without figures."""
+    level = KERNEL if work.level == KERNEL else "module" if isinstance(work.case, LeNetCase) else "operator"
+    return {
+        "name": work.name,
+        "impl": implementation.name,
+        "shape": work.case.shape,
+        "batch": work.batch,
+        "dtype": str(work.dtype).removeprefix("torch."),
+        "precision": work.precision,
+        "direction": work.direction,
+        "level": level,
+        "unit": "us",
+        "median": None,
+        "iqr": None,
+        "min": None,
+        "n": 0,
+        "ns_per_image": None,
+        "floor_ns_per_image": None,
+        "saved_bytes_per_image": None,
+        "peak_bytes": None,
+        "compile_seconds": None,
+        "crowded": None,
+        "ok": False,
+    }
+
+
+def _figures(timing: Timing, work: Work) -> Row:
+    return {
+        "median": timing.median * 1e6,
+        "iqr": timing.iqr * 1e6,
+        "min": timing.min * 1e6,
+        "n": timing.n,
+        "ns_per_image": timing.median * 1e9 / work.batch,
+    }
+
+
+def _memory(work: Work, implementation: Implementation, call: Call, device: torch.device) -> Row:
+    peak = None
+    if work.direction == TRAIN_STEP and device.type == "cuda":
+        peak = memory.gpu_peak_bytes(call)
+    elif work.memory and device.type == "cpu":
+        peak = memory.cpu_peak_bytes(work, implementation)
+    return {"saved_bytes_per_image": memory.saved_bytes_per_image(call), "peak_bytes": peak}
+
+
+class Record:
+    """The results of a run, and the file that always holds all of them so far."""
+
+    def __init__(self, folder: Path, device: torch.device, options: dict[str, Any]) -> None:
+        self.environment = environment.collect()
+        self.rows: list[Row] = []
+        self._works: list[Work] = []
+        self._device = device
+        self._rates = Rates.measure(device)
+        self._began = time.monotonic()
+        self.environment["bench"] = options | {
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            "not_measured": [],
+            "seconds": None,
+        }
+        commit = (self.environment["commit"] or "unknown")[:10]
+        moment = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%SZ")
+        self.environment["date"] = moment
+        self.path = folder / self.environment["device_slug"] / f"{moment}-{commit}.json"
+        self.save()
+
+    def add(self, work: Work, rows: list[Row]) -> None:
+        """Take up a comparison and save."""
+        self.rows += rows
+        self._works += [work] * len(rows)
+        self.save()
+
+    def finish(self, not_measured: list[str]) -> None:
+        """Measure the device's rates once more, since a busy machine may have hidden them, and save for good."""
+        self._rates = self._rates.best(Rates.measure(self._device))
+        bench = self.environment["bench"]
+        bench["not_measured"], bench["seconds"] = not_measured, round(time.monotonic() - self._began, 1)
+        self.environment["clocks_after"] = environment.collect()["clocks"]
+        self.save()
+
+    def save(self) -> None:
+        """Write everything, with floors by the rates known now."""
+        self.environment["bench"]["rates"] = asdict(self._rates)
+        for work, row in zip(self._works, self.rows, strict=True):
+            row["floor_ns_per_image"] = self._rates.floor(work.cost, work.batch, work.precision) * 1e9 / work.batch
+        write_json(self.path, self.results)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {"environment": self.environment, "rows": self.rows}
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="fastlenet bench", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the results")
+    parser.add_argument(
+        "--suite", choices=SUITES, default="quick", help="quick (about 6 minutes, the default) or full (hours)"
+    )
+    parser.add_argument("--filter", metavar="TEXT", default="", help="only comparisons whose name contains TEXT")
+    parser.add_argument("--list", action="store_true", help="print the comparisons' names and stop")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of every implementation")
+    parser.add_argument("--rounds", type=int, metavar="N", default=5, help="least rounds a comparison (default: 5)")
+    defaults = "(default: {cpu:g}, on a GPU {cuda:g}".format
+    parser.add_argument(
+        "--budget", type=float, metavar="S", help=f"seconds of timed rounds a comparison {defaults(**BUDGET)})"
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="S",
+        help=f"start no comparison after so many seconds {defaults(**QUICK_LIMIT)}; none in the full suite)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmarks.
+
+    Returns:
+        0; 1 if fastlenet failed a check or an error ended a comparison; 2 for bad input.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    works = [work for work in suite(options.suite, device.type) if options.filter.lower() in work.label.lower()]
+    if not works:
+        parser.error(f"no comparison's name contains {options.filter!r}; --list shows them")
+    for name, least in (("threads", 1), ("rounds", 2), ("budget", 0), ("limit", 0)):
+        value = getattr(options, name)
+        if value is not None and not (least <= value < math.inf):
+            parser.error(f"--{name} must be at least {least}, but is {value}")
+    if options.list:
+        print("\n".join(work.label for work in works))
+        return 0
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # stock at its best
+    try:
+        record = Record(options.results, device, {"suite": options.suite, "filter": options.filter})
+    except InputError as error:
+        return complain(parser.prog, error, 2)
+    budget = BUDGET[device.type] if options.budget is None else options.budget
+    limit = math.inf if options.suite == "full" else QUICK_LIMIT[device.type]
+    limit = limit if options.limit is None else options.limit
+    broken = _measure_all(works, record, device, budget=budget, rounds=options.rounds, limit=limit)
+    print(f"\n{report.heading(record.environment)}\n")
+    report.print_tables(record.results)
+    if noise := report.noise(record.rows):
+        print(f"\n{noise}")
+    print(f"\n{report.LEGEND}\nresults: {record.path}; `fastlenet report` makes a page and a picture of them")
+    failed = [row for row in record.rows if not row["ok"]]
+    for row in failed:
+        print(f"not timed: {report.label(row)} {row['impl']}: {row['why']}", file=sys.stderr)
+    return 1 if broken or any(row["impl"] == FASTLENET.name for row in failed) else 0
+
+
+def _measure_all(
+    works: list[Work], record: Record, device: torch.device, *, budget: float, rounds: int, limit: float
+) -> list[str]:
+    """Measure what time allows, and return the comparisons that an error ended, having said so."""
+    begin = time.monotonic()
+    broken: list[str] = []
+    progress, say, advance = _display(len(works))
+    left = list(works)
+    with progress:
+        while left and time.monotonic() - begin < limit:
+            work = left.pop(0)
+            advance(work.label)
+            number = f"[{len(works) - len(left):>{len(str(len(works)))}}/{len(works)}]"
+            try:
+                rows = measure(work, device, budget=budget, rounds=rounds)
+            except (RuntimeError, MemoryError) as error:  # too big for this machine, or a fault while timing
+                broken.append(work.label)
+                say(f"{number} {work.label}: {_in_short(error)}")
+                continue
+            record.add(work, rows)
+            say(f"{number} {report.line(rows)}")
+        if left:
+            say(f"time is up: {len(left)} comparisons not measured, from {left[0].label!r} on (--limit, --filter)")
+        record.finish([*broken, *(work.label for work in left)])
+    return broken
+
+
+def _display(total: int) -> tuple[Any, Callable[[str], None], Callable[[str], None]]:
+    """A progress bar on a terminal, plain lines elsewhere: a context, how to print, and how to name the next step."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        console = None
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+    if console is None or not console.is_terminal:
+        return nullcontext(), lambda text: print(text, flush=True), lambda name: None
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    progress = Progress(*columns, console=console)
+    task = progress.add_task("", total=total, completed=-1)
+    return progress, console.print, lambda name: progress.update(task, advance=1, description=name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,318 @@
+"""How it is judged and timed: parity first, then interleaved rounds; and the device's own rates, for the floor."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.rivals import Call, precision_mode
+from bench.work import Cost
+
+Results = dict[str, Tensor]
+
+# Tensors of fewer elements than this are judged together with other small ones: over a handful of elements the largest
+# error, stock's too, is a matter of luck.
+SMALL = 256
+
+
+# fastlenet's promise: an error of at most twice stock eager's. A rival is stock PyTorch in another form (channels_last
+# convolutions, for one, are often 3 to 5 times less accurate in float32); it promised nothing, and to refuse its time
+# would hide a strong rival. Its check sees to it that it computes the same thing.
+PROMISED, SAME_THING = 2.0, 16.0
+
+
+def parity(
+    actual: Sequence[Results], stock: Sequence[Results], reference: Sequence[Results], factor: float = PROMISED
+) -> str | None:
+    """Judge results by the contract's rule: error <= factor x stock's error + one rounding step, against float64.
+
+    The error is taken in the maximum norm and in the Euclidean norm, over all sets together.
+
+    Args:
+        actual: results of the implementation on trial, one dict for each set of data.
+        stock: stock eager's from the same data in the same dtype and precision.
+        reference: stock eager's from the same data in float64.
+        factor: `PROMISED` for fastlenet, `SAME_THING` for its rivals.
+
+    Returns:
+        What is wrong, or None if nothing is.
+    """
+    small: list[list[Tensor]] = []
+    for name in reference[0]:
+        trio = [torch.cat([some[name].flatten() for some in results]) for results in (actual, stock, reference)]
+        if trio[2].numel() >= SMALL:
+            if wrong := _less_accurate(*trio, factor):
+                return f"{name}: {wrong}"
+        else:
+            scale = trio[2].square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+            small.append([(values.double() / scale).to(torch.float64) for values in trio])
+    if not small:
+        return None
+    dtype = next(iter(actual[0].values())).dtype
+    wrong = _less_accurate(*(torch.cat(values) for values in zip(*small, strict=True)), factor, dtype)
+    return f"small tensors: {wrong}" if wrong else None
+
+
+def _less_accurate(
+    actual: Tensor, stock: Tensor, reference: Tensor, factor: float, dtype: torch.dtype | None = None
+) -> str | None:
+    """Apply the rule to one vector; `dtype` tells what it was rounded to, where it has been converted since."""
+    if actual.shape != reference.shape:
+        return f"{actual.numel()} elements, expected {reference.numel()}"
+    if not bool(actual.isfinite().all()):
+        return "not finite"
+    step = torch.finfo(dtype or actual.dtype).eps
+    for norm, order in (("largest error", math.inf), ("l2 error", 2)):
+        error, allowed, size = (
+            float(torch.linalg.vector_norm(values, order))
+            for values in (actual.double() - reference, stock.double() - reference, reference)
+        )
+        if not error <= factor * allowed + step * size:
+            return f"{norm} {error:.3g}, stock's {allowed:.3g}, one rounding step {step * size:.3g}"
+    return None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: median, interquartile range, shortest, number of samples."""
+
+    median: float
+    iqr: float
+    min: float
+    n: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        """Summarise samples."""
+        low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(middle, high - low, min(samples), len(samples))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Bystanders:
+    """Watches what other processes take of this machine's CPUs, from its creation on.
+
+    A scattered timing tells of them, but not reliably: where threads meet at barriers, as all of PyTorch's operators
+    do, a neighbour that takes one CPU makes every round equally slow, many times over.
+    """
+
+    def __init__(self) -> None:
+        self._begin = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds that all CPUs were busy and existed, and that this process used."""
+        try:
+            fields = Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
+        except OSError:
+            return None
+        _, _, _, idle, waiting, *_ = ticks = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]
+        return sum(ticks) - idle - waiting, sum(ticks), time.process_time()
+
+    def crowded(self) -> bool | None:
+        """Whether others took a twentieth of the CPUs' time, and hardly any was left; None where none can tell."""
+        now = self._read()
+        if now is None or self._begin is None:
+            return None
+        busy, total, own = (after - before for after, before in zip(now, self._begin, strict=True))
+        return busy - own > 0.05 * total and busy > 0.9 * total
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's garbage collector out of the measurements."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def elapsed(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a function takes; on a GPU by a pair of CUDA events around it, so launching counts where it lags."""
+    synchronize(device)
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def sample(call: Call, device: torch.device, repeats: int, first: int = 0) -> float:
+    """Time `repeats` runs back to back and return seconds per call; preparations come before.
+
+    Args:
+        call: what to time.
+        device: where it runs.
+        repeats: how many runs.
+        first: the number of the first set of data.
+    """
+
+    def work() -> None:
+        while prepared:  # what a preparation holds is freed run by run
+            call.run(prepared.pop())
+
+    with torch.set_grad_enabled(call.needs_grad):
+        prepared = [call.prepare(first + number) for number in range(repeats)]
+        prepared.reverse()
+        return elapsed(work, device) / repeats / call.calls_per_run
+
+
+def interleave(
+    calls: dict[str, Call],
+    device: torch.device,
+    *,
+    budget: float,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+    sample_seconds: float = 2e-3,
+) -> dict[str, Timing]:
+    """Time calls against each other: rounds in which each gives one sample, the order turning from round to round.
+
+    What else the machine does at the moment then falls on all alike.
+
+    Args:
+        calls: by name; already run, so that everything is compiled.
+        device: where they run.
+        budget: seconds for all; rounds go on until it is spent.
+        min_rounds: rounds whatever they take.
+        max_rounds: rounds at most.
+        sample_seconds: a sample repeats a short call for about so long.
+    """
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    with _no_collection():
+        repeats = {}
+        for name, call in calls.items():
+            # The second of two runs counts: the first may still set something up.
+            once = [sample(call, device, 1) for _ in range(2)][1] * call.calls_per_run
+            # A backward pass keeps every prepared forward alive.
+            most = 16 if call.work.direction == "backward" and call.calls_per_run == 1 else 1000
+            repeats[name] = max(1, min(most, round(sample_seconds / max(once, 1e-7))))
+        begin = time.perf_counter()
+        for turn in range(max_rounds):
+            if not names or (turn >= min_rounds and time.perf_counter() - begin > budget):
+                break
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                samples[name].append(sample(calls[name], device, repeats[name], first=turn * repeats[name]))
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device reaches in PyTorch, measured in this process: the yardstick of the floor.
+
+    Attributes:
+        copy: bytes per second (read and written together) of a copy, by bytes touched.
+        matrix: FLOP per second of torch.mm, on a CPU of a convolution too if that is faster, by precision (``"ieee"``,
+            ``"tf32"``, ``"bf16"``).
+        fma: FLOP per second of plain float32 multiply-adds; None where that is not measured apart (on a CPU the matrix
+            product is made of them).
+    """
+
+    copy: dict[int, float]
+    matrix: dict[str, float]
+    fma: float | None
+
+    def floor(self, cost: Cost, batch: int, precision: str) -> float:
+        """Seconds that a call takes at least: the longer of its memory traffic and its arithmetic."""
+        total_bytes = batch * cost.bytes + cost.fixed_bytes
+        # Small amounts stay in caches: copies up to a quarter of the call's bytes say nothing about it.
+        rates = [rate for size, rate in self.copy.items() if size > total_bytes / 4] or [self.copy[max(self.copy)]]
+        arithmetic = [self.matrix[precision]] + ([self.fma] if precision == "ieee" and self.fma else [])
+        return max(total_bytes / max(rates), batch * cost.flops / max(arithmetic))
+
+    def best(self, other: Rates) -> Rates:
+        """Join two measurements of one device: of a rate, the best that was seen counts."""
+
+        def join(mine: dict, theirs: dict) -> dict:
+            return {key: max(value, theirs[key]) for key, value in mine.items()}
+
+        fma = max(self.fma, other.fma) if self.fma and other.fma else self.fma
+        return Rates(join(self.copy, other.copy), join(self.matrix, other.matrix), fma)
+
+    @classmethod
+    def measure(cls, device: torch.device) -> Rates:
+        """Measure this device; takes about a second."""
+        gpu = device.type == "cuda"
+        copy = {}
+        for exponent in range(20, 32 if gpu else 29, 2):
+            source = torch.ones(2**exponent // 8, device=device)
+            target = torch.empty_like(source)
+            copy[2**exponent] = 2**exponent / _best(lambda s=source, t=target: t.copy_(s), device)
+        matrix = {}
+        for precision in ("ieee", "tf32", "bf16") if gpu else ("ieee", "bf16"):
+            size = 8192 if precision != "ieee" and gpu else 4096 if gpu else 1024
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            square = torch.randn(size, size, device=device, dtype=dtype)
+            with precision_mode(precision):
+                matrix[precision] = 2 * size**3 / _best(lambda x=square: torch.mm(x, x), device)
+                if not gpu:
+                    # oneDNN's convolutions may be well ahead of a BLAS that was made for another vendor's CPU.
+                    matrix[precision] = max(matrix[precision], _convolution_rate(device, dtype))
+        return cls(copy, matrix, _fma_rate(device) if gpu else None)
+
+
+def _best(function: Callable[[], object], device: torch.device, seconds: float = 0.15) -> float:
+    """The shortest of repeated timings: of a rate, the best that the device shows."""
+    function()
+    repeats = max(1, round(1e-3 / max(elapsed(function, device), 1e-6)))
+    best, begin = math.inf, time.perf_counter()
+    while time.perf_counter() - begin < seconds or best == math.inf:
+        best = min(best, elapsed(lambda: [function() for _ in range(repeats)], device) / repeats)
+    return best
+
+
+def _convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of a 3x3 convolution of many channels, in the layout that suits it."""
+    images, size, channels, filters = 16, 16, 128, 256
+    shapes = ((images, channels, size, size), (filters, channels, 3, 3))
+    input, weight = (
+        torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last) for shape in shapes
+    )
+    with torch.no_grad():
+        seconds = _best(lambda: F.conv2d(input, weight, padding=1), device)
+    return 2 * images * size**2 * channels * filters * 9 / seconds
+
+
+def _fma_rate(device: torch.device) -> float | None:
+    """FLOP per second of chains of multiply-adds in registers, by an elementwise kernel that NVRTC compiles."""
+    chains, turns, elements = 8, 512, 2**21
+    body = " ".join(f"x{i} = x{i} * a + x{i};" for i in range(chains))
+    code = (
+        "template <typename T> T fma_chains(T x, T a) { "
+        + " ".join(f"T x{i} = x + T({i});" for i in range(chains))
+        + f" for (int turn = 0; turn < {turns}; ++turn) {{ {body} }} return "
+        + " + ".join(f"x{i}" for i in range(chains))
+        + "; }"
+    )
+    try:
+        function = torch.cuda.jiterator._create_jit_fn(code, a=1e-9)
+        values = torch.ones(elements, device=device)
+        return 2 * chains * turns * elements / _best(lambda: function(values), device)
+    except RuntimeError:  # no NVRTC, or not NVIDIA's
+        return None

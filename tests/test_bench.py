@@ -28,6 +28,15 @@ WORKS = [Work(case, 3, *mode, way) for case in (CONV, LINEAR) for mode in MODES 
 WORKS += [Work(LENET, 4, *mode, direction) for mode in MODES for direction in (FORWARD, TRAIN_STEP)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny shapes gain nothing from more threads, and on a busy machine wait long for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # ---- what is counted
 
 

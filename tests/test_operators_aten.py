@@ -1,255 +1,554 @@
-"""The operators in ATen, by the judge and over the grid that the Triton kernels pass."""
+"""The ATen path, which CPU tensors and float64 take, before the same judge and on the same grid as the kernels."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
-import torch.nn.functional as F
 from harness.cases import (
     ADDMM_CASES,
     BIG_WINDOW,
     CONV_CASES,
     TOO_BIG_WINDOW,
+    AddmmCase,
     addmm_cases,
     conv_case,
     conv_cases,
     dtypes,
+    parametrize_dtypes,
     wide_and_narrow,
 )
 from harness.draw import addmm_calls, conv_calls
 from harness.fuzz import examples, given, settings
-from harness.judge import assert_bitwise_equal, assert_same_values
-from harness.operators import ADDMM, CONV, run, saved_for_backward
+from harness.judge import assert_bitwise_equal, assert_same_values, exact_grid
+from harness.operators import ADDMM, CONV, run, saved_for_backward, stock_linear_relu, upstream
 from harness.strides import awkward, kinds_for
 
 import fastlenet
 from fastlenet import aten
+from fastlenet.functional import addmm_relu, conv2d_relu_max_pool2d, linear_relu
 
-ALL_ELSE = conv_case(
-    "groups, overlap and all else", (7, 4, 9, 8), (6, 2, 2, 3), groups=2, stride=(1, 2), padding=1,
-    dilation=(2, 1), pool_size=3, pool_stride=(2, 1), pool_padding=1, ceil_mode=True,
-)  # fmt: skip
-PHASES = conv_case("one convolution per window cell", (7, 2, 11, 10), (3, 2, 5, 5), padding=(1, 2))
+CONV_NAMES = ("input", "weight", "bias")
+ADDMM_NAMES = ("input", "mat1", "mat2")
+SMALL = conv_case("small", (5, 3, 9, 8), (5, 3, 2, 3), padding=(1, 0), pool_size=(2, 3), pool_stride=2)
+GROUPS = conv_case("groups", (5, 4, 9, 8), (6, 2, 3, 3), groups=2, pool_size=3, pool_stride=2, pool_padding=1)
+# Every cell of its convolution lies in a window, and none in the padding: NaN and infinities go where stock's go.
+COVERED = conv_case("covered", (2, 2, 8, 9), (3, 2, 3, 2), pool_size=3, pool_stride=(3, 1))
+PHASED = [
+    conv_case("LeNet conv1", (5, 1, 32, 32), (6, 1, 5, 5)),
+    conv_case("covered", (2, 2, 10, 12), (3, 2, 5, 5)),
+    conv_case("padding", (3, 2, 9, 12), (5, 2, 5, 5), padding=(2, 1)),
+    conv_case("overlapping windows", (3, 2, 9, 11), (5, 2, 5, 5), pool_stride=1),
+    conv_case("windows apart", (3, 2, 14, 13), (5, 2, 5, 5), pool_stride=(3, 4)),
+    conv_case("long window", (3, 2, 9, 12), (5, 2, 2, 7), pool_size=(1, 3), pool_stride=(2, 3)),
+    conv_case("no window", (3, 2, 9, 8), (5, 2, 3, 3), pool_size=1),
+    conv_case("no bias, unbatched", (2, 9, 9), (5, 2, 5, 5), bias=False),
+]
+FULL = AddmmCase("full addend", 7, 19, 11, (7, 11))
+
+special = pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+
+
+def subsets(names: tuple[str, ...]) -> pytest.MarkDecorator:
+    chosen = [c for n in range(1, 1 + len(names)) for c in itertools.combinations(names, n)]
+    return pytest.mark.parametrize("wanted", chosen, ids="+".join)
 
 
 @pytest.fixture(autouse=True)
-def _aten():
+def _aten() -> Iterator[None]:
     with fastlenet.use_backend("aten"):
         yield
 
 
-@pytest.fixture(params=["whole batch", "single images"])
-def slices(request, monkeypatch):
-    """With the batch in one slice, and cut into as many as there are images."""
-    if request.param == "single images":
-        monkeypatch.setattr(aten, "_SLICE_BYTES", 1)
+@pytest.fixture
+def sliced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Cut batches into slices of so many images."""
+
+    def cut(images: int, case, dtype: torch.dtype) -> None:
+        weight = torch.empty(case.weight)
+        geometry = case.geometry
+        height, width = geometry.conv_size(case.input[-2:], tuple(weight.shape[2:]))
+        monkeypatch.setattr(aten, "_SLICE_BYTES", images * len(weight) * height * width * dtype.itemsize)
+
+    return cut
 
 
 # --- accuracy ------------------------------------------------------------------------------------------------------
 
 
-@conv_cases()
+@conv_cases([*CONV_CASES, TOO_BIG_WINDOW])
 @dtypes
-def test_conv_grid_is_as_accurate_as_stock(case, dtype):
+def test_conv_grid(case, dtype):
+    """As accurate as stock on random numbers, and equal to it where arithmetic is exact."""
     CONV.random(case, case.random(dtype))
-
-
-@conv_cases()
-@wide_and_narrow
-def test_conv_grid_equals_stock_where_arithmetic_is_exact(case, dtype, slices):
     CONV.exact(case, case.exact(dtype))
 
 
 @addmm_cases()
 @dtypes
-def test_addmm_grid_is_as_accurate_as_stock(case, dtype):
+def test_addmm_grid(case, dtype):
+    """As accurate as stock on random numbers, and equal to it where arithmetic is exact."""
     ADDMM.random(case, case.random(dtype))
+    ADDMM.exact(case, case.exact(dtype))
+
+
+@conv_cases([*CONV_CASES, TOO_BIG_WINDOW])
+def test_conv_grid_in_float64(case):
+    """What no kernel covers runs here under the default backend."""
+    with fastlenet.use_backend("auto"):
+        CONV.exact(case, case.exact(torch.float64))
 
 
 @addmm_cases()
-@wide_and_narrow
-def test_addmm_grid_equals_stock_where_arithmetic_is_exact(case, dtype):
-    ADDMM.exact(case, case.exact(dtype))
+def test_addmm_grid_in_float64(case):
+    """What no kernel covers runs here under the default backend."""
+    with fastlenet.use_backend("auto"):
+        ADDMM.exact(case, case.exact(torch.float64))
 
 
 @settings(max_examples=examples(60))
 @given(call=conv_calls())
-def test_drawn_conv_calls(call):
-    judge = CONV.exact if call.exact else CONV.random
-    judge(
-        call.case, call.tensors(), call.grad_kind(len(call.case.input)), **({} if call.exact else {"allow_zero": True})
-    )
+def test_drawn_convolutions(call):
+    """Any shape, hyper-parameters, dtype and layout."""
+    kind = call.grad_kind(len(call.case.input))
+    if call.exact:
+        CONV.exact(call.case, call.tensors(), kind)
+    else:
+        CONV.random(call.case, call.tensors(), kind, allow_zero=True)
 
 
 @settings(max_examples=examples(60))
 @given(call=addmm_calls())
-def test_drawn_addmm_calls(call):
-    judge = ADDMM.exact if call.exact else ADDMM.random
-    judge(call.case, call.tensors(), call.grad_kind(2), **({} if call.exact else {"allow_zero": True}))
+def test_drawn_products(call):
+    """Any shape, factors, dtype and layout."""
+    if call.exact:
+        ADDMM.exact(call.case, call.tensors(), call.grad_kind(2))
+    else:
+        ADDMM.random(call.case, call.tensors(), call.grad_kind(2), allow_zero=True)
 
 
-@pytest.mark.parametrize("case", [BIG_WINDOW, TOO_BIG_WINDOW], ids=lambda case: case.name)
-def test_windows_about_and_beyond_a_byte(case, slices):
-    CONV.exact(case, case.exact(torch.float32))
-    assert case.geometry.code_dtype == (torch.uint8 if case is BIG_WINDOW else torch.int32)
-
-
-@pytest.mark.parametrize("name", ["input", "weight", "grad"])
-@pytest.mark.parametrize("kind", kinds_for(torch.empty(1, 1, 1, 1)))
-@pytest.mark.parametrize("case", [ALL_ELSE, PHASES], ids=lambda case: case.name)
-def test_awkward_layouts(case, name, kind, slices):
-    tensors = case.exact(torch.float32)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in ("input", "weight", "grad") for kind in kinds_for(torch.empty(1, 1, 1, 1))]
+    + [("bias", kind) for kind in kinds_for(torch.empty(1))],
+)
+@conv_cases([SMALL, PHASED[1]])
+def test_awkward_layouts_of_a_convolution(case, name, kind):
+    """One tensor at a time in each layout."""
+    tensors = case.random(torch.float32)
     if name != "grad":
         tensors[name] = awkward(tensors[name], kind)
-    CONV.exact(case, tensors, kind if name == "grad" else "contiguous")
+    CONV.random(case, tensors, kind if name == "grad" else "contiguous")
 
 
-def test_float64_runs_here_under_auto():
-    with fastlenet.use_backend("auto"):
-        CONV.exact(ALL_ELSE, ALL_ELSE.exact(torch.float64))
-        ADDMM.exact(ADDMM_CASES[0], ADDMM_CASES[0].exact(torch.float64))
+@pytest.mark.parametrize("kind", kinds_for(torch.empty(2, 2)))
+@pytest.mark.parametrize("name", [*ADDMM_NAMES, "grad"])
+@addmm_cases([FULL, AddmmCase("bias", 7, 19, 11, (11,), beta=0.5, alpha=-2)])
+def test_awkward_layouts_of_a_product(case, name, kind):
+    """One tensor at a time in each layout."""
+    tensors = case.random(torch.float32)
+    if name != "grad" and kind in kinds_for(tensors[name]):
+        tensors[name] = awkward(tensors[name], kind)
+    ADDMM.random(case, tensors, kind if name == "grad" else "contiguous")
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (0,), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize(("weight", "bias"), [((5, 7), None), ((5, 7), (5,)), ((5, 7), (1,)), ((7,), None)], ids=str)
+def test_linear_relu(leading, weight, bias):
+    """Any leading dimensions, a weight without output dimension, and biases that broadcast."""
+    tensors = {
+        "input": exact_grid((*leading, 7), torch.float32),
+        "weight": exact_grid(weight, torch.float32),
+        "bias": None if bias is None else exact_grid(bias, torch.float32),
+    }
+    result, stock = run(linear_relu, tensors, {}), run(stock_linear_relu, tensors, {})
+    for (name, actual), (_, expected) in zip(result.tensors(), stock.tensors(), strict=True):
+        assert_same_values(actual, expected, allow_empty=True, name=name)
 
 
 # --- special values ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("name", ["input", "bias", "weight"])
-@pytest.mark.parametrize("case", [ALL_ELSE, PHASES, CONV_CASES[0]], ids=lambda case: case.name)
-def test_nan_and_infinities_travel_as_in_stock(case, name, value, slices):
-    """Also where the formulation with one kernel per window cell would multiply an infinite input by zero."""
+@dtypes
+@special
+@pytest.mark.parametrize("name", ["input", "bias"])
+@conv_cases([COVERED, PHASED[1]])
+def test_nan_and_infinities_in_a_convolution(case, name, value, dtype):
+    """They travel as in stock, forward and backward; shifted kernels' zeros must not turn infinity into NaN."""
+    tensors = case.exact(dtype)
+    flat = tensors[name].view(-1)
+    flat[[0, flat.numel() // 2, flat.numel() // 2 + 1]] = value
+    result = CONV.exact(case, tensors)
+    assert not result.output.isfinite().all() or value < 0
+
+
+@special
+def test_nan_and_infinities_in_the_weight(value):
+    """As in stock."""
+    for case in (COVERED, PHASED[1]):
+        tensors = case.exact(torch.float32)
+        tensors["weight"][1, 0, 1, 1] = value
+        CONV.exact(case, tensors)
+
+
+@special
+def test_nan_and_infinities_in_the_upstream_gradient(value):
+    """They reach what their cell reaches, and nothing where relu was off."""
+    for case in (COVERED, PHASED[1]):
+        tensors = case.exact(torch.float32)
+        tensors["bias"][0] = -100
+        output = CONV.stock(**tensors, **case.keywords)
+        grad = exact_grid(output.shape, output.dtype, terms=case.terms)
+        closed = int((output == 0).flatten().nonzero()[0])
+        for position in (closed, int(output.argmax())):
+            spoiled = grad.clone()
+            spoiled.view(-1)[position] = value
+            result = CONV.equal(case, tensors, spoiled)
+            assert result.grads["bias"].isfinite().all() == (position == closed)
+
+
+@dtypes
+@special
+@pytest.mark.parametrize("name", [*ADDMM_NAMES, "grad"])
+def test_nan_and_infinities_in_a_product(name, value, dtype):
+    """They travel as in stock, forward and backward."""
+    tensors = FULL.exact(dtype)
+    grad = exact_grid((FULL.m, FULL.n), dtype, terms=FULL.terms)
+    (grad if name == "grad" else tensors[name])[3, 2] = value
+    ADDMM.equal(FULL, tensors, grad)
+
+
+@conv_cases([SMALL, PHASED[1]])
+def test_no_gradient_where_every_cell_is_closed(case):
+    """All-negative windows: zero output and exactly zero gradients; cells at exactly zero are closed too."""
     tensors = case.exact(torch.float32)
-    tensors[name].view(-1)[tensors[name].numel() // 2] = value
-    stock = run(CONV.stock, tensors, case.keywords)
-    assert_same_values(run(CONV.fused, tensors, case.keywords).output, stock.output)
+    for bias in (-1000.0, 0.0):
+        tensors["bias"] = torch.full_like(tensors["bias"], bias)
+        if bias == 0:
+            tensors["weight"] = torch.zeros_like(tensors["weight"])
+        for _, tensor in CONV.exact(case, tensors).tensors():
+            assert_same_values(tensor, torch.zeros_like(tensor))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-def test_infinite_gradients_reach_only_what_their_cell_reaches(value):
-    tensors = PHASES.exact(torch.float32)
-    output = CONV.stock(**tensors, **PHASES.keywords)
-    grad = torch.ones_like(output)
-    grad.view(-1)[int(output.argmax())] = value
-    CONV.equal(PHASES, tensors, grad)
+def test_ties_go_to_the_first_cell_in_scan_order():
+    """A constant image: every cell of every window ties; and so do NaN, of which the last counts."""
+    case = conv_case("ties", (1, 1, 6, 6), (2, 1, 1, 1), pool_size=3, pool_stride=2, pool_padding=1)
+    tensors = {name: torch.ones(shape) for name, shape in case.shapes.items()}
+    first = torch.tensor([[4, 3, 3], [1, 0, 0], [1, 0, 0]], dtype=torch.uint8)
+    assert_same_values(CONV.equal(case, tensors, None).code[0, 0], first)
+    tensors["input"].fill_(float("nan"))
+    assert (CONV.equal(case, tensors, None).code == 8).all()
 
 
-@pytest.mark.parametrize("bias", [-1000.0, 0.0])
-def test_no_gradient_where_every_cell_is_closed(bias, slices):
-    tensors = PHASES.exact(torch.float32)
-    tensors["bias"] = torch.full_like(tensors["bias"], bias)
-    if bias == 0:
-        tensors["weight"] = torch.zeros_like(tensors["weight"])
-    for _, tensor in CONV.exact(PHASES, tensors).tensors():
-        assert_same_values(tensor, torch.zeros_like(tensor))
+def test_a_window_without_a_cell():
+    """Padding and dilation together can put every cell of a window into the padding: stock gives -inf there."""
+    keywords = {"pool_size": 2, "pool_stride": 1, "pool_padding": 1, "pool_dilation": 2}
+    tensors = {"input": torch.ones(1, 1, 1, 2), "weight": torch.ones(1, 1, 1, 1)}
+    stock = CONV.stock(**tensors, **keywords)
+    assert stock.isinf().any()
+    result = run(CONV.fused, tensors, keywords, torch.ones_like(stock))
+    assert_same_values(result.output, stock)
+    assert (result.code[stock.isinf()] == 255).all()
 
 
-# --- formulations --------------------------------------------------------------------------------------------------
+# --- the two ideas that make it fast -------------------------------------------------------------------------------
 
 
-def test_the_formulations_under_test_are_taken(monkeypatch):
-    """Guards the tests above: PHASES takes the one with a kernel per window cell, ALL_ELSE does not."""
-    weight = PHASES.exact(torch.float32)["weight"]
-    assert aten._phases_pay(weight, PHASES.geometry)
-    assert not aten._phases_pay(ALL_ELSE.exact(torch.float32)["weight"], ALL_ELSE.geometry)
-    monkeypatch.setattr(aten, "_SLICE_BYTES", 1)
-    assert len(list(aten._slices(PHASES.exact(torch.float32)["input"], weight, PHASES.geometry))) == 7
+@conv_cases(without=("unbatched", "empty batch"))
+@wide_and_narrow
+def test_one_image_a_slice(case, dtype, sliced):
+    """Every case of the grid with its batch cut apart."""
+    sliced(1, case, dtype)
+    CONV.random(case, case.random(dtype))
+    CONV.exact(case, case.exact(dtype))
+
+
+@subsets(CONV_NAMES)
+@pytest.mark.parametrize("kind", ["contiguous", "channels_last"])
+@conv_cases([SMALL, GROUPS, PHASED[2]])
+def test_slices_give_each_set_of_gradients(case, kind, wanted, sliced):
+    """Two images a slice, the last one partial: what is asked for is exact, and the rest is not computed."""
+    sliced(2, case, torch.float32)
+    tensors = case.exact(torch.float32)
+    tensors["input"] = awkward(tensors["input"], kind)
+    stock = CONV.stock(**tensors, **case.keywords)
+    grad = exact_grid(stock.shape, stock.dtype, terms=case.terms)
+    expected = run(CONV.stock, tensors, case.keywords, grad, wanted)
+    result = run(CONV.fused, tensors, case.keywords, grad, wanted)
+    for name in CONV_NAMES:
+        if name in wanted:
+            assert_same_values(result.grads[name], expected.grads[name], name=name)
+        else:
+            assert result.grads[name] is None
+    assert_same_values(result.output, expected.output)
+    assert result.output.stride() == expected.output.stride()
+
+
+def test_the_shipped_slice_is_a_part_of_a_large_batch(monkeypatch):
+    """A batch as in training is cut without any help, and the slices' sums are as accurate as stock's."""
+    seen = []
+    slices = aten._slices
+    monkeypatch.setattr(aten, "_slices", lambda *args: (seen.append(list(slices(*args))), seen[-1])[1])
+    case = conv_case("512 images", (512, 1, 32, 32), (6, 1, 5, 5))
+    CONV.random(case, case.random(torch.float32))
+    assert all(len(parts) > 1 for parts in seen)
+    assert [part.start for part in seen[0][1:]] == [part.stop for part in seen[0][:-1]]
+    assert (seen[0][0].start, seen[0][-1].stop) == (0, 512)
+
+
+def test_sums_over_many_slices_do_not_lose_accuracy(sliced):
+    """Sixty-four slices in bfloat16, whose sum in bfloat16 would be worthless."""
+    case = conv_case("64 slices", (64, 2, 10, 10), (4, 2, 3, 3))
+    sliced(1, case, torch.bfloat16)
+    CONV.random(case, case.random(torch.bfloat16))
+
+
+@conv_cases(PHASED)
+@dtypes
+def test_kernel_stack(case, dtype):
+    """One convolution with the kernel once per window cell: same judge, exact grid, layouts."""
+    tensors = case.random(dtype)
+    assert aten._phases_pay(tensors["weight"], case.geometry)
+    CONV.random(case, tensors)
+    CONV.exact(case, case.exact(dtype))
+
+
+@subsets(CONV_NAMES)
+@conv_cases(PHASED[:-1])
+def test_kernel_stack_gives_each_set_of_gradients(case, wanted):
+    """It serves the backward only where the input needs no gradient: both ways must agree with stock."""
+    tensors = case.exact(torch.float32)
+    stock = CONV.stock(**tensors, **case.keywords)
+    grad = exact_grid(stock.shape, stock.dtype, terms=case.terms)
+    expected = run(CONV.stock, tensors, case.keywords, grad, wanted)
+    result = run(CONV.fused, tensors, case.keywords, grad, wanted)
+    for name in wanted:
+        assert_same_values(result.grads[name], expected.grads[name], name=name)
 
 
 @pytest.mark.parametrize(
-    "mask", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
+    "case",
+    [
+        conv_case("16 channels", (1, 1, 9, 9), (16, 1, 5, 5)),
+        conv_case("small kernel", (1, 1, 9, 9), (4, 1, 3, 3)),
+        conv_case("stride", (1, 1, 9, 9), (4, 1, 5, 5), stride=2),
+        conv_case("dilation", (1, 1, 12, 12), (4, 1, 5, 5), dilation=2),
+        conv_case("groups", (1, 2, 9, 9), (4, 1, 5, 5), groups=2),
+        conv_case("ceil mode", (1, 1, 9, 9), (4, 1, 5, 5), ceil_mode=True),
+        conv_case("pool padding", (1, 1, 9, 9), (4, 1, 5, 5), pool_padding=1),
+        conv_case("pool dilation", (1, 1, 9, 9), (4, 1, 5, 5), pool_dilation=2),
+    ],
+    ids=lambda case: case.name,
 )
-@pytest.mark.parametrize("case", [ALL_ELSE, PHASES], ids=lambda case: case.name)
-def test_only_requested_gradients(case, mask, slices):
-    tensors = case.exact(torch.float32)
-    for tensor, needed in zip(tensors.values(), mask, strict=True):
-        tensor.requires_grad_(needed)
-    leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
-    grads, expected = (
-        torch.autograd.grad(function(**tensors, **case.keywords).sum(), leaves) for function in (CONV.fused, CONV.stock)
-    )
-    for grad, stock in zip(grads, expected, strict=True):
-        assert_same_values(grad, stock)
+def test_kernel_stack_is_kept_from_what_it_cannot_do(case):
+    """Each condition of `_phases_pay` by itself; the call is right nonetheless."""
+    assert not aten._phases_pay(torch.empty(case.weight), case.geometry)
+    CONV.exact(case, case.exact(torch.float32))
 
 
-def test_sums_over_slices_are_as_accurate_as_stock(slices):
-    """In bfloat16 too, where a sum kept in the operand's type would lose digits with every slice."""
-    case = conv_case("many images", (64, 3, 8, 8), (16, 3, 3, 3))
-    for dtype in (torch.float32, torch.bfloat16):
-        CONV.random(case, case.random(dtype))
+# --- derivatives in float64 ----------------------------------------------------------------------------------------
+
+MODEST = [case for case in CONV_CASES if case not in (BIG_WINDOW,) and case.name != "empty batch"]
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_layout_of_results_is_stock_s(layout):
-    input = torch.randn(2, 3, 12, 12).to(memory_format=layout).requires_grad_()
-    layer = fastlenet.ConvReLUMaxPool2d(3, 4, 3)
-    output = layer(input)
-    assert output.is_contiguous(memory_format=layout)
-    output.sum().backward()
-    assert input.grad.is_contiguous(memory_format=layout)
+def leaves(case) -> list[torch.Tensor | None]:
+    return [None if t is None else t.requires_grad_() for t in case.random(torch.float64).values()]
 
 
-def test_bitwise_reproducible_from_run_to_run():
-    tensors = ALL_ELSE.random(torch.float32)
-    first, second = (run(CONV.fused, tensors, ALL_ELSE.keywords) for _ in range(2))
-    for (_, one), (_, other) in zip(first.tensors(), second.tensors(), strict=True):
-        assert_bitwise_equal(one, other)
+def conv_call(case):
+    return lambda *tensors: conv2d_relu_max_pool2d(*tensors, **case.keywords)
 
 
-# --- autograd's bookkeeping ----------------------------------------------------------------------------------------
+def addmm_call(case):
+    return lambda *tensors: ADDMM.fused(*tensors, **case.keywords)
 
 
-def test_lenet_saves_at_most_12800_bytes_an_image():
-    """Input, pooled outputs as the next layer's inputs, codes and hidden activations; nothing larger."""
-    network, images = fastlenet.LeNet(), torch.randn(8, 1, 32, 32)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+@conv_cases(MODEST)
+def test_gradcheck_of_a_convolution(case):
+    """Reverse mode and forward mode against finite differences, in random directions; under the default backend."""
+    with fastlenet.use_backend("auto"):
+        assert torch.autograd.gradcheck(conv_call(case), leaves(case), check_forward_ad=True, fast_mode=True)
+
+
+@conv_cases(MODEST)
+def test_gradgradcheck_of_a_convolution(case):
+    """Double backward against finite differences, in random directions."""
+    assert torch.autograd.gradgradcheck(conv_call(case), leaves(case), fast_mode=True)
+
+
+@conv_cases([SMALL, conv_case("two groups", (1, 4, 5, 6), (4, 2, 2, 2), groups=2)])
+def test_every_entry_of_the_jacobian(case):
+    """Gradcheck's slow mode looks at each entry apart."""
+    with fastlenet.use_backend("auto"):
+        assert torch.autograd.gradcheck(conv_call(case), leaves(case), check_forward_ad=True)
+
+
+@addmm_cases([case for case in ADDMM_CASES if 0 not in (case.m, case.k, case.n)])
+def test_derivatives_of_a_product(case):
+    """First derivatives in both modes and second ones against finite differences."""
+    with fastlenet.use_backend("auto"):
+        assert torch.autograd.gradcheck(addmm_call(case), leaves(case), check_forward_ad=True, fast_mode=True)
+        assert torch.autograd.gradgradcheck(addmm_call(case), leaves(case), fast_mode=True)
+
+
+# --- layouts, reproducibility, memory ------------------------------------------------------------------------------
+
+
+@parametrize_dtypes(torch.float32, torch.float64)
+@pytest.mark.parametrize("name", ["input", "weight"])
+@conv_cases([SMALL, PHASED[1], GROUPS])
+def test_channels_last_comes_out_as_it_went_in(case, name, dtype):
+    """Output and gradients have stock's strides."""
+    tensors = case.exact(dtype)
+    tensors[name] = awkward(tensors[name], "channels_last")
+    stock = run(CONV.stock, tensors, case.keywords)
+    result = CONV.equal(case, tensors, None)
+    assert result.output.is_contiguous(memory_format=torch.channels_last)
+    for (label, actual), (_, expected) in zip(result.tensors(), stock.tensors(), strict=True):
+        assert actual.stride() == expected.stride(), label
+
+
+def test_empty_batch():
+    """The output is empty and the gradients of the parameters are zero."""
+    for case in (SMALL, PHASED[0]):
+        tensors = case.random(torch.float32)
+        tensors["input"] = tensors["input"][:0]
+        result = CONV.equal(case, tensors, None)
+        assert result.output.shape[0] == 0
+        for name in ("weight", "bias"):
+            assert_same_values(result.grads[name], torch.zeros_like(tensors[name]))
+
+
+@dtypes
+@conv_cases([SMALL, GROUPS, PHASED[0]])
+def test_bitwise_reproducible_from_run_to_run(case, dtype, sliced):
+    sliced(2, case, dtype)
+    tensors = case.random(dtype)
+    grad = upstream(CONV.stock(**tensors, **case.keywords))
+    first, second = (run(CONV.fused, tensors, case.keywords, grad) for _ in range(2))
+    for (name, one), (_, other) in zip(first.tensors(), second.tensors(), strict=True):
+        assert_bitwise_equal(one, other, name=name)
+
+
+@conv_cases([SMALL, PHASED[0]])
+def test_a_convolution_saves_one_byte_a_pooled_cell(case):
+    """Beside its own arguments: nothing at the convolution's resolution, and not the output."""
+    tensors = {name: tensor.requires_grad_() for name, tensor in case.random(torch.float32).items()}
     with saved_for_backward() as saved:
-        network(images)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
-    total = sum(size for pointer, size in storages.items() if pointer not in parameters)
-    assert total / 8 == 12_792
-    assert max(t.numel() for t in saved if t.data_ptr() not in parameters) < 8 * 6 * 28 * 28
+        output = conv2d_relu_max_pool2d(**tensors, **case.keywords)
+    own = [t for t in saved if t.data_ptr() not in {x.data_ptr() for x in tensors.values()}]
+    assert [(t.dtype, t.shape) for t in own] == [(torch.uint8, output.shape)]
+    assert len(saved) == 3
 
 
-def test_the_output_may_be_modified_and_what_is_saved_may_not():
-    layer = fastlenet.ConvReLUMaxPool2d(1, 2, 3)
-    input = torch.randn(2, 1, 8, 8).mul(1)
-    layer(input).mul_(2).sum().backward()  # stock's max_pool2d does not save its output either
-    output = layer(input)
-    input.mul_(2)
+def test_a_product_saves_its_factors_and_its_output():
+    tensors = {name: tensor.requires_grad_() for name, tensor in FULL.random(torch.float32).items()}
+    with saved_for_backward() as saved:
+        output = addmm_relu(**tensors)
+    pointers = {t.data_ptr() for t in (output, tensors["mat1"], tensors["mat2"])}
+    assert {t.data_ptr() for t in saved} == pointers
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_lenet_saves_at_most_12800_bytes_an_image(batch):
+    """All that a training step keeps from forward to backward, parameters and the loss's own apart."""
+    network, stock = fastlenet.LeNet(), fastlenet.StockLeNet()
+
+    def kept(model) -> int:
+        with saved_for_backward() as saved:
+            model(torch.randn(batch, 1, 32, 32))
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+        for parameter in model.parameters():
+            storages.pop(parameter.untyped_storage().data_ptr(), None)
+        return sum(storages.values()) // batch
+
+    assert 0 < kept(network) <= 12_800 < kept(stock)
+
+
+@conv_cases([SMALL, PHASED[0]])
+def test_the_output_of_a_convolution_may_be_modified(case):
+    """As after stock's max_pool2d: the backward does not need it."""
+    tensors = case.exact(torch.float32)
+    expected = run(CONV.stock, tensors, case.keywords)
+    grads = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    output = conv2d_relu_max_pool2d(**tensors, **case.keywords)
+    total = output.sum()
+    output.detach().zero_()
+    output.mul_(0)
+    total.backward()
+    for name, leaf in grads.items():
+        assert_same_values(leaf.grad, expected.grads[name], name=name)
+
+
+@pytest.mark.parametrize("name", ["input", "weight"])
+def test_modifying_what_a_convolution_saved_is_noticed(name):
+    tensors = {key: tensor.requires_grad_() for key, tensor in SMALL.random(torch.float32).items()}
+    output = conv2d_relu_max_pool2d(**tensors, **SMALL.keywords)
+    with torch.no_grad():
+        tensors[name].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
-    hidden = fastlenet.LinearReLU(4, 3)(torch.randn(2, 4))
-    hidden.mul_(2)
+
+
+@pytest.mark.parametrize("name", ["output", "mat1", "mat2"])
+def test_modifying_what_a_product_saved_is_noticed(name):
+    tensors = {key: tensor.requires_grad_() for key, tensor in FULL.random(torch.float32).items()}
+    output = addmm_relu(**tensors)
+    with torch.no_grad():
+        {**tensors, "output": output}[name].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        hidden.sum().backward()
+        output.sum().backward()
 
 
-def test_version_counters_and_values_of_inputs_stay():
-    tensors = ALL_ELSE.random(torch.float32)
-    copies = {name: tensor.clone() for name, tensor in tensors.items()}
-    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-    output = CONV.fused(**leaves, **ALL_ELSE.keywords)
-    grad, version = torch.randn_like(output), output._version
-    output.backward(grad)
-    assert output._version == version
-    assert grad._version == 0
-    for name, tensor in tensors.items():
-        assert tensor._version == 0
-        assert_bitwise_equal(tensor.detach(), copies[name])
+@conv_cases([SMALL, PHASED[0], GROUPS])
+def test_nothing_is_modified(case, sliced):
+    """Arguments and the upstream gradient keep their values and their version counters, forward and backward."""
+    sliced(2, case, torch.float32)
+    tensors = {name: tensor.requires_grad_() for name, tensor in case.random(torch.float32).items()}
+    output = conv2d_relu_max_pool2d(**tensors, **case.keywords)
+    watched = [*tensors.values(), output, upstream(output.detach())]
+    before = [(t._version, t.detach().clone()) for t in watched]
+    output.backward(watched[-1])
+    for tensor, (version, values) in zip(watched, before, strict=True):
+        assert tensor._version == version
+        assert_bitwise_equal(tensor, values)
+    assert all(tensor._version == 0 for tensor in tensors.values())
 
 
-def test_threads_do_not_change_what_is_right():
-    """One thread and several: the same judge."""
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            CONV.random(PHASES, PHASES.random(torch.float32))
-    finally:
-        torch.set_num_threads(threads)
+def test_a_product_modifies_nothing():
+    tensors = {name: tensor.requires_grad_() for name, tensor in FULL.random(torch.float32).items()}
+    output = addmm_relu(**tensors, beta=2, alpha=3)
+    watched = [*tensors.values(), output, upstream(output.detach())]
+    before = [(t._version, t.detach().clone()) for t in watched]
+    output.backward(watched[-1])
+    for tensor, (version, values) in zip(watched, before, strict=True):
+        assert tensor._version == version
+        assert_bitwise_equal(tensor, values)
 
 
-def test_integers_compute_as_in_stock():
-    input, weight = torch.randint(-5, 5, (1, 1, 6, 6)), torch.randint(-5, 5, (2, 1, 3, 3))
-    expected = F.max_pool2d(F.relu(F.conv2d(input, weight)), 2)
-    assert torch.equal(fastlenet.functional.conv2d_relu_max_pool2d(input, weight), expected)
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "no leaf"])
+def test_without_a_gradient_no_graph_is_built(how):
+    """And nothing is saved."""
+    context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "no leaf": torch.enable_grad}[how]
+    conv, product = SMALL.random(torch.float32), FULL.random(torch.float32)
+    if how != "no leaf":
+        conv["weight"].requires_grad_()
+        product["mat2"].requires_grad_()
+    with context(), saved_for_backward() as saved:
+        outputs = conv2d_relu_max_pool2d(**conv, **SMALL.keywords), addmm_relu(**product)
+    assert all(output.grad_fn is None and not output.requires_grad for output in outputs)
+    assert saved == []
+
+
+def test_gradients_do_not_alias_each_other():
+    """In-place work on one gradient (clipping, accumulation) must not reach another, or the upstream gradient."""
+    tensors = FULL.random(torch.float32)
+    tensors["mat1"].abs_()
+    tensors["mat2"].abs_()
+    tensors["input"].abs_()
+    grad = torch.ones(FULL.m, FULL.n)
+    result = run(ADDMM.fused, tensors, FULL.keywords, grad)
+    pointers = [t.data_ptr() for t in (grad, result.output, *result.grads.values())]
+    assert len(set(pointers)) == len(pointers)

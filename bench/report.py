@@ -472,9 +472,9 @@ def _draw_bars(axes: Any, operators: list[Comparison]) -> None:
     patch = import_extra("matplotlib.patches").Patch
     [mark] = axes.plot(best, heights, "|", color="black", markersize=11, markeredgewidth=2.2)
     axes.axvline(1, color=COLOURS[EAGER], linewidth=1.2)
+    shapes = [c.first["name"].removeprefix("conv2d_relu_max_pool2d ").replace("_relu", "") for c in operators]
     names = [
-        f"{c.first['name'].removeprefix('conv2d_relu_max_pool2d ').replace('_relu', '')} {DIRECTIONS[c.first['direction']]}, {_batch(c)}"
-        for c in operators
+        f"{shape} {DIRECTIONS[c.first['direction']]}, {_batch(c)}" for shape, c in zip(shapes, operators, strict=True)
     ]
     axes.set_yticks(heights, names, fontsize=7.5)
     for height, ratio in zip(heights, ratios, strict=True):

@@ -6,6 +6,8 @@ with a message that names the argument, what it is, and what was expected. Legal
 
 from __future__ import annotations
 
+import numbers
+import operator as op
 from typing import Any
 
 import torch
@@ -32,20 +34,39 @@ def _same(operator: str, kind: str, reference: tuple[str, Tensor], others: dict[
 
 
 def same_type(operator: str, reference: tuple[str, Tensor], **others: Tensor | None) -> None:
-    """Require one dtype and one device."""
+    """Require one dtype, of real numbers, and one device."""
     _same(operator, "dtype", reference, others)
     _same(operator, "device", reference, others)
+    name, tensor = reference
+    if tensor.is_complex():
+        raise NotImplementedError(
+            f"{operator}: relu is not defined for complex numbers, but got {name} of {tensor.dtype}"
+        )
+
+
+def _index(value: Any) -> int | None:
+    """Read what stock takes for an int (NumPy's integers and integer tensors of one element, too), or return None."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    try:
+        return op.index(value)
+    except TypeError:
+        return None
 
 
 def pair(operator: str, name: str, value: Any) -> Pair:
     """Read an int, or one or two of them, as (height, width)."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value, value
-    if not isinstance(value, (tuple, list)) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+    found = [_index(v) for v in (value if isinstance(value, (tuple, list)) else [value])]
+    read = [number for number in found if number is not None]
+    if len(read) != len(found):
         raise TypeError(f"{operator}(): argument '{name}' must be int or tuple of ints, but got {value!r}")
-    if len(value) not in (1, 2):
+    if len(read) not in (1, 2):
         raise RuntimeError(f"{operator}: {name} must be a single int or a tuple of two ints, but got {name}={value!r}")
-    return value[0], value[-1]
+    return read[0], read[-1]
 
 
 def geometry(operator: str, fields: ConvPoolGeometry) -> None:
@@ -174,13 +195,24 @@ def boolean(operator: str, name: str, value: Any) -> None:
         raise TypeError(f"{operator}(): argument '{name}' must be bool, not {type(value).__name__}")
 
 
-def integer(operator: str, name: str, value: Any) -> None:
-    """Require an int."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def integer(operator: str, name: str, value: Any) -> int:
+    """Require an int, and return it."""
+    read = _index(value)
+    if read is None:
         raise TypeError(f"{operator}(): argument '{name}' must be int, not {type(value).__name__}")
+    return read
 
 
-def scalar(operator: str, name: str, value: Any) -> None:
-    """Require a number."""
-    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
-        raise TypeError(f"{operator}(): argument '{name}' must be Number, not {type(value).__name__}")
+def scalar(operator: str, name: str, value: Any) -> float:
+    """Require a real number, or a tensor that holds just one, and return it."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return int(value) if isinstance(value, bool) else value  # type: ignore[return-value]
+    if isinstance(value, complex):
+        raise RuntimeError(f"{operator}: {name} must be a real number, but got {name}={value!r}")
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad:
+        return scalar(operator, name, value.item())
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(f"{operator}(): argument '{name}' must be Number, not {type(value).__name__}")

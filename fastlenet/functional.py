@@ -65,7 +65,7 @@ def conv2d_relu_max_pool2d(
     name = "conv2d_relu_max_pool2d"
     checks.tensors(name, ("input", input), ("weight", weight), bias=bias)
     checks.boolean(name, "ceil_mode", ceil_mode)
-    checks.integer(name, "groups", groups)
+    groups = checks.integer(name, "groups", groups)
     if input.dim() not in (3, 4):
         raise RuntimeError(
             f"{name}: expected 3D (unbatched) or 4D (batched) input, but got input of size {list(input.shape)}"
@@ -86,7 +86,7 @@ def conv2d_relu_max_pool2d(
         dilation,
         groups,
         pool_size,
-        pool_size if pool_stride in (None, ()) else checks.pair(name, "pool_stride", pool_stride),
+        pool_size if _unset(pool_stride) else checks.pair(name, "pool_stride", pool_stride),
         checks.pair(name, "pool_padding", pool_padding),
         checks.pair(name, "pool_dilation", pool_dilation),
         ceil_mode,
@@ -100,6 +100,11 @@ def conv2d_relu_max_pool2d(
     else:
         output, _ = torch.ops.fastlenet.conv2d_relu_max_pool2d(input, weight, bias, *geometry, False)
     return output if batched else output.squeeze(0)
+
+
+def _unset(pool_stride: Any) -> bool:
+    """Whether the window's step is its size: stock takes an empty tuple or list for None."""
+    return pool_stride is None or (isinstance(pool_stride, (tuple, list)) and not pool_stride)
 
 
 def _named_padding(
@@ -167,8 +172,7 @@ def addmm_relu(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, al
     """
     name = "addmm_relu"
     checks.tensors(name, ("input", input), ("mat1", mat1), ("mat2", mat2))
-    checks.scalar(name, "beta", beta)
-    checks.scalar(name, "alpha", alpha)
+    beta, alpha = checks.scalar(name, "beta", beta), checks.scalar(name, "alpha", alpha)
     input, mat1, mat2 = _autocast(input, mat1, mat2)
     checks.same_type(name, ("mat1", mat1), mat2=mat2, input=input)
     checks.matrices(name, input, mat1, mat2)

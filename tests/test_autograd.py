@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
@@ -125,6 +126,39 @@ def test_mapped_over_weights_and_images(in_dims, networks, images):
     agree(vmap(lambda s, x, n=network: functional_call(n, s, (x,)), in_dims)(state, batch) for network in networks)
 
 
+@pytest.mark.parametrize("in_dims", [(d, w, b) for d in (None, 1) for w in (None, 2) for b in (None, 1)][1:])
+@pytest.mark.parametrize(("function", "tensors"), [(fused_conv, "conv_tensors"), (fused_addmm, "addmm_tensors")])
+def test_any_argument_may_be_mapped_over_any_dimension(function, tensors, in_dims, request):
+    """Groups stay groups, and each copy's gradients are its own: as in a loop over the copies."""
+    scale = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    tensors = [tensor.detach() for tensor in request.getfixturevalue(tensors)]
+    mapped = [
+        tensor if dim is None else torch.stack([factor * tensor for factor in scale], dim)
+        for tensor, dim in zip(tensors, in_dims, strict=True)
+    ]
+
+    def outputs(*arguments):
+        return function(*arguments), grad(lambda *a: function(*a).square().sum(), (0, 1, 2))(*arguments)
+
+    def copy_of(i):
+        return [t if dim is None else t.select(dim, i) for t, dim in zip(mapped, in_dims, strict=True)]
+
+    ours, ours_grads = vmap(outputs, in_dims)(*mapped)
+    loop = [outputs(*copy_of(i)) for i in range(len(scale))]
+    agree((ours, torch.stack([output for output, _ in loop])))
+    for k, gradient in enumerate(ours_grads):
+        agree((gradient, torch.stack([grads[k] for _, grads in loop])))
+
+
+def test_maps_nest(conv_tensors):
+    """Vmap of vmap of a gradient."""
+    image, weight, bias = (tensor.detach() for tensor in conv_tensors)
+    images, weights = torch.stack([image, -image]), torch.stack([weight, weight / 2, -weight])
+    slope = grad(lambda x, w: fused_conv(x, w, bias).square().sum())
+    nested = vmap(vmap(slope, (None, 0)), (0, None))(images, weights)
+    agree((nested, torch.stack([torch.stack([slope(x, w) for w in weights]) for x in images])))
+
+
 @pytest.mark.parametrize("name", ["conv1.weight", "conv2.bias", "fc2.bias"])
 @pytest.mark.parametrize("outer", [jacfwd, jacrev])
 def test_hessian(outer, name, networks, images):
@@ -191,6 +225,9 @@ GEOMETRIES = {
 }
 
 
+MASKS = [mask for mask in itertools.product((True, False), repeat=3) if any(mask)]
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_opcheck_conv(name, layout):
@@ -200,7 +237,7 @@ def test_opcheck_conv(name, layout):
         args = (*tensors, *geometry, return_code)
         torch.library.opcheck(torch.ops.fastlenet.conv2d_relu_max_pool2d.default, args)
     output, code = torch.ops.fastlenet.conv2d_relu_max_pool2d(*tensors, *geometry, True)
-    for mask in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+    for mask in MASKS:
         args = (torch.randn_like(output), *tensors[:2], code, *geometry, mask)
         torch.library.opcheck(torch.ops.fastlenet.conv2d_relu_max_pool2d_backward.default, args)
 
@@ -212,7 +249,9 @@ def test_opcheck_addmm(size, transposed):
     mat1, mat2 = torch.randn(5, 4), torch.randn(3, 4).t() if transposed else torch.randn(4, 3)
     torch.library.opcheck(torch.ops.fastlenet.addmm_relu.default, (input, mat1, mat2, 0.5, 2.0))
     output = torch.ops.fastlenet.addmm_relu(input, mat1, mat2, 0.5, 2.0)
-    for mask in ((size is not None, True, True), (False, False, True)):
+    for mask in MASKS:
+        if mask[0] and size is None:
+            continue
         args = (torch.randn(5, 3), output, mat1, mat2, size or (), 0.5, 2.0, mask)
         torch.library.opcheck(torch.ops.fastlenet.addmm_relu_backward.default, args)
 
@@ -247,7 +286,13 @@ def test_one_layer_in_a_compiled_stock_model():
     model = torch.nn.Sequential(fastlenet.ConvReLUMaxPool2d(1, 3, 3), torch.nn.Flatten(), torch.nn.Linear(75, 2))
     images = torch.randn(4, 1, 12, 12)
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, fullgraph=True)(images), model(images))
+    results = []
+    for call in (torch.compile(model, fullgraph=True), model):
+        model.zero_grad()
+        output = call(images)
+        output.square().sum().backward()
+        results.append((output.detach(), [parameter.grad for parameter in model.parameters()]))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,34 @@ CONV = {
     "pool_padding too large": ({"pool_padding": 2}, "pool_padding=(2, 2).*pool_size=(2, 2)"),
     "pool_padding negative": ({"pool_padding": -1}, "pool_padding.*at least 0.*-1"),
     "pool_dilation 0": ({"pool_dilation": 0}, "pool_dilation.*at least 1.*0"),
+    "stride a bool": ({"stride": True}, "'stride'.*True"),
+    "stride an array of floats": ({"stride": np.ones(2)}, "'stride'.*1."),
+    "stride a pair of a float": ({"stride": (1.0, 2)}, "'stride'.*(1.0, 2)"),
+    "stride None": ({"stride": None}, "'stride'.*None"),
+    "padding a float": ({"padding": 1.5}, "'padding'.*1.5"),
+    "padding of three": ({"padding": (1, 1, 1)}, "padding.*(1, 1, 1)"),
+    "dilation a string": ({"dilation": "x"}, "'dilation'.*'x'"),
+    "dilation negative": ({"dilation": -1}, "dilation.*at least 1.*-1"),
+    "groups a string": ({"groups": "2"}, "'groups' must be int, not str"),
+    "groups a bool": ({"groups": True}, "'groups' must be int, not bool"),
+    "groups negative": ({"groups": -1}, "groups.*at least 1.*-1"),
+    "weight without height": ({"weight": (4, 3, 0, 3)}, "weight of size [4, 3, 0, 3]"),
+    "no channels": ({"input": (2, 0, 8, 8), "weight": (4, 0, 3, 3)}, "input of size [2, 0, 8, 8].*[4, 0, 3, 3]"),
+    "empty batch of wrong channels": ({"input": (0, 5, 8, 8)}, "input[0, 5, 8, 8].*3 channels"),
+    "complex numbers": (
+        {"input": randn(2, 3, 8, 8) + 0j, "weight": randn(4, 3, 3, 3) + 0j, "bias": None}, "complex.*input.*complex64"
+    ),
+    "pool_size None": ({"pool_size": None}, "'pool_size'.*None"),
+    "pool_size empty": ({"pool_size": ()}, "pool_size=()"),
+    "pool_stride a string": ({"pool_stride": "a"}, "'pool_stride'.*'a'"),
+    "pool_stride of three": ({"pool_stride": (1, 1, 1)}, "pool_stride.*(1, 1, 1)"),
+    "pool_stride a NumPy float": ({"pool_stride": np.float64(2)}, "'pool_stride'.*2.0"),
+    "pool_padding named": ({"pool_padding": "same"}, "'pool_padding'.*'same'"),
+    "pool_padding too large in one dimension": (
+        {"pool_size": (1, 3), "pool_padding": 1}, "pool_padding=(1, 1).*pool_size=(1, 3)"
+    ),
+    "pool_dilation too large": ({"pool_dilation": 9}, "pool_size=(2, 2).*4 x 6 x 6"),
+    "ceil_mode an int": ({"ceil_mode": 0.0}, "'ceil_mode' must be bool, not float"),
     "ceil_mode no bool": ({"ceil_mode": "x"}, "'ceil_mode' must be bool, not str"),
 }
 # fmt: on
@@ -119,6 +148,14 @@ ADDMM = {
     "input no tensor": ((None, (5, 7), (7, 3)), {}, "'input' must be Tensor, not NoneType"),
     "beta a string": (((3,), (5, 7), (7, 3)), {"beta": "a"}, "'beta' must be Number, not str"),
     "alpha a string": (((3,), (5, 7), (7, 3)), {"alpha": "a"}, "'alpha' must be Number, not str"),
+    "alpha None": (((3,), (5, 7), (7, 3)), {"alpha": None}, "'alpha' must be Number, not NoneType"),
+    "beta complex": (((3,), (5, 7), (7, 3)), {"beta": 1j}, "beta must be a real number.*beta=1j"),
+    "alpha a vector": (((3,), (5, 7), (7, 3)), {"alpha": randn(2)}, "'alpha' must be Number, not Tensor"),
+    "alpha that needs a gradient": (
+        ((3,), (5, 7), (7, 3)),
+        {"alpha": torch.tensor(2.0, requires_grad=True)},
+        "'alpha' must be Number, not Tensor",
+    ),
 }
 
 
@@ -129,6 +166,46 @@ def test_addmm_relu(name):
     assert_same_error(
         lambda: functional.addmm_relu(*made, **options), lambda: F.relu(torch.addmm(*made, **options)), words
     )
+
+
+NAMES = ["stride", "padding", "dilation", "groups", *(f"pool_{n}" for n in ("size", "stride", "padding", "dilation"))]
+INTEGERS = {
+    "NumPy": np.int64(1),
+    "short NumPy": np.int32(1),
+    "tensor": torch.tensor(1),
+    "list": [1],
+    "pair": (np.int64(1), 1),
+    "pair of a tensor": [torch.tensor(1), 1],
+    "size": torch.Size([1, 1]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, k) for n in NAMES for k in INTEGERS if n != "groups" or k in ("NumPy", "tensor")]
+)
+def test_what_stock_reads_as_integers_is_no_error(name, kind):
+    """Sizes that come out of NumPy or of a tensor."""
+    made, options = [randn(2, 3, 8, 8), randn(4, 3, 3, 3)], {name: INTEGERS[kind]}
+    expected = stock_conv(*made, **options)
+    torch.testing.assert_close(functional.conv2d_relu_max_pool2d(*made, **options), expected)
+
+
+@pytest.mark.parametrize("pool_stride", [None, (), []], ids=str)
+def test_no_pool_stride_is_the_windows_size(pool_stride):
+    made = randn(2, 3, 8, 8), randn(4, 3, 3, 3)
+    expected = stock_conv(*made, pool_size=3, pool_stride=pool_stride)
+    torch.testing.assert_close(functional.conv2d_relu_max_pool2d(*made, pool_size=3, pool_stride=pool_stride), expected)
+
+
+@pytest.mark.parametrize(
+    "factor", [True, False, np.float32(0.5), np.int64(2), torch.tensor(2.0), torch.tensor(3)], ids=repr
+)
+@pytest.mark.parametrize("name", ["beta", "alpha"])
+def test_what_stock_reads_as_a_number_is_no_error(name, factor):
+    made = [randn(size).requires_grad_() for size in ((3,), (5, 7), (7, 3))]
+    fused, stock = functional.addmm_relu(*made, **{name: factor}), F.relu(torch.addmm(*made, **{name: factor}))
+    torch.testing.assert_close(fused, stock)
+    torch.testing.assert_close(*(torch.autograd.grad(output.sum(), made) for output in (fused, stock)))
 
 
 @pytest.mark.parametrize("name", ["", "cuda", "Triton"])
@@ -161,6 +238,34 @@ def test_forced_triton_on_a_cpu_says_what_to_do(layer, monkeypatch):
         layer(randn(2, 3, 8, 8))
 
 
+def test_triton_forced_by_the_environment_says_what_to_do(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("FASTLENET_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match=r"'triton' is forced.*cpu tensors.*GPU.*TRITON_INTERPRET=1.*'auto'"):
+        conv(functional.conv2d_relu_max_pool2d)
+
+
+def test_a_forced_backend_holds_for_the_backward_too(monkeypatch):
+    """A backward under a backend that cannot run raises instead of falling back."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    outputs = fastlenet.ConvReLUMaxPool2d(3, 4, 3)(randn(2, 3, 8, 8)), fastlenet.LinearReLU(8, 4)(randn(2, 8))
+    for output in outputs:
+        with fastlenet.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' is forced"):
+            output.sum().backward()
+
+
+def test_log_names_the_product_and_a_forced_backend(caplog):
+    with caplog.at_level(logging.DEBUG, logger="fastlenet"), fastlenet.use_backend("aten"):
+        functional.linear_relu(randn(5, 7), randn(3, 7))
+    assert "addmm_relu of (5, 7) torch.float32 runs on ATen: backend 'aten' is forced" in caplog.text
+
+
+def test_log_is_silent_by_default(caplog):
+    with caplog.at_level(logging.INFO, logger="fastlenet"):
+        conv(functional.conv2d_relu_max_pool2d)
+    assert not caplog.records
+
+
 def test_log_says_why_aten_was_taken(caplog):
     with caplog.at_level(logging.DEBUG, logger="fastlenet"):
         conv(functional.conv2d_relu_max_pool2d)
@@ -181,6 +286,15 @@ def test_explain_lists_sites_shapes_and_reasons():
     assert {site.implementation for site in table.sites} == {"aten"}
     assert "the input is on cpu" in str(table)
     assert "(no fused operators)" in str(fastlenet.explain(fastlenet.StockLeNet()))
+
+
+def test_explain_without_an_example_knows_no_shapes():
+    table = fastlenet.explain(fastlenet.LeNet())
+    assert {(site.input, site.output) for site in table.sites} == {("?", "?")}
+    header, *lines = str(table).splitlines()
+    assert header.split() == ["name", "operator", "input", "output", "implementation", "reason"]
+    assert [line.split()[:2] for line in lines][2:] == [["fc1", "linear_relu"], ["fc2", "linear_relu"]]
+    assert fastlenet.explain(fastlenet.LinearReLU(3, 2)).sites[0].name == "(model)"
 
 
 def test_explain_shows_what_a_forced_backend_would_raise(monkeypatch):

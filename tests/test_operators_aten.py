@@ -36,6 +36,10 @@ SMALL = conv_case("small", (5, 3, 9, 8), (5, 3, 2, 3), padding=(1, 0), pool_size
 GROUPS = conv_case("groups", (5, 4, 9, 8), (6, 2, 3, 3), groups=2, pool_size=3, pool_stride=2, pool_padding=1)
 # Every cell of its convolution lies in a window, and none in the padding: NaN and infinities go where stock's go.
 COVERED = conv_case("covered", (2, 2, 8, 9), (3, 2, 3, 2), pool_size=3, pool_stride=(3, 1))
+ALL_ELSE = conv_case(
+    "groups, overlap and all else", (7, 4, 9, 8), (6, 2, 2, 3), groups=2, stride=(1, 2), padding=1,
+    dilation=(2, 1), pool_size=3, pool_stride=(2, 1), pool_padding=1, ceil_mode=True,
+)  # fmt: skip
 PHASED = [
     conv_case("LeNet conv1", (5, 1, 32, 32), (6, 1, 5, 5)),
     conv_case("covered", (2, 2, 10, 12), (3, 2, 5, 5)),
@@ -75,6 +79,13 @@ def sliced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return cut
 
 
+@pytest.fixture(params=["whole batch", "single images"])
+def slices(request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the batch in one slice, and cut into as many as there are images."""
+    if request.param == "single images":
+        monkeypatch.setattr(aten, "_SLICE_BYTES", 1)
+
+
 # --- accuracy ------------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +106,7 @@ def test_addmm_grid(case, dtype):
 
 
 @conv_cases([*CONV_CASES, TOO_BIG_WINDOW])
-def test_conv_grid_in_float64(case):
+def test_conv_grid_in_float64(case, slices):
     """What no kernel covers runs here under the default backend."""
     with fastlenet.use_backend("auto"):
         CONV.exact(case, case.exact(torch.float64))
@@ -134,8 +145,8 @@ def test_drawn_products(call):
     [(name, kind) for name in ("input", "weight", "grad") for kind in kinds_for(torch.empty(1, 1, 1, 1))]
     + [("bias", kind) for kind in kinds_for(torch.empty(1))],
 )
-@conv_cases([SMALL, PHASED[1]])
-def test_awkward_layouts_of_a_convolution(case, name, kind):
+@conv_cases([SMALL, PHASED[1], ALL_ELSE])
+def test_awkward_layouts_of_a_convolution(case, name, kind, slices):
     """One tensor at a time in each layout."""
     tensors = case.random(torch.float32)
     if name != "grad":
@@ -175,7 +186,7 @@ def test_linear_relu(leading, weight, bias):
 @special
 @pytest.mark.parametrize("name", ["input", "bias"])
 @conv_cases([COVERED, PHASED[1]])
-def test_nan_and_infinities_in_a_convolution(case, name, value, dtype):
+def test_nan_and_infinities_in_a_convolution(case, name, value, dtype, slices):
     """They travel as in stock, forward and backward; shifted kernels' zeros must not turn infinity into NaN."""
     tensors = case.exact(dtype)
     flat = tensors[name].view(-1)
@@ -185,12 +196,24 @@ def test_nan_and_infinities_in_a_convolution(case, name, value, dtype):
 
 
 @special
-def test_nan_and_infinities_in_the_weight(value):
+def test_nan_and_infinities_in_the_weight(value, slices):
     """As in stock."""
     for case in (COVERED, PHASED[1]):
         tensors = case.exact(torch.float32)
         tensors["weight"][1, 0, 1, 1] = value
         CONV.exact(case, tensors)
+
+
+@special
+@pytest.mark.parametrize("name", CONV_NAMES)
+@conv_cases([ALL_ELSE, PHASED[0], PHASED[2]])
+def test_nan_and_infinities_reach_the_same_outputs(case, name, value, slices):
+    """With padding and cells outside any window too, where only gradients may differ from stock's."""
+    tensors = case.exact(torch.float32)
+    tensors[name].view(-1)[tensors[name].numel() // 2] = value
+    expected = CONV.stock(**tensors, **case.keywords)
+    assert_same_values(CONV.fused(**tensors, **case.keywords), expected)
+    assert_same_values(run(CONV.fused, tensors, case.keywords).output, expected)
 
 
 @special
@@ -221,7 +244,7 @@ def test_nan_and_infinities_in_a_product(name, value, dtype):
 
 
 @conv_cases([SMALL, PHASED[1]])
-def test_no_gradient_where_every_cell_is_closed(case):
+def test_no_gradient_where_every_cell_is_closed(case, slices):
     """All-negative windows: zero output and exactly zero gradients; cells at exactly zero are closed too."""
     tensors = case.exact(torch.float32)
     for bias in (-1000.0, 0.0):
@@ -298,11 +321,19 @@ def test_the_shipped_slice_is_a_part_of_a_large_batch(monkeypatch):
     assert (seen[0][0].start, seen[0][-1].stop) == (0, 512)
 
 
-def test_sums_over_many_slices_do_not_lose_accuracy(sliced):
-    """Sixty-four slices in bfloat16, whose sum in bfloat16 would be worthless."""
-    case = conv_case("64 slices", (64, 2, 10, 10), (4, 2, 3, 3))
-    sliced(1, case, torch.bfloat16)
-    CONV.random(case, case.random(torch.bfloat16))
+@dtypes
+@pytest.mark.parametrize("channels", [4, 16])
+def test_sums_over_many_slices_do_not_lose_accuracy(channels, dtype, slices):
+    """Sixty-four slices, whose sum in a narrow type would lose digits with every one."""
+    case = conv_case("64 images", (64, 3, 10, 10), (channels, 3, 3, 3))
+    CONV.random(case, case.random(dtype))
+
+
+@pytest.mark.parametrize("case", [BIG_WINDOW, TOO_BIG_WINDOW], ids=lambda case: case.name)
+def test_the_type_of_the_codes_follows_the_window(case):
+    """One byte up to 255 cells, more beyond."""
+    result = run(CONV.fused, case.random(torch.float32), case.keywords)
+    assert result.code.dtype == (torch.uint8 if case is BIG_WINDOW else torch.int32)
 
 
 @conv_cases(PHASED)
@@ -432,6 +463,23 @@ def test_bitwise_reproducible_from_run_to_run(case, dtype, sliced):
         assert_bitwise_equal(one, other, name=name)
 
 
+def test_any_number_of_threads(slices):
+    """One thread and two: the same judge."""
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            CONV.random(PHASED[2], PHASED[2].random(torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_integers_compute_as_in_stock():
+    """Stock takes them, without gradients."""
+    tensors = {"input": torch.randint(-5, 5, (2, 1, 6, 6)), "weight": torch.randint(-5, 5, (2, 1, 3, 3))}
+    assert torch.equal(CONV.fused(**tensors), CONV.stock(**tensors))
+
+
 @conv_cases([SMALL, PHASED[0]])
 def test_a_convolution_saves_one_byte_a_pooled_cell(case):
     """Beside its own arguments: nothing at the convolution's resolution, and not the output."""
@@ -456,15 +504,17 @@ def test_lenet_saves_at_most_12800_bytes_an_image(batch):
     """All that a training step keeps from forward to backward, parameters and the loss's own apart."""
     network, stock = fastlenet.LeNet(), fastlenet.StockLeNet()
 
-    def kept(model) -> int:
+    def kept(model) -> list[int]:
         with saved_for_backward() as saved:
             model(torch.randn(batch, 1, 32, 32))
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
         for parameter in model.parameters():
             storages.pop(parameter.untyped_storage().data_ptr(), None)
-        return sum(storages.values()) // batch
+        return [size // batch for size in storages.values()]
 
-    assert 0 < kept(network) <= 12_800 < kept(stock)
+    # Input, pooled outputs as the next layer's inputs, codes and hidden activations.
+    assert sorted(kept(network)) == sorted([4096, 1176, 4704, 400, 1600, 480, 336])
+    assert sum(kept(network)) <= 12_800 < sum(kept(stock))
 
 
 @conv_cases([SMALL, PHASED[0]])

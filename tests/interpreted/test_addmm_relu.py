@@ -48,6 +48,14 @@ def test_grid_equals_stock_where_arithmetic_is_exact(case, dtype, addmm, device)
     addmm.exact(case, case.exact(dtype, device=device))
 
 
+@dtypes
+def test_results_are_rounded_to_nearest(dtype, device):
+    """One product an element is exact in float32, so only its rounding can differ: truncation would pass the judge."""
+    tensors = AddmmCase("one product an element", 32, 1, 32, None).random(dtype, device=device)
+    expected = (tensors["mat1"].double() * tensors["mat2"].double()).relu().to(dtype)
+    assert_same_values(ADDMM.fused(**tensors), expected)
+
+
 @settings(max_examples=examples(60))
 @given(call=addmm_calls())
 def test_drawn_calls(call, addmm, device):

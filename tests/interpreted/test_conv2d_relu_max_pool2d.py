@@ -55,6 +55,15 @@ def test_the_largest_window_that_a_byte_can_index(conv, device):
     conv.exact(BIG_WINDOW, BIG_WINDOW.exact(torch.bfloat16, device=device))
 
 
+@dtypes
+def test_results_are_rounded_to_nearest(dtype, device):
+    """One product a cell is exact in float32, so only its rounding can differ: truncation would pass the judge."""
+    case = conv_case("one product a cell", (1, 1, 32, 32), (1, 1, 1, 1), bias=False, pool_size=1)
+    tensors = case.random(dtype, device=device)
+    expected = (tensors["input"].double() * tensors["weight"].double()).relu().to(dtype)
+    assert_same_values(CONV.fused(**tensors, **case.keywords), expected)
+
+
 @settings(max_examples=examples(45))
 @given(call=conv_calls())
 def test_drawn_calls(call, conv, device):

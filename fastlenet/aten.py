@@ -21,7 +21,7 @@ from torch import Tensor
 from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format
 
 _SLICE_BYTES = 4 << 20
-"""Size that the convolution of a slice of the batch may have: about a CPU core's second-level cache."""
+"""Size that the convolution of a slice of the batch may have: small enough for a CPU's caches and for reused memory."""
 
 
 def conv2d_relu_max_pool2d(
@@ -60,17 +60,19 @@ def conv2d_relu_max_pool2d_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return grad_input, grad_weight and grad_bias, None where `output_mask` does not ask for one."""
-    slices = list(_slices(input, weight, geometry))
-    if len(slices) == 1:
-        return _backward_of_slice(grad_output, input, weight, code, geometry, output_mask)
     need_input, need_weight, need_bias = output_mask
+    slices = list(_slices(input, weight, geometry))
+    phases = _phases(weight, None, geometry)[0] if not need_input and _phases_pay(weight, geometry) else None
+    if len(slices) == 1:
+        return _backward_of_slice(grad_output, input, weight, phases, code, geometry, output_mask)
     grad_input = torch.empty_like(input, memory_format=memory_format(input, weight)) if need_input else None
     # Sums over slices are kept in at least float32, whatever the operands.
     exact = torch.promote_types(weight.dtype, torch.float32)
     grad_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
     grad_bias = weight.new_zeros(weight.shape[0], dtype=exact) if need_bias else None
     for images in slices:
-        grads = _backward_of_slice(grad_output[images], input[images], weight, code[images], geometry, output_mask)
+        tensors = grad_output[images], input[images], weight, phases, code[images]
+        grads = _backward_of_slice(*tensors, geometry, output_mask)
         if grad_input is not None:
             grad_input[images].copy_(grads[0])
         for total, part in ((grad_weight, grads[1]), (grad_bias, grads[2])):
@@ -87,15 +89,15 @@ def _backward_of_slice(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
+    phases: Tensor | None,
     code: Tensor,
     geometry: ConvPoolGeometry,
     output_mask: Sequence[bool],
 ) -> tuple[Any, Any, Any]:
     chosen = _chosen_gradients(grad_output, code, geometry)
-    by_phases = not output_mask[0] and _phases_pay(weight, geometry)
-    if by_phases:
+    if phases is not None:
         grad_conv = torch.cat(list(chosen), dim=1)
-        kernel, stride = _phases(weight, None, geometry)[0], geometry.pool_stride
+        kernel, stride = phases, geometry.pool_stride
     else:
         grad_conv = _max_unpool(chosen, input, weight, geometry)
         kernel, stride = weight, geometry.stride
@@ -113,9 +115,9 @@ def _backward_of_slice(
         output_mask,
     )
     need_input, need_weight, need_bias = output_mask
-    if by_phases and need_weight:
+    if phases is not None and need_weight:
         grad_weight = _fold_phases(grad_weight, weight, geometry)
-    if by_phases and need_bias:
+    if phases is not None and need_bias:
         grad_bias = grad_bias.view(geometry.cells, -1).sum(0)
     # oneDNN's backward may return a gradient that was not asked for.
     return grad_input if need_input else None, grad_weight if need_weight else None, grad_bias if need_bias else None

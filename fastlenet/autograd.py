@@ -428,5 +428,5 @@ for _function in (
     AddmmReLUFunction,
     AddmmReLUBackward,
 ):
-    # Function.apply reads forward's signature at every call; reading it once saves a fifth of a small call's overhead.
+    # Function.apply reads forward's signature at every call; reading it once saves some 10 us a call.
     _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]

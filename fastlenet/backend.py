@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
+from fastlenet.kernels.geometry import WIDEST_LAYER
+
 BACKENDS = ("auto", "triton", "aten")
 
 logger = logging.getLogger("fastlenet")
@@ -41,6 +43,11 @@ def backend(input: torch.Tensor | None = None) -> str:
         ValueError: if the environment variable ``FASTLENET_BACKEND`` holds anything else.
         RuntimeError: with `input`, if ``"triton"`` is forced and cannot run there; the message says what to do.
         NotImplementedError: with `input`, if ``"triton"`` is forced and no kernel covers the dtype.
+
+    Example:
+        >>> import torch, fastlenet
+        >>> fastlenet.backend(torch.empty(2, dtype=torch.float64))
+        'aten'
     """
     if input is not None:
         return "triton" if use_triton(input) else "aten"
@@ -61,6 +68,12 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: if `name` is none of these.
+
+    Example:
+        >>> import fastlenet
+        >>> with fastlenet.use_backend("aten"):
+        ...     print(fastlenet.backend())
+        aten
     """
     global _chosen
     before, _chosen = _chosen, _validated(name, "backend")
@@ -95,36 +108,42 @@ def _unreachable(device: torch.device) -> str | None:
     return None
 
 
-def _uncovered(input: torch.Tensor, cells: int) -> str | None:
+def _uncovered(input: torch.Tensor, cells: int, width: int) -> str | None:
     """Why no Triton kernel covers a call, or None if one does."""
     if input.dtype not in TRITON_DTYPES:
         covered = ", ".join(str(dtype) for dtype in TRITON_DTYPES)
         return f"the Triton kernels cover {covered}, not {input.dtype}"
     if cells > 255:
         return f"the Triton kernels cover pooling windows of up to 255 cells, not {cells}"
+    if width > WIDEST_LAYER:
+        return f"the Triton kernels cover layers of up to {WIDEST_LAYER} features, not {width}"
     return None
 
 
-def use_triton(input: torch.Tensor, cells: int = 1) -> bool:
+def use_triton(input: torch.Tensor, cells: int = 1, width: int = 1) -> bool:
     """Decide between the Triton kernels and ATen for one call.
 
     Args:
         input: the call's main operand.
         cells: number of cells of the pooling window, where there is one.
+        width: features of the widest layer, where several are computed as one.
 
     Raises:
         RuntimeError: if ``"triton"`` is forced and cannot drive the device.
         NotImplementedError: if ``"triton"`` is forced and no kernel covers the call.
     """
-    return why_aten(input, cells) is None
+    return why_aten(input, cells, width) is None
 
 
-def why_aten(input: torch.Tensor, cells: int = 1) -> str | None:
+def why_aten(input: torch.Tensor, cells: int = 1, width: int = 1) -> str | None:
     """Say why a call runs on ATen, or None if it runs on Triton; raises as `use_triton` does."""
     setting = backend()
     if setting == "aten":
         return "backend 'aten' is forced"
-    unreachable, uncovered = _unreachable(input.device), _uncovered(input, cells)
+    if setting == "auto" and input.device.type != "cuda":
+        # `auto` takes the interpreter only when it is forced: it is there to check the kernels, not to be fast.
+        return f"the input is on {input.device.type}, which Triton does not drive"
+    unreachable, uncovered = _unreachable(input.device), _uncovered(input, cells, width)
     if setting == "triton":
         if unreachable is not None:
             raise RuntimeError(f"fastlenet: backend 'triton' is forced, but {unreachable}; or choose backend 'auto'")
@@ -133,7 +152,4 @@ def why_aten(input: torch.Tensor, cells: int = 1) -> str | None:
                 f"fastlenet: backend 'triton' is forced, but {uncovered}; choose backend 'auto' to run this on ATen"
             )
         return None
-    # `auto` takes the interpreter only when it is forced: it is there to check the kernels, not to be fast.
-    if input.device.type != "cuda":
-        return f"the input is on {input.device.type}, which Triton does not drive"
     return unreachable or uncovered

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,7 @@ class Checkpoint:
         model: the model's `state_dict`, on the CPU.
         optimiser_state: per-parameter state: for each index, the names and values (tensors, numbers or None).
         param_groups: the optimiser's parameter groups, as JSON values.
-        rng: generator states by device type: uint8 tensors.
+        rng: generator states by device type, and by rank beyond the first process: uint8 tensors.
     """
 
     epoch: int
@@ -117,17 +117,32 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     return states
 
 
-def set_rng_state(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+def merge_rng(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Put the generator states of several processes, in the order of their ranks, under names of their own."""
+    return {_of_rank(name, rank): state for rank, some in enumerate(states) for name, state in some.items()}
+
+
+def _of_rank(name: str, rank: int) -> str:
+    return name if rank == 0 else f"{name}.{rank}"
+
+
+def set_rng_state(states: Mapping[str, torch.Tensor], device: torch.device, rank: int = 0) -> None:
     """Put generator states back; a run that moved to another kind of device restores what applies there.
+
+    Args:
+        states: what a checkpoint holds.
+        device: where the run goes on.
+        rank: which process's states; one that was not there before keeps its own.
 
     Raises:
         CheckpointError: if a state is not one that this PyTorch understands.
     """
     try:
-        if "cpu" in states:
-            torch.set_rng_state(states["cpu"])
-        if "cuda" in states and device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], device)
+        cpu, cuda = states.get(_of_rank("cpu", rank)), states.get(_of_rank("cuda", rank))
+        if cpu is not None:
+            torch.set_rng_state(cpu)
+        if cuda is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, device)
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"the checkpoint's random generator state does not fit this PyTorch: {error}") from error
 
@@ -153,7 +168,7 @@ def save(
         step: number of finished steps.
         config: the run's options; JSON values.
         history: a record per finished epoch; JSON values.
-        rng: generator states, from `rng_state`.
+        rng: generator states, from `rng_state` or, of several processes, `merge_rng`.
 
     Raises:
         MissingPackageError: if safetensors is not installed.

@@ -19,11 +19,12 @@ from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
 def tensors(operator: str, *required: tuple[str, Any], **optional: Any) -> None:
     """Require tensors; an optional one may be None."""
     for name, value in (*required, *optional.items()):
-        if not isinstance(value, Tensor) and (value is not None or name not in optional):
+        if not (isinstance(value, Tensor) or (value is None and name in optional)):
             raise TypeError(f"{operator}(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
 def _same(operator: str, kind: str, reference: tuple[str, Tensor], others: dict[str, Tensor | None]) -> None:
+    """Raise for the first of `others` whose dtype or device, which `kind` says, is another."""
     name, tensor = reference
     for other_name, other in others.items():
         if other is not None and getattr(other, kind) != getattr(tensor, kind):
@@ -35,9 +36,12 @@ def _same(operator: str, kind: str, reference: tuple[str, Tensor], others: dict[
 
 def same_type(operator: str, reference: tuple[str, Tensor], **others: Tensor | None) -> None:
     """Require one dtype, of real numbers, and one device."""
-    _same(operator, "dtype", reference, others)
-    _same(operator, "device", reference, others)
     name, tensor = reference
+    dtype, device = tensor.dtype, tensor.device
+    for other in others.values():
+        if other is not None and (other.dtype != dtype or other.device != device):
+            _same(operator, "dtype", reference, others)
+            _same(operator, "device", reference, others)
     if tensor.is_complex():
         raise NotImplementedError(
             f"{operator}: relu is not defined for complex numbers, but got {name} of {tensor.dtype}"
@@ -58,8 +62,10 @@ def _index(value: Any) -> int | None:
 
 def pair(operator: str, name: str, value: Any) -> Pair:
     """Read an int, or one or two of them, as (height, width)."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int:
         return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
     found = [_index(v) for v in (value if isinstance(value, (tuple, list)) else [value])]
     read = [number for number in found if number is not None]
     if len(read) != len(found):
@@ -71,6 +77,15 @@ def pair(operator: str, name: str, value: Any) -> Pair:
 
 def geometry(operator: str, fields: ConvPoolGeometry) -> None:
     """Require hyper-parameters that stock accepts."""
+    (pool_h, pool_w), (pad_h, pad_w) = fields.pool_size, fields.pool_padding
+    if (
+        min(*fields.stride, *fields.dilation, pool_h, pool_w, *fields.pool_stride, *fields.pool_dilation) >= 1
+        and min(*fields.padding, pad_h, pad_w) >= 0
+        and fields.groups >= 1
+        and pad_h <= pool_h // 2
+        and pad_w <= pool_w // 2
+    ):
+        return
     for name, low in (
         ("stride", 1),
         ("padding", 0),
@@ -97,7 +112,6 @@ def conv_shapes(
     operator: str, input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, batched: bool = True
 ) -> None:
     """Require shapes that fit each other; `input` is batched by now, `batched` tells whether it came so."""
-    shape = list(input.shape if batched else input.shape[1:])
     if weight.dim() != 4:
         raise RuntimeError(
             f"{operator}: expected weight of 4 dimensions (out_channels, in_channels / groups, kernel height, kernel "
@@ -106,6 +120,7 @@ def conv_shapes(
     if groups < 1:
         raise RuntimeError(f"{operator}: groups must be at least 1, but got groups={groups}")
     out_channels, in_channels, *kernel = weight.shape
+    shape = list(input.shape if batched else input.shape[1:])
     if out_channels == 0 or out_channels % groups != 0:
         raise RuntimeError(
             f"{operator}: given groups={groups}, expected weight of a size at dimension 0 that is a positive multiple "
@@ -178,6 +193,26 @@ def linear_shapes(operator: str, input: Tensor, weight: Tensor, bias: Tensor | N
         )
     if bias is not None:
         _broadcasts(operator, "bias", bias, (*input.shape[:-1], weight.shape[0]))
+
+
+def mlp_shapes(operator: str, input: Tensor, parameters: dict[str, Tensor]) -> None:
+    """Require weights whose widths fit one after the other, each with its bias."""
+    if input.dim() == 0:
+        raise RuntimeError(f"{operator}: expected input of at least 1 dimension, but got a scalar")
+    before, width = "input", input.shape[-1]
+    for name, tensor in parameters.items():
+        if name.startswith("weight"):
+            if tensor.dim() != 2 or tensor.shape[1] != width:
+                raise RuntimeError(
+                    f"{operator}: expected {name} of size (out_features, {width}), as {before} has {width} features, "
+                    f"but got {name} of size {list(tensor.shape)}"
+                )
+            before, width = name, tensor.shape[0]
+        elif tensor.dim() != 1 or tensor.shape[0] != width:
+            raise RuntimeError(
+                f"{operator}: expected {name} of size ({width},), as {before} has {width} rows, but got {name} of size "
+                f"{list(tensor.shape)}"
+            )
 
 
 def _broadcasts(operator: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What a measurement ran on: the record that `fastlenet env` prints and that every result file carries."""
+"""What something ran on: the record that `fastlenet env` prints, bug reports need and every result file carries."""
 
 from __future__ import annotations
 
@@ -13,9 +13,18 @@ from typing import Any
 import torch
 
 import fastlenet
+from fastlenet.backend import why_aten
 
 # The folder that holds the package: the project root in a source checkout.
 ROOT = Path(__file__).resolve().parent.parent
+
+# Variables that change what runs, how fast or how exactly; no others are recorded, for they may hold secrets.
+_VARIABLES = re.compile(
+    r"(FASTLENET|TRITON|TORCHINDUCTOR|TORCHDYNAMO|OMP|MKL|GOMP|KMP|ONEDNN|DNNL)_\w+|CUDA_(VISIBLE_DEVICES|LAUNCH_BLOCKING|"
+    r"MODULE_LOADING)|(CUBLAS|CUDNN|NVIDIA_TF32|HIP_VISIBLE|ROCR_VISIBLE)\w*|PYTORCH\w*ALLOC_CONF|TORCH_(COMPILE|LOGS)\w*"
+)
+# Packages that take part where they are installed.
+_PACKAGES = ("numpy", "torchvision", "mlxtend", "safetensors", "kernels", "onnx", "onnxruntime", "pytest", "hypothesis")
 
 # nvidia-smi's names for what `clocks` and `driver` report: MHz, W and degrees Celsius.
 _SMI_FIELDS = {
@@ -36,7 +45,14 @@ def collect() -> dict[str, Any]:
         A dict with the keys ``device`` (name of the GPU, or of the CPU where there is none), ``device_slug``,
         ``driver``, ``cuda``, ``hip``, ``torch``, ``triton``, ``fastlenet``, ``python``, ``platform``, ``commit``,
         ``dirty``, ``precision`` (PyTorch's fp32 switches), ``threads``, ``cpu`` and ``clocks`` (as seen now: MHz, W,
-        degrees Celsius).
+        degrees Celsius); also ``backend`` (the setting and what a float32 tensor of this device takes, and why),
+        ``gpus`` (each with its architecture and memory), ``cudnn``, ``variables`` (those of the environment that change
+        what runs) and ``packages`` (versions of optional ones).
+
+    Example:
+        >>> import fastlenet.environment
+        >>> fastlenet.environment.collect()["fastlenet"] == fastlenet.__version__
+        True
     """
     smi = _nvidia_smi()
     commit = _git("rev-parse", "HEAD")
@@ -57,8 +73,13 @@ def collect() -> dict[str, Any]:
         "dirty": None if changes is None else bool(changes),
         "precision": precision(),
         "threads": {"intra_op": torch.get_num_threads(), "inter_op": torch.get_num_interop_threads()},
-        "cpu": {"model": cpu_model(), "count": os.cpu_count()},
+        "cpu": {"model": cpu_model(), "count": os.cpu_count(), "vectors": torch.backends.cpu.get_cpu_capability()},
         "clocks": smi or None,
+        "backend": _backend(),
+        "gpus": [_gpu(number) for number in range(torch.cuda.device_count())],
+        "cudnn": torch.backends.cudnn.version(),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)},
+        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
     }
 
 
@@ -93,6 +114,28 @@ def cpu_model() -> str:
         text = ""
     found = re.search(r"^model name\s*:\s*(\S.*)$", text, re.MULTILINE)
     return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _backend() -> dict[str, str]:
+    """The setting in force, and which implementation a float32 tensor of this device takes and why."""
+    try:
+        setting = fastlenet.backend()
+        reason = why_aten(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
+    except (ValueError, RuntimeError, NotImplementedError) as error:  # a setting that cannot be; the report is for that
+        return {"setting": os.environ.get("FASTLENET_BACKEND", "auto"), "takes": f"none: {error}"}
+    return {"setting": setting, "takes": "triton" if reason is None else f"aten: {reason}"}
+
+
+def _gpu(number: int) -> dict[str, Any]:
+    """A GPU's name, architecture and memory."""
+    properties = torch.cuda.get_device_properties(number)
+    architecture = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+    return {
+        "name": properties.name,
+        "architecture": architecture or f"sm_{properties.major}{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+    }
 
 
 def _version(package: str) -> str | None:

@@ -8,12 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlenet import autograd, checks
+from fastlenet import autograd, checks, ops
 from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
 
-__all__ = ["addmm_relu", "conv2d_relu_max_pool2d", "linear_relu"]
+__all__ = ["addmm_relu", "conv2d_relu_max_pool2d", "linear_relu", "mlp"]
 
 IntOrPair = int | tuple[int, ...]
+
+# torch.fx records calls of these as they stand: its stand-ins for tensors cannot pass their checks.
+for _name in __all__:
+    torch.fx.wrap(_name)
 
 
 def conv2d_relu_max_pool2d(
@@ -61,6 +65,12 @@ def conv2d_relu_max_pool2d(
         RuntimeError: for shapes, dtypes or values that do not fit, as stock raises it.
         TypeError: for arguments of a wrong type, as stock raises it.
         NotImplementedError: if backend ``"triton"`` is forced for a dtype or window that no kernel covers.
+
+    Example:
+        >>> import torch, fastlenet
+        >>> images, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+        >>> fastlenet.functional.conv2d_relu_max_pool2d(images, weight, padding="same", pool_size=(2, 4)).shape
+        torch.Size([2, 4, 4, 2])
     """
     name = "conv2d_relu_max_pool2d"
     checks.tensors(name, ("input", input), ("weight", weight), bias=bias)
@@ -96,9 +106,9 @@ def conv2d_relu_max_pool2d(
     if autograd.forward_mode():
         output, _ = autograd.ConvReLUMaxPool2dForwardAD.apply(input, weight, bias, tuple(geometry))
     elif _needs_function(input, weight, bias):
-        output, _ = autograd.ConvReLUMaxPool2dFunction.apply(input, weight, bias, tuple(geometry))
+        output, _ = autograd.apply(autograd.ConvReLUMaxPool2dFunction, input, weight, bias, tuple(geometry))
     else:
-        output, _ = torch.ops.fastlenet.conv2d_relu_max_pool2d(input, weight, bias, *geometry, False)
+        output, _ = ops.conv2d_relu_max_pool2d(input, weight, bias, *geometry, False)
     return output if batched else output.squeeze(0)
 
 
@@ -137,6 +147,11 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     Raises:
         RuntimeError: for shapes or dtypes that do not fit, as stock raises it.
         TypeError: for arguments that are no tensors, as stock raises it.
+
+    Example:
+        >>> import torch, fastlenet
+        >>> fastlenet.functional.linear_relu(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 0.0], [0.0, 3.0]]))
+        tensor([[2., 0.]])
     """
     name = "linear_relu"
     checks.tensors(name, ("input", input), ("weight", weight), bias=bias)
@@ -169,6 +184,12 @@ def addmm_relu(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, al
     Raises:
         RuntimeError: for shapes or dtypes that do not fit, as stock raises it.
         TypeError: for arguments of a wrong type, as stock raises it.
+
+    Example:
+        >>> import torch, fastlenet
+        >>> fastlenet.functional.addmm_relu(torch.tensor([1.0, -9.0]), torch.eye(2), torch.eye(2), alpha=2)
+        tensor([[3., 0.],
+                [1., 0.]])
     """
     name = "addmm_relu"
     checks.tensors(name, ("input", input), ("mat1", mat1), ("mat2", mat2))
@@ -183,8 +204,62 @@ def _addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, a
     if autograd.forward_mode():
         return autograd.AddmmReLUForwardAD.apply(input, mat1, mat2, beta, alpha)
     if _needs_function(mat1, mat2, input):
-        return autograd.AddmmReLUFunction.apply(input, mat1, mat2, beta, alpha)
-    return torch.ops.fastlenet.addmm_relu(input, mat1, mat2, beta, alpha)
+        return autograd.apply(autograd.AddmmReLUFunction, input, mat1, mat2, beta, alpha)
+    return ops.addmm_relu(input, mat1, mat2, beta, alpha)
+
+
+def mlp(
+    input: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor
+) -> Tensor:
+    """Apply three linear layers with relu between them, the head of a small network, in one operator.
+
+    Equal to ``F.linear(F.relu(F.linear(F.relu(F.linear(input, weight1, bias1)), weight2, bias2)), weight3, bias3)``,
+    gradients included. The Triton kernels take layers of up to 128 features (`input` may have any number) and keep what
+    lies between the layers on the chip; for the backward they store it once. Where torch.func or forward mode maps the
+    call, it is computed layer by layer.
+
+    Args:
+        input: (*, in_features) with any leading dimensions; float32, float16, bfloat16 or float64.
+        weight1: (hidden1, in_features), of input's dtype and device.
+        bias1: (hidden1,).
+        weight2: (hidden2, hidden1).
+        bias2: (hidden2,).
+        weight3: (out_features, hidden2).
+        bias3: (out_features,).
+
+    Returns:
+        (*, out_features).
+
+    Raises:
+        RuntimeError: for shapes or dtypes that do not fit.
+        TypeError: for arguments that are no tensors.
+        NotImplementedError: if backend ``"triton"`` is forced for a dtype or a width that no kernel covers.
+
+    Example:
+        >>> import torch, fastlenet
+        >>> layers = [torch.nn.Linear(400, 120), torch.nn.Linear(120, 84), torch.nn.Linear(84, 10)]
+        >>> parameters = [parameter for layer in layers for parameter in layer.parameters()]
+        >>> fastlenet.functional.mlp(torch.randn(64, 400), *parameters).shape
+        torch.Size([64, 10])
+    """
+    name = "mlp"
+    names = "weight1", "bias1", "weight2", "bias2", "weight3", "bias3"
+    parameters = dict(zip(names, (weight1, bias1, weight2, bias2, weight3, bias3), strict=True))
+    checks.tensors(name, ("input", input), *parameters.items())
+    input, *cast = _autocast(input, *parameters.values())
+    weight1, bias1, weight2, bias2, weight3, bias3 = cast
+    parameters = dict(zip(names, cast, strict=True))
+    checks.same_type(name, ("input", input), **parameters)
+    checks.mlp_shapes(name, input, parameters)
+    if autograd.forward_mode() or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()):
+        return F.linear(linear_relu(linear_relu(input, weight1, bias1), weight2, bias2), weight3, bias3)
+    leading = input.shape[:-1]
+    rows = input if input.dim() == 2 else input.reshape(leading.numel(), input.shape[-1])
+    if _needs_function(rows, *cast):
+        output, *_ = autograd.apply(autograd.MLPFunction, rows, *cast)
+    else:
+        output, *_ = ops.mlp(rows, weight1, bias1, weight2, bias2, weight3, bias3, False)
+    return output if input.dim() == 2 else output.reshape(*leading, output.shape[-1])
 
 
 def _needs_function(*tensors: Tensor | None) -> bool:

@@ -10,13 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlenet.backend import why_aten
+from fastlenet.functional import mlp
+from fastlenet.kernels.geometry import WIDEST_LAYER
 from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
 
 __all__ = ["LeNet", "StockLeNet"]
 
 
 class LeNet(nn.Module):
-    """LeNet built of fused layers: two kernels for its convolutional part and two for its hidden linear layers.
+    """LeNet built of fused layers: two kernels for its convolutional part and, on Triton, one for its linear layers.
+
+    Its linear layers run one by one on ATen, under torch.compile and torch.export, and where somebody may watch or has
+    changed one of them (hooks, parametrizations, other modules in their places).
 
     Its state_dict is interchangeable with `StockLeNet`'s in both directions, and with the same seed both start from
     the same weights.
@@ -26,6 +32,11 @@ class LeNet(nn.Module):
         in_channels: channels of the input images.
         device: where the parameters live.
         dtype: the parameters' type.
+
+    Example:
+        >>> import torch, fastlenet
+        >>> fastlenet.LeNet()(torch.randn(2, 1, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -45,8 +56,36 @@ class LeNet(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map images (N, in_channels, 32, 32), or one unbatched, to logits (N, num_classes)."""
-        features = self.conv2(self.conv1(input))
-        return self.fc3(self.fc2(self.fc1(features.flatten(-3))))
+        features = self.conv2(self.conv1(input)).flatten(-3)
+        if not self._head_is_one_operator(features):
+            return self.fc3(self.fc2(self.fc1(features)))
+        fc1, fc2, fc3 = self.fc1, self.fc2, self.fc3
+        return mlp(features, fc1.weight, fc1.bias, fc2.weight, fc2.bias, fc3.weight, fc3.bias)
+
+    def _head_is_one_operator(self, features: Tensor) -> bool:
+        """Whether the linear layers may be computed as one, which nobody can tell but by the clock."""
+        return (
+            not torch.compiler.is_compiling()
+            # torch.fx traces with stand-ins for tensors.
+            and isinstance(features, Tensor)
+            and _is_plain(self.fc1, LinearReLU)
+            and _is_plain(self.fc2, LinearReLU)
+            and _is_plain(self.fc3, nn.Linear)
+            and not torch.nn.modules.module._has_any_global_hook()
+            and why_aten(features) is None
+        )
+
+
+def _is_plain(layer: nn.Module, kind: type[nn.Linear]) -> bool:
+    """Whether a layer is what LeNet made it, narrow enough for the fused head, and without hooks."""
+    # A parametrized layer is of another type; one made by older means has a hook.
+    return (
+        type(layer) is kind
+        and layer.bias is not None
+        and layer.weight.shape[0] <= WIDEST_LAYER
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and "forward" not in layer.__dict__
+    )
 
 
 class StockLeNet(nn.Module):
@@ -57,6 +96,11 @@ class StockLeNet(nn.Module):
         in_channels: channels of the input images.
         device: where the parameters live.
         dtype: the parameters' type.
+
+    Example:
+        >>> import fastlenet
+        >>> fastlenet.StockLeNet().load_state_dict(fastlenet.LeNet().state_dict())
+        <All keys matched successfully>
     """
 
     def __init__(

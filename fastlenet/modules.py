@@ -12,6 +12,11 @@ from fastlenet.functional import IntOrPair, conv2d_relu_max_pool2d, linear_relu
 __all__ = ["ConvReLUMaxPool2d", "LinearReLU"]
 
 
+# torch.fx looks a name up where it is used, so that the wrapping in fastlenet.functional does not reach here.
+torch.fx.wrap("conv2d_relu_max_pool2d")
+torch.fx.wrap("linear_relu")
+
+
 class ConvReLUMaxPool2d(nn.Conv2d):
     """An ``nn.Conv2d`` followed by relu and ``nn.MaxPool2d``, computed by one fused operator.
 
@@ -34,6 +39,14 @@ class ConvReLUMaxPool2d(nn.Conv2d):
         ceil_mode: whether windows that overhang the end count.
         device: where the parameters live.
         dtype: the parameters' type.
+
+    Example:
+        >>> import torch, fastlenet
+        >>> layer = fastlenet.ConvReLUMaxPool2d(3, 8, 3, padding=1, pool_size=3, pool_stride=2)
+        >>> layer(torch.randn(4, 3, 28, 28)).shape
+        torch.Size([4, 8, 13, 13])
+        >>> torch.nn.Conv2d(3, 8, 3, padding=1).load_state_dict(layer.state_dict())
+        <All keys matched successfully>
     """
 
     def __init__(
@@ -102,6 +115,11 @@ class LinearReLU(nn.Linear):
         bias: whether to learn a bias.
         device: where the parameters live.
         dtype: the parameters' type.
+
+    Example:
+        >>> import torch, fastlenet
+        >>> fastlenet.LinearReLU(20, 30)(torch.randn(128, 20)).shape
+        torch.Size([128, 30])
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ uninterrupted run sees.
 
 The loop is made of parts that know nothing of each other: `Batches` says which images come when, a `Learner` is
 everything that one step changes, `run_epoch` hands the batches of one epoch to any number of learners, and `train` adds
-evaluation, checkpoints and metrics. What would differ between the processes of a distributed run is confined to them:
-which part of each batch a process takes (`Batches`), what wraps the model (`Learner`), and who writes files (`train`).
+evaluation, checkpoints and metrics. What differs between the processes of a distributed run is confined to them: which
+part of each batch a process takes (`Batches`), what wraps the model (`Learner`), and who writes files (`train`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -26,9 +27,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from fastlenet import checkpoint, data, environment
+from fastlenet import checkpoint, data, distributed, environment
 from fastlenet.backend import backend
+from fastlenet.distributed import ALONE, World
 from fastlenet.lenet import LeNet
 from fastlenet.support import InputError, import_extra, write_json
 
@@ -187,17 +190,35 @@ class Batches:
         batch_size: images a batch; the last of an epoch may be smaller.
         seed: with the epoch's number it decides order and shifts.
         max_shift: largest shift in pixels; 0 for none.
+        world: the processes that share each batch; this one gets its part of them.
     """
 
     def __init__(
-        self, images: torch.Tensor, labels: torch.Tensor, *, batch_size: int, seed: int, max_shift: int = 0
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        batch_size: int,
+        seed: int,
+        max_shift: int = 0,
+        world: World = ALONE,
     ) -> None:
         self.images, self.labels = images, labels
         self.batch_size, self.seed, self.max_shift = batch_size, seed, max_shift
+        self.world = world
 
     def __len__(self) -> int:
         """Batches an epoch."""
         return math.ceil(len(self.images) / self.batch_size)
+
+    def weight(self, number: int) -> float:
+        """What the mean over this process's part of batch `number` counts in the mean over all processes' means.
+
+        It is 1 but where a batch does not divide evenly, as the last of an epoch may not; 0 for an empty part.
+        """
+        count = min(self.batch_size, len(self.images) - number * self.batch_size)
+        mine = self.world.share(count)
+        return (mine.stop - mine.start) * self.world.size / count
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Go through the batches of one epoch.
@@ -206,7 +227,8 @@ class Batches:
             epoch: its number, from 0.
 
         Yields:
-            Images (n, C, H, W), float32, and labels (n,), int64; memory of their own.
+            Images (n, C, H, W), float32, and labels (n,), int64; memory of their own. Of a batch that processes share,
+            this one's part, which may be empty.
         """
         generator = derived_generator(self.seed, "batches", epoch)
         device, count = self.images.device, len(self.images)
@@ -214,9 +236,10 @@ class Batches:
         order = torch.randperm(count, generator=generator).to(device)
         shifts = torch.randint(-self.max_shift, self.max_shift + 1, (2, count), generator=generator).to(device)
         for start in range(0, count, self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            images = self._shifted(chosen, *shifts[:, start : start + self.batch_size])
-            yield images, self.labels[chosen]
+            batch = slice(start, start + self.batch_size)
+            mine = self.world.share(len(order[batch]))
+            chosen = order[batch][mine]
+            yield self._shifted(chosen, *shifts[:, batch][:, mine]), self.labels[chosen]
 
     def _shifted(self, chosen: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         if self.max_shift == 0:
@@ -224,9 +247,12 @@ class Batches:
         height, width = self.images.shape[-2:]
         rows = (torch.arange(height, device=down.device) - down[:, None]).clamp_(0, height - 1)
         columns = (torch.arange(width, device=right.device) - right[:, None]).clamp_(0, width - 1)
-        # The index tensors broadcast to (n, H, W); indexing puts the channels they surround last.
-        shifted = self.images[chosen[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-        return shifted.movedim(-1, 1).contiguous()
+        channels = torch.arange(self.images.shape[1], device=down.device)
+        # The index tensors broadcast to (n, C, H, W), which gives the images the very strides of that shape: of others,
+        # though as contiguous, gradients take strides that DistributedDataParallel complains of.
+        return self.images[
+            chosen[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
+        ]
 
 
 class Learner:
@@ -237,18 +263,41 @@ class Learner:
         config: says optimiser, learning rate, loss and dtype.
         device: where to train.
         dtype: overrides the dtype of `config`.
+        world: the processes that train it together, each on its part of every batch. Gradients are then averaged over
+            them while the backward runs (DistributedDataParallel), so that all take the same step.
     """
 
     def __init__(
-        self, model: nn.Module, config: TrainConfig, device: torch.device, dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        world: World = ALONE,
     ) -> None:
         self.dtype = dtype or config.torch_dtype
         self.model = model.to(device=device, dtype=self.dtype)
+        self.world = world
+        self._replica = self.model if world.size == 1 else self._distributed(device)
         self.config = config
         self.steps = 0
         assert config.lr is not None  # TrainConfig replaces None.
         self.lr: float = config.lr
         self.optimiser = OPTIMISERS[config.optimiser](self.model.parameters(), self.lr)
+
+    def _distributed(self, device: torch.device) -> DistributedDataParallel:
+        """Wrap the model, and let a first backward pass, of no consequence, go by.
+
+        After its first backward DistributedDataParallel regroups the gradients, and with them the order of sums over
+        three processes or more. So a resumed run regroups before its first step, as one that never stopped did before.
+        """
+        replica = DistributedDataParallel(self.model)
+        training = self.model.training
+        self.model.eval()  # No running statistics, no dropout.
+        replica(torch.zeros(1, 1, 32, 32, dtype=self.dtype, device=device)).sum().backward()
+        self.model.zero_grad()
+        self.model.train(training)
+        return replica
 
     def start_epoch(self, epoch: int) -> None:
         """Set the learning rate of epoch number `epoch` (from 0) and put the model into training mode."""
@@ -256,19 +305,25 @@ class Learner:
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr * self.config.lr_decay**epoch
 
-    def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
         """Compute the loss of a batch.
 
         Args:
             images: (n, 1, 32, 32), any floating-point dtype.
             labels: int64, (n,).
+            weight: factor of the loss: what `Batches.weight` says of a part of a batch.
 
         Returns:
             A scalar: float64 for a float64 model, else float32.
         """
-        return classification_loss(self.model(images.to(self.dtype)), labels, self.config.loss)
+        outputs = self._replica(images.to(self.dtype))
+        if weight == 0:
+            # A mean over no images is not a number, but the other processes wait for gradients, which are zero.
+            return classification_loss(outputs, labels, self.config.loss, reduction="sum")
+        loss = classification_loss(outputs, labels, self.config.loss)
+        return loss if weight == 1 else loss * weight
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def step(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
         """Take one training step; arguments as for `loss`.
 
         Returns:
@@ -276,26 +331,27 @@ class Learner:
             leaves that to whoever needs the number.
         """
         self.optimiser.zero_grad(set_to_none=True)
-        loss = self.loss(images, labels)
+        loss = self.loss(images, labels, weight)
         loss.backward()
         self.optimiser.step()
         self.steps += 1
         return loss.detach()
 
 
-def classification_loss(logits: torch.Tensor, labels: torch.Tensor, kind: str) -> torch.Tensor:
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor, kind: str, reduction: str = "mean") -> torch.Tensor:
     """Compute a loss from outputs (n, classes) and labels (n,); 16-bit outputs are taken to float32 first.
 
     Args:
         logits: the model's outputs.
         labels: int64 class numbers.
         kind: ``"cross-entropy"`` or ``"mse"`` (against one-hot labels).
+        reduction: ``"mean"`` or ``"sum"``.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     if kind == "mse":
-        return F.mse_loss(logits, F.one_hot(labels, logits.shape[1]).to(logits.dtype))
-    return F.cross_entropy(logits, labels)
+        return F.mse_loss(logits, F.one_hot(labels, logits.shape[1]).to(logits.dtype), reduction=reduction)
+    return F.cross_entropy(logits, labels, reduction=reduction)
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,7 +370,12 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, loss: str = "cross-entropy", batch_size: int = 1000
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    loss: str = "cross-entropy",
+    batch_size: int = 1000,
+    world: World = ALONE,
 ) -> Evaluation:
     """Evaluate a model; its training mode is as before afterwards.
 
@@ -324,20 +385,26 @@ def evaluate(
         labels: int64, (N,), on the same device.
         loss: ``"cross-entropy"`` or ``"mse"``.
         batch_size: images at a time.
+        world: processes that take turns at the batches; all get the whole result, and it is that of one process.
     """
     dtype = next(model.parameters()).dtype
     training = model.training
     model.eval()
-    predictions, total = [], 0.0
+    for buffer in model.buffers():
+        world.spread(buffer)  # Running statistics are each process's own until its next step.
+    starts = range(0, len(labels), batch_size)
+    predicted, totals = torch.zeros_like(labels), torch.zeros(len(starts), dtype=torch.float64)
     with torch.no_grad():
-        for some_images, some_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            logits = model(some_images.to(dtype))
-            total += classification_loss(logits, some_labels, loss).item() * len(some_labels)
-            predictions.append(logits.argmax(1))
+        for number in range(world.rank, len(starts), world.size):
+            batch = slice(starts[number], starts[number] + batch_size)
+            logits = model(images[batch].to(dtype))
+            totals[number] = classification_loss(logits, labels[batch], loss).item() * len(labels[batch])
+            predicted[batch] = logits.argmax(1)
     model.train(training)
-    predicted = torch.cat(predictions)
+    predicted = world.sum(predicted)
     accuracy = int((predicted == labels).sum()) / len(labels)
-    return Evaluation(accuracy=accuracy, loss=total / len(labels), predictions=predicted.cpu())
+    mean = math.fsum(world.sum(totals).tolist()) / len(labels)
+    return Evaluation(accuracy=accuracy, loss=mean, predictions=predicted.cpu())
 
 
 @dataclass(frozen=True, eq=False)
@@ -347,7 +414,8 @@ class Step:
     Attributes:
         learner: index of the learner.
         number: how many steps it has taken by now, those before a resumption included.
-        loss: its loss before the step: a scalar tensor on the device.
+        loss: its loss before the step: a scalar tensor on the device. Where processes share a batch, that of this one's
+            part, weighted; the mean over the processes is the batch's.
         seconds: what the step took on the wall clock, the device's work included; None unless timed.
     """
 
@@ -390,14 +458,17 @@ def run_epoch(
             if timed:
                 synchronize(device)
             start = time.perf_counter()
-            loss = learners[index].step(images, labels)
+            loss = learners[index].step(images, labels, batches.weight(number))
             if timed:
                 synchronize(device)
             seconds = time.perf_counter() - start if timed else None
             losses[index].append(loss)
             if on_step is not None:
                 on_step(Step(index, learners[index].steps, loss, seconds))
-    return [torch.stack(some).double().tolist() for some in losses]
+    return [
+        (learner.world.sum(torch.stack(some).double()) / learner.world.size).tolist()
+        for learner, some in zip(learners, losses, strict=True)
+    ]
 
 
 def synchronize(device: torch.device) -> None:
@@ -441,6 +512,11 @@ def train(
 
     PyTorch's global generators are seeded for the duration and are as before afterwards.
 
+    Where torchrun has started several processes, or a process group exists, all of them train one model: every process
+    makes this call with the same arguments, takes its share of each batch and gets the whole result, which equals that
+    of one process up to the order of sums. The first one writes the files; all read the checkpoint of a resumed run.
+    A model that computes over the batch (batch normalisation) sees its own share only.
+
     Args:
         config: the options.
         dataset: the digits; None loads what `config.data` names.
@@ -449,7 +525,7 @@ def train(
             None writes neither.
         checkpoint_file: where the checkpoint goes, if not into `output`.
         resume: go on from the checkpoint. On the same device, with the same number of threads and the same PyTorch, the
-            result equals, bit for bit, that of a run that never stopped.
+            result equals, bit for bit, that of a run that never stopped; of as many processes, if there are several.
         on_step: called after each step.
         on_epoch: called after each epoch with its record, once the checkpoint is on the disk.
 
@@ -459,7 +535,6 @@ def train(
         CheckpointError: if `resume` is asked for and the checkpoint is missing, damaged or from a different run.
         TrainingDivergedError: if the loss stops being finite; the last checkpoint is from before that.
     """
-    device = config.torch_device()
     check_backend(config)
     if checkpoint_file is None and output is not None:
         checkpoint_file = Path(output) / "checkpoint.safetensors"
@@ -474,13 +549,18 @@ def train(
     if stored is not None:
         _check_resumable(stored, config, print_of_data)
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(distributed.join(config.torch_device()))
+        device = world.device
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         torch.manual_seed(config.seed)
-        learner = Learner(LeNet() if model is None else model, config, device)
+        learner = Learner(LeNet() if model is None else model, config, device, world=world)
+        if not world.main:  # Dropout must not drop the same places of every process's images.
+            torch.manual_seed(derived_generator(config.seed, "process", world.rank).initial_seed())
         history: list[dict[str, Any]] = []
         if stored is not None:
             stored.restore(learner.model, learner.optimiser)
-            checkpoint.set_rng_state(stored.rng, device)
+            checkpoint.set_rng_state(stored.rng, device, world.rank)
             learner.steps, history = stored.step, list(stored.history)
 
         test_images, test_labels = dataset.test_images.to(device), dataset.test_labels.to(device)
@@ -490,14 +570,15 @@ def train(
             batch_size=config.batch_size,
             seed=config.seed,
             max_shift=config.max_shift,
+            world=world,
         )
-        metrics = _describe_run(config, dataset) if output is not None else {}
+        metrics = _describe_run(config, dataset, world) if output is not None and world.main else {}
         start, losses = time.perf_counter(), []
         evaluation = None
         for epoch in range(len(history), config.epochs):
             [epoch_losses] = run_epoch([learner], batches, epoch, on_step)
             losses += epoch_losses
-            evaluation = evaluate(learner.model, test_images, test_labels, config.loss)
+            evaluation = evaluate(learner.model, test_images, test_labels, config.loss, world=world)
             record = {
                 "epoch": epoch + 1,
                 "lr": learner.optimiser.param_groups[0]["lr"],
@@ -512,17 +593,20 @@ def train(
                 )
             history.append(record)
             if checkpoint_file is not None:
-                checkpoint.save(
-                    checkpoint_file,
-                    learner.model,
-                    learner.optimiser,
-                    epoch=epoch + 1,
-                    step=learner.steps,
-                    config=_stored_config(config) | {"data_fingerprint": print_of_data},
-                    history=history,
-                    rng=checkpoint.rng_state(device),
-                )
-            if output is not None:
+                generators = checkpoint.merge_rng(world.gather(checkpoint.rng_state(device)))
+                if world.main:
+                    checkpoint.save(
+                        checkpoint_file,
+                        learner.model,
+                        learner.optimiser,
+                        epoch=epoch + 1,
+                        step=learner.steps,
+                        config=_stored_config(config) | {"data_fingerprint": print_of_data},
+                        history=history,
+                        rng=generators,
+                    )
+                world.wait()  # The others may read it next.
+            if output is not None and world.main:
                 metrics |= {
                     "test_accuracy": evaluation.accuracy,
                     "epochs": history,
@@ -533,7 +617,7 @@ def train(
             if on_epoch is not None:
                 on_epoch(record)
         if evaluation is None:  # The checkpoint had all the epochs asked for.
-            evaluation = evaluate(learner.model, test_images, test_labels, config.loss)
+            evaluation = evaluate(learner.model, test_images, test_labels, config.loss, world=world)
     return TrainResult(learner.model, history, losses, time.perf_counter() - start, evaluation)
 
 
@@ -580,7 +664,7 @@ def _check_resumable(stored: checkpoint.Checkpoint, config: TrainConfig, print_o
         )
 
 
-def _describe_run(config: TrainConfig, dataset: data.Dataset) -> dict[str, Any]:
+def _describe_run(config: TrainConfig, dataset: data.Dataset, world: World) -> dict[str, Any]:
     """The part of ``metrics.json`` that does not change during a run."""
     return {
         "config": dataclasses.asdict(config),
@@ -591,6 +675,7 @@ def _describe_run(config: TrainConfig, dataset: data.Dataset) -> dict[str, Any]:
             "mean": dataset.mean,
             "std": dataset.std,
         },
+        "processes": world.size,
         "environment": environment.collect(),
     }
 

@@ -1,4 +1,4 @@
-"""The window arithmetic of a convolution followed by a max-pool, shared by every implementation."""
+"""The window arithmetic of a convolution followed by a max-pool, and sizes that every implementation must know."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 
 Pair = tuple[int, int]
+
+WIDEST_LAYER = 128
+"""Features that a layer of a multilayer perceptron may have for the Triton kernels: they hold layers in registers."""
 
 
 class ConvPoolGeometry(NamedTuple):
@@ -47,9 +50,11 @@ class ConvPoolGeometry(NamedTuple):
 
     def conv_size(self, input_size: Pair, kernel_size: Pair) -> Pair:
         """Height and width of the convolution's output."""
-        return tuple(  # type: ignore[return-value]
-            (input_size[i] + 2 * self.padding[i] - self.dilation[i] * (kernel_size[i] - 1) - 1) // self.stride[i] + 1
-            for i in (0, 1)
+        (height, width), (kernel_h, kernel_w) = input_size, kernel_size
+        (pad_h, pad_w), (gap_h, gap_w), (step_h, step_w) = self.padding, self.dilation, self.stride
+        return (
+            (height + 2 * pad_h - gap_h * (kernel_h - 1) - 1) // step_h + 1,
+            (width + 2 * pad_w - gap_w * (kernel_w - 1) - 1) // step_w + 1,
         )
 
     def pooled_size(self, conv_size: Pair) -> Pair:
@@ -57,7 +62,7 @@ class ConvPoolGeometry(NamedTuple):
 
         With `ceil_mode` a last window may overhang, as long as it starts inside the input or its left padding.
         """
-        return tuple(self._pooled_length(conv_size[i], i) for i in (0, 1))  # type: ignore[return-value]
+        return self._pooled_length(conv_size[0], 0), self._pooled_length(conv_size[1], 1)
 
     def _pooled_length(self, length: int, i: int) -> int:
         stride, padding = self.pool_stride[i], self.pool_padding[i]

@@ -87,15 +87,36 @@ def splits(rows: int, block: int, tiles: int) -> tuple[int, int]:
 
 
 @triton.jit
-def load(pointers, mask, other=0.0):
-    """Load an operand of tl.dot or of a sum.
+def load(pointers, mask=None):
+    """Load an operand of tl.dot or of a sum, 0 where masked off.
 
     The interpreter computes in float32: its float16 sums lose accuracy and its bfloat16 arithmetic is wrong
     (triton#11584). Compiled kernels keep the tensor's type, for the tensor cores.
     """
-    values = tl.load(pointers, mask=mask, other=other)
+    values = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
     if INTERPRETED:
         values = values.to(tl.float32)
+    return values
+
+
+@triton.jit
+def _bfloat16_bits(values):
+    """Round float32 `values` to the nearest bfloat16, as 32-bit integers: the interpreter's conversion truncates."""
+    bits = values.to(tl.uint32, bitcast=True)
+    # Adding just under half a unit to the bits rounds as the hardware does.
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(values != values, 0x7FC0, rounded)
+
+
+@triton.jit
+def operand(values, pointer):
+    """Round float32 `values` to the type that `pointer` points to, as an operand of tl.dot (see `load`)."""
+    if not INTERPRETED:
+        values = values.to(pointer.dtype.element_ty)
+    elif pointer.dtype.element_ty == tl.bfloat16:
+        values = (_bfloat16_bits(values) << 16).to(tl.float32, bitcast=True)
+    else:
+        values = values.to(pointer.dtype.element_ty).to(tl.float32)
     return values
 
 
@@ -103,11 +124,8 @@ def load(pointers, mask, other=0.0):
 def store(pointers, values, mask):
     """Store float32 `values`, rounded to nearest even."""
     if INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
-        # The interpreter truncates; adding just under half a unit to the bits rounds as the hardware does.
-        bits = values.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(values != values, 0x7FC0, rounded)
-        tl.store(pointers, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+        rounded = _bfloat16_bits(values).to(tl.uint16)
+        tl.store(pointers, rounded.to(tl.bfloat16, bitcast=True), mask=mask)
     else:
         tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
 
@@ -119,21 +137,28 @@ def relu(values):
 
 
 @triton.jit(do_not_specialize=["size", "parts"])
-def _sum_parts_kernel(parts_ptr, output_ptr, size, parts, factor, INDEX: tl.constexpr, BLOCK: tl.constexpr):
-    """Add up the rows of a (parts, size) float32 matrix, first to last: output[i] = factor * sum_p parts[p, i]."""
+def _sum_parts_kernel(
+    parts_ptr, output_ptr, size, parts, factor, INDEX: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """Add up the rows of a (parts, size) float32 matrix in a fixed order: output[i] = factor * sum_p parts[p, i].
+
+    A program takes BLOCK columns. It adds rows p, p + ROWS, p + 2 * ROWS, ... first to last, and then these ROWS sums by
+    a tree, so that many loads are under way at once.
+    """
     offset = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, ROWS)
     mask = offset < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(parts):
-        total += tl.load(parts_ptr + offset, mask=mask, other=0.0)
-        parts_ptr += size
-    store(output_ptr + offset, total * factor, mask)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(0, parts, ROWS):
+        pointers = parts_ptr + (first + row).to(INDEX)[:, None] * size + offset[None, :]
+        total += tl.load(pointers, mask=(first + row < parts)[:, None] & mask[None, :], other=0.0)
+    store(output_ptr + offset, tl.sum(total, axis=0) * factor, mask)
 
 
 def sum_parts(parts: Tensor, output: Tensor, factor: float = 1.0) -> Tensor:
     """Reduce float32 `parts` (P, *) over its first dimension into the dense `output` (*); deterministic."""
     size = output.numel()
-    block = 4096 if INTERPRETED else 256
+    block = 4096 if INTERPRETED else 32
     launch(
         _sum_parts_kernel,
         (triton.cdiv(size, block),),
@@ -142,7 +167,9 @@ def sum_parts(parts: Tensor, output: Tensor, factor: float = 1.0) -> Tensor:
         size,
         parts.shape[0],
         factor,
-        INDEX=index_type(output),
+        INDEX=index_type(parts, output),
         BLOCK=block,
+        ROWS=128,
+        num_warps=4,
     )
     return output

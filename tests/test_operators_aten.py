@@ -47,7 +47,6 @@ PHASED = [
     conv_case("overlapping windows", (3, 2, 9, 11), (5, 2, 5, 5), pool_stride=1),
     conv_case("windows apart", (3, 2, 14, 13), (5, 2, 5, 5), pool_stride=(3, 4)),
     conv_case("long window", (3, 2, 9, 12), (5, 2, 2, 7), pool_size=(1, 3), pool_stride=(2, 3)),
-    conv_case("no window", (3, 2, 9, 8), (5, 2, 3, 3), pool_size=1),
     conv_case("no bias, unbatched", (2, 9, 9), (5, 2, 5, 5), bias=False),
 ]
 FULL = AddmmCase("full addend", 7, 19, 11, (7, 11))
@@ -370,6 +369,7 @@ def test_kernel_stack_gives_each_set_of_gradients(case, wanted):
         conv_case("ceil mode", (1, 1, 9, 9), (4, 1, 5, 5), ceil_mode=True),
         conv_case("pool padding", (1, 1, 9, 9), (4, 1, 5, 5), pool_padding=1),
         conv_case("pool dilation", (1, 1, 9, 9), (4, 1, 5, 5), pool_dilation=2),
+        conv_case("no window", (1, 2, 9, 8), (5, 2, 3, 3), pool_size=1),
     ],
     ids=lambda case: case.name,
 )
@@ -377,6 +377,62 @@ def test_kernel_stack_is_kept_from_what_it_cannot_do(case):
     """Each condition of `_phases_pay` by itself; the call is right nonetheless."""
     assert not aten._phases_pay(torch.empty(case.weight), case.geometry)
     CONV.exact(case, case.exact(torch.float32))
+
+
+FEW = [
+    conv_case("LeNet conv1", (1, 1, 32, 32), (6, 1, 5, 5)),
+    conv_case("LeNet conv2", (2, 6, 14, 14), (16, 6, 5, 5)),
+    conv_case("stride and overlap", (3, 2, 11, 9), (5, 2, 3, 2), stride=(2, 1), pool_size=3, pool_stride=(1, 2)),
+    conv_case("window's padding", (3, 2, 9, 9), (5, 2, 2, 2), pool_size=3, pool_padding=1, ceil_mode=True),
+    conv_case("unbatched, no bias", (2, 9, 9), (5, 2, 3, 3), bias=False),
+]
+
+
+@conv_cases(FEW)
+@pytest.mark.parametrize("wanted", [("input", "weight", "bias"), ("weight",), ("input",)], ids="+".join)
+def test_few_images_as_matrix_products(case, wanted):
+    """Both ways give stock's values, for each set of gradients, and the small one is taken."""
+    tensors = case.exact(torch.float32)
+    batched = tensors["input"] if tensors["input"].dim() == 4 else tensors["input"][None]
+    assert aten._is_matrix_product(batched, tensors["weight"], case.geometry)
+    CONV.random(case, case.random(torch.float32))
+    stock = CONV.stock(**tensors, **case.keywords)
+    grad = exact_grid(stock.shape, stock.dtype, terms=case.terms)
+    expected = run(CONV.stock, tensors, case.keywords, grad, wanted)
+    result = run(CONV.fused, tensors, case.keywords, grad, wanted)
+    for (name, actual), (_, value) in zip(result.tensors(), expected.tensors(), strict=True):
+        assert_same_values(actual, value, name=name)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        conv_case("many images", (512, 1, 32, 32), (6, 1, 5, 5)),
+        conv_case("padding", (1, 1, 9, 9), (4, 1, 3, 3), padding=1),
+        conv_case("dilation", (1, 1, 9, 9), (4, 1, 3, 3), dilation=2),
+        conv_case("groups", (1, 2, 9, 9), (4, 1, 3, 3), groups=2),
+        conv_case("empty windows", (1, 1, 9, 9), (4, 1, 3, 3), pool_padding=1, pool_dilation=2),
+        conv_case("window wider than the image", (1, 1, 9, 2), (4, 1, 3, 1), pool_size=3, pool_padding=1),
+    ],
+    ids=lambda case: case.name,
+)
+def test_matrix_products_are_kept_from_what_they_cannot_do(case):
+    """Each condition by itself."""
+    assert not aten._is_matrix_product(torch.empty(case.input), torch.empty(case.weight), case.geometry)
+
+
+def test_the_registered_operator_takes_the_same_formulation(monkeypatch):
+    """Its pairs come as lists, which must not make it miss what tuples are compared with."""
+    case = conv_case("LeNet conv1", (64, 1, 32, 32), (6, 1, 5, 5))
+    seen = []
+    pays = aten._phases_pay
+    monkeypatch.setattr(aten, "_phases_pay", lambda *args: (seen.append(pays(*args)), seen[-1])[1])
+    tensors = case.random(torch.float32)
+    direct = conv2d_relu_max_pool2d(**tensors)
+    with torch.profiler.profile():  # whoever watches operators gets the registered one
+        registered = conv2d_relu_max_pool2d(**tensors)
+    assert seen == [True, True]
+    assert_bitwise_equal(registered, direct)
 
 
 # --- derivatives in float64 ----------------------------------------------------------------------------------------

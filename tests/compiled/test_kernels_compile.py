@@ -11,7 +11,7 @@ import pytest
 import torch
 from fastlenet.kernels import addmm_relu as addmm
 from fastlenet.kernels import conv2d_relu_max_pool2d as conv
-from fastlenet.kernels import runtime
+from fastlenet.kernels import mlp, runtime
 from harness.cases import conv_case
 from harness.fake_driver import TARGETS, CompiledKernelRecord, assert_no_spills, compiling_for, opcodes
 from harness.operators import far_apart, fp32_precision
@@ -192,7 +192,7 @@ def test_every_form_of_each_launcher(target, mode):
 @modes(IEEE, Mode(torch.float16))
 def test_addresses_of_64_bits(target, mode, monkeypatch):
     """The variant for tensors beyond 2^31 elements must fit as well."""
-    for module in (conv, addmm, runtime):
+    for module in (conv.general, addmm, runtime):
         monkeypatch.setattr(module, "index_type", lambda *_: runtime.tl.int64)
     with compiling_for(target) as records:
         launchers = Launchers(records)
@@ -241,7 +241,7 @@ SHAPES = [
     conv_case("stride and groups", (2, 4, 15, 13), (6, 2, 2, 3), stride=(1, 16), groups=2, padding=1),
     conv_case("large window", (1, 2, 20, 20), (5, 2, 3, 3), pool_size=(16, 1), pool_stride=1, dilation=2),
     conv_case("ceil mode", (3, 1, 12, 11), (13, 1, 3, 3), pool_size=3, pool_stride=2, pool_padding=1, ceil_mode=True),
-    conv_case("LeNet conv1", (64, 1, 32, 32), (6, 1, 5, 5)),
+    conv_case("LeNet conv1, larger", (64, 1, 34, 32), (6, 1, 5, 5)),
 ]
 
 
@@ -280,3 +280,69 @@ def _unaligned(tensor):
     return torch.zeros(2 * tensor.numel() + 1, dtype=tensor.dtype)[1:].as_strided(
         tensor.shape, [2 * stride for stride in tensor.stride()]
     )
+
+
+# --- three linear layers in one ------------------------------------------------------------------------------------
+
+HEADS = {"LeNet": (400, 120, 84, 10), "as wide as it gets": (400, 128, 128, 128), "unaligned": (399, 127, 127, 127)}
+MLP_PRODUCTS = ("_forward_kernel", "_grad_hidden_kernel", "_product_kernel")
+
+
+def head(rows, widths, dtype):
+    """Launch forward, with and without what the backward needs, and the backward with all gradients."""
+    k, p, q, r = widths
+    shapes = ((p, k), (p,), (q, p), (q,), (r, q), (r,))
+    input, parameters = torch.randn(rows, k).to(dtype), [torch.randn(shape).to(dtype) for shape in shapes]
+    mlp.mlp(input, *parameters, False)
+    output, hidden1, hidden2 = mlp.mlp(input, *parameters, True)
+    weights = parameters[::2]
+    for mask in ([True] * 7, [True] + [False] * 6):
+        mlp.mlp_backward(output, input, hidden1, hidden2, *weights, mask)
+
+
+@every_target
+@modes(*MODES)
+@pytest.mark.parametrize("widths", HEADS.values(), ids=HEADS)
+def test_mlp(target, mode, widths):
+    """Fits without spilling or atomics, whatever the widths, and multiplies on the units that the precision demands."""
+    with fp32_precision(mode.precision), compiling_for(target) as records:
+        head(100, widths, mode.dtype)
+        check(records)
+        assert {record.constexprs["ALIGNED"] for record in records if "ALIGNED" in record.constexprs} == {
+            widths != HEADS["unaligned"]
+        }
+        for record in records:
+            if record.name not in MLP_PRODUCTS or record.target.backend != "cuda":
+                continue
+            units = opcodes(record)
+            tensor_cores = sum(n for op, n in units.items() if op.startswith(("HMMA", "HGMMA", "UTCHMMA", "UTCMMA")))
+            assert bool(tensor_cores) == (mode != IEEE), f"{record}: {tensor_cores} tensor-core instructions"
+        if target in NVIDIA:
+            assert all(r.count(r"max\.NaN\.f32") > 0 == r.count(r"max\.f32") for r in records if "forward" in r.name)
+
+
+@every_target
+@modes(IEEE, Mode(torch.float16))
+def test_mlp_with_addresses_of_64_bits(target, mode, monkeypatch):
+    monkeypatch.setattr(mlp, "index_type", lambda *_: runtime.tl.int64)
+    with compiling_for(target) as records:
+        head(100, HEADS["LeNet"], mode.dtype)
+        check(records)
+
+
+def test_new_shapes_of_mlp_compile_nothing_new():
+    """Two variants of each kernel, by whether rows start at multiples of four elements."""
+    with compiling_for("sm_90") as records:
+        counts = []
+        for rows, widths in [
+            (100, (400, 120, 84, 10)),
+            (1, (16, 100, 96, 1)),
+            (64, (32, 128, 68, 128)),
+            (17, (4, 68, 72, 16)),
+            (100, (401, 120, 84, 10)),
+            (16, (1, 99, 95, 16)),
+        ]:
+            head(rows, widths, torch.float16)
+            counts.append(len(records))
+    # Forward twice, hidden gradients twice, products, the sum; then all but the sum once more.
+    assert counts == [6] * 4 + [11] * 2

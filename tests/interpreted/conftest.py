@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fastlenet.kernels import addmm_relu, conv2d_relu_max_pool2d, runtime
+from fastlenet.kernels import addmm_relu, runtime
+from fastlenet.kernels.conv2d_relu_max_pool2d import general, patch_dot, patch_fma
 from harness import modes
 from harness.bounds import sanitized
 from harness.operators import Result, fp32_precision, run
@@ -40,7 +41,7 @@ def watched() -> Callable[..., Result]:
 def shipped_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the tiles that ship in the interpreter too, which for speed takes larger ones."""
     if modes.interpreting():
-        for module in (conv2d_relu_max_pool2d, addmm_relu):
+        for module in (general, addmm_relu):
             monkeypatch.setattr(module, "INTERPRETED", False)
             monkeypatch.setattr(module, "all_registers", dict)
 
@@ -56,7 +57,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]
             log.append((kernel.fn.__name__, constants))
         launch(kernel, grid, *args, **constants)
 
-    for module in (runtime, conv2d_relu_max_pool2d, addmm_relu):
+    for module in (runtime, general, patch_dot, patch_fma, addmm_relu):
         monkeypatch.setattr(module, "launch", logged)
     return log
 

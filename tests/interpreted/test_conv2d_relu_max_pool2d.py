@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from fastlenet.kernels import conv2d_relu_max_pool2d as kernels
+from fastlenet.kernels.conv2d_relu_max_pool2d import general as kernels
 from harness import modes
 from harness.bounds import BoundsError, bounds_checked, sanitized
 from harness.cases import BIG_WINDOW, SHIPPED_CONV, conv_case, conv_cases, dtypes, wide_and_narrow

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .geometry import ConvPoolGeometry, memory_format
-from .runtime import (
+from ..geometry import ConvPoolGeometry, memory_format
+from ..runtime import (
     INTERPRETED,
     all_registers,
     dot_precision,
@@ -435,21 +435,10 @@ def _sizes(input: Tensor, weight: Tensor, pooled: Sequence[int], rows: int, geom
     ]
 
 
-def conv2d_relu_max_pool2d(
+def forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_code: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch the forward.
-
-    Args:
-        input: (N, G * C, H, W), any strides.
-        weight: (G * O, C, KH, KW).
-        bias: (G * O,) or None.
-        geometry: of the convolution and the pool; windows of up to 255 cells.
-        return_code: whether to return what a backward needs.
-
-    Returns:
-        The pooled output (N, G * O, PH, PW), channels_last if input or weight is, and its argmax codes or None.
-    """
+    """Launch the forward; arguments and results as in `conv2d_relu_max_pool2d`."""
     shape = geometry.output_shape(input, weight)
     output = empty(shape, input, memory_format=memory_format(input, weight))
     code = empty(shape, output, geometry.code_dtype, memory_format(input, weight)) if return_code else None
@@ -475,36 +464,9 @@ def conv2d_relu_max_pool2d(
     return output, code
 
 
-def conv2d_relu_max_pool2d_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    code: Tensor,
-    geometry: ConvPoolGeometry,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Launch those kernels of the backward that `output_mask` asks for.
-
-    Args:
-        grad_output: (N, G * O, PH, PW), any strides.
-        input: the forward's.
-        weight: the forward's.
-        code: the forward's argmax codes.
-        geometry: the forward's.
-        output_mask: whether to compute grad_input, grad_weight and grad_bias.
-
-    Returns:
-        The three gradients in the layout of their tensors, None where not asked for.
-    """
-    need_input, need_weight, need_bias = output_mask
-    grad_input = _grad_input(grad_output, input, weight, code, geometry) if need_input else None
-    if not (need_weight or need_bias):
-        return grad_input, None, None
-    return grad_input, *_grad_weight(grad_output, input, weight, code, geometry, need_weight, need_bias)
-
-
-def _grad_input(grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, geometry: ConvPoolGeometry) -> Tensor:
-    grad_input = empty(input.shape, input, memory_format=memory_format(input, weight))
+def grad_input(grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, geometry: ConvPoolGeometry) -> Tensor:
+    """Launch the gradient of the input, in the input's layout."""
+    result = empty(input.shape, input, memory_format=memory_format(input, weight))
     rows, channels = input.shape[0] * input.shape[2] * input.shape[3], weight.shape[1]
     tile = _tile(input.dtype, rows, channels, weight[:, 0].numel() // geometry.groups)
     launch(
@@ -513,18 +475,18 @@ def _grad_input(grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor
         grad_output,
         code,
         weight.contiguous(),
-        grad_input,
+        result,
         *_sizes(input, weight, code.shape[2:], rows, geometry),
         *grad_output.stride(),
         *code.stride(),
-        *grad_input.stride(),
-        INDEX=index_type(grad_output, code, weight, grad_input),
+        *result.stride(),
+        INDEX=index_type(grad_output, code, weight, result),
         **tile,
     )
-    return grad_input
+    return result
 
 
-def _grad_weight(
+def grad_weight(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -533,6 +495,7 @@ def _grad_weight(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Launch the gradients of the weight, in its layout, and of the bias; None where not needed."""
     out_channels, depth = weight.shape[0], weight[0].numel()
     channels = out_channels // geometry.groups
     rows = code.shape[0] * code.shape[2] * code.shape[3]
@@ -560,10 +523,10 @@ def _grad_weight(
         INDEX=index_type(grad_output, code, input, weight_parts),
         **tile,
     )
-    grad_weight = grad_bias = None
+    result = grad_bias = None
     if weight_parts is not None:
-        grad_weight = sum_parts(weight_parts, empty(weight.shape, weight))
-        grad_weight = grad_weight.contiguous(memory_format=memory_format(input, weight))
+        result = sum_parts(weight_parts, empty(weight.shape, weight))
+        result = result.contiguous(memory_format=memory_format(input, weight))
     if bias_parts is not None:
         grad_bias = sum_parts(bias_parts, empty((out_channels,), weight))
-    return grad_weight, grad_bias
+    return result, grad_bias

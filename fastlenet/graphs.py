@@ -1,0 +1,214 @@
+"""A whole training step as one CUDA graph: forward, loss, backward and optimiser, launched by the CPU in one go.
+
+A small network's step is dozens of short kernels, and launching them one by one can take the CPU longer than running
+them takes the GPU. A replayed graph costs one launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlenet.backend import logger
+
+__all__ = ["GraphedTrainStep"]
+
+
+class GraphedTrainStep:
+    """A training step that replays as a CUDA graph, with the results of the plain loop.
+
+    Called with a batch, it does what this does, and returns the loss::
+
+        optimizer.zero_grad()
+        loss = loss(model(*batch[:-1]), batch[-1])
+        loss.backward()
+        optimizer.step()
+
+    No step is ever taken that the loop would not take: the first batch is trained on eagerly, on a stream of its own,
+    and so warms everything up that a capture must find ready (compiled kernels, library handles, the optimiser's
+    state); the second is captured, which computes nothing, and replayed, as are all that follow. Parameters, optimiser
+    state and generator states are therefore those of the loop after every call, and gradients are in ``.grad``.
+
+    A graph is fixed: it reads and writes the same memory with the same numbers each time. So
+
+    * a batch of another shape or dtype than the example (the last of an epoch) is trained on eagerly;
+    * where the optimiser's options have changed (a learning rate), parameters have moved or been frozen, the model was
+      put into another mode or the optimiser's state was loaded, the next step is eager and the one after captured anew,
+      which costs far more than a replay. For a learning rate that changes at every step, give the optimiser one in a
+      tensor on the GPU, and change that in place (Adam takes one, and SGD with ``fused=True``);
+    * whatever else a step depends on must be in tensors that keep their place. Python code in the model or the loss
+      does not run on a replay, hooks and counters included, and nothing in them may wait for the GPU (``.item()``).
+
+    On a CPU there are no graphs: every step runs eagerly, and `graphed` says so.
+
+    >>> import torch, fastlenet
+    >>> model = fastlenet.LeNet()
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    >>> images, labels = torch.randn(8, 1, 32, 32), torch.randint(10, (8,))
+    >>> step = fastlenet.graphs.GraphedTrainStep(model, torch.nn.functional.cross_entropy, optimizer, (images, labels))
+    >>> losses = [step(images, labels) for _ in range(3)]
+    >>> step.graphed  # these tensors are on the CPU
+    False
+
+    Args:
+        model: the model; called with all tensors of a batch but the last.
+        loss: takes the model's output and the last tensor of a batch, and returns a scalar.
+        optimizer: steps the model's parameters. On a GPU it must be made with ``capturable=True`` where its class has
+            that option (Adam and its kin; SGD needs none).
+        example_inputs: a batch, which is not trained on: it gives the device, and the shapes and dtypes of the batches
+            that are replayed.
+
+    Raises:
+        ValueError: if `example_inputs` has fewer than two tensors, lies on several devices or on another than the
+            optimiser's parameters, or if the optimiser is not capturable on a GPU.
+        RuntimeError: from the second step on a GPU, if the optimiser keeps part of its state on the CPU, or if the step
+            does what cannot be captured; the message says so.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+        example_inputs: Sequence[Tensor],
+    ) -> None:
+        if len(example_inputs) < 2:
+            raise ValueError(
+                f"example_inputs must be a batch: the model's inputs and then the target, got {len(example_inputs)} "
+                "tensors"
+            )
+        devices = {tensor.device for tensor in example_inputs}
+        devices |= {parameter.device for group in optimizer.param_groups for parameter in group["params"]}
+        if len(devices) > 1:
+            raise ValueError(f"the batch and the parameters must be on one device, got {sorted(map(str, devices))}")
+        self._model, self._loss, self._optimizer = model, loss, optimizer
+        self._device = devices.pop()
+        self._graphed = _has_graphs(self._device)
+        if not self._graphed:
+            logger.debug("GraphedTrainStep runs eagerly: there are no CUDA graphs on %s", self._device)
+            return
+        for group in optimizer.param_groups:
+            if not group.get("capturable", True):
+                name = type(optimizer).__name__
+                raise ValueError(
+                    f"{name} counts its steps on the CPU, which a CUDA graph cannot: make it with {name}(..., "
+                    "capturable=True)"
+                )
+        self._batch = [torch.empty_like(tensor) for tensor in example_inputs]
+        self._fixed: list[Any] | None = None
+        self._replay: Callable[[], None] | None = None
+        self._result: Tensor | None = None
+        self._grads: list[tuple[Tensor, Tensor | None]] = []
+        optimizer.register_load_state_dict_post_hook(self._forget)
+
+    @property
+    def graphed(self) -> bool:
+        """Whether full batches are replayed as a CUDA graph; False on a CPU, where every step runs eagerly."""
+        return self._graphed
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """Take one training step.
+
+        Args:
+            batch: tensors as in `example_inputs`; their shapes may differ, and then the step is eager.
+
+        Returns:
+            The loss before the step: a detached scalar on the device, with memory of its own.
+        """
+        if not self._graphed or not self._fits(batch):
+            return self._step(*batch)
+        # Both to warm up and to capture from the same memory: kernels are compiled for an address's alignment too.
+        torch._foreach_copy_(self._batch, list(batch))
+        fixed = self._what_a_graph_fixes()
+        if fixed != self._fixed:
+            self._fixed, self._replay = fixed, None
+            return _on_a_side_stream(lambda: self._step(*self._batch), self._device)
+        if self._replay is None:
+            self._capture()
+        assert self._replay is not None
+        assert self._result is not None
+        self._replay()
+        for parameter, grad in self._grads:
+            # An eager step in between, or a user's zero_grad, has put something else there.
+            if parameter.grad is not grad:
+                parameter.grad = grad
+        return self._result.clone()
+
+    def _step(self, *batch: Tensor) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(self._model(*batch[:-1]), batch[-1])
+        loss.backward()
+        self._optimizer.step()
+        return loss.detach()
+
+    def _capture(self) -> None:
+        for state in self._optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.device != self._device):
+                    raise RuntimeError(
+                        f"{type(self._optimizer).__name__} keeps its state {name!r} on the CPU, which a CUDA graph "
+                        "does not see: choose an optimiser with capturable=True, or SGD"
+                    )
+        # Gradients allocated while capturing belong to the graph, which writes them anew at each replay.
+        self._optimizer.zero_grad(set_to_none=True)
+        self._result, self._replay = _capture(lambda: self._step(*self._batch), self._device)
+        self._grads = [
+            (parameter, parameter.grad) for group in self._optimizer.param_groups for parameter in group["params"]
+        ]
+
+    def _fits(self, batch: Sequence[Tensor]) -> bool:
+        return len(batch) == len(self._batch) and all(
+            tensor.shape == place.shape and tensor.dtype == place.dtype and tensor.device == place.device
+            for tensor, place in zip(batch, self._batch, strict=True)
+        )
+
+    def _what_a_graph_fixes(self) -> list[Any]:
+        """Numbers and addresses that a captured step goes on to use, whatever becomes of them outside."""
+        fixed: list[Any] = [self._model.training]
+        for group in self._optimizer.param_groups:
+            for name, option in group.items():
+                if name == "params":
+                    fixed += [(parameter.data_ptr(), parameter.requires_grad) for parameter in option]
+                    continue
+                for value in option if isinstance(option, (tuple, list)) else (option,):  # Adam's betas are a pair
+                    in_place = isinstance(value, Tensor) and value.device == self._device
+                    fixed.append(value.data_ptr() if in_place else float(value) if isinstance(value, Tensor) else value)
+        return fixed
+
+    def _forget(self, *_: Any) -> None:
+        """The optimiser has new state tensors: what was captured steps the old ones."""
+        self._fixed = None
+
+
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _on_a_side_stream(function: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """Run `function` as a capture will: not on the default stream."""
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        result = function()
+    current.wait_stream(stream)
+    result.record_stream(current)
+    return result
+
+
+def _capture(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
+    """Record the GPU's work of `function`, which is not done now; return its result's memory and what does the work."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # Other threads may go on: a data loader's pins memory, which a stricter mode forbids to the whole process.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+            result = function()
+    except RuntimeError as error:
+        # The end of a capture that has failed is an error of its own, which came on top of the first.
+        raise RuntimeError(
+            "the training step cannot be captured as a CUDA graph: something in it waits for the GPU (.item(), .cpu(), "
+            f"printing) or allocates outside PyTorch's memory pool; first complaint: {error.__context__ or error}"
+        ) from error
+    return result, graph.replay

@@ -1,0 +1,114 @@
+"""Measuring one implementation against another, so that only clear wins are kept.
+
+Both run in this process, in turns, and each round gives one ratio: what slows the machine down for a while slows both.
+A win is clear if the candidate was at least `MARGIN` faster in at least `WINS` of `ROUNDS` rounds. If it were not, each
+round would be at best a coin's toss, and so many heads come up in one of 270 trials; two hiccups are forgiven.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+ROUNDS, WINS = 15, 13
+MARGIN = 0.02
+SAMPLE_SECONDS = 2e-3
+"""Length of a sample: fast calls are repeated until they take so long, far above the clock's own steps."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds per call, medians, and whether the candidate's win is clear."""
+
+    stock: float
+    fused: float
+    wins: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether the candidate is faster beyond doubt."""
+        return self.wins >= WINS
+
+    def __str__(self) -> str:
+        return f"faster by more than {MARGIN:.0%} in {self.wins} of {ROUNDS} rounds"
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """All tensors in a nest of containers."""
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def compare(stock: Callable[[], Any], fused: Callable[[], Any], device: torch.device) -> Comparison:
+    """Time two calls in turns.
+
+    Args:
+        stock: what runs today.
+        fused: what would replace it.
+        device: where both compute; it is waited for.
+    """
+    calls = {"stock": stock, "fused": fused}
+    # The first calls compile, allocate and choose algorithms; the second tell how many make up a sample.
+    for call in calls.values():
+        _seconds(call, 1, device)
+    longest = max(_seconds(call, 1, device) for call in calls.values())
+    repeats = max(1, int(SAMPLE_SECONDS / max(longest, 1e-9)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for number in range(ROUNDS):
+            # Whoever comes second finds warm caches: take turns in that too.
+            for name in sorted(calls, reverse=bool(number % 2)):
+                samples[name].append(_seconds(calls[name], repeats, device))
+    finally:
+        if collecting:
+            gc.enable()
+    wins = sum(fused < stock / (1 + MARGIN) for stock, fused in zip(samples["stock"], samples["fused"], strict=True))
+    return Comparison(statistics.median(samples["stock"]), statistics.median(samples["fused"]), wins)
+
+
+def _seconds(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Seconds per call over `repeats` calls, the device's work included."""
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - begin) / repeats
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def step(function: Callable[..., Any], arguments: Iterable[Any], parameters: Iterable[Tensor], training: bool) -> Any:
+    """A call to be timed: forward, and backward to all that needs a gradient where `training`.
+
+    Gradients are returned by autograd and accumulate nowhere.
+    """
+    arguments, parameters = tuple(arguments), tuple(parameters)
+
+    def inference() -> Any:
+        with torch.no_grad():
+            return function(*arguments)
+
+    sources = [value for value in (*tensors(arguments), *parameters) if value.requires_grad]
+    if not training or not sources:
+        return inference
+
+    def forward_and_backward() -> Any:
+        with torch.enable_grad():
+            outputs = [output for output in tensors(function(*arguments)) if output.requires_grad]
+        return torch.autograd.grad(outputs, sources, [torch.ones_like(o) for o in outputs], allow_unused=True)
+
+    return forward_and_backward

@@ -1,0 +1,69 @@
+"""Which design and which tile a specialised kernel runs with: a table per architecture, dtype, precision and shape.
+
+`configurations.json` is committed. Each entry says what it rests on: a measurement, or figures modelled from the
+machine code. What the table does not list runs on the general kernels, whose tiles follow rules of their own. Nothing
+is tried out at run time: the same call takes the same kernel on every machine of an architecture.
+
+FASTLENET_CONFIGURATIONS names another such file, whose entries come first: `fastlenet bench --tune` writes one.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from .runtime import INTERPRETED
+
+_COMMITTED = Path(__file__).with_name("configurations.json")
+
+
+class Configuration(NamedTuple):
+    """How a kernel is launched: its design, its constants and launch options, and what that choice rests on."""
+
+    design: str
+    options: dict[str, int]
+    evidence: str
+
+
+def architecture() -> str:
+    """Name the current device's architecture as the table does.
+
+    The interpreter has entries of its own: its cost is by operation, so it wants large tiles, and no `patch_fma`.
+    """
+    if INTERPRETED:
+        return "interpreted"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def find(kernel: str, dtype: torch.dtype, precision: str, shape: Sequence[int]) -> Configuration | None:
+    """Look up a kernel's configuration for the current device.
+
+    Args:
+        kernel: operator and direction, such as ``"conv2d_relu_max_pool2d.forward"``.
+        dtype: of the tensors.
+        precision: of float32 products, ``"tf32"`` or ``"ieee"``.
+        shape: what the kernel compiles in.
+    """
+    mode = precision if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+    return table().get((kernel, architecture(), mode, tuple(shape)))
+
+
+@functools.cache
+def table() -> dict[tuple[Any, ...], Configuration]:
+    """Read the committed entries and, over them, those of FASTLENET_CONFIGURATIONS."""
+    chosen = os.environ.get("FASTLENET_CONFIGURATIONS")
+    found = {}
+    for path in (_COMMITTED, *([Path(chosen)] if chosen else [])):
+        for entry in json.loads(path.read_text()):
+            for mode in entry["modes"]:
+                key = entry["kernel"], entry["architecture"], mode, tuple(entry["shape"])
+                found[key] = Configuration(entry["design"], entry["options"], entry["evidence"])
+    return found

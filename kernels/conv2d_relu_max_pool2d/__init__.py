@@ -1,0 +1,110 @@
+"""conv2d + relu + max-pool in one kernel, and its gradients.
+
+One operator, three designs, a file each:
+
+- `general`: every geometry that PyTorch allows, sizes at run time.
+- `patch_dot`: small non-overlapping 2x2 pools on matrix units (tf32, float16, bfloat16).
+- `patch_fma`: the same pools in exact float32, on the FMA units.
+
+`configurations` lists where a design other than the general one runs, and with which tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import configurations
+from ..geometry import ConvPoolGeometry, memory_format
+from ..runtime import dot_precision
+from . import general, patch_dot, patch_fma
+
+_DESIGNS = {"patch_dot": patch_dot, "patch_fma": patch_fma}
+
+
+def _specialised(
+    direction: str, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor
+) -> tuple[ModuleType, Mapping[str, int]] | None:
+    """Return the design and the configuration listed for this call, or None where the general kernels run.
+
+    A listed design compiles for the shape of the images, never for their number.
+    """
+    if memory_format(input, weight) != torch.contiguous_format or 0 in input.shape:
+        return None
+    precision = dot_precision(input.dtype, torch.backends.cudnn.conv.fp32_precision)
+    shape = (*input.shape[1:], *weight.shape)
+    entry = configurations.find(f"conv2d_relu_max_pool2d.{direction}", input.dtype, precision, shape)
+    if entry is None:
+        return None
+    design = _DESIGNS[entry.design]
+    # Its loads take neighbours in pairs.
+    if not design.covers(geometry, input, weight) or input.data_ptr() % 16:
+        return None
+    return design, entry.options
+
+
+def conv2d_relu_max_pool2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_code: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the forward.
+
+    Args:
+        input: (N, G * C, H, W), any strides.
+        weight: (G * O, C, KH, KW).
+        bias: (G * O,) or None.
+        geometry: of the convolution and the pool; windows of up to 255 cells.
+        return_code: whether to return what a backward needs.
+
+    Returns:
+        The pooled output (N, G * O, PH, PW), channels_last if input or weight is, and its argmax codes or None.
+    """
+    found = _specialised("forward", geometry, input, weight)
+    if found is None:
+        return general.forward(input, weight, bias, geometry, return_code)
+    design, options = found
+    bias = None if bias is None else bias.contiguous()
+    return design.forward(input.contiguous(), weight.contiguous(), bias, return_code, options)
+
+
+def conv2d_relu_max_pool2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    code: Tensor,
+    geometry: ConvPoolGeometry,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Launch those kernels of the backward that `output_mask` asks for.
+
+    Args:
+        grad_output: (N, G * O, PH, PW), any strides.
+        input: the forward's.
+        weight: the forward's.
+        code: the forward's argmax codes.
+        geometry: the forward's.
+        output_mask: whether to compute grad_input, grad_weight and grad_bias.
+
+    Returns:
+        The three gradients in the layout of their tensors, None where not asked for.
+    """
+    need_input, need_weight, need_bias = output_mask
+    grad_input = grad_weight = grad_bias = None
+    if need_input:
+        found = _specialised("grad_input", geometry, input, weight)
+        if found is None:
+            grad_input = general.grad_input(grad_output, input, weight, code, geometry)
+        else:
+            design, options = found
+            tensors = (tensor.contiguous() for tensor in (grad_output, input, weight, code))
+            grad_input = design.grad_input(*tensors, options)
+    if need_weight or need_bias:
+        found = _specialised("grad_weight", geometry, input, weight)
+        if found is None:
+            return grad_input, *general.grad_weight(grad_output, input, weight, code, geometry, need_weight, need_bias)
+        design, options = found
+        tensors = (tensor.contiguous() for tensor in (grad_output, input, weight, code))
+        grad_weight, grad_bias = design.grad_weight(*tensors, options)
+    return grad_input, grad_weight if need_weight else None, grad_bias if need_bias else None

@@ -1,0 +1,664 @@
+"""Small non-overlapping 2x2 pools on matrix units: one matrix product per patch instead of one per window cell.
+
+The four convolution cells of a 2x2 window read one patch of (KS + 1) x (KS + 1) pixels. With the patch as the inner
+dimension and (cell, output channel) as the columns of one banded weight matrix, a pooled position costs a single
+product, and its four cells lie in one thread's registers, where they are pooled. Each program builds the banded matrix
+once, from the weight itself, and keeps it in shared memory; rows of a tile are (image, position) with fixed offsets, so
+that going on to the next position adds one number to a pointer.
+
+The geometry is compiled in, the number of images is not. These kernels serve what `configurations` lists for the
+architecture: stride, dilation and groups 1, no padding, odd square kernels, windows of 2x2 that do not overlap and
+cover the convolution exactly, contiguous tensors. `general` serves the rest.
+
+The band's zeros multiply pixels that a cell does not look at, which is wrong if such a pixel is infinite or NaN. Then
+the result is not finite either; a program that meets one computes its tiles again, cell by cell, and replaces what was
+not finite. So every result is stock's, and finite data pays for one running maximum.
+
+Letters: C input and O output channels, KS the kernel's size, S = KS + 1 the patch's, PH x PW pooled output.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..geometry import ConvPoolGeometry
+from ..runtime import INTERPRETED, all_registers, dot_precision, empty, index_type, launch, load, store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_COUNTS = ["images", "tiles_per_program", "rows_per_program"]
+_SMALL = ["weight_ptr", "bias_ptr", "code_ptr", "grad_ptr"]
+
+
+@triton.jit
+def _patch_offsets(start, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Where the elements start..start + BLOCK_K of a patch (C, S, S) lie in an image (C, H, W).
+
+    Beyond the patch's end the first element stands in: its weight is 0.
+    """
+    k = start + tl.arange(0, BLOCK_K)
+    offset = tl.where(k < C * S * S, k // (S * S) * (H * W) + k // S % S * W + k % S, 0)
+    # S and W are even: elements lie in pairs, which one load can take.
+    return tl.max_contiguous(tl.multiple_of(offset, 2), 2)
+
+
+@triton.jit
+def _forward_band(
+    weight_ptr,
+    start,
+    C: tl.constexpr,
+    OUT: tl.constexpr,
+    KS: tl.constexpr,
+    OUT_PAD: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows start..start + BLOCK_K of the banded matrix (patch, (cell, output channel)); 0 where a cell has no tap."""
+    S: tl.constexpr = KS + 1
+    k = start + tl.arange(0, BLOCK_K)
+    column = tl.arange(0, 4 * OUT_PAD)
+    cell = column // OUT_PAD
+    o = column % OUT_PAD
+    tap_h = (k // S % S)[:, None] - (cell // 2)[None, :]
+    tap_w = (k % S)[:, None] - (cell % 2)[None, :]
+    mask = (k < C * S * S)[:, None] & (o < OUT)[None, :]
+    mask &= (tap_h >= 0) & (tap_h < KS) & (tap_w >= 0) & (tap_w < KS)
+    offset = (o * (C * KS * KS))[None, :] + (k // (S * S) * (KS * KS))[:, None] + tap_h * KS + tap_w
+    return load(weight_ptr + offset, mask)
+
+
+@triton.jit
+def _input_band(
+    weight_ptr,
+    di,
+    dj,
+    C: tl.constexpr,
+    OUT: tl.constexpr,
+    KS: tl.constexpr,
+    IN_PAD: tl.constexpr,
+    OUT_PAD: tl.constexpr,
+):
+    """Banded matrix ((cell, output channel), (input channel, pixel)) from a window to a block of 2x2 pixels.
+
+    The block lies di, dj blocks below and right of the window's own first pixels.
+    """
+    row = tl.arange(0, 4 * OUT_PAD)
+    column = tl.arange(0, 4 * IN_PAD)
+    cell = row // OUT_PAD
+    o = row % OUT_PAD
+    c = column // 4
+    tap_h = (2 * di - cell // 2)[:, None] + (column // 2 % 2)[None, :]
+    tap_w = (2 * dj - cell % 2)[:, None] + (column % 2)[None, :]
+    mask = (o < OUT)[:, None] & (c < C)[None, :] & (tap_h >= 0) & (tap_h < KS) & (tap_w >= 0) & (tap_w < KS)
+    offset = (o * (C * KS * KS))[:, None] + (c * (KS * KS))[None, :] + tap_h * KS + tap_w
+    return load(weight_ptr + offset, mask)
+
+
+@triton.jit
+def _to_cells(grad, code, BLOCK_M: tl.constexpr, OUT_PAD: tl.constexpr):
+    """Spread gradients (rows, channels) over their windows' cells: (rows, (cell, channel)), 0 where a cell lost."""
+    top = tl.join(tl.where(code == 0, grad, 0.0), tl.where(code == 1, grad, 0.0))
+    bottom = tl.join(tl.where(code == 2, grad, 0.0), tl.where(code == 3, grad, 0.0))
+    cells = tl.join(top, bottom).permute(0, 3, 2, 1)  # from (row, channel, column of the window, its row)
+    return cells.reshape(BLOCK_M, 4 * OUT_PAD)
+
+
+@triton.jit
+def _magnitude(values):
+    """The bits of each row's largest magnitude: as integers, infinity and NaN are larger than all finite numbers.
+
+    One number a row, and not one an element, keeps registers free for the products.
+    """
+    return tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+
+
+@triton.jit
+def _any_not_finite(magnitudes):
+    """Whether one of `_magnitude`'s rows has an infinity or a NaN."""
+    return tl.max(magnitudes, axis=0) >= 0x7F800000
+
+
+@triton.jit(do_not_specialize=[*_COUNTS, *_SMALL])
+def _forward_kernel(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    output_ptr,
+    code_ptr,
+    images,
+    tiles_per_program,
+    rows_per_program,
+    C: tl.constexpr,
+    OUT: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    KS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RETURN_CODE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    IMAGES: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUT_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Pooled output and argmax codes.
+
+    Maths: ``conv[n, p, (t, o)] = sum_k patch[n, p, k] * band[k, (t, o)]``, ``output[n, o, p] = max over the four cells
+    t of relu(bias[o] + conv[n, p, (t, o)])``; codes as in `general`.
+
+    Tile: IMAGES images x ROWS pooled rows x all pooled columns (BLOCK_M rows, nearly all used) x 4 * OUT_PAD columns.
+    A program takes `tiles_per_program` groups of images and, of each, `rows_per_program` row blocks.
+
+    Shapes and strides: input (N, C, H, W), weight (O, C, KS, KW), bias (O), output and code (N, O, PH, PW), contiguous.
+
+    Saves: one byte of code per pooled cell.
+
+    Cost per image: 2 * PH * PW * C * S * S * 4 * O FLOP, of which (KS / S)^2 are useful; reads the input, whose
+    overlapping patches come from cache, and writes output and codes once.
+    """
+    PH: tl.constexpr = (H - KS + 1) // 2
+    PW: tl.constexpr = (W - KS + 1) // 2
+    S: tl.constexpr = KS + 1
+    DEPTH: tl.constexpr = C * S * S
+    row = tl.arange(0, BLOCK_M)
+    pooled_row = row // PW % ROWS
+    pooled_column = row % PW
+    channel = tl.arange(0, OUT_PAD)
+    if HAS_BIAS:
+        bias_channel = tl.arange(0, 4 * OUT_PAD) % OUT_PAD
+        bias = tl.load(bias_ptr + bias_channel, mask=bias_channel < OUT, other=0.0).to(tl.float32)
+    bands = ()
+    for start in tl.static_range(0, DEPTH, BLOCK_K):
+        bands = bands + (_forward_band(weight_ptr, start, C, OUT, KS, OUT_PAD, BLOCK_K),)
+
+    first_image = tl.program_id(0).to(INDEX) * tiles_per_program * IMAGES
+    first_row = tl.program_id(1) * rows_per_program
+    last_row = tl.minimum(first_row + rows_per_program, PH // ROWS)
+    largest = tl.zeros((BLOCK_M,), tl.int32)
+    for tile in tl.range(tiles_per_program, num_stages=1):
+        image = first_image + tile * IMAGES + row // (ROWS * PW)
+        mask = ((row < IMAGES * ROWS * PW) & (image < images))[:, None] & (channel < OUT)[None, :]
+        # Rows beyond the last image read it again, so that loads need no mask.
+        patch = tl.minimum(image, images - 1) * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2
+        patch = tl.multiple_of(patch, 2)[:, None]
+        pooled = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None] + (channel * (PH * PW))[None, :]
+        for r in tl.range(first_row, last_row, num_stages=STAGES):
+            conv = tl.zeros((BLOCK_M, 4 * OUT_PAD), tl.float32)
+            for start in tl.static_range(0, DEPTH, BLOCK_K):
+                offset = patch + _patch_offsets(start, C, H, W, S, BLOCK_K)[None, :]
+                pixels = load(input_ptr + r * (ROWS * 2 * W) + offset)
+                conv = tl.dot(pixels, bands[start // BLOCK_K], conv, input_precision=PRECISION)
+            if HAS_BIAS:
+                conv += bias[None, :]
+            # Columns are (cell row, cell column, channel): a thread holds all cells of its channels.
+            left, right = tl.split(conv.reshape(BLOCK_M, 2, 2, OUT_PAD).permute(0, 3, 1, 2))
+            cell0, cell2 = tl.split(left)
+            cell1, cell3 = tl.split(right)
+            top = tl.maximum(cell0, cell1, propagate_nan=tl.PropagateNan.ALL)
+            bottom = tl.maximum(cell2, cell3, propagate_nan=tl.PropagateNan.ALL)
+            best = tl.maximum(top, bottom, propagate_nan=tl.PropagateNan.ALL)
+            if RETURN_CODE:
+                code = tl.where(bottom > top, tl.where(cell3 > cell2, 3, 2), tl.where(cell1 > cell0, 1, 0))
+                code = tl.where(best <= 0, 255, code)
+                tl.store(code_ptr + r * (ROWS * PW) + pooled, code.to(tl.uint8), mask=mask)
+            best = tl.maximum(best, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            store(output_ptr + r * (ROWS * PW) + pooled, best, mask)
+            largest = tl.maximum(largest, _magnitude(best))
+
+    if _any_not_finite(largest):
+        tl.debug_barrier()
+        for tile in tl.range(tiles_per_program, num_stages=1):
+            image = first_image + tile * IMAGES + row // (ROWS * PW)
+            mask = ((row < IMAGES * ROWS * PW) & (image < images))[:, None] & (channel < OUT)[None, :]
+            corner = image * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2
+            pooled = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None] + (channel * (PH * PW))[
+                None, :
+            ]
+            for r in tl.range(first_row, last_row, num_stages=1):
+                _replace_not_finite(
+                    input_ptr + r * (ROWS * 2 * W) + corner,
+                    weight_ptr + channel * (C * KS * KS),
+                    bias_ptr + channel,
+                    output_ptr + r * (ROWS * PW) + pooled,
+                    code_ptr + r * (ROWS * PW) + pooled,
+                    mask,
+                    C,
+                    H * W,
+                    W,
+                    KS,
+                    HAS_BIAS,
+                    RETURN_CODE,
+                    BLOCK_M,
+                    OUT_PAD,
+                    OUT,
+                )
+
+
+@triton.jit
+def _replace_not_finite(
+    pixel_ptrs,
+    weight_ptrs,
+    bias_ptrs,
+    output_ptrs,
+    code_ptrs,
+    mask,
+    C: tl.constexpr,
+    PLANE: tl.constexpr,
+    W: tl.constexpr,
+    KS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RETURN_CODE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    OUT_PAD: tl.constexpr,
+    OUT: tl.constexpr,
+):
+    """Compute a tile of the forward cell by cell, tap by tap, and store it where what is stored is not finite."""
+    row_mask = tl.max(mask.to(tl.int32), axis=1) > 0
+    channel_mask = tl.arange(0, OUT_PAD) < OUT
+    best = tl.full((BLOCK_M, OUT_PAD), float("-inf"), tl.float32)
+    code = tl.zeros((BLOCK_M, OUT_PAD), tl.int32)
+    for cell in tl.range(4, num_stages=1):
+        conv = tl.zeros((BLOCK_M, OUT_PAD), tl.float32)
+        for k in tl.range(C * KS * KS, num_stages=1):
+            tap = k // (KS * KS) * PLANE + (k // KS % KS + cell // 2) * W + k % KS + cell % 2
+            pixel = tl.load(pixel_ptrs + tap, mask=row_mask, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptrs + k, mask=channel_mask, other=0.0).to(tl.float32)
+            conv += pixel[:, None] * weight[None, :]
+        if HAS_BIAS:
+            conv += tl.load(bias_ptrs, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+        conv = tl.maximum(conv, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        wins = (conv > best) | (conv != conv)
+        best = tl.where(wins, conv, best)
+        code = tl.where(wins, cell, code)
+    old = tl.load(output_ptrs, mask=mask, other=0.0).to(tl.float32)
+    mask &= (old == float("inf")) | (old != old)
+    store(output_ptrs, best, mask)
+    if RETURN_CODE:
+        tl.store(code_ptrs, tl.where(best <= 0, 255, code).to(tl.uint8), mask=mask)
+
+
+@triton.jit(do_not_specialize=[*_COUNTS, *_SMALL])
+def _grad_input_kernel(
+    grad_ptr,
+    code_ptr,
+    weight_ptr,
+    output_ptr,
+    images,
+    tiles_per_program,
+    C: tl.constexpr,
+    OUT: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    KS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    IMAGES: tl.constexpr,
+    IN_PAD: tl.constexpr,
+    OUT_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Gradient of the input, gathered: a block of 2x2 pixels receives from the windows above and left of it.
+
+    Maths: ``grad_input[n, c, pixels of block (i, j)] = sum over di, dj of cells[n, i - di, j - dj] @ band[di, dj]``,
+    with di, dj in 0..KS // 2 and cells the gradients spread over their window's cells (`_to_cells`).
+
+    Tile: IMAGES images x one row of blocks (BLOCK_M rows) x 4 * IN_PAD columns (channel, pixel of the block). A program
+    slides over the pooled rows and keeps the KS // 2 + 1 rows of blocks that a pooled row reaches in registers; each
+    gradient is spread once for every dj and serves all di.
+
+    Shapes and strides: grad (N, O, PH, PW), code, weight (O, C, KS, KS), output (N, C, H, W), contiguous.
+
+    Cost per image: 2 * PH * W / 2 * (KS // 2 + 1)^2 * 4 * O * 4 * C FLOP; reads gradients and codes, from cache
+    KS // 2 + 1 times, and writes C * H * W elements.
+    """
+    PH: tl.constexpr = (H - KS + 1) // 2
+    PW: tl.constexpr = (W - KS + 1) // 2
+    BLOCKS: tl.constexpr = W // 2
+    REACH: tl.constexpr = KS // 2 + 1
+    row = tl.arange(0, BLOCK_M)
+    j = row % BLOCKS
+    channel = tl.arange(0, OUT_PAD)
+    column = tl.arange(0, 4 * IN_PAD)
+    bands = ()
+    for d in tl.static_range(REACH * REACH):
+        bands = bands + (_input_band(weight_ptr, d // REACH, d % REACH, C, OUT, KS, IN_PAD, OUT_PAD),)
+
+    first_image = tl.program_id(0).to(INDEX) * tiles_per_program * IMAGES
+    largest = tl.zeros((BLOCK_M,), tl.int32)
+    for tile in tl.range(tiles_per_program, num_stages=1):
+        image = first_image + tile * IMAGES + row // BLOCKS
+        row_mask = (row < IMAGES * BLOCKS) & (image < images)
+        window = (image * (OUT * PH * PW) + j)[:, None] + (channel * (PH * PW))[None, :]
+        pixel = (column // 4 * (H * W) + column // 2 % 2 * W + column % 2)[None, :]
+        pixel += (image * (C * H * W) + j * 2)[:, None]
+        pixel_mask = row_mask[:, None] & (column // 4 < C)[None, :]
+        sums = ()
+        for _ in tl.static_range(REACH):
+            sums = sums + (tl.zeros((BLOCK_M, 4 * IN_PAD), tl.float32),)
+        for p in tl.range(PH, num_stages=1):
+            for dj in tl.static_range(REACH):
+                mask = (row_mask & (j >= dj) & (j - dj < PW))[:, None] & (channel < OUT)[None, :]
+                code = tl.load(code_ptr + p * PW - dj + window, mask=mask, other=255).to(tl.int32)
+                grad = load(grad_ptr + p * PW - dj + window, mask)
+                cells = _to_cells(grad, code, BLOCK_M, OUT_PAD)
+                new = ()
+                for di in tl.static_range(REACH):
+                    band = bands[di * REACH + dj]
+                    new = new + (tl.dot(cells.to(band.dtype), band, sums[di], input_precision=PRECISION),)
+                sums = new
+            largest = tl.maximum(largest, _magnitude(sums[0]))
+            store(output_ptr + p * (2 * W) + pixel, sums[0], pixel_mask)
+            sums = sums[1:] + (tl.zeros((BLOCK_M, 4 * IN_PAD), tl.float32),)
+        for d in tl.static_range(REACH - 1):
+            largest = tl.maximum(largest, _magnitude(sums[d]))
+            store(output_ptr + (PH + d) * (2 * W) + pixel, sums[d], pixel_mask)
+
+    if _any_not_finite(largest):
+        tl.debug_barrier()
+        input_channel = tl.arange(0, IN_PAD)
+        for tile in tl.range(tiles_per_program, num_stages=1):
+            image = first_image + tile * IMAGES + row // BLOCKS
+            row_mask = (row < IMAGES * BLOCKS) & (image < images)
+            mask = row_mask[:, None] & (input_channel < C)[None, :]
+            for h in tl.range(H, num_stages=1):
+                for half in tl.range(2, num_stages=1):
+                    w = 2 * j + half
+                    total = tl.zeros((BLOCK_M, IN_PAD), tl.float32)
+                    for tap in tl.range(KS * KS, num_stages=1):
+                        y = h - tap // KS
+                        x = w - tap % KS
+                        inside = row_mask & (y >= 0) & (y < 2 * PH) & (x >= 0) & (x < 2 * PW)
+                        window = image * (OUT * PH * PW) + y // 2 * PW + x // 2
+                        for o in tl.range(OUT, num_stages=1):
+                            code = tl.load(code_ptr + window + o * (PH * PW), mask=inside, other=255).to(tl.int32)
+                            grad = tl.load(grad_ptr + window + o * (PH * PW), mask=inside, other=0.0).to(tl.float32)
+                            grad = tl.where(code == y % 2 * 2 + x % 2, grad, 0.0)
+                            offset = o * (C * KS * KS) + input_channel * (KS * KS) + tap
+                            weight = tl.load(weight_ptr + offset, mask=input_channel < C, other=0.0).to(tl.float32)
+                            # As in stock, a gradient of 0 inside the convolution still meets its weight.
+                            total += tl.where(inside[:, None], grad[:, None] * weight[None, :], 0.0)
+                    pixels = (
+                        output_ptr + (image * (C * H * W) + h * W + w)[:, None] + (input_channel * (H * W))[None, :]
+                    )
+                    old = tl.load(pixels, mask=mask, other=0.0).to(tl.float32)
+                    store(pixels, total, mask & ((tl.abs(old) == float("inf")) | (old != old)))
+
+
+@triton.jit(do_not_specialize=[*_COUNTS, *_SMALL])
+def _grad_weight_kernel(
+    grad_ptr,
+    code_ptr,
+    input_ptr,
+    weight_parts_ptr,
+    bias_parts_ptr,
+    images,
+    tiles_per_program,
+    rows_per_program,
+    C: tl.constexpr,
+    OUT: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    KS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    IMAGES: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUT_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Gradients of the weight and the bias: one part of each sum, which `_fold_kernel` completes in a fixed order.
+
+    Maths: ``weight_parts[part, k, (t, o)] = sum over the part's (n, p) of patch[n, p, k] * cells[n, p, (t, o)]`` with
+    cells as `_to_cells` spreads them, and ``bias_parts[part, o] = sum where(code != 255, grad, 0)`` in float32.
+    The band's entries, tap = k - t, are the weight's gradient; the others are never read.
+
+    Tile: the whole (patch, (cell, channel)) matrix, in accumulators of BLOCK_K rows; the sum runs over the images and
+    row blocks of one program, as in the forward.
+
+    Shapes and strides: grad and code (N, O, PH, PW), input (N, C, H, W), weight_parts (parts, C * S * S, 4 * OUT_PAD)
+    and bias_parts (parts, OUT_PAD) float32, all contiguous.
+
+    Cost per image: as the forward.
+    """
+    PH: tl.constexpr = (H - KS + 1) // 2
+    PW: tl.constexpr = (W - KS + 1) // 2
+    S: tl.constexpr = KS + 1
+    DEPTH: tl.constexpr = C * S * S
+    row = tl.arange(0, BLOCK_M)
+    pooled_row = row // PW % ROWS
+    pooled_column = row % PW
+    channel = tl.arange(0, OUT_PAD)
+    sums = ()
+    for _ in tl.static_range(0, DEPTH, BLOCK_K):
+        sums = sums + (tl.zeros((BLOCK_K, 4 * OUT_PAD), tl.float32),)
+    bias_sum = tl.zeros((BLOCK_M, OUT_PAD), tl.float32)
+
+    first_image = tl.program_id(0).to(INDEX) * tiles_per_program * IMAGES
+    first_row = tl.program_id(1) * rows_per_program
+    last_row = tl.minimum(first_row + rows_per_program, PH // ROWS)
+    for tile in tl.range(tiles_per_program, num_stages=1):
+        image = first_image + tile * IMAGES + row // (ROWS * PW)
+        mask = ((row < IMAGES * ROWS * PW) & (image < images))[:, None] & (channel < OUT)[None, :]
+        patch = tl.minimum(image, images - 1) * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2
+        patch = tl.multiple_of(patch, 2)[:, None]
+        pooled = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None] + (channel * (PH * PW))[None, :]
+        for r in tl.range(first_row, last_row, num_stages=STAGES):
+            code = tl.load(code_ptr + r * (ROWS * PW) + pooled, mask=mask, other=255).to(tl.int32)
+            grad = load(grad_ptr + r * (ROWS * PW) + pooled, mask)
+            bias_sum += tl.where(code != 255, grad, 0.0).to(tl.float32)
+            cells = _to_cells(grad, code, BLOCK_M, OUT_PAD)
+            new = ()
+            for start in tl.static_range(0, DEPTH, BLOCK_K):
+                offset = patch + _patch_offsets(start, C, H, W, S, BLOCK_K)[None, :]
+                pixels = load(input_ptr + r * (ROWS * 2 * W) + offset)
+                product = tl.dot(
+                    tl.trans(pixels), cells.to(pixels.dtype), sums[start // BLOCK_K], input_precision=PRECISION
+                )
+                new = new + (product,)
+            sums = new
+
+    part = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(INDEX)
+    column = tl.arange(0, 4 * OUT_PAD)
+    for start in tl.static_range(0, DEPTH, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        parts = weight_parts_ptr + (part * DEPTH + k)[:, None] * (4 * OUT_PAD) + column[None, :]
+        tl.store(parts, sums[start // BLOCK_K], mask=(k < DEPTH)[:, None])
+    tl.store(bias_parts_ptr + part * OUT_PAD + channel, tl.sum(bias_sum, axis=0))
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _fold_kernel(
+    weight_parts_ptr,
+    bias_parts_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    parts,
+    C: tl.constexpr,
+    OUT: tl.constexpr,
+    KS: tl.constexpr,
+    OUT_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """Complete the sums of `_grad_weight_kernel`, first part to last.
+
+    Maths: ``grad_weight[o, c, tap] = sum over parts, then over the four cells t, of weight_parts[part, (c, tap + t),
+    (t, o)]``; ``grad_bias[o] = sum over parts of bias_parts[part, o]``.
+
+    Tile: BLOCK entries (tap, o) of the weight; the last program takes the bias. BLOCK_PARTS parts are loaded at a time.
+    """
+    S: tl.constexpr = KS + 1
+    DEPTH: tl.constexpr = C * KS * KS
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o = entry % OUT_PAD
+    tap = entry // OUT_PAD
+    is_bias = tl.program_id(0) == tl.num_programs(0) - 1
+    mask = (o < OUT) & (tap < DEPTH)
+    element = (tap // (KS * KS) * (S * S) + tap // KS % KS * S + tap % KS) * (4 * OUT_PAD) + o
+    part = tl.arange(0, BLOCK_PARTS)
+    total = tl.zeros((BLOCK,), tl.float32)
+    if is_bias:
+        channel = tl.arange(0, BLOCK)
+        for start in range(0, parts, BLOCK_PARTS):
+            part_mask = ((start + part) < parts)[:, None] & (channel < OUT)[None, :]
+            bias = tl.load(
+                bias_parts_ptr + (start + part)[:, None] * OUT_PAD + channel[None, :], mask=part_mask, other=0.0
+            )
+            total += tl.sum(bias, axis=0)
+        store(grad_bias_ptr + channel, total, channel < OUT)
+    else:
+        for start in range(0, parts, BLOCK_PARTS):
+            part_mask = ((start + part) < parts)[:, None] & mask[None, :]
+            rows = weight_parts_ptr + (start + part)[:, None] * (C * S * S * 4 * OUT_PAD) + element[None, :]
+            for cell in tl.static_range(4):
+                tap_of_cell = rows + ((cell // 2 * S + cell % 2) * 4 + cell) * OUT_PAD
+                total += tl.sum(tl.load(tap_of_cell, mask=part_mask, other=0.0), axis=0)
+        store(grad_weight_ptr + o * DEPTH + tap, total, mask)
+
+
+def covers(geometry: ConvPoolGeometry, input: Tensor, weight: Tensor) -> bool:
+    """Whether these kernels can compute this convolution and pool."""
+    size, kernel = tuple(input.shape[2:]), tuple(weight.shape[2:])
+    plain = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), geometry.ceil_mode)
+    if geometry != plain or kernel[0] != kernel[1] or kernel[0] % 2 == 0:
+        return False
+    conv = geometry.conv_size(size, kernel)
+    return min(conv) > 0 and conv[0] % 2 == 0 and conv[1] % 2 == 0
+
+
+def _shape(input: Tensor, weight: Tensor) -> dict[str, Any]:
+    """Compile in the shape of all but the batch."""
+    _, in_channels, height, width = input.shape
+    return {"C": in_channels, "OUT": weight.shape[0], "H": height, "W": width, "KS": weight.shape[2]}
+
+
+def _options(input: Tensor, configuration: Mapping[str, int]) -> dict[str, Any]:
+    """Turn a configuration into launch options."""
+    precision = dot_precision(input.dtype, torch.backends.cudnn.conv.fp32_precision)
+    options = {"PRECISION": precision, **configuration}
+    if not INTERPRETED:
+        options |= all_registers()
+    return options
+
+
+def _share(tiles: int, rows: int, programs: int) -> tuple[int, int]:
+    """Share `tiles` groups of images, each of `rows` row blocks, between about `programs` programs.
+
+    Depends on the shape alone, so that a sum over programs never depends on the device it was computed on.
+
+    Returns:
+        Groups of images and row blocks that one program takes.
+    """
+    tiles_per_program = -(-tiles // programs)
+    splits = min(rows, max(1, programs // max(1, tiles)))
+    return tiles_per_program, -(-rows // splits)
+
+
+def forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, return_code: bool, configuration: Mapping[str, int]
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the forward; arguments and results as in `conv2d_relu_max_pool2d`, tensors contiguous."""
+    shape = _shape(input, weight)
+    pooled_h, pooled_w = ((shape[side] - shape["KS"] + 1) // 2 for side in "HW")
+    output = empty((input.shape[0], shape["OUT"], pooled_h, pooled_w), input)
+    code = empty(output.shape, output, torch.uint8) if return_code else None
+    tiles, rows = triton.cdiv(input.shape[0], configuration["IMAGES"]), pooled_h // configuration["ROWS"]
+    # Four programs for each of some 132 multiprocessors: as few weight matrices to build as keep all of them busy.
+    tiles_per_program, rows_per_program = _share(tiles, rows, 528)
+    launch(
+        _forward_kernel,
+        (triton.cdiv(tiles, tiles_per_program), triton.cdiv(rows, rows_per_program)),
+        input,
+        weight,
+        weight if bias is None else bias,
+        output,
+        output if code is None else code,
+        input.shape[0],
+        tiles_per_program,
+        rows_per_program,
+        **shape,
+        HAS_BIAS=bias is not None,
+        RETURN_CODE=return_code,
+        INDEX=index_type(input, output),
+        **_options(input, configuration),
+    )
+    return output, code
+
+
+def grad_input(
+    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, configuration: Mapping[str, int]
+) -> Tensor:
+    """Launch the gradient of the input; all tensors contiguous."""
+    result = empty(input.shape, input)
+    tiles = triton.cdiv(input.shape[0], configuration["IMAGES"])
+    tiles_per_program, _ = _share(tiles, 1, 264)
+    launch(
+        _grad_input_kernel,
+        (triton.cdiv(tiles, tiles_per_program),),
+        grad_output,
+        code,
+        weight,
+        result,
+        input.shape[0],
+        tiles_per_program,
+        **_shape(input, weight),
+        INDEX=index_type(result, grad_output),
+        **_options(input, configuration),
+    )
+    return result
+
+
+def grad_weight(
+    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, configuration: Mapping[str, int]
+) -> tuple[Tensor, Tensor]:
+    """Launch the gradients of the weight and the bias; all tensors contiguous."""
+    shape = _shape(input, weight)
+    depth = shape["C"] * (shape["KS"] + 1) ** 2
+    tiles, rows = triton.cdiv(input.shape[0], configuration["IMAGES"]), code.shape[2] // configuration["ROWS"]
+    # One program a multiprocessor: the parts are large, and are all read again.
+    tiles_per_program, rows_per_program = _share(tiles, rows, 132)
+    grid = triton.cdiv(tiles, tiles_per_program), triton.cdiv(rows, rows_per_program)
+    parts = grid[0] * grid[1]
+    weight_parts = empty((parts, depth, 4 * configuration["OUT_PAD"]), input, torch.float32)
+    bias_parts = empty((parts, configuration["OUT_PAD"]), input, torch.float32)
+    launch(
+        _grad_weight_kernel,
+        grid,
+        grad_output,
+        code,
+        input,
+        weight_parts,
+        bias_parts,
+        input.shape[0],
+        tiles_per_program,
+        rows_per_program,
+        **shape,
+        INDEX=index_type(input, grad_output, weight_parts),
+        **_options(input, configuration),
+    )
+    result, bias = empty(weight.shape, weight), empty(weight.shape[:1], weight)
+    entries, block = weight[0].numel() * configuration["OUT_PAD"], 64
+    launch(
+        _fold_kernel,
+        (triton.cdiv(entries, block) + 1,),
+        weight_parts,
+        bias_parts,
+        result,
+        bias,
+        parts,
+        **{name: shape[name] for name in ("C", "OUT", "KS")},
+        OUT_PAD=configuration["OUT_PAD"],
+        BLOCK=block,
+        BLOCK_PARTS=16,
+    )
+    return result, bias

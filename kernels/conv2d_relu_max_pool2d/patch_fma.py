@@ -1,0 +1,507 @@
+"""Small non-overlapping 2x2 pools in exact float32, on the FMA units.
+
+`tl.dot` in ``ieee`` mode feeds the FMA units operand by operand through shared memory; here a lane computes whole
+results in its own registers instead. All sizes but the batch are compile-time constants, so that every loop over taps
+is unrolled and every address is a register plus a constant. Every result is one chain of fused multiply-adds in a fixed
+order, so tiles may depend on the batch without changing a bit. As in `general`, the input's gradient may be NaN at the
+left and right edges for a NaN or infinite weight: windows beside the image count as 0 times the weight.
+
+Letters: N images, C input and O output channels, H x W input, KH x KW kernel, PH x PW pooled output, P = PH * PW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..geometry import ConvPoolGeometry
+from ..runtime import INTERPRETED, all_registers, empty, index_type, launch, relu, sum_parts
+
+
+@triton.jit
+def _adjacent(pointers, mask, COUNT: tl.constexpr):
+    """Load the COUNT elements that start at each pointer, two at a time where their addresses allow it.
+
+    Where the mask, if there is one, is off, they are 0.
+    """
+    values = ()
+    for i in tl.static_range(COUNT // 2):
+        pairs = pointers[:, None] + (2 * i + tl.arange(0, 2))[None, :]
+        if mask is None:
+            values = values + tl.split(tl.load(pairs))
+        else:
+            values = values + tl.split(tl.load(pairs, mask=mask[:, None], other=0.0))
+    if COUNT % 2 == 1:
+        if mask is None:
+            values = values + (tl.load(pointers + (COUNT - 1)),)
+        else:
+            values = values + (tl.load(pointers + (COUNT - 1), mask=mask, other=0.0),)
+    return values
+
+
+@triton.jit
+def _pool(cells, RETURN_CODE: tl.constexpr):
+    """Maximum and argmax code of a window's four cells, in scan order, after relu."""
+    best = cells[0]
+    if RETURN_CODE:
+        # In float32, which one instruction selects; integers become masks and shifts. Adding 2**23 moves a small number
+        # into the last bits.
+        code = tl.zeros(best.shape, tl.float32)
+        for cell in tl.static_range(1, 4):
+            wins = (cells[cell] > best) | (cells[cell] != cells[cell])
+            best = tl.where(wins, cells[cell], best)
+            code = tl.where(wins, 1.0 * cell, code)
+        code = tl.where(best <= 0, 255.0, code) + 8388608.0
+        return relu(best), code.to(tl.int32, bitcast=True).to(tl.uint8)
+    else:  # noqa: RET505  (Triton compiles what follows a return)
+        for cell in tl.static_range(1, 4):
+            best = tl.maximum(best, cells[cell], propagate_nan=tl.PropagateNan.ALL)
+        return relu(best), best
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    output_ptr,
+    code_ptr,
+    rows,
+    IN_CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    INPUT_H: tl.constexpr,
+    INPUT_W: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    POOLED_H: tl.constexpr,
+    POOLED_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RETURN_CODE: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Pooled output and argmax codes, in exact float32.
+
+    Maths: as in `general`. Each convolution cell is one chain of fused multiply-adds, from the bias through
+    (channel, kernel row, kernel column) in order, whatever the tile: no result depends on it.
+
+    Tile: BLOCK pooled positions (rows of N * P, two a lane) x CHANNELS output channels; a program's number counts the
+    tiles of channels first, so that neighbours read the same input. A lane keeps the window's four cells of every
+    channel. Per input channel it slides down its (KH + 1) x (KW + 1) patch with two rows in registers; weights are
+    scalars that all lanes share, loaded once for the eight products of two positions.
+
+    Shapes and strides: input (N, C, H, W), weight (O, C, KH, KW), bias (O), output and code (N, O, PH, PW), all
+    contiguous.
+
+    Saves: one byte of code per pooled cell, nothing else.
+
+    Cost per image: 8 * P * O * C * KH * KW FLOP; reads the input once per tile of channels, writes O * P outputs and as
+    many bytes of code. For every 8 multiply-adds one weight is loaded.
+    """
+    tiles: tl.constexpr = OUT_CHANNELS // CHANNELS
+    row = (tl.program_id(0) // tiles).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) % tiles * CHANNELS
+    mask = row < rows
+    # Rows beyond the last repeat it: loads need no mask then.
+    row = tl.minimum(row, rows - 1)
+    image = row // (POOLED_H * POOLED_W)
+    position = row % (POOLED_H * POOLED_W)
+    corner = position // POOLED_W * (2 * INPUT_W) + position % POOLED_W * 2
+    pixels = input_ptr + (image * (IN_CHANNELS * INPUT_H * INPUT_W) + corner)
+    depth: tl.constexpr = IN_CHANNELS * KERNEL_H * KERNEL_W
+    taps = weight_ptr + first * depth
+
+    conv = ()
+    for o in tl.static_range(CHANNELS):
+        start = tl.zeros((BLOCK,), tl.float32)
+        if HAS_BIAS:
+            start += tl.load(bias_ptr + first + o)
+        conv = conv + (start, start, start, start)
+    for _ in range(IN_CHANNELS):
+        upper = _adjacent(pixels, None, KERNEL_W + 1)
+        for _ in tl.range(KERNEL_H, loop_unroll_factor=UNROLL):
+            pixels += INPUT_W
+            lower = _adjacent(pixels, None, KERNEL_W + 1)
+            done = ()
+            for o in tl.static_range(CHANNELS):
+                a, b, c, d = conv[4 * o], conv[4 * o + 1], conv[4 * o + 2], conv[4 * o + 3]
+                for i in tl.static_range(KERNEL_W):
+                    tap = tl.load(taps + (o * depth + i))
+                    a = tl.fma(upper[i], tap, a)
+                    b = tl.fma(upper[i + 1], tap, b)
+                    c = tl.fma(lower[i], tap, c)
+                    d = tl.fma(lower[i + 1], tap, d)
+                done = done + (a, b, c, d)
+            conv = done
+            upper = lower
+            taps += KERNEL_W
+        pixels += (INPUT_H - KERNEL_H) * INPUT_W
+
+    size: tl.constexpr = POOLED_H * POOLED_W
+    offset = image * (OUT_CHANNELS * size) + (position + first * size)
+    outputs = output_ptr + offset
+    codes = code_ptr + offset
+    for o in tl.static_range(CHANNELS):
+        best, code = _pool(conv[4 * o : 4 * o + 4], RETURN_CODE)
+        tl.store(outputs + o * size, best, mask=mask)
+        if RETURN_CODE:
+            tl.store(codes + o * size, code, mask=mask)
+
+
+@triton.jit(do_not_specialize=["images"])
+def _grad_weight_kernel(
+    grad_ptr,
+    code_ptr,
+    input_ptr,
+    weight_parts_ptr,
+    bias_parts_ptr,
+    images,
+    IN_CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    INPUT_H: tl.constexpr,
+    INPUT_W: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    POOLED_H: tl.constexpr,
+    POOLED_W: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Gradients of the weight and the bias in exact float32: one part of each sum, which `sum_parts` completes.
+
+    Maths: as in `general`: ``grad_weight[o, c, i, j] = sum over (n, p, cell) of where(code[n, o, p] == cell,
+    grad[n, o, p], 0) * input[n, c, h(p, cell) + i, w(p, cell) + j]``. All four cells are multiplied, zero or not, so
+    that NaN and infinities in the input go where PyTorch's go.
+
+    Tile: a lane stays on one pooled position and steps through images, num_programs(1) * BLOCK // P at a time; it adds
+    up CHANNELS * KH * KW weights of one input channel (and, in the first input channel's programs, the biases) in
+    registers. At the end lanes are summed by a tree. Lanes beyond a multiple of P idle.
+
+    Shapes and strides: grad and code (N, O, PH, PW) and input (N, C, H, W) contiguous; weight_parts (parts, O, C, KH,
+    KW) and bias_parts (parts, O) float32, contiguous.
+
+    Cost per image: as the forward; reads the input once per tile of output channels, gradients and codes once per input
+    channel.
+    """
+    size: tl.constexpr = POOLED_H * POOLED_W
+    taps: tl.constexpr = KERNEL_H * KERNEL_W
+    in_channel = tl.program_id(0) % IN_CHANNELS
+    first = tl.program_id(0) // IN_CHANNELS * CHANNELS
+    part = tl.program_id(1)
+    lane = part * BLOCK + tl.arange(0, BLOCK)
+    step = tl.num_programs(1) * BLOCK // size
+    position = lane % size
+    corner = position // POOLED_W * (2 * INPUT_W) + position % POOLED_W * 2 + in_channel * (INPUT_H * INPUT_W)
+    position += first * size
+    image = tl.where(lane < step * size, lane // size, images)
+
+    weight_sums = ()
+    bias_sums = ()
+    zero = tl.zeros((BLOCK,), tl.float32)
+    for _ in tl.static_range(CHANNELS * taps):
+        weight_sums = weight_sums + (zero,)
+    for _ in tl.static_range(CHANNELS):
+        bias_sums = bias_sums + (zero,)
+    for _ in range((images + step - 1) // step):
+        there = image < images
+        row = tl.minimum(image, images - 1).to(INDEX)
+        image += step
+        grads = grad_ptr + (row * (OUT_CHANNELS * size) + position)
+        codes = code_ptr + (row * (OUT_CHANNELS * size) + position)
+        cells = ()
+        passed = ()
+        for o in tl.static_range(CHANNELS):
+            grad = tl.load(grads + o * size)
+            code = tl.where(there, tl.load(codes + o * size).to(tl.int32), 255)
+            for cell in tl.static_range(4):
+                cells = cells + (tl.where(code == cell, grad, 0.0),)
+            passed = passed + (tl.where(code == 255, 0.0, grad),)
+        if in_channel == 0:
+            done = ()
+            for o in tl.static_range(CHANNELS):
+                done = done + (bias_sums[o] + passed[o],)
+            bias_sums = done
+        pixels = input_ptr + (row * (IN_CHANNELS * INPUT_H * INPUT_W) + corner)
+        patch = ()
+        for i in tl.static_range(KERNEL_H + 1):
+            patch = patch + (_adjacent(pixels + i * INPUT_W, there, KERNEL_W + 1),)
+        done = ()
+        for o in tl.static_range(CHANNELS):
+            for i in tl.static_range(KERNEL_H):
+                for j in tl.static_range(KERNEL_W):
+                    total = weight_sums[o * taps + i * KERNEL_W + j]
+                    total = tl.fma(cells[4 * o], patch[i][j], total)
+                    total = tl.fma(cells[4 * o + 1], patch[i][j + 1], total)
+                    total = tl.fma(cells[4 * o + 2], patch[i + 1][j], total)
+                    total = tl.fma(cells[4 * o + 3], patch[i + 1][j + 1], total)
+                    done = done + (total,)
+        weight_sums = done
+
+    channel = part.to(INDEX) * OUT_CHANNELS + first
+    for o in tl.static_range(CHANNELS):
+        entry = weight_parts_ptr + ((channel + o) * IN_CHANNELS + in_channel) * taps
+        for k in tl.static_range(taps):
+            tl.store(entry + k, tl.sum(weight_sums[o * taps + k]))
+    if in_channel == 0:
+        for o in tl.static_range(CHANNELS):
+            tl.store(bias_parts_ptr + channel + o, tl.sum(bias_sums[o]))
+
+
+@triton.jit
+def _add_row(
+    total, cells, kernel, ROW: tl.constexpr, COLUMN: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr
+):
+    """Add what a row of the convolution's cells sends to a pixel through kernel row ROW, if there is such a row.
+
+    The pixel lies under tap 0 of the cell COLUMN.
+    """
+    if ROW >= 0 and ROW < KERNEL_H:
+        for i in tl.static_range(KERNEL_W):
+            total = tl.fma(cells[COLUMN - i], kernel[ROW * KERNEL_W + i], total)
+    return total
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _grad_input_kernel(
+    grad_ptr,
+    code_ptr,
+    weight_ptr,
+    output_ptr,
+    rows,
+    IN_CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    INPUT_H: tl.constexpr,
+    INPUT_W: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    POOLED_H: tl.constexpr,
+    POOLED_W: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STRIP: tl.constexpr,
+):
+    """Gradient of the input in exact float32, gathered without atomics.
+
+    Maths: as in `general`; each pixel is one chain of fused multiply-adds over (output channel, pooling window,
+    cell) in order, whatever the tile.
+
+    Tile: BLOCK columns of 2x2 blocks of pixels (rows of N * ceil(W / 2), two a lane) x STRIP such blocks one below the
+    other x CHANNELS input channels. A program's number counts the tiles of one image first, so that neighbours read the
+    same gradients. A window's gradient is spread over its four cells by code, once for all pixels and channels that it
+    reaches; windows above and below the image are skipped, those beside it read as dropped.
+
+    Shapes and strides: grad and code (N, O, PH, PW), weight (O, C, KH, KW), output (N, C, H, W), all contiguous.
+
+    Cost per image: 8 * P * O * C * KH * KW FLOP times 7 / 5 at LeNet's second convolution, for windows beside the
+    image; reads gradients and codes once per tile, each tile's neighbours' too; writes C * H * W elements.
+    """
+    size: tl.constexpr = POOLED_H * POOLED_W
+    taps: tl.constexpr = KERNEL_H * KERNEL_W
+    columns: tl.constexpr = (INPUT_W + 1) // 2
+    strips: tl.constexpr = (INPUT_H + 2 * STRIP - 1) // (2 * STRIP)
+    above: tl.constexpr = KERNEL_H // 2
+    aside: tl.constexpr = KERNEL_W // 2
+    tile = tl.program_id(0) % (strips * (IN_CHANNELS // CHANNELS))
+    top = tile % strips * STRIP
+    first = tile // strips * CHANNELS
+    row = (tl.program_id(0) // (strips * (IN_CHANNELS // CHANNELS))).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < rows
+    row = tl.minimum(row, rows - 1)
+    image = row // columns
+    column = row % columns
+    window = image * (OUT_CHANNELS * size) + ((top - above) * POOLED_W + column - aside)
+    grads = grad_ptr + window
+    codes = code_ptr + window
+    weights = weight_ptr + first * taps
+
+    sums = ()
+    for _ in tl.static_range(4 * STRIP * CHANNELS):
+        sums = sums + (tl.zeros((BLOCK,), tl.float32),)
+    for _ in range(OUT_CHANNELS):
+        for u in tl.static_range(above + STRIP):
+            if (top + u >= above) & (top + u < POOLED_H + above):
+                upper, lower = (), ()
+                for v in tl.static_range(aside + 1):
+                    there = (column + v >= aside) & (column + v < POOLED_W + aside)
+                    code = tl.load(codes + (u * POOLED_W + v), mask=there, other=255).to(tl.int32)
+                    grad = tl.load(grads + (u * POOLED_W + v), mask=there)
+                    upper = upper + (tl.where(code == 0, grad, 0.0), tl.where(code == 1, grad, 0.0))
+                    lower = lower + (tl.where(code == 2, grad, 0.0), tl.where(code == 3, grad, 0.0))
+                done = ()
+                for c in tl.static_range(CHANNELS):
+                    # Each tap once; the compiler drops those that nothing here needs.
+                    kernel = ()
+                    for k in tl.static_range(taps):
+                        kernel = kernel + (tl.load(weights + (c * taps + k)),)
+                    for h in tl.static_range(2 * STRIP):
+                        for w in tl.static_range(2):
+                            total = sums[(c * 2 * STRIP + h) * 2 + w]
+                            total = _add_row(
+                                total, upper, kernel, h + 2 * (above - u), w + 2 * aside, KERNEL_H, KERNEL_W
+                            )
+                            total = _add_row(
+                                total, lower, kernel, h + 2 * (above - u) - 1, w + 2 * aside, KERNEL_H, KERNEL_W
+                            )
+                            done = done + (total,)
+                sums = done
+        grads += size
+        codes += size
+        weights += IN_CHANNELS * taps
+
+    corner = image * (IN_CHANNELS * INPUT_H * INPUT_W) + (top * (2 * INPUT_W) + column * 2)
+    pixels = output_ptr + (corner + first * (INPUT_H * INPUT_W))
+    inside = mask[:, None] & (column[:, None] * 2 + tl.arange(0, 2)[None, :] < INPUT_W)
+    for c in tl.static_range(CHANNELS):
+        for h in tl.static_range(2 * STRIP):
+            pair = tl.join(sums[(c * 2 * STRIP + h) * 2], sums[(c * 2 * STRIP + h) * 2 + 1])
+            pointers = pixels[:, None] + (c * INPUT_H * INPUT_W + h * INPUT_W + tl.arange(0, 2))[None, :]
+            tl.store(pointers, pair, mask=inside & (2 * top + h < INPUT_H))
+
+
+def covers(geometry: ConvPoolGeometry, input: Tensor, weight: Tensor) -> bool:
+    """Whether these kernels can compute this convolution and pool, and hold one channel's taps in registers."""
+    plain = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
+    return geometry == plain and weight[0, 0].numel() <= 49 and min(geometry.output_shape(input, weight)[2:]) > 0
+
+
+def _registers(limit: int) -> dict[str, int]:
+    """Launch option that bounds a thread's registers, on the targets that have it."""
+    return {"maxnreg": limit} if not INTERPRETED and all_registers() else {}
+
+
+def _divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is not above `limit`."""
+    return max(d for d in range(1, max(1, limit) + 1) if number % d == 0)
+
+
+def _tile(rows: int, channels: int, limit: int, tiles: int = 1) -> dict[str, int]:
+    """Choose how many rows, two a lane, and how many channels a program takes.
+
+    Small batches get small programs, down to one channel, until there are about four for each of 128 multiprocessors.
+    No result depends on the choice.
+
+    Args:
+        rows: lanes' worth of work along the batch.
+        channels: how many there are; a program takes a divisor of it.
+        limit: the most channels that registers hold.
+        tiles: programs that each block of rows and channels occupies.
+    """
+    if INTERPRETED:
+        return {"BLOCK": min(4096, triton.next_power_of_2(rows)), "CHANNELS": _divisor(channels, limit)}
+    tile = {}
+    for num_warps, at_most in ((4, limit), (1, limit), (1, min(4, limit)), (1, min(2, limit)), (1, 1)):
+        tile = {"BLOCK": 64 * num_warps, "CHANNELS": _divisor(channels, at_most), "num_warps": num_warps}
+        if triton.cdiv(rows, tile["BLOCK"]) * tiles * channels // tile["CHANNELS"] >= 512:
+            break
+    return tile
+
+
+def _sizes(input: Tensor, weight: Tensor, pooled: Tensor) -> dict[str, int]:
+    """List the sizes that the kernels take as constants."""
+    return {
+        "IN_CHANNELS": weight.shape[1],
+        "OUT_CHANNELS": weight.shape[0],
+        **dict(zip(("INPUT_H", "INPUT_W"), input.shape[2:], strict=True)),
+        **dict(zip(("KERNEL_H", "KERNEL_W"), weight.shape[2:], strict=True)),
+        **dict(zip(("POOLED_H", "POOLED_W"), pooled.shape[2:], strict=True)),
+    }
+
+
+def forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, return_code: bool, configuration: Mapping[str, int]
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the forward; arguments and results as in `conv2d_relu_max_pool2d`, tensors contiguous."""
+    pooled = ((size - kernel + 1) // 2 for size, kernel in zip(input.shape[2:], weight.shape[2:], strict=True))
+    output = empty((input.shape[0], weight.shape[0], *pooled), input)
+    code = empty(output.shape, output, torch.uint8) if return_code else None
+    rows, channels = input.shape[0] * output.shape[2] * output.shape[3], weight.shape[0]
+    tile = _tile(rows, channels, configuration["CHANNELS"])
+    launch(
+        _forward_kernel,
+        (triton.cdiv(rows, tile["BLOCK"]) * (channels // tile["CHANNELS"]),),
+        input,
+        weight,
+        weight if bias is None else bias,
+        output,
+        output if code is None else code,
+        rows,
+        **_sizes(input, weight, output),
+        HAS_BIAS=bias is not None,
+        RETURN_CODE=return_code,
+        INDEX=index_type(input, output),
+        UNROLL=weight.shape[2] if tile["CHANNELS"] * weight[0, 0].numel() <= 200 else 1,
+        num_stages=1,
+        **tile,
+        # Three programs of four warps then fit on a multiprocessor; more registers would save few instructions.
+        **_registers(168),
+    )
+    return output, code
+
+
+def grad_input(
+    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, configuration: Mapping[str, int]
+) -> Tensor:
+    """Launch the gradient of the input; all tensors contiguous."""
+    result = empty(input.shape, input)
+    channels, strips = weight.shape[1], triton.cdiv(input.shape[2], 2 * configuration["STRIP"])
+    rows = input.shape[0] * triton.cdiv(input.shape[3], 2)
+    tile = _tile(rows, channels, configuration["CHANNELS"], strips)
+    launch(
+        _grad_input_kernel,
+        (triton.cdiv(rows, tile["BLOCK"]) * strips * (channels // tile["CHANNELS"]),),
+        grad_output,
+        code,
+        weight,
+        result,
+        rows,
+        **_sizes(input, weight, code),
+        INDEX=index_type(grad_output, result),
+        STRIP=configuration["STRIP"],
+        num_stages=1,
+        **tile,
+        # Three programs of four warps on a multiprocessor, as in the forward.
+        **_registers(168),
+    )
+    return result
+
+
+def grad_weight(
+    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, configuration: Mapping[str, int]
+) -> tuple[Tensor, Tensor]:
+    """Launch the gradients of the weight and the bias; all tensors contiguous."""
+    (out_channels, in_channels), size = weight.shape[:2], code.shape[2] * code.shape[3]
+    channels = _divisor(out_channels, configuration["CHANNELS"])
+    tiles = out_channels // channels * in_channels
+    # One warp a program: its lanes are then summed without a barrier. About four for each scheduler of 128
+    # multiprocessors, with four images or more a lane, and at least one lane for each position.
+    block = 1024 if INTERPRETED else 32
+    parts = max(triton.cdiv(size, block), min(triton.cdiv(code.shape[0] * size, 4 * block), 2048 // tiles))
+    weight_parts = empty((parts, *weight.shape), input, torch.float32)
+    bias_parts = empty((parts, out_channels), input, torch.float32)
+    launch(
+        _grad_weight_kernel,
+        (tiles, parts),
+        grad_output,
+        code,
+        input,
+        weight_parts,
+        bias_parts,
+        input.shape[0],
+        **_sizes(input, weight, code),
+        INDEX=index_type(input, grad_output, weight_parts),
+        BLOCK=block,
+        CHANNELS=channels,
+        num_warps=1,
+        num_stages=1,
+        **_registers(255),
+    )
+    result, bias = empty(weight.shape, weight), empty((out_channels,), weight)
+    return sum_parts(weight_parts, result), sum_parts(bias_parts, bias)

@@ -1,0 +1,602 @@
+"""Three linear layers with relu between them in one kernel, and their gradients: the head of a small network.
+
+A program owns a block of rows and takes them through all three layers; what lies between the layers stays on the chip.
+Letters: hidden1 (M, P) = relu(input (M, K) @ weight1 (P, K)^T + bias1); hidden2 (M, Q) = relu(hidden1 @ weight2
+(Q, P)^T + bias2); output (M, R) = hidden2 @ weight3 (R, Q)^T + bias3. K may be anything; P, Q and R are at most
+`geometry.WIDEST_LAYER`.
+
+Operands are contiguous, and results rounded to their type where the layers, run one by one, would round them. Sizes are
+run-time values: a new shape compiles nothing, but for the width of a block of hidden1, the number of slices of hidden2,
+and whether rows start at multiples of four elements, which decides how wide loads may be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .runtime import (
+    INTERPRETED,
+    all_registers,
+    dot_precision,
+    empty,
+    index_type,
+    launch,
+    load,
+    operand,
+    relu,
+    splits,
+    store,
+)
+
+# Never specialised on: neither a size of 1 nor a multiple of 16 compiles a kernel anew.
+_GENERAL = [
+    *("m", "k", "p", "q", "r", "rows_per_part", "row_parts", "weight_parts", "input_tiles"),
+    *("grad_stride_m", "grad_stride_r"),
+    *(f"{tensor}_ptr" for tensor in ("input", "weight1", "bias1", "weight2", "bias2", "weight3", "bias3", "output")),
+    *(f"{tensor}_ptr" for tensor in ("hidden1", "hidden2", "grad", "grad1", "grad2", "result", "row_sums")),
+    *(f"{tensor}_ptr" for tensor in ("weight_sums", "result1", "result2", "result3", "sum1", "sum2", "sum3")),
+]
+
+
+@triton.jit
+def _pointers(ptr, row, column, rows, columns, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Pointers to the elements [row, column] of a contiguous (rows, columns) matrix, and which of them exist.
+
+    TRANSPOSED puts the matrix's rows along the tile's columns. ALIGNED promises that rows start at multiples of four
+    elements.
+    """
+    WIDTH: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 2  # bytes of four elements
+    limit = columns // 4 * 4 if ALIGNED else columns
+    if TRANSPOSED:
+        pointers = ptr + (row * columns)[None, :] + column[:, None]
+        mask = (row < rows)[None, :] & (column < limit)[:, None]
+        if ALIGNED:
+            pointers = tl.multiple_of(pointers, (WIDTH, 1))
+    else:
+        pointers = ptr + (row * columns)[:, None] + column[None, :]
+        mask = (row < rows)[:, None] & (column < limit)[None, :]
+        if ALIGNED:
+            pointers = tl.multiple_of(pointers, (1, WIDTH))
+    return pointers, mask
+
+
+@triton.jit
+def _load(ptr, row, column, rows, columns, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """Load the elements [row, column] of a contiguous matrix, zero where there are none."""
+    pointers, mask = _pointers(ptr, row, column, rows, columns, ALIGNED, TRANSPOSED)
+    return load(pointers, mask)
+
+
+@triton.jit
+def _store(ptr, row, column, rows, columns, values, ALIGNED: tl.constexpr):
+    """Store the elements [row, column] of a contiguous matrix."""
+    pointers, mask = _pointers(ptr, row, column, rows, columns, ALIGNED, False)
+    store(pointers, values, mask)
+
+
+@triton.jit
+def _hidden(product, bias_ptr, row, column, rows, columns):
+    """Add the bias and apply relu; zero in the tile's padding, where an infinity would turn a later product to NaN."""
+    product += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    return tl.where((row < rows)[:, None] & (column < columns)[None, :], relu(product), 0.0)
+
+
+@triton.jit(do_not_specialize=_GENERAL)
+def _forward_kernel(
+    input_ptr,
+    weight1_ptr,
+    bias1_ptr,
+    weight2_ptr,
+    bias2_ptr,
+    weight3_ptr,
+    bias3_ptr,
+    output_ptr,
+    hidden1_ptr,
+    hidden2_ptr,
+    m,
+    k,
+    p,
+    q,
+    r,
+    SAVE: tl.constexpr,
+    OUTER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    SLICES_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """All three layers for BLOCK_M rows.
+
+    hidden1 is made BLOCK_P features at a time, each block feeding hidden2's sums, which stay in registers as SLICES_Q
+    slices of BLOCK_Q features. Every sum runs within the program in one order, whatever the batch, in float32.
+
+    Saves: hidden1 and hidden2 if SAVE, whose signs are relu's masks; else nothing.
+
+    Cost per row ("image"): 2 * (K * P + P * Q + Q * R) FLOP; reads K elements, writes R, and P + Q if SAVE; the weights
+    are read once per program.
+    """
+    row = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    sums = ()
+    for _ in tl.static_range(SLICES_Q):
+        sums = sums + (tl.zeros((BLOCK_M, BLOCK_Q), tl.float32),)
+    for first in range(0, p, BLOCK_P):
+        column1 = first + tl.arange(0, BLOCK_P)
+        product = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+        for start in range(0, k, BLOCK_K):
+            depth = start + tl.arange(0, BLOCK_K)
+            left = _load(input_ptr, row, depth, m, k, ALIGNED)
+            right = _load(weight1_ptr, column1, depth, p, k, ALIGNED, True)
+            product = tl.dot(left, right, product, input_precision=PRECISION)
+        hidden = _hidden(product, bias1_ptr, row, column1, m, p)
+        if SAVE:
+            _store(hidden1_ptr, row, column1, m, p, hidden, ALIGNED)
+        hidden = operand(hidden, input_ptr)
+        for i in tl.static_range(SLICES_Q):
+            right = _load(weight2_ptr, i * BLOCK_Q + tl.arange(0, BLOCK_Q), column1, q, p, ALIGNED, True)
+            total = tl.dot(hidden, right, sums[i], input_precision=PRECISION)
+            sums = sums[:i] + (total,) + sums[i + 1 :]
+    for i in tl.static_range(SLICES_Q):
+        column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        hidden = _hidden(sums[i], bias2_ptr, row, column2, m, q)
+        if SAVE:
+            _store(hidden2_ptr, row, column2, m, q, hidden, ALIGNED)
+        sums = sums[:i] + (operand(hidden, input_ptr),) + sums[i + 1 :]
+    if OUTER:
+        # One output after the other: a tl.dot would need more registers than there are.
+        for column3 in range(r):
+            total3 = tl.zeros((BLOCK_M,), tl.float32)
+            for i in tl.static_range(SLICES_Q):
+                column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
+                weight = load(weight3_ptr + column3 * q + column2, column2 < q)
+                total3 += tl.sum(sums[i] * weight[None, :], axis=1)
+            total3 += tl.load(bias3_ptr + column3)
+            store(output_ptr + row * r + column3, total3, row < m)
+    else:
+        for first in tl.range(0, r, BLOCK_R, num_stages=1, disable_licm=True):
+            columns3 = first + tl.arange(0, BLOCK_R)
+            product3 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for i in tl.static_range(SLICES_Q):
+                right = _load(weight3_ptr, columns3, i * BLOCK_Q + tl.arange(0, BLOCK_Q), r, q, ALIGNED, True)
+                product3 = tl.dot(sums[i], right, product3, input_precision=PRECISION)
+            product3 += tl.load(bias3_ptr + columns3, mask=columns3 < r, other=0.0).to(tl.float32)[None, :]
+            _store(output_ptr, row, columns3, m, r, product3, False)
+
+
+@triton.jit
+def _masked(grad, hidden, row, column, rows, columns):
+    """Close a gradient where relu was off (NaN counts as on, as in PyTorch) and in the tile's padding."""
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.where((hidden <= 0) | (inside == 0), 0.0, grad)
+
+
+@triton.jit(do_not_specialize=_GENERAL)
+def _grad_hidden_kernel(
+    grad_ptr,
+    hidden1_ptr,
+    hidden2_ptr,
+    weight2_ptr,
+    weight3_ptr,
+    grad1_ptr,
+    grad2_ptr,
+    row_sums_ptr,
+    m,
+    p,
+    q,
+    r,
+    grad_stride_m,
+    grad_stride_r,
+    SUMS: tl.constexpr,
+    OUTER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    SLICES_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Gradients of both hidden layers before relu, and BLOCK_M rows' share of what sums over the rows alone.
+
+    grad2 (M, Q) = grad_output @ weight3 where hidden2 > 0, grad1 (M, P) = grad2 @ weight2 where hidden1 > 0, else 0.
+    row_sums, float32 (programs, R * Q + P + Q + R), if SUMS: this program's grad_output^T @ hidden2 and the column sums
+    of grad1, grad2 and grad_output, which `_fold_kernel` completes: the gradients of weight3 and of the biases. The
+    column sums are taken before grad1 and grad2 are rounded.
+
+    Shapes and strides: grad_output (M, R), any strides (0 too); all else contiguous.
+
+    Cost per row: 2 * (2 * R * Q + Q * P) FLOP; reads R + P + Q elements, writes P + Q.
+    """
+    row = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    sums_ptr = row_sums_ptr + tl.program_id(0).to(tl.int64) * (r * q + p + q + r)
+    hiddens = ()
+    grads = ()
+    for i in tl.static_range(SLICES_Q):
+        hiddens = hiddens + (_load(hidden2_ptr, row, i * BLOCK_Q + tl.arange(0, BLOCK_Q), m, q, ALIGNED),)
+        grads = grads + (tl.zeros((BLOCK_M, BLOCK_Q), tl.float32),)
+    if OUTER:
+        # One output after the other: a tl.dot over BLOCK_M rows would need more registers than there are.
+        pointers = grad_ptr + row * grad_stride_m
+        for column3 in range(r):
+            grad3 = load(pointers, row < m)
+            pointers += grad_stride_r
+            if SUMS:
+                tl.store(sums_ptr + r * q + p + q + column3, tl.sum(grad3, axis=0))
+            for i in tl.static_range(SLICES_Q):
+                column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
+                weight = load(weight3_ptr + column3 * q + column2, column2 < q)
+                grads = grads[:i] + (grads[i] + grad3[:, None] * weight[None, :],) + grads[i + 1 :]
+                if SUMS:
+                    total3 = tl.sum(grad3[:, None] * hiddens[i], axis=0)
+                    tl.store(sums_ptr + column3 * q + column2, total3, mask=column2 < q)
+    else:
+        for first in tl.range(0, r, BLOCK_R, num_stages=1, disable_licm=True):
+            column3 = first + tl.arange(0, BLOCK_R)
+            offset = (row * grad_stride_m)[:, None] + (column3 * grad_stride_r)[None, :]
+            grad = load(grad_ptr + offset, (row < m)[:, None] & (column3 < r)[None, :])
+            if SUMS:
+                total = tl.sum(grad.to(tl.float32), axis=0)
+                tl.store(sums_ptr + r * q + p + q + column3, total, mask=column3 < r)
+            for i in tl.static_range(SLICES_Q):
+                column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
+                right = _load(weight3_ptr, column3, column2, r, q, ALIGNED)
+                total = tl.dot(grad, right, grads[i], input_precision=PRECISION)
+                grads = grads[:i] + (total,) + grads[i + 1 :]
+                if SUMS:
+                    product = tl.dot(tl.trans(grad), hiddens[i], input_precision=PRECISION)
+                    _store(sums_ptr, column3, column2, r, q, product, False)
+    for i in tl.static_range(SLICES_Q):
+        column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        closed = _masked(grads[i], hiddens[i], row, column2, m, q)
+        if SUMS:
+            tl.store(sums_ptr + r * q + p + column2, tl.sum(closed, axis=0), mask=column2 < q)
+        _store(grad2_ptr, row, column2, m, q, closed, ALIGNED)
+        grads = grads[:i] + (operand(closed, grad2_ptr),) + grads[i + 1 :]
+    for first in tl.range(0, p, BLOCK_P, num_stages=1, disable_licm=True):
+        column1 = first + tl.arange(0, BLOCK_P)
+        product1 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+        for i in tl.static_range(SLICES_Q):
+            right = _load(weight2_ptr, i * BLOCK_Q + tl.arange(0, BLOCK_Q), column1, q, p, ALIGNED)
+            product1 = tl.dot(grads[i], right, product1, input_precision=PRECISION)
+        closed1 = _masked(product1, _load(hidden1_ptr, row, column1, m, p, ALIGNED), row, column1, m, p)
+        if SUMS:
+            tl.store(sums_ptr + r * q + column1, tl.sum(closed1, axis=0), mask=column1 < p)
+        _store(grad1_ptr, row, column1, m, p, closed1, ALIGNED)
+
+
+@triton.jit(do_not_specialize=_GENERAL)
+def _product_kernel(
+    input_ptr,
+    hidden1_ptr,
+    weight1_ptr,
+    grad1_ptr,
+    grad2_ptr,
+    result_ptr,
+    weight_sums_ptr,
+    m,
+    k,
+    p,
+    q,
+    input_tiles,
+    rows_per_part,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The three large products of the backward, a tile of BLOCK_I x BLOCK_J of one of them per program.
+
+    The first `input_tiles` programs own a tile of grad_input (M, K) = grad1 @ weight1. The others own one part, of
+    `rows_per_part` rows, of a tile of grad1^T @ input (P, K) or of grad2^T @ hidden1 (Q, P): the gradients of weight1
+    and weight2, which `_fold_kernel` completes. weight_sums, float32 (parts, P * K + Q * P), holds the parts.
+
+    Cost per row: 4 * K * P + 2 * P * Q FLOP; reads K + 2 * P + Q elements per tile, writes K.
+    """
+    tile = tl.program_id(0)
+    tiles_k = (k + BLOCK_J - 1) // BLOCK_J
+    product = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+    if tile < input_tiles:
+        row = (tile // tiles_k).to(INDEX) * BLOCK_I + tl.arange(0, BLOCK_I)
+        column = tile % tiles_k * BLOCK_J + tl.arange(0, BLOCK_J)
+        for start in range(0, p, BLOCK_D):
+            depth = start + tl.arange(0, BLOCK_D)
+            left = _load(grad1_ptr, row, depth, m, p, ALIGNED)
+            right = _load(weight1_ptr, depth, column, p, k, ALIGNED)
+            product = tl.dot(left, right, product, input_precision=PRECISION)
+        _store(result_ptr, row, column, m, k, product, ALIGNED)
+    else:
+        tile -= input_tiles
+        tiles1 = (p + BLOCK_I - 1) // BLOCK_I * tiles_k
+        tiles_p = (p + BLOCK_J - 1) // BLOCK_J
+        tiles = tiles1 + (q + BLOCK_I - 1) // BLOCK_I * tiles_p
+        part = tile // tiles
+        tile %= tiles
+        sums_ptr = weight_sums_ptr + part.to(tl.int64) * (p * k + q * p)
+        left_ptr, right_ptr, height, width, across = grad1_ptr, input_ptr, p, k, tiles_k
+        if tile >= tiles1:
+            tile -= tiles1
+            sums_ptr += p * k
+            left_ptr, right_ptr, height, width, across = grad2_ptr, hidden1_ptr, q, p, tiles_p
+        row = (tile // across).to(INDEX) * BLOCK_I + tl.arange(0, BLOCK_I)
+        column = tile % across * BLOCK_J + tl.arange(0, BLOCK_J)
+        first = part.to(INDEX) * rows_per_part
+        for start in range(0, rows_per_part, BLOCK_D):
+            depth = first + start + tl.arange(0, BLOCK_D)
+            left = _load(left_ptr, depth, row, m, height, ALIGNED, True)
+            right = _load(right_ptr, depth, column, m, width, ALIGNED)
+            product = tl.dot(left, right, product, input_precision=PRECISION)
+        _store(sums_ptr, row, column, height, width, product, ALIGNED)
+
+
+@triton.jit(do_not_specialize=_GENERAL)
+def _fold_kernel(
+    weight_sums_ptr,
+    row_sums_ptr,
+    result1_ptr,
+    result2_ptr,
+    result3_ptr,
+    sum1_ptr,
+    sum2_ptr,
+    sum3_ptr,
+    weight_parts,
+    row_parts,
+    k,
+    p,
+    q,
+    r,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Add up the parts of all six parameters' gradients, in an order that depends on the shapes alone.
+
+    A program owns BLOCK elements of one gradient and adds DEPTH parts at a time.
+    """
+    block = tl.program_id(0)
+    parts, columns, parts_ptr, output_ptr, size = weight_parts, p * k + q * p, weight_sums_ptr, result1_ptr, p * k
+    offset = 0
+    blocks = (size + BLOCK - 1) // BLOCK
+    if block >= blocks:
+        block -= blocks
+        offset, output_ptr, size = p * k, result2_ptr, q * p
+        blocks = (size + BLOCK - 1) // BLOCK
+        if block >= blocks:
+            block -= blocks
+            parts, columns, parts_ptr, offset = row_parts, r * q + p + q + r, row_sums_ptr, 0
+            output_ptr, size = result3_ptr, r * q
+            blocks = (size + BLOCK - 1) // BLOCK
+            if block >= blocks:
+                block -= blocks
+                offset, output_ptr, size = r * q, sum1_ptr, p
+                blocks = (size + BLOCK - 1) // BLOCK
+                if block >= blocks:
+                    block -= blocks
+                    offset, output_ptr, size = r * q + p, sum2_ptr, q
+                    blocks = (size + BLOCK - 1) // BLOCK
+                    if block >= blocks:
+                        block -= blocks
+                        offset, output_ptr, size = r * q + p + q, sum3_ptr, r
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((DEPTH, BLOCK), tl.float32)
+    pointers = parts_ptr + offset + tl.arange(0, DEPTH).to(tl.int64)[:, None] * columns + column[None, :]
+    for first in range(0, parts, DEPTH):
+        mask = (first + tl.arange(0, DEPTH) < parts)[:, None] & (column < size)[None, :]
+        total += tl.load(pointers, mask=mask, other=0.0)
+        pointers += DEPTH * columns.to(tl.int64)
+    store(output_ptr + column, tl.sum(total, axis=0), column < size)
+
+
+def _aligned(*matrices: Tensor) -> bool:
+    """Whether every row of the matrices starts at a multiple of four elements."""
+    return all(t.shape[1] % 4 == 0 and t.data_ptr() % (4 * t.element_size()) == 0 for t in matrices)
+
+
+def _exact(dtype: torch.dtype, precision: str) -> bool:
+    """Whether products run on the FMA units: they keep both operands in registers, and spill in wide tiles."""
+    return dtype == torch.float32 and precision == "ieee"
+
+
+def _through_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[str, Any]:
+    """Choose precision and tile of the kernels that take rows through the layers; it never depends on the rows.
+
+    Loads of single elements take registers for their addresses: a wide tile would spill.
+    """
+    precision = dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
+    tile: dict[str, Any]
+    if INTERPRETED:
+        tile = {"BLOCK_M": 1024, "BLOCK_P": 128, "BLOCK_Q": 128}
+    elif _exact(dtype, precision):
+        tile = {"BLOCK_M": 64, "BLOCK_P": 16, "BLOCK_Q": 32, "num_warps": 8, "num_stages": 1, **all_registers()}
+    else:
+        block_p = max(32, triton.next_power_of_2(p)) if aligned else 32
+        tile = {"BLOCK_M": 64, "BLOCK_P": block_p, "BLOCK_Q": 32, "num_warps": 8, "num_stages": 2, **all_registers()}
+    slices = max(1, triton.cdiv(q, tile["BLOCK_Q"]))
+    outer = _exact(dtype, precision) and not INTERPRETED
+    return {"PRECISION": precision, "SLICES_Q": slices, "BLOCK_R": 16, "OUTER": outer, **tile}
+
+
+def _product(dtype: torch.dtype) -> dict[str, Any]:
+    """Choose precision and tile of the backward's large products."""
+    precision = dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
+    if INTERPRETED:
+        tile = {"BLOCK_I": 1024, "BLOCK_J": 256, "BLOCK_D": 256}
+    elif _exact(dtype, precision):
+        tile = {"BLOCK_I": 64, "BLOCK_J": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 1, **all_registers()}
+    else:
+        depth = 32 if dtype == torch.float32 else 64
+        tile = {"BLOCK_I": 128, "BLOCK_J": 64, "BLOCK_D": depth, "num_warps": 8, "num_stages": 2, **all_registers()}
+    return {"PRECISION": precision, **tile}
+
+
+def mlp(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    return_hidden: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Launch the forward.
+
+    Args:
+        input: (M, K).
+        weight1: (P, K), P at most `WIDEST_LAYER`.
+        bias1: (P,).
+        weight2: (Q, P), Q at most `WIDEST_LAYER`.
+        bias2: (Q,).
+        weight3: (R, Q), R at most `WIDEST_LAYER`.
+        bias3: (R,).
+        return_hidden: whether to keep what lies between the layers, which the backward needs.
+
+    Returns:
+        The output (M, R), and hidden1 (M, P) and hidden2 (M, Q), or None for both.
+    """
+    (m, k), p, q, r = input.shape, weight1.shape[0], weight2.shape[0], weight3.shape[0]
+    operands = [t.contiguous() for t in (input, weight1, bias1, weight2, bias2, weight3, bias3)]
+    output = empty((m, r), input)
+    hidden1, hidden2 = (empty((m, n), input) if return_hidden else None for n in (p, q))
+    aligned = _aligned(operands[0], operands[1], operands[3], operands[5])
+    tile = _through_layers(input.dtype, p, q, aligned)
+    launch(
+        _forward_kernel,
+        (triton.cdiv(m, tile["BLOCK_M"]),),
+        *operands,
+        output,
+        output if hidden1 is None else hidden1,
+        output if hidden2 is None else hidden2,
+        m,
+        k,
+        p,
+        q,
+        r,
+        SAVE=return_hidden,
+        ALIGNED=aligned,
+        INDEX=index_type(operands[0], output, hidden1, hidden2),
+        BLOCK_K=256 if INTERPRETED else 16 if _exact(input.dtype, tile["PRECISION"]) else 32,
+        **tile,
+    )
+    return output, hidden1, hidden2
+
+
+def mlp_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    hidden1: Tensor,
+    hidden2: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    weight3: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Launch those kernels of the backward that `output_mask` asks for: three where it asks for everything.
+
+    Args:
+        grad_output: (M, R), any strides.
+        input: the forward's.
+        hidden1: the forward's.
+        hidden2: the forward's.
+        weight1: the forward's.
+        weight2: the forward's.
+        weight3: the forward's.
+        output_mask: whether to compute the gradients of input, weight1, bias1, weight2, bias2, weight3 and bias3.
+
+    Returns:
+        The seven gradients; None where not asked for.
+    """
+    (m, k), p, q, r = input.shape, weight1.shape[0], weight2.shape[0], weight3.shape[0]
+    input, hidden1, hidden2, weight1, weight2, weight3 = (
+        t.contiguous() for t in (input, hidden1, hidden2, weight1, weight2, weight3)
+    )
+    # The parameters' gradients come from the same sums, whichever are asked for.
+    need_input, need_sums = output_mask[0], any(output_mask[1:])
+    aligned = _aligned(input, hidden1, hidden2, weight1, weight2, weight3)
+    grad1, grad2 = empty((m, p), input), empty((m, q), input)
+    layers = _through_layers(input.dtype, p, q, aligned)
+    row_parts = triton.cdiv(m, layers["BLOCK_M"])
+    row_sums = empty((row_parts, r * q + p + q + r), input, torch.float32) if need_sums else None
+    launch(
+        _grad_hidden_kernel,
+        (row_parts,),
+        grad_output,
+        hidden1,
+        hidden2,
+        weight2,
+        weight3,
+        grad1,
+        grad2,
+        grad1 if row_sums is None else row_sums,
+        m,
+        p,
+        q,
+        r,
+        *grad_output.stride(),
+        SUMS=need_sums,
+        ALIGNED=aligned,
+        INDEX=index_type(grad_output, hidden1, hidden2),
+        **layers,
+    )
+    tile = _product(input.dtype)
+    across = triton.cdiv(k, tile["BLOCK_J"])
+    grad_input = empty((m, k), input) if need_input else None
+    input_tiles = triton.cdiv(m, tile["BLOCK_I"]) * across if need_input else 0
+    tiles = triton.cdiv(p, tile["BLOCK_I"]) * across
+    tiles += triton.cdiv(q, tile["BLOCK_I"]) * triton.cdiv(p, tile["BLOCK_J"])
+    # Half as many parts as for a kernel of their own: the tiles of grad_input keep the device busy too.
+    parts, rows_per_part = splits(m, tile["BLOCK_D"], max(1, 2 * tiles))
+    weight_sums = empty((parts, p * k + q * p), input, torch.float32) if need_sums else None
+    launch(
+        _product_kernel,
+        (input_tiles + (0 if weight_sums is None else tiles * parts),),
+        input,
+        hidden1,
+        weight1,
+        grad1,
+        grad2,
+        grad1 if grad_input is None else grad_input,
+        grad1 if weight_sums is None else weight_sums,
+        m,
+        k,
+        p,
+        q,
+        input_tiles,
+        rows_per_part,
+        ALIGNED=aligned,
+        INDEX=index_type(input, hidden1, hidden2),
+        **tile,
+    )
+    if weight_sums is None or row_sums is None:
+        return grad_input, None, None, None, None, None, None
+    grads = [empty(shape, input) for shape in ((p, k), (q, p), (r, q), (p,), (q,), (r,))]
+    block = 1024 if INTERPRETED else 128
+    launch(
+        _fold_kernel,
+        (sum(triton.cdiv(grad.numel(), block) for grad in grads),),
+        weight_sums,
+        row_sums,
+        *grads,
+        parts,
+        row_parts,
+        k,
+        p,
+        q,
+        r,
+        BLOCK=block,
+        DEPTH=8,
+    )
+    weight1_grad, weight2_grad, weight3_grad, *bias_grads = grads
+    found = weight1_grad, bias_grads[0], weight2_grad, bias_grads[1], weight3_grad, bias_grads[2]
+    return grad_input, *(grad if needed else None for grad, needed in zip(found, output_mask[1:], strict=True))

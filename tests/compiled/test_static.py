@@ -1,0 +1,424 @@
+"""The static cost report: its counts on kernels whose trip counts are known, and today's figures against the committed.
+
+The counts of toy kernels come from their source: how many products a thread forms, how often it loads, how many
+multiply-adds its matrix products take. None of that knows of unrolling, remainders or guards in the machine code.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from harness.fake_driver import CompiledKernelRecord, compiling_for
+
+from bench import sass, static
+
+every_arch = pytest.mark.parametrize("arch", static.DEVICES)
+
+
+@triton.jit
+def _add_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offset, tl.load(x_ptr + offset) + 1.5)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _loop_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    offset = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(n):
+        total = total * total + tl.load(x_ptr + i * BLOCK + offset)
+    tl.store(y_ptr + offset, total)
+
+
+@triton.jit(do_not_specialize=["n", "m"])
+def _nested_kernel(x_ptr, y_ptr, n, m, BLOCK: tl.constexpr):
+    offset = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offset)
+    total = x
+    for _ in range(n):
+        total = total + 0.25
+        for _ in range(m):
+            total = total * total + x
+    tl.store(y_ptr + offset, total)
+
+
+@triton.jit
+def _static_kernel(x_ptr, y_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
+    offset = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offset)
+    total = x
+    for _ in tl.static_range(N):
+        total = total * total + x
+    tl.store(y_ptr + offset, total)
+
+
+@triton.jit
+def _triangle_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    offset = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offset)
+    total = x
+    for _ in range(tl.program_id(0) + 3 * tl.program_id(1)):
+        total = total * total + x
+    tl.store(y_ptr + tl.program_id(0) * BLOCK + offset, total)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _persistent_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    offset = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offset)
+    total = x
+    for _ in range(tl.program_id(0), n, tl.num_programs(0)):
+        total = total * total + x
+    tl.store(y_ptr + tl.program_id(0) * BLOCK + offset, total)
+
+
+@triton.jit(do_not_specialize=["n", "divisor"])
+def _division_kernel(x_ptr, y_ptr, n, divisor, BLOCK: tl.constexpr):
+    offset = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offset)
+    total = x
+    while n > 0:
+        for _ in range(n % divisor):
+            total = total * total + x
+        n = n // divisor
+    tl.store(y_ptr + offset, total)
+
+
+@triton.jit
+def _data_loop_kernel(x_ptr, n_ptr, y_ptr, BLOCK: tl.constexpr):
+    offset = tl.arange(0, BLOCK)
+    total = tl.load(x_ptr + offset)
+    for _ in range(tl.load(n_ptr)):
+        total = total * total + 1.5
+    tl.store(y_ptr + offset, total)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _fallback_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    offset = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offset)
+    total = x
+    if tl.sum((x != x).to(tl.int32)) > 0:
+        for _ in range(n):
+            total = total * total + x
+    tl.store(y_ptr + offset, total)
+
+
+@triton.jit(do_not_specialize=["steps"])
+def _dot_kernel(x_ptr, y_ptr, out_ptr, steps, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    row, column, depth = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    total = tl.zeros((M, N), tl.float32)
+    for i in range(steps):
+        x = tl.load(x_ptr + row[:, None] * K + depth[None, :] + i)
+        y = tl.load(y_ptr + depth[:, None] * N + column[None, :] + i)
+        total = tl.dot(x, y, total, input_precision="tf32")
+    tl.store(out_ptr + row[:, None] * N + column[None, :], total)
+
+
+BLOCK = 256
+WARPS = 4
+PER_THREAD = BLOCK // (32 * WARPS)
+
+
+def launch(arch, kernel, *args, grid=(1,), **constants) -> tuple[CompiledKernelRecord, sass.Execution]:
+    """Compile and count one launch of a toy kernel."""
+    with compiling_for(arch) as records:
+        kernel[grid](*args, **constants)
+        (record,) = records
+        return record, static.cost(record).execution
+
+
+def active(execution: sass.Execution, opcode: str) -> float:
+    """How often warps execute an opcode with any lane switched on."""
+    names = [name for name in execution.instructions if name == opcode or name.startswith(f"{opcode}.")]
+    return sum(execution.instructions[name] - execution.idle.get(name, 0) for name in names)
+
+
+def products(execution: sass.Execution) -> float:
+    """Multiply-adds of a lane, over all warps."""
+    return active(execution, "FFMA") + 2 * active(execution, "FFMA2")
+
+
+def loads(execution: sass.Execution) -> float:
+    """Words of 32 bits that a lane loads, over all warps."""
+    widths = {"LDG.E.128": 4, "LDG.E.64": 2}
+    wide = sum((width - 1) * active(execution, opcode) for opcode, width in widths.items())
+    return wide + active(execution, "LDG")
+
+
+@pytest.fixture(scope="module")
+def x():
+    return torch.ones(1 << 16)
+
+
+# --- counting ------------------------------------------------------------------------------------------------------
+
+
+@every_arch
+def test_a_kernel_without_branches_runs_as_it_stands(arch, x):
+    record, execution = launch(arch, _add_kernel, x, x, grid=(10,), BLOCK=BLOCK)
+    text = static.disassemble(record)
+    # Up to the first unconditional EXIT every line is an instruction that runs; behind it there is only padding.
+    lines = [line for line in text.partition("EXIT ;")[0].splitlines() if line.lstrip().startswith("/*")]
+    assert execution.warps == 10 * WARPS
+    assert execution.total == execution.warps * (len(lines))
+    assert (execution.loops, execution.rare_paths) == ((), ())
+
+
+@every_arch
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 7, 16, 17, 1000])
+def test_unrolled_loops_are_counted(arch, n, x):
+    _, execution = launch(arch, _loop_kernel, x, x, n, grid=(3,), BLOCK=BLOCK)
+    assert products(execution) == 3 * WARPS * PER_THREAD * n
+    assert loads(execution) == 3 * WARPS * PER_THREAD * n
+
+
+@every_arch
+@pytest.mark.parametrize(("n", "m"), [(3, 5), (1, 100), (9, 0), (0, 4), (16, 33)])
+def test_nested_loops_multiply(arch, n, m, x):
+    _, execution = launch(arch, _nested_kernel, x, x, n, m, BLOCK=BLOCK)
+    assert products(execution) == WARPS * PER_THREAD * n * m
+    assert active(execution, "FADD") + 2 * active(execution, "FADD2") == WARPS * PER_THREAD * n
+
+
+@every_arch
+def test_static_ranges_leave_no_loop(arch, x):
+    _, execution = launch(arch, _static_kernel, x, x, N=23, BLOCK=BLOCK)
+    assert products(execution) == WARPS * PER_THREAD * 23
+    assert execution.loops == ()
+
+
+@every_arch
+def test_programs_are_told_apart(arch, x):
+    _, execution = launch(arch, _triangle_kernel, x, x, grid=(13, 4), BLOCK=BLOCK)
+    assert products(execution) == WARPS * PER_THREAD * sum(a + 3 * b for a in range(13) for b in range(4))
+    assert execution.programs_seen == 52
+
+
+def test_many_programs_are_sampled(x):
+    _, execution = launch("sm_90", _triangle_kernel, x, x, grid=(5000,), BLOCK=BLOCK)
+    assert execution.programs_seen <= 64
+    assert products(execution) == pytest.approx(WARPS * PER_THREAD * sum(range(5000)), rel=0.02)
+
+
+@every_arch
+def test_the_grid_is_known_to_the_kernel(arch, x):
+    _, execution = launch(arch, _persistent_kernel, x, x, 100, grid=(7,), BLOCK=BLOCK)
+    assert products(execution) == WARPS * PER_THREAD * 100
+
+
+@every_arch
+@pytest.mark.parametrize("n", [1, 12345, 2**31 - 1, 2**40 + 12345])
+def test_divisions_are_followed(arch, n, x):
+    """Integer division is a sequence of conversions, a reciprocal and corrections, in 64 bits a subroutine."""
+    _, execution = launch(arch, _division_kernel, x, x, n, 13, BLOCK=BLOCK)
+    digits, rest = 0, n
+    while rest > 0:
+        digits, rest = digits + rest % 13, rest // 13
+    assert products(execution) == WARPS * PER_THREAD * digits
+
+
+def test_a_loop_that_ends_by_data_has_no_count(x):
+    with pytest.raises(sass.UnknownTripCountError, match="goes on or ends by data"):
+        launch("sm_90", _data_loop_kernel, x, x.int(), x, BLOCK=BLOCK)
+
+
+@every_arch
+def test_a_fallback_for_rare_data_is_listed_and_not_counted(arch, x):
+    record, execution = launch(arch, _fallback_kernel, x, x, 100, BLOCK=BLOCK)
+    assert products(execution) == 0
+    (path,) = execution.rare_paths
+    assert path.times == 1
+    static_products = sum(opcode.startswith("FFMA") for opcode in _opcodes(record))
+    assert static_products <= path.instructions < len(_opcodes(record))
+    assert f"branch on data {path.address:#06x}" in str(static.cost(record))
+
+
+def _opcodes(record):
+    return [i.opcode for block in sass.parse(static.disassemble(record)).blocks for i in block.instructions]
+
+
+@every_arch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [16, 128])
+def test_matrix_instructions_tell_their_work(arch, dtype, m, x):
+    a = x.to(dtype)
+    _, execution = launch(arch, _dot_kernel, a, a, x, 5, grid=(6,), M=m, N=32, K=64)
+    assert sum(execution.tensor_macs.values()) == 6 * 5 * m * 32 * 64
+    assert all(("TF32" in opcode.split(".")) == (dtype == torch.float32) for opcode in execution.tensor_macs)
+
+
+# --- the model -----------------------------------------------------------------------------------------------------
+
+
+def test_times_follow_from_the_device(x):
+    images = 10 * BLOCK
+    with compiling_for("sm_90") as records:
+        _add_kernel[(10,)](x[:images], torch.empty(images), BLOCK=BLOCK)
+        cost = static.cost(records[0], images=images)
+    issued = cost.execution.total / (132 * 4 * 1.98)
+    assert cost.times["issue"] == pytest.approx(issued)
+    # Both tensors share no storage; the input is a view of a longer one.
+    assert cost.memory_bytes == 2 * 4 * images
+    assert cost.times["memory"] == pytest.approx(2 * 4 * images / 3.0e3)
+    assert cost.bound == "memory"
+    assert cost.ns == cost.times["memory"]
+    assert sum(cost.by_class.values()) == cost.execution.total
+    assert cost.by_class["LDG.64"] == cost.by_class["STG.64"] == 10 * WARPS
+    assert cost.occupancy == 16  # 64 warps
+
+
+def test_memory_counts_each_tensor_once():
+    base = torch.ones(1000)
+    with compiling_for("sm_90") as records:
+        _add_kernel[(1,)](base, base, BLOCK=BLOCK)
+        _add_kernel[(1,)](base[:400], base[300:], BLOCK=BLOCK)
+        _add_kernel[(1,)](base[:1].expand(500), base[:400], BLOCK=BLOCK)
+        launches = [call for record in records for call in record.calls]
+    assert [static.memory_bytes(call) for call in launches] == [4000, 4000, 4 * 401]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_matrix_rates(arch, x):
+    """64 x 64 x 64 products of 16 bits: 128 cycles of an H100's multiprocessor by wgmma, of an A100's 256."""
+    half = x.half()
+    with compiling_for(arch) as records:
+        _dot_kernel[(1,)](half, half, x, 1, M=64, N=64, K=64)
+        device, cost = static.DEVICES[arch], static.cost(records[0])
+    cycles = {"sm_80": 256, "sm_90": 128}[arch]
+    assert cost.times["tensor"] == pytest.approx(cycles / device.processors / device.ghz)
+
+
+def test_an_architecture_without_a_model_is_refused(x):
+    with compiling_for("gfx942") as records:
+        _add_kernel[(1,)](x, x, BLOCK=BLOCK)
+        with pytest.raises(ValueError, match="no model of gfx942"):
+            static.cost(records[0])
+
+
+# --- the report ----------------------------------------------------------------------------------------------------
+
+CONTRACT = {"kernel", "shape", "dtype", "precision", "arch", "used_by", "registers", "spill_bytes", "shared_bytes"}
+CONTRACT |= {"num_warps", "instructions", "by_class", "issue_ns_per_image"}
+PATH = static.committed_path()
+needs_committed = pytest.mark.skipif(
+    not PATH.is_file(), reason=f"no committed figures for triton {triton.__version__} (refresh: {static.REFRESH})"
+)
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return json.loads(PATH.read_text(encoding="utf-8"))
+
+
+@needs_committed
+@pytest.mark.parametrize("precision", static.PRECISIONS)
+def test_no_kernel_of_lenet_got_dearer(precision, committed):
+    today = static.report(["sm_90"], [precision], operators=False)
+    assert {use for row in today["rows"] for use in row["used_by"]} == {static.INFERENCE, static.STEP}
+    for row in today["rows"]:
+        assert set(row) >= CONTRACT
+        assert row["by_class"].get("other", 0) <= 0.02 * row["instructions"], f"unknown instructions in {row['kernel']}"
+        assert sum(row["by_class"].values()) == pytest.approx(row["instructions"], rel=1e-4)
+    problems = static.compare(today, committed)
+    refresh = f"if that is meant, refresh the committed figures:\n    {static.REFRESH}"
+    assert not problems, "\n".join([f"against {PATH.name}:", *problems, refresh])
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("precision", static.PRECISIONS)
+def test_no_kernel_of_lenet_spills(arch, precision):
+    with static.compiling_fastlenet(arch, precision) as records:
+        for use in (static.INFERENCE, static.STEP):
+            static.run_lenet(use, static.PRECISIONS[precision])
+        assert {record.name: record.spill_bytes for record in records if record.spill_bytes} == {}
+        assert records
+
+
+@needs_committed
+def test_the_committed_report_is_whole(committed):
+    assert committed["environment"]["triton"] == triton.__version__
+    for row in committed["rows"]:
+        assert set(row) >= CONTRACT
+    found = {(row["arch"], row["precision"]) for row in committed["rows"]}
+    assert found == {(arch, precision) for arch in static.TARGETS for precision in static.PRECISIONS}
+    assert {(t["arch"], t["precision"], t["use"]) for t in committed["totals"]} == {
+        (arch, precision, use)
+        for arch in static.DEVICES
+        for precision in static.PRECISIONS
+        for use in (static.INFERENCE, static.STEP)
+    }
+    assert all(line["warm_compiled"] == 0 < line["cold_compiled"] for line in committed["compile"])
+
+
+def figures(**changes):
+    """A report of one row."""
+    row: dict = dict.fromkeys(CONTRACT, "a") | {
+        "arch": "sm_90",
+        "used_by": [static.INFERENCE],
+        "launches": {static.INFERENCE: 2},
+        "spill_bytes": 0,
+        "instructions": 100.0,
+        "issue_ns_per_image": 1.0,
+        "modelled_ns_per_image": 1.5,
+    }
+    row |= changes
+    return {"rows": [row], "totals": static.totals([row])}
+
+
+def test_comparison_tells_what_got_worse():
+    before = figures()
+    assert before["totals"][0]["modelled_ns_per_image"] == 3.0
+    assert static.compare(figures(instructions=104.9), before) == []
+    assert static.compare(figures(instructions=50.0, issue_ns_per_image=0.5), before) == []
+    row, total = static.compare(figures(instructions=106.0), before)
+    assert row.startswith("instructions 100 -> 106 (+6%): a | a")
+    assert total.startswith("instructions 200 -> 212 (+6%): total of sm_90")
+    assert len(static.compare(figures(issue_ns_per_image=1.06), before)) == 2
+    assert static.compare(figures(spill_bytes=8), before) == ["spills 8 bytes: a | a | a | a | sm_90"]
+    assert static.compare(figures(spill_bytes=8, arch="sm_100"), figures(arch="sm_100")) == []
+    new, gone = static.compare(figures(shape="b"), before)
+    assert new.startswith("not in the committed file")
+    assert gone.startswith("only in the committed file")
+
+
+def test_a_second_process_compiles_nothing():
+    line = static.measure_compile("sm_90", "bf16")
+    assert line["cold_compiled"] > 0
+    assert line["warm_compiled"] == 0
+    assert 0 < line["warm_seconds"] < line["cold_seconds"]
+
+
+def test_the_command_prints_and_writes(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    options = ["--arch", "sm_90", "--precision", "fp16", "--only", "sum_parts", "--output", str(path)]
+    assert static.main(options) == 0
+    printed = capsys.readouterr().out
+    assert static.LABEL in printed
+    assert "bench/results holds no GPU's results" in printed or "against measurement on" in printed
+    assert set(json.loads(path.read_text())) >= {"environment", "rows", "totals", "note", "model"}
+    with pytest.raises(SystemExit) as ended:
+        static.main(["--arch", "sm_90", "--save"])
+    assert ended.value.code == 2
+    assert "--save writes the whole report" in capsys.readouterr().err
+
+
+def test_measurements_are_found_and_modelled(tmp_path):
+    assert static.measured(tmp_path) == {}
+    row = {"name": "linear_relu LeNet.fc2", "direction": "forward", "batch": 64, "precision": "bf16"}
+    rows = [row | {"impl": impl, "ok": ok} for impl, ok in (("fastlenet", True), ("eager", True), ("fastlenet", False))]
+    for device in ("static", "cpu-some", "nvidia-h100-80gb-hbm3"):
+        (tmp_path / device).mkdir()
+        (tmp_path / device / "2026-01-01.json").write_text(json.dumps({"rows": rows}))
+    assert static.measured(tmp_path) == {"nvidia-h100-80gb-hbm3": rows[:1]}
+    forward = static.model_of(row, "sm_90")
+    backward = static.model_of(row | {"direction": "backward"}, "sm_90")
+    both = static.model_of(row | {"direction": "forward_backward"}, "sm_90")
+    assert forward > 0
+    assert both == pytest.approx(forward + backward)
+    assert static.model_of(row | {"name": "something else"}, "sm_90") is None
+    assert static.model_of(row | {"precision": "int8"}, "sm_90") is None

@@ -1,0 +1,337 @@
+"""The convolution's specialised designs, `patch_dot` and `patch_fma`, before the judge of the general kernels.
+
+LeNet's shapes run as they ship. Two small shapes, listed for these tests only, make all else cheap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from fastlenet.kernels import configurations
+from fastlenet.kernels.conv2d_relu_max_pool2d import patch_dot
+from harness.cases import ConvCase, conv_case
+from harness.judge import assert_bitwise_equal, assert_same_values, exact_grid
+from harness.modes import interpreting
+from harness.operators import CONV, far_apart, fp32_precision, run, upstream
+from harness.poison import assert_writes_everything
+from harness.strides import awkward, kinds_for
+
+import fastlenet
+
+CONV1 = conv_case("LeNet conv1", (2, 1, 32, 32), (6, 1, 5, 5))
+CONV2 = conv_case("LeNet conv2", (2, 6, 14, 14), (16, 6, 5, 5))
+SMALL = conv_case("small", (40, 2, 8, 10), (3, 2, 3, 3))
+ONE_TAP = conv_case("one tap", (9, 3, 4, 6), (5, 3, 1, 1))
+SPECIAL = [float("nan"), float("inf"), -float("inf")]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A dtype and the precision of its products, which choose the design."""
+
+    dtype: torch.dtype
+    precision: str
+    design: str
+
+    def __str__(self) -> str:
+        return self.precision if self.dtype == torch.float32 else str(self.dtype).removeprefix("torch.")
+
+
+TF32 = Mode(torch.float32, "tf32", "patch_dot")
+EXACT = Mode(torch.float32, "ieee", "patch_fma")
+HALF = Mode(torch.float16, "ieee", "patch_dot")
+BFLOAT = Mode(torch.bfloat16, "ieee", "patch_dot")
+modes = pytest.mark.parametrize("mode", [TF32, EXACT, HALF, BFLOAT], ids=str)
+designs = pytest.mark.parametrize("mode", [TF32, EXACT], ids=str)
+
+# Tiles of several images, partial in every dimension, and a depth that takes several steps.
+TILES = {
+    (2, 8, 10, 3, 2, 3, 3): {
+        "forward": {"IMAGES": 5, "ROWS": 1, "OUT_PAD": 4, "BLOCK_M": 32, "BLOCK_K": 16, "STAGES": 1},
+        "grad_input": {"IMAGES": 5, "IN_PAD": 4, "OUT_PAD": 4, "BLOCK_M": 32},
+        "grad_weight": {"IMAGES": 2, "ROWS": 3, "OUT_PAD": 4, "BLOCK_M": 32, "BLOCK_K": 16, "STAGES": 1},
+    },
+    (3, 4, 6, 5, 3, 1, 1): {
+        "forward": {"IMAGES": 2, "ROWS": 2, "OUT_PAD": 8, "BLOCK_M": 16, "BLOCK_K": 16, "STAGES": 1},
+        "grad_input": {"IMAGES": 4, "IN_PAD": 4, "OUT_PAD": 8, "BLOCK_M": 16},
+        "grad_weight": {"IMAGES": 3, "ROWS": 1, "OUT_PAD": 8, "BLOCK_M": 16, "BLOCK_K": 16, "STAGES": 1},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_shapes_are_listed(monkeypatch):
+    table = dict(configurations.table())
+    for shape, tiles in TILES.items():
+        for direction, dot in tiles.items():
+            for mode in ("tf32", "ieee", "float16", "bfloat16"):
+                design = "patch_fma" if mode == "ieee" else "patch_dot"
+                options = dot if design == "patch_dot" else {"CHANNELS": 3, "STRIP": 2}
+                key = f"conv2d_relu_max_pool2d.{direction}", "sm_90", mode, shape
+                table[key] = configurations.Configuration(design, options, "for a test")
+    monkeypatch.setattr(configurations, "table", lambda: table)
+    if interpreting():
+        # What ships for a GPU, not the tiles that suit the interpreter.
+        monkeypatch.setattr(configurations, "architecture", lambda: "sm_90")
+
+
+@pytest.fixture
+def several_tiles_a_program(monkeypatch):
+    """Share the work as a large batch does: a few programs, each with several groups of images."""
+    share = patch_dot._share
+    monkeypatch.setattr(patch_dot, "_share", lambda tiles, rows, _: share(tiles, rows, 2))
+
+
+@pytest.fixture
+def conv(watched):
+    return CONV.under(watched)
+
+
+def expect(mode: Mode, launches, *kernels: str) -> None:
+    """Assert that these kernels of the mode's design ran, and no other of the convolution's."""
+    found = [name for name, _ in launches]
+    constants = {"patch_dot": "OUT_PAD", "patch_fma": "CHANNELS"}[mode.design]
+    specialised = {name for name, options in launches if constants in options and "fold" not in name}
+    assert specialised == set(kernels), found
+
+
+# --- accuracy ------------------------------------------------------------------------------------------------------
+
+
+@modes
+@pytest.mark.parametrize("case", [CONV1, CONV2, SMALL, ONE_TAP], ids=str)
+def test_as_accurate_as_stock(mode, case, conv, device, launches):
+    with fp32_precision(mode.precision):
+        conv.random(case, case.random(mode.dtype, device=device))
+    # Nobody needs the gradient of a network's images: the first convolution's is not listed.
+    grad_input = () if case == CONV1 else ("_grad_input_kernel",)
+    expect(mode, launches, "_forward_kernel", *grad_input, "_grad_weight_kernel")
+
+
+@modes
+@pytest.mark.parametrize("case", [CONV1, CONV2, SMALL, ONE_TAP], ids=str)
+def test_equal_to_stock_where_arithmetic_is_exact(mode, case, conv, device):
+    with fp32_precision(mode.precision):
+        conv.exact(case, case.exact(mode.dtype, device=device))
+
+
+@designs
+def test_several_tiles_a_program(mode, conv, device, several_tiles_a_program):
+    with fp32_precision(mode.precision):
+        conv.exact(SMALL, SMALL.exact(mode.dtype, device=device))
+
+
+@designs
+@pytest.mark.parametrize("bias", [True, False])
+def test_with_and_without_bias(mode, bias, conv, device):
+    case = conv_case("bias", SMALL.input, SMALL.weight, bias=bias)
+    with fp32_precision(mode.precision):
+        conv.exact(case, case.exact(mode.dtype, device=device))
+
+
+@designs
+@pytest.mark.parametrize("images", [0, 1, 5, 6])
+def test_any_number_of_images(mode, images, watched, device):
+    """None, one, exactly a tile, and one more."""
+    case = conv_case("images", (images, *SMALL.input[1:]), SMALL.weight)
+    with fp32_precision(mode.precision):
+        CONV.under(watched).exact(case, case.exact(mode.dtype, device=device))
+
+
+# --- layouts -------------------------------------------------------------------------------------------------------
+
+
+@designs
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in ("input", "weight", "grad") for kind in kinds_for(torch.empty(1, 1, 1, 1))],
+)
+def test_awkward_layouts(mode, name, kind, conv, device):
+    case = conv_case("layouts", (6, *SMALL.input[1:]), SMALL.weight)
+    tensors = case.exact(mode.dtype, device=device)
+    if name != "grad":
+        tensors[name] = awkward(tensors[name], kind)
+    with fp32_precision(mode.precision):
+        conv.exact(case, tensors, kind if name == "grad" else "contiguous")
+
+
+def test_what_the_design_cannot_load_runs_on_the_general_kernels(conv, device, launches):
+    """Channels last, and data whose address is no multiple of 16 bytes."""
+    case = conv_case("layouts", (6, *SMALL.input[1:]), SMALL.weight)
+    tensors = case.exact(torch.float16, device=device)
+    shifted = torch.cat([tensors["input"].new_zeros(1), tensors["input"].flatten()])[1:].view(case.input)
+    for other in (tensors["input"].contiguous(memory_format=torch.channels_last), shifted):
+        conv.exact(case, tensors | {"input": other})
+    assert not any("OUT_PAD" in constants for _, constants in launches)
+
+
+@designs
+def test_addresses_of_64_bits(mode, monkeypatch, conv, device, launches):
+    from fastlenet.kernels.conv2d_relu_max_pool2d import patch_fma
+
+    tl = pytest.importorskip("triton.language")
+    for module in (patch_dot, patch_fma):
+        monkeypatch.setattr(module, "index_type", lambda *_: tl.int64)
+    with fp32_precision(mode.precision):
+        conv.exact(SMALL, SMALL.exact(mode.dtype, device=device))
+    assert {str(constants["INDEX"]) for _, constants in launches if "KS" in constants and "INDEX" in constants} <= {
+        "int64"
+    }
+
+
+def test_an_input_beyond_two_to_the_31_is_addressed(watched, device):
+    """Images so far apart are not contiguous: they are copied first, and arrive."""
+    case = conv_case("far", (2, *SMALL.input[1:]), SMALL.weight)
+    tensors = case.exact(torch.float16, device=device)
+    expected = run(CONV.stock, tensors, case.keywords)
+    result = watched(CONV.fused, tensors | {"input": far_apart(tensors["input"])}, case.keywords)
+    for (label, actual), (_, wanted) in zip(result.tensors(), expected.tensors(), strict=True):
+        assert_same_values(actual, wanted, name=label)
+
+
+# --- special values ------------------------------------------------------------------------------------------------
+
+
+@modes
+@pytest.mark.parametrize("value", SPECIAL, ids=str)
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_nan_and_infinities_travel_as_in_stock(mode, name, value, conv, device, several_tiles_a_program):
+    """Also at a patch's corners, which the banded matrix multiplies by zero for the cells that do not look there."""
+    case = conv_case("special", (11, *SMALL.input[1:]), SMALL.weight)
+    tensors = case.exact(mode.dtype, device=device)
+    flat = tensors[name].view(-1)
+    flat[torch.tensor([0, flat.numel() // 2, flat.numel() // 2 + 1, flat.numel() - 1])] = value
+    if name == "bias":
+        flat[1:] = 0
+    with fp32_precision(mode.precision):
+        result = conv.exact(case, tensors)
+    assert not all(tensor.isfinite().all() for _, tensor in result.tensors()) or value < 0
+
+
+@modes
+@pytest.mark.parametrize("value", SPECIAL, ids=str)
+def test_nan_and_infinities_in_the_upstream_gradient(mode, value, conv, device):
+    """They reach the pixels that their cell reaches and no other, and nothing where relu was off."""
+    case = conv_case("special", (6, *SMALL.input[1:]), SMALL.weight)
+    tensors = case.exact(mode.dtype, device=device)
+    tensors["bias"][0] = -100
+    output = CONV.stock(**tensors, **case.keywords)
+    grad = exact_grid(output.shape, output.dtype, terms=case.terms, device=device)
+    closed = int((output == 0).flatten().nonzero()[0])
+    for position in (closed, int(output.argmax())):
+        spoiled = grad.clone()
+        spoiled.view(-1)[position] = value
+        with fp32_precision(mode.precision):
+            result = conv.equal(case, tensors, spoiled)
+        assert result.grads["bias"].isfinite().all() == (position == closed)
+
+
+@designs
+def test_finite_neighbours_keep_their_bits(mode, device):
+    """One image with an infinity makes its program compute again; every other image's bits stay what they were."""
+    tensors = SMALL.random(mode.dtype, device=device)
+    with fp32_precision(mode.precision):
+        clean = run(CONV.fused, tensors, SMALL.keywords)
+        tensors["input"][7, 0, 3, 3] = float("inf")
+        spoiled = run(CONV.fused, tensors, SMALL.keywords, upstream(clean.output))
+        clean = run(
+            CONV.fused,
+            tensors | {"input": tensors["input"].nan_to_num(posinf=0)},
+            SMALL.keywords,
+            upstream(clean.output),
+        )
+    others = [image for image in range(len(clean.output)) if image != 7]
+    assert_bitwise_equal(spoiled.output[others], clean.output[others])
+    assert_bitwise_equal(spoiled.grads["input"][others], clean.grads["input"][others])
+
+
+@designs
+def test_overflow_to_infinity(mode, device):
+    case = conv_case("overflow", (6, *SMALL.input[1:]), SMALL.weight)
+    tensors = case.exact(torch.float16 if mode == TF32 else mode.dtype, device=device)
+    tensors["input"] *= 2.0**14 if mode == TF32 else 2.0**127
+    tensors["weight"] *= 4
+    output = CONV.fused(**tensors, **case.keywords)
+    assert output.isinf().any()
+    assert output.isfinite().any()
+    assert_same_values(output, CONV.stock(**tensors, **case.keywords))
+
+
+@designs
+def test_ties_go_to_the_first_cell_and_closed_cells_get_nothing(mode, conv, device):
+    case = conv_case("ties", (3, *SMALL.input[1:]), SMALL.weight)
+    tensors = {name: torch.ones(shape, dtype=mode.dtype, device=device) for name, shape in case.shapes.items()}
+    with fp32_precision(mode.precision):
+        assert (conv.equal(case, tensors, None).code == 0).all()
+        tensors["bias"] = torch.full_like(tensors["bias"], -1000.0)
+        result = conv.equal(case, tensors, None)
+    assert (result.code == 255).all()
+    for _, tensor in result.tensors():
+        assert_bitwise_equal(tensor, torch.zeros_like(tensor))
+
+
+# --- what is launched, and its bits --------------------------------------------------------------------------------
+
+
+@designs
+@pytest.mark.parametrize(
+    ("wanted", "kernels"),
+    [("input", {"_grad_input_kernel"}), ("weight", {"_grad_weight_kernel"}), ("bias", {"_grad_weight_kernel"})],
+)
+def test_only_requested_gradients_are_computed(mode, wanted, kernels, launches, device):
+    case = conv_case("wanted", (4, *SMALL.input[1:]), SMALL.weight)
+    tensors = case.exact(mode.dtype, device=device)
+    with fp32_precision(mode.precision):
+        result = run(CONV.fused, tensors, case.keywords, upstream, [wanted])
+        expected = run(CONV.stock, tensors, case.keywords, upstream, [wanted])
+    assert list(result.grads) == [wanted]
+    assert_same_values(result.grads[wanted], expected.grads[wanted])
+    assert {name for name, _ in launches if name.startswith("_grad")} == kernels
+
+
+@designs
+def test_every_element_is_written(mode, device):
+    case = conv_case("written", (6, *SMALL.input[1:]), SMALL.weight)
+    with fp32_precision(mode.precision):
+        assert_writes_everything(lambda: run(CONV.fused, case.random(mode.dtype, device=device), case.keywords))
+
+
+@modes
+def test_bitwise_reproducible_from_run_to_run(mode, device):
+    tensors = SMALL.random(mode.dtype, device=device)
+    with fp32_precision(mode.precision):
+        grad = upstream(CONV.stock(**tensors, **SMALL.keywords))
+        first, second = (run(CONV.fused, tensors, SMALL.keywords, grad) for _ in range(2))
+    for (name, one), (_, other) in zip(first.tensors(), second.tensors(), strict=True):
+        assert_bitwise_equal(one, other, name=name)
+
+
+@modes
+def test_a_sample_does_not_depend_on_its_batch(mode, device, sums_in_order):
+    tensors = SMALL.random(mode.dtype, device=device)
+    images = tensors.pop("input")
+    with fp32_precision(mode.precision), torch.no_grad():
+        whole = CONV.fused(images, **tensors, **SMALL.keywords)
+        for batch, sample in ((1, 0), (1, 39), (2, 38), (7, 5), (7, 33)):
+            part = CONV.fused(images[sample : sample + batch].clone(), **tensors, **SMALL.keywords)
+            assert_bitwise_equal(part, whole[sample : sample + batch], name=f"{batch} from sample {sample}")
+
+
+@designs
+@pytest.mark.parametrize(("forward", "backward"), [("triton", "aten"), ("aten", "triton")])
+def test_one_implementation_may_follow_the_other(mode, forward, backward, device):
+    """What the forward saves means the same to both backwards."""
+    case: ConvCase = conv_case("either", (5, *SMALL.input[1:]), SMALL.weight)
+    tensors = case.exact(mode.dtype, device=device)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    with fp32_precision(mode.precision):
+        with fastlenet.use_backend(forward):
+            output = CONV.fused(**leaves, **case.keywords)
+        grad = upstream(output.detach())
+        with fastlenet.use_backend(backward):
+            output.backward(grad)
+        expected = run(CONV.stock, tensors, case.keywords, grad)
+    for name, leaf in leaves.items():
+        assert_same_values(leaf.grad, expected.grads[name], name=name)

@@ -1,0 +1,123 @@
+"""torch.compile: one graph, no recompilation beyond the first dynamic batch, stock's numbers, several modes."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness.judge import assert_as_accurate
+from torch import nn
+from torch._dynamo.utils import counters
+
+import fastlenet
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_yet():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def graphs() -> int:
+    """Graphs that dynamo has handed to the compiler."""
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture
+def networks():
+    fused, stock = fastlenet.LeNet(), fastlenet.StockLeNet()
+    stock.load_state_dict(fused.state_dict())
+    return fused, stock
+
+
+def gradients(call, network, size):
+    images, labels = torch.randn(size, 1, 32, 32), torch.arange(size) % 10
+    network.zero_grad()
+    loss = F.cross_entropy(call(images), labels)
+    loss.backward()
+    return images, labels, loss.detach(), [parameter.grad for parameter in network.parameters()]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_changing_batch_is_compiled_for_twice(mode, networks):
+    """Once for the first size and once for any; each once more without gradients."""
+    fused, stock = networks
+    compiled = torch.compile(fused, fullgraph=True, mode=mode)
+
+    def check(size):
+        torch.manual_seed(size)
+        *_, ours, our_grads = gradients(compiled, fused, size)
+        torch.manual_seed(size)
+        images, _, theirs, their_grads = gradients(stock, stock, size)
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(our_grads, their_grads)
+        return images
+
+    check(4)
+    assert graphs() == 1
+    check(5)
+    assert graphs() == 2
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for size in (9, 17, 64):
+            images = check(size)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), stock(images))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            torch.testing.assert_close(compiled(images[:33]), stock(images[:33]))
+    assert graphs() == 3
+    assert not counters["graph_break"]
+
+
+class Foreign(nn.Module):
+    """Somebody's network: a residual branch around one of our layers, and another kept out of autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.fused = fastlenet.ConvReLUMaxPool2d(4, 4, 3, padding=1, pool_size=3, pool_stride=2, pool_padding=1)
+        self.hidden = fastlenet.LinearReLU(4 * 6 * 5, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        stem = self.stem(input)
+        features = self.fused(stem) + F.avg_pool2d(stem, 2)
+        with torch.autocast("cpu", enabled=False):
+            hidden = self.hidden(features.to(self.hidden.weight.dtype).flatten(1))
+        return self.head(hidden)
+
+
+def test_our_layers_inside_somebody_elses_compiled_model_under_autocast():
+    """Compiled, the rounding of bfloat16 falls elsewhere: what counts is to be as accurate as the model in eager."""
+    model, images = Foreign(), torch.randn(6, 2, 12, 10)
+    exact = copy.deepcopy(model).double()
+    hidden_types = []
+    model.hidden.register_forward_hook(lambda *args: hidden_types.append(args[2].dtype))
+
+    def run(network, call, images):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = call(images)
+        output.to(images.dtype).square().mean().backward()
+        return output.detach(), *(parameter.grad for parameter in network.parameters())
+
+    compiled, eager = run(model, torch.compile(model, fullgraph=True), images), run(model, model, images)
+    assert graphs() == 1
+    assert hidden_types == [torch.float32] * 2, "the disabled region is respected"
+    assert [tensor.dtype for tensor in compiled] == [torch.bfloat16, *[torch.float32] * (len(eager) - 1)]
+    for ours, theirs, reference in zip(compiled, eager, run(exact, exact, images.double()), strict=True):
+        assert_as_accurate(ours.bfloat16(), theirs.bfloat16(), reference, dtype=torch.bfloat16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a driver for Triton")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_without_a_driver_is_no_obstacle():
+    """Operators that show their kernels to the compiler fail here; ours are opaque to it."""
+    import triton
+
+    with pytest.raises(RuntimeError, match="0 active drivers"):
+        triton.runtime.driver.active.get_current_target()
+    layer, images = fastlenet.ConvReLUMaxPool2d(1, 2, 3), torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(images), layer(images))

@@ -371,7 +371,7 @@ class Program:
 
     def trace(self, special: Mapping[str, int | None], constants: Mapping[int, int]) -> Trace:
         """Follow one thread to its end."""
-        # What nothing has written may be read where its value cannot matter: predicates are packed into a fresh register.
+        # What nothing has written may be read where its value cannot matter: predicates packed in bits.
         registers: list[Any] = [0] * _LOCAL + [{}]
         return self._follow(0, -1, registers, _State(special), constants)
 

@@ -54,7 +54,10 @@ def conv2d_relu_max_pool2d(
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     phases = _phases(weight, bias, geometry) if layout == _PLAIN and _phases_pay(weight, geometry) else None
     by_index = _has_index(input, weight, geometry)
-    pool, kernel = (_pool_by_index, _channels_last(weight)) if by_index else (_pool_by_planes, weight)
+    pool = _pool_by_index if by_index else _pool_by_planes
+    # Grouped convolutions stay in the caller's layout: in another one infinite weights act otherwise on the padding.
+    convolved_in = _LAST if by_index and geometry.groups == 1 else _ANY
+    kernel = _laid_out(weight, convolved_in)
     for images in _slices(input, weight, geometry):
         part = input[images].to(dtype)
         whole = output[images], None if code is None else code[images]
@@ -63,8 +66,9 @@ def conv2d_relu_max_pool2d(
             # The zeros around a shifted kernel turn an infinite input into NaN, so that needs the plain way.
             if _pool_phases(conv.chunk(geometry.cells, dim=1), *whole):
                 continue
-        part = _channels_last(part) if by_index else part
+        part = _laid_out(part, convolved_in)
         conv = F.conv2d(part, kernel, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+        conv = _channels_last(conv) if by_index else conv
         for target, pooled in zip(whole, pool(conv, geometry, return_code), strict=True):
             if target is not None and pooled is not None:
                 target.copy_(pooled)
@@ -211,6 +215,8 @@ def _backward_layouts(
     """
     if input.device.type != "cpu":
         return _ANY, _ANY
+    if geometry.groups > 1:
+        return _PLAIN, _PLAIN
     for_input = _PLAIN if weight.shape[1] < 8 else _LAST
     for_weight = _PLAIN if max(geometry.stride) > 1 or weight.shape[1] >= 128 else _LAST
     return for_input, for_weight

@@ -142,8 +142,8 @@ def _sum_parts_kernel(
 ):
     """Add up the rows of a (parts, size) float32 matrix in a fixed order: output[i] = factor * sum_p parts[p, i].
 
-    A program takes BLOCK columns. It adds rows p, p + ROWS, p + 2 * ROWS, ... first to last, and then these ROWS sums by
-    a tree, so that many loads are under way at once.
+    A program takes BLOCK columns. It adds rows p, p + ROWS, p + 2 * ROWS, ... first to last, then these ROWS sums by a
+    tree, so that many loads are under way at once.
     """
     offset = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     row = tl.arange(0, ROWS)

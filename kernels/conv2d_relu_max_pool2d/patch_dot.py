@@ -183,7 +183,7 @@ def _forward_kernel(
     first_row = tl.program_id(1) * rows_per_program
     last_row = tl.minimum(first_row + rows_per_program, PH // ROWS)
     largest = tl.zeros((BLOCK_M,), tl.int32)
-    for tile in tl.range(tiles_per_program, num_stages=1):
+    for tile in tl.range(tiles_per_program, num_stages=1, disable_licm=True):
         image = first_image + tile * IMAGES + row // (ROWS * PW)
         mask = ((row < IMAGES * ROWS * PW) & (image < images))[:, None] & (channel < OUT)[None, :]
         # Rows beyond the last image read it again, so that loads need no mask.
@@ -215,7 +215,7 @@ def _forward_kernel(
 
     if _any_not_finite(largest):
         tl.debug_barrier()
-        for tile in tl.range(tiles_per_program, num_stages=1):
+        for tile in tl.range(tiles_per_program, num_stages=1, disable_licm=True):
             image = first_image + tile * IMAGES + row // (ROWS * PW)
             mask = ((row < IMAGES * ROWS * PW) & (image < images))[:, None] & (channel < OUT)[None, :]
             corner = image * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2
@@ -333,7 +333,7 @@ def _grad_input_kernel(
 
     first_image = tl.program_id(0).to(INDEX) * tiles_per_program * IMAGES
     largest = tl.zeros((BLOCK_M,), tl.int32)
-    for tile in tl.range(tiles_per_program, num_stages=1):
+    for tile in tl.range(tiles_per_program, num_stages=1, disable_licm=True):
         image = first_image + tile * IMAGES + row // BLOCKS
         row_mask = (row < IMAGES * BLOCKS) & (image < images)
         window = (image * (OUT * PH * PW) + j)[:, None] + (channel * (PH * PW))[None, :]
@@ -364,7 +364,7 @@ def _grad_input_kernel(
     if _any_not_finite(largest):
         tl.debug_barrier()
         input_channel = tl.arange(0, IN_PAD)
-        for tile in tl.range(tiles_per_program, num_stages=1):
+        for tile in tl.range(tiles_per_program, num_stages=1, disable_licm=True):
             image = first_image + tile * IMAGES + row // BLOCKS
             row_mask = (row < IMAGES * BLOCKS) & (image < images)
             mask = row_mask[:, None] & (input_channel < C)[None, :]
@@ -446,7 +446,7 @@ def _grad_weight_kernel(
     first_image = tl.program_id(0).to(INDEX) * tiles_per_program * IMAGES
     first_row = tl.program_id(1) * rows_per_program
     last_row = tl.minimum(first_row + rows_per_program, PH // ROWS)
-    for tile in tl.range(tiles_per_program, num_stages=1):
+    for tile in tl.range(tiles_per_program, num_stages=1, disable_licm=True):
         image = first_image + tile * IMAGES + row // (ROWS * PW)
         mask = ((row < IMAGES * ROWS * PW) & (image < images))[:, None] & (channel < OUT)[None, :]
         patch = tl.minimum(image, images - 1) * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2

@@ -231,27 +231,23 @@ def test_nan_and_infinities_in_the_upstream_gradient(mode, value, conv, device):
 @designs
 def test_finite_neighbours_keep_their_bits(mode, device):
     """One image with an infinity makes its program compute again; every other image's bits stay what they were."""
-    tensors = SMALL.random(mode.dtype, device=device)
+    clean = SMALL.random(mode.dtype, device=device)
+    spoiled = clean | {"input": clean["input"].clone()}
+    spoiled["input"][7, 0, 3, 3] = float("inf")
+    grad = upstream(CONV.stock(**clean, **SMALL.keywords))
     with fp32_precision(mode.precision):
-        clean = run(CONV.fused, tensors, SMALL.keywords)
-        tensors["input"][7, 0, 3, 3] = float("inf")
-        spoiled = run(CONV.fused, tensors, SMALL.keywords, upstream(clean.output))
-        clean = run(
-            CONV.fused,
-            tensors | {"input": tensors["input"].nan_to_num(posinf=0)},
-            SMALL.keywords,
-            upstream(clean.output),
-        )
-    others = [image for image in range(len(clean.output)) if image != 7]
-    assert_bitwise_equal(spoiled.output[others], clean.output[others])
-    assert_bitwise_equal(spoiled.grads["input"][others], clean.grads["input"][others])
+        expected, result = (run(CONV.fused, tensors, SMALL.keywords, grad) for tensors in (clean, spoiled))
+    assert not result.output[7].isfinite().all()
+    others = [image for image in range(len(grad)) if image != 7]
+    assert_bitwise_equal(result.output[others], expected.output[others])
+    assert_bitwise_equal(result.grads["input"][others], expected.grads["input"][others])
 
 
-@designs
-def test_overflow_to_infinity(mode, device):
+def test_overflow_to_infinity(device):
+    """A result that float16 cannot hold is infinite, as in stock."""
     case = conv_case("overflow", (6, *SMALL.input[1:]), SMALL.weight)
-    tensors = case.exact(torch.float16 if mode == TF32 else mode.dtype, device=device)
-    tensors["input"] *= 2.0**14 if mode == TF32 else 2.0**127
+    tensors = case.exact(torch.float16, device=device)
+    tensors["input"] *= 2.0**14
     tensors["weight"] *= 4
     output = CONV.fused(**tensors, **case.keywords)
     assert output.isinf().any()
@@ -284,9 +280,9 @@ def test_only_requested_gradients_are_computed(mode, wanted, kernels, launches, 
     case = conv_case("wanted", (4, *SMALL.input[1:]), SMALL.weight)
     tensors = case.exact(mode.dtype, device=device)
     with fp32_precision(mode.precision):
-        result = run(CONV.fused, tensors, case.keywords, upstream, [wanted])
-        expected = run(CONV.stock, tensors, case.keywords, upstream, [wanted])
-    assert list(result.grads) == [wanted]
+        result = run(CONV.fused, tensors, case.keywords, None, [wanted])
+        expected = run(CONV.stock, tensors, case.keywords, None, [wanted])
+    assert [name for name, grad in result.grads.items() if grad is not None] == [wanted]
     assert_same_values(result.grads[wanted], expected.grads[wanted])
     assert {name for name, _ in launches if name.startswith("_grad")} == kernels
 
@@ -329,7 +325,7 @@ def test_one_implementation_may_follow_the_other(mode, forward, backward, device
     with fp32_precision(mode.precision):
         with fastlenet.use_backend(forward):
             output = CONV.fused(**leaves, **case.keywords)
-        grad = upstream(output.detach())
+        grad = exact_grid(output.shape, output.dtype, terms=case.terms, device=device)
         with fastlenet.use_backend(backward):
             output.backward(grad)
         expected = run(CONV.stock, tensors, case.keywords, grad)

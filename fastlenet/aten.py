@@ -211,11 +211,12 @@ def _backward_layouts(
     """Choose layouts for the gradients of the input and of the weight.
 
     oneDNN is faster in channels_last (the weight of LeNet's conv1: six times), except for an input of fewer channels
-    than a vector has lanes, for strided convolutions, and for kernels that are large by their many channels.
+    than a vector has lanes, for strided convolutions, and for many channels. Large kernels stay as they are: with few
+    images oneDNN has no fast code for their weight in channels_last (15x15, two images: thirty times slower).
     """
     if input.device.type != "cpu":
         return _ANY, _ANY
-    if geometry.groups > 1:
+    if geometry.groups > 1 or max(weight.shape[2:]) > 8:
         return _PLAIN, _PLAIN
     for_input = _PLAIN if weight.shape[1] < 8 else _LAST
     for_weight = _PLAIN if max(geometry.stride) > 1 or weight.shape[1] >= 128 else _LAST
@@ -250,8 +251,11 @@ def _slices(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> Iterat
     if input.device.type == "cpu":
         height, width = _conv_size(input, weight, geometry)
         step = _SLICE_BYTES // (weight.shape[0] * height * width * _computed_in(input).itemsize)
+    # Slices of about one size, because a small rest would cost nearly as much as a whole one.
+    count = -(-images // max(1, step))
+    step = -(-images // max(1, count))
     for first in range(0, images, max(1, step)):
-        yield slice(first, min(images, first + max(1, step)))
+        yield slice(first, min(images, first + step))
 
 
 def _conv_size(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> Pair:

@@ -448,8 +448,9 @@ def _grad_weight_kernel(
     last_row = tl.minimum(first_row + rows_per_program, PH // ROWS)
     for tile in tl.range(tiles_per_program, num_stages=1, disable_licm=True):
         image = first_image + tile * IMAGES + row // (ROWS * PW)
-        mask = ((row < IMAGES * ROWS * PW) & (image < images))[:, None] & (channel < OUT)[None, :]
-        patch = tl.minimum(image, images - 1) * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2
+        row_mask = (row < IMAGES * ROWS * PW) & (image < images)
+        mask = row_mask[:, None] & (channel < OUT)[None, :]
+        patch = image * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2
         patch = tl.multiple_of(patch, 2)[:, None]
         pooled = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None] + (channel * (PH * PW))[None, :]
         for r in tl.range(first_row, last_row, num_stages=STAGES):
@@ -460,7 +461,8 @@ def _grad_weight_kernel(
             new = ()
             for start in tl.static_range(0, DEPTH, BLOCK_K):
                 offset = patch + _patch_offsets(start, C, H, W, S, BLOCK_K)[None, :]
-                pixels = load(input_ptr + r * (ROWS * 2 * W) + offset)
+                # Pixels of rows that are not there must be 0 as well: infinity times 0 is not.
+                pixels = load(input_ptr + r * (ROWS * 2 * W) + offset, row_mask[:, None])
                 product = tl.dot(
                     tl.trans(pixels), cells.to(pixels.dtype), sums[start // BLOCK_K], input_precision=PRECISION
                 )

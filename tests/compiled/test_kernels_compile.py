@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from fastlenet.kernels import addmm_relu as addmm
+from fastlenet.kernels import configurations, mlp, runtime
 from fastlenet.kernels import conv2d_relu_max_pool2d as conv
-from fastlenet.kernels import mlp, runtime
 from harness.cases import conv_case
 from harness.fake_driver import TARGETS, CompiledKernelRecord, assert_no_spills, compiling_for, opcodes
 from harness.operators import far_apart, fp32_precision
@@ -346,3 +346,28 @@ def test_new_shapes_of_mlp_compile_nothing_new():
             counts.append(len(records))
     # Forward twice, hidden gradients twice, products, the sum; then all but the sum once more.
     assert counts == [6] * 4 + [11] * 2
+
+
+# --- the table of configurations -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", [*TARGETS])
+def test_listed_configurations_spill_nothing(architecture):
+    """Every entry for the architecture, with and without codes, in each of its modes."""
+    entries = {key: entry for key, entry in configurations.table().items() if key[1] == architecture}
+    assert entries
+    for (kernel, _, mode, shape), entry in entries.items():
+        dtype = torch.float32 if mode in ("tf32", "ieee") else getattr(torch, mode)
+        case = conv_case("listed", (64, *shape[:3]), shape[3:])
+        tensors = case.random(dtype)
+        pooled = case.geometry.output_shape(tensors["input"], tensors["weight"])
+        grad, code = torch.empty(pooled, dtype=dtype), torch.empty(pooled, dtype=torch.uint8)
+        design = {"patch_dot": conv.patch_dot, "patch_fma": conv.patch_fma}[entry.design]
+        with fp32_precision("tf32" if mode == "tf32" else "ieee"), compiling_for(architecture) as records:
+            if kernel.endswith("forward"):
+                for return_code in (True, False):
+                    design.forward(*tensors.values(), return_code, entry.options)
+            else:
+                launcher = getattr(design, kernel.rpartition(".")[2])
+                launcher(grad, tensors["input"], tensors["weight"], code, entry.options)
+            check(records)

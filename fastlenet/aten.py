@@ -335,6 +335,9 @@ def _unpool_by_index(
         index = _looked_up(distances, code.permute(0, 2, 3, 1).int()).add_(first.unsqueeze(2)).permute(0, 3, 1, 2)
     else:
         index = _looked_up(distances, code.int()).add_(first)
+    if any(geometry.pool_padding):
+        # Where nothing passes, the window's first cell stands in, which may lie in the padding, before the image.
+        index.clamp_(min=0)
     # threshold_backward selects without arithmetic, so that an infinite gradient leaves no NaN behind, and vectorised.
     passing = torch.ops.aten.threshold_backward(grad_output, code.to(grad_output.dtype).neg_(), -geometry.dropped)
     # Of the convolution's output, sizes and layout are read, not the values.

@@ -25,6 +25,7 @@ from harness.fuzz import examples, given, settings
 from harness.judge import assert_bitwise_equal, assert_same_values, exact_grid
 from harness.operators import ADDMM, CONV, run, saved_for_backward, stock_linear_relu, upstream
 from harness.strides import awkward, kinds_for
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlenet
 from fastlenet import aten
@@ -419,6 +420,26 @@ def test_few_images_as_matrix_products(case, wanted):
 def test_matrix_products_are_kept_from_what_they_cannot_do(case):
     """Each condition by itself."""
     assert not aten._is_matrix_product(torch.empty(case.input), torch.empty(case.weight), case.geometry)
+
+
+def test_closed_windows_in_the_padding_stay_inside_the_image():
+    """Nothing passes there, but even a zero may only be added within the convolution's output."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.max_pool2d_with_indices_backward.default:
+                seen.append(args[-1])
+            return function(*args, **(kwargs or {}))
+
+    geometry = conv_case("", (2, 8, 5, 5), (8, 8, 1, 1), pool_size=3, pool_stride=2, pool_padding=1).geometry
+    for layout in (torch.contiguous_format, torch.channels_last):
+        code = torch.full((2, 8, 3, 3), geometry.dropped, dtype=torch.uint8)
+        with Watch():
+            grad = aten._unpool_by_index(torch.ones(2, 8, 3, 3), code, (5, 5), geometry, layout)
+        assert not grad.any()
+    assert len(seen) == 2
+    assert all(int(index.min()) >= 0 and int(index.max()) < 25 for index in seen)
 
 
 def test_the_registered_operator_takes_the_same_formulation(monkeypatch):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench.rivals import Call, precision_mode
 from bench.work import Cost
+from fastlenet.trial import synchronize
 
 Results = dict[str, Tensor]
 
@@ -97,12 +98,6 @@ class Timing:
         """Summarise samples."""
         low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
         return cls(middle, high - low, min(samples), len(samples))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Bystanders:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import fastlenet
 from fastlenet import data, environment
 from fastlenet.graphs import GraphedTrainStep
+from fastlenet.trial import synchronize
 
 IMPLEMENTATIONS = ("fastlenet", "stock", "compiled")
 """fastlenet's LeNet and stock's, each step one graph replay on a GPU; and stock compiled in the best mode."""
@@ -124,12 +125,6 @@ def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
     columns = (torch.arange(width, device=images.device) + moves[1]) % width
     image = torch.arange(count, device=images.device)[:, None, None]
     return images[image, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def spread(values: list[float]) -> str:

@@ -34,6 +34,7 @@ from fastlenet.backend import backend
 from fastlenet.distributed import ALONE, World
 from fastlenet.lenet import LeNet
 from fastlenet.support import InputError, import_extra, write_json
+from fastlenet.trial import synchronize
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -469,12 +470,6 @@ def run_epoch(
         (learner.world.sum(torch.stack(some).double()) / learner.world.size).tolist()
         for learner, some in zip(learners, losses, strict=True)
     ]
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all its work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 @dataclass(frozen=True, eq=False)

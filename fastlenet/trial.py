@@ -86,9 +86,9 @@ def _seconds(call: Callable[[], Any], repeats: int, device: torch.device) -> flo
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Wait until `device` has done all its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def step(function: Callable[..., Any], arguments: Iterable[Any], parameters: Iterable[Tensor], training: bool) -> Any:

@@ -3,15 +3,12 @@
 `configurations.json` is committed. Each entry says what it rests on: a measurement, or figures modelled from the
 machine code. What the table does not list runs on the general kernels, whose tiles follow rules of their own. Nothing
 is tried out at run time: the same call takes the same kernel on every machine of an architecture.
-
-FASTLENET_CONFIGURATIONS names another such file, whose entries come first: `fastlenet bench --tune` writes one.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,12 +55,11 @@ def find(kernel: str, dtype: torch.dtype, precision: str, shape: Sequence[int]) 
 
 @functools.cache
 def table() -> dict[tuple[Any, ...], Configuration]:
-    """Read the committed entries and, over them, those of FASTLENET_CONFIGURATIONS."""
-    chosen = os.environ.get("FASTLENET_CONFIGURATIONS")
-    found = {}
-    for path in (_COMMITTED, *([Path(chosen)] if chosen else [])):
-        for entry in json.loads(path.read_text()):
-            for mode in entry["modes"]:
-                key = entry["kernel"], entry["architecture"], mode, tuple(entry["shape"])
-                found[key] = Configuration(entry["design"], entry["options"], entry["evidence"])
-    return found
+    """Read the entries, by kernel, architecture, mode and shape."""
+    return {
+        (entry["kernel"], entry["architecture"], mode, tuple(entry["shape"])): Configuration(
+            entry["design"], entry["options"], entry["evidence"]
+        )
+        for entry in json.loads(_COMMITTED.read_text(encoding="utf-8"))
+        for mode in entry["modes"]
+    }

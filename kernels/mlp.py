@@ -420,8 +420,14 @@ def _through_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[s
     elif _exact(dtype, precision):
         tile = {"BLOCK_M": 64, "BLOCK_P": 16, "BLOCK_Q": 32, "num_warps": 8, "num_stages": 1, **all_registers()}
     else:
-        block_p = max(32, triton.next_power_of_2(p)) if aligned else 32
-        tile = {"BLOCK_M": 64, "BLOCK_P": block_p, "BLOCK_Q": 32, "num_warps": 8, "num_stages": 2, **all_registers()}
+        # Four slices of hidden2 leave registers for half as wide a block of hidden1. AMD's lanes have 256: less still.
+        registers, wide = all_registers(), q > 96
+        block_p = min(max(32, triton.next_power_of_2(p)), 64 if wide else 128) if aligned else 32
+        rows = 64
+        if wide and dtype == torch.float32 and not registers:
+            rows, block_p = 32, 32
+        stages = 1 if wide else 2
+        tile = {"BLOCK_M": rows, "BLOCK_P": block_p, "BLOCK_Q": 32, "num_warps": 8, "num_stages": stages, **registers}
     slices = max(1, triton.cdiv(q, tile["BLOCK_Q"]))
     outer = _exact(dtype, precision) and not INTERPRETED
     return {"PRECISION": precision, "SLICES_Q": slices, "BLOCK_R": 16, "OUTER": outer, **tile}
@@ -567,7 +573,8 @@ def mlp_backward(
         grad1,
         grad2,
         grad1 if grad_input is None else grad_input,
-        grad1 if weight_sums is None else weight_sums,
+        # Of the sums' own type: another would compile the kernel once more.
+        empty((0,), input, torch.float32) if weight_sums is None else weight_sums,
         m,
         k,
         p,

@@ -3,22 +3,28 @@
 Each function computes what the Triton launcher of the same name in `fastlenet.kernels` computes, from the same
 arguments and with the same saved tensors, so that the backward of one may follow the forward of the other.
 
-How a CPU computes a call depends on its shape; `_formulation` and `_backward_layouts` choose, by rules that the
-benchmarks justify. What is gained over stock's conv2d, relu and max_pool2d, each in the layout of its input:
+How a CPU computes a call depends on its shape alone; `_plan` chooses, by rules that the benchmarks justify. What is
+gained over stock's conv2d, relu and max_pool2d, each in the layout of its input:
 
 - The batch is worked off in slices whose convolution stays in the cache: nothing at the convolution's resolution is
   ever allocated for the whole batch, and stock's cost per image, which grows with the batch, does not.
-- Convolution and pooling run in channels_last, whatever the caller's layout: stock's max_pool2d is ten to twenty times
-  faster there, and most of oneDNN's convolutions are faster too. Only pooled values are laid out again.
-- A convolution with few output channels becomes one with `cells` times as many (`_phases`): half its time.
+- Pooling runs in channels_last, whatever the caller's layout: stock's max_pool2d is ten to twenty times faster there.
+  So does the convolution where it is faster and as exact. Only pooled values are laid out again.
+- A convolution with few output channels becomes one with `cells` times as many (`_phases`): half its time. Its output
+  is the window's planes, which one max_pool2d turns into values, relu and codes.
+- Backward, few channels are served by planes, too: neither weight nor input sees the convolution's resolution
+  (`_backward_by_phases`); the weight of LeNet's conv1 takes half the time.
 - A few images are multiplied as matrices: oneDNN takes longer to set a convolution up than to compute it.
 - relu and its mask see pooled cells only, and the int64 indices of max_pool2d become bytes at once.
+- A linear layer with relu has nothing to gain here: it is stock's two calls, relu in place.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +34,27 @@ from fastlenet.kernels.geometry import ConvPoolGeometry, Pair, memory_format
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-_SLICE_BYTES = 2 << 20
+_SLICE_BYTES = 8 << 20
 """Size that the convolution of a slice of the batch may have: small enough for a CPU's caches and for reused memory."""
 
 _FEW_PRODUCTS = 1 << 20
 """Multiply-adds up to which a convolution is a matrix product: below, oneDNN's set-up costs more than the work."""
+
+# Bound once: looking an operator up takes as long as a small one runs.
+_unfold_and_multiply = torch.ops.aten._slow_conv2d_forward.default
+_unfold_and_multiply_backward = torch.ops.aten._slow_conv2d_backward.output_mask
+_convolution_backward = torch.ops.aten.convolution_backward.default
+_threshold_backward = torch.ops.aten.threshold_backward.default
+_max_pool2d = torch.ops.aten.max_pool2d_with_indices.default
+_max_pool2d_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
+
+_CHAIN = 160
+"""Products that a convolution in channels_last may add up one after the other, where there are more than 16 channels.
+
+In that layout oneDNN adds all products of an output in one chain, in the plain one it adds 16 channels at a time: for
+256 channels of 3x3 the error is four times as large, more than a result may be off stock's for a caller who never asked
+for channels_last.
+"""
 
 _ANY, _PLAIN, _LAST = torch.preserve_format, torch.contiguous_format, torch.channels_last
 
@@ -41,37 +63,43 @@ def conv2d_relu_max_pool2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_code: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the pooled output and, if asked for, its argmax codes (see `ConvPoolGeometry.code_dtype`)."""
-    if _is_matrix_product(input, weight, geometry):
-        conv = torch.ops.aten._slow_conv2d_forward.default(
-            input.contiguous(), weight.contiguous(), weight.shape[2:], bias, geometry.stride, geometry.padding
-        )
+    plan = _plan(input.shape, weight.shape, input.dtype, input.device.type, memory_format(input, weight), geometry)
+    if plan.matrix_product:
+        operands = input.contiguous(), weight.contiguous(), plan.kernel_size, bias
+        conv = _unfold_and_multiply(*operands, geometry.stride, geometry.padding)
         return _pool_by_index(conv, geometry, return_code)
-    layout = memory_format(input, weight)
-    shape = geometry.output_shape(input, weight)
-    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
-    code = torch.empty_like(output, dtype=geometry.code_dtype) if return_code else None
-    dtype = _computed_in(input)
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    phases = _phases(weight, bias, geometry) if layout == _PLAIN and _phases_pay(weight, geometry) else None
-    by_index = _has_index(input, weight, geometry)
-    pool = _pool_by_index if by_index else _pool_by_planes
+    weight, bias = weight.to(plan.dtype), None if bias is None else bias.to(plan.dtype)
+    phases = _phases(weight, bias, geometry.pool_size) if plan.phases else None
+    pool = _pool_by_index if plan.by_index else _pool_by_planes
     # Grouped convolutions stay in the caller's layout: in another one infinite weights act otherwise on the padding.
-    convolved_in = _LAST if by_index and geometry.groups == 1 else _ANY
+    last = plan.by_index and geometry.groups == 1 and _short_chain(weight.shape[1], weight)
+    convolved_in = _LAST if last else _ANY
     kernel = _laid_out(weight, convolved_in)
-    for images in _slices(input, weight, geometry):
-        part = input[images].to(dtype)
-        whole = output[images], None if code is None else code[images]
+
+    def of_slice(part: Tensor) -> tuple[Tensor, Tensor | None]:
+        part = part.to(plan.dtype)
         if phases is not None:
             conv = F.conv2d(part, *phases, geometry.pool_stride, geometry.padding)
+            found = _pool_phases(conv, geometry.cells, return_code)
             # The zeros around a shifted kernel turn an infinite input into NaN, so that needs the plain way.
-            if _pool_phases(conv.chunk(geometry.cells, dim=1), *whole):
-                continue
+            if found is not None:
+                return found
         part = _laid_out(part, convolved_in)
         conv = F.conv2d(part, kernel, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-        conv = _channels_last(conv) if by_index else conv
-        for target, pooled in zip(whole, pool(conv, geometry, return_code), strict=True):
-            if target is not None and pooled is not None:
-                target.copy_(pooled)
+        return pool(_channels_last(conv) if plan.by_index else conv, geometry, return_code)
+
+    if len(plan.slices) == 1:
+        output, code = of_slice(input)
+        layout = plan.layout
+        code = None if code is None else code.contiguous(memory_format=layout)
+        return output.to(input.dtype).contiguous(memory_format=layout), code
+    output = torch.empty(plan.output_shape, dtype=input.dtype, device=input.device, memory_format=plan.layout)
+    code = torch.empty_like(output, dtype=geometry.code_dtype) if return_code else None
+    for images in plan.slices:
+        pooled, codes = of_slice(input[images])
+        output[images].copy_(pooled)
+        if code is not None and codes is not None:
+            code[images].copy_(codes)
     return output, code
 
 
@@ -85,33 +113,40 @@ def conv2d_relu_max_pool2d_backward(
 ) -> Grads:
     """Return grad_input, grad_weight and grad_bias, None where `output_mask` does not ask for one."""
     need_input, need_weight, need_bias = output_mask
-    if _is_matrix_product(input, weight, geometry):
-        grad_conv = _unpool_by_index(grad_output, code, _conv_size(input, weight, geometry), geometry, _PLAIN)
+    plan = _plan(input.shape, weight.shape, input.dtype, input.device.type, memory_format(input, weight), geometry)
+    by_phases = plan.blocks or (plan.phases and not need_input)
+    if plan.matrix_product:
+        grad_conv = _unpool_by_index(_passing(grad_output, code), code, plan.conv_size, geometry, _PLAIN)
         # The operator takes its operands to be contiguous without a look.
         operands = grad_conv, input.contiguous(), weight.contiguous()
-        grads = torch.ops.aten._slow_conv2d_backward.output_mask(
-            *operands, weight.shape[2:], geometry.stride, geometry.padding, output_mask
+        grads = _unfold_and_multiply_backward(
+            *operands, plan.kernel_size, geometry.stride, geometry.padding, output_mask
         )
         return _requested(grads, output_mask)
-    dtype = _computed_in(input)
-    kernel = weight.to(dtype)
+    kernel = weight.to(plan.dtype)
     # Sums over slices are kept in at least float32, whatever the operands.
-    exact = torch.promote_types(dtype, torch.float32)
-    grad_input = torch.empty_like(input, memory_format=memory_format(input, weight)) if need_input else None
-    grad_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
-    grad_bias = weight.new_zeros(weight.shape[0], dtype=exact) if need_bias else None
-    wholes = grad_input, grad_weight, grad_bias
-    for images in _slices(input, weight, geometry):
-        tensors = grad_output[images].to(dtype), input[images].to(dtype), kernel, code[images]
-        parts = _backward_of_slice(*tensors, geometry, output_mask)
-        for whole, part in zip(wholes, parts, strict=True):
-            if whole is None or part is None:
+    exact = torch.promote_types(plan.dtype, torch.float32)
+    whole = len(plan.slices) == 1
+    grad_input = torch.empty_like(input, memory_format=plan.layout) if need_input and not whole else None
+    grad_weight = weight.new_zeros(weight.shape, dtype=exact) if need_weight and not whole else None
+    grad_bias = weight.new_zeros(weight.shape[:1], dtype=exact) if need_bias and not whole else None
+    totals = grad_input, grad_weight, grad_bias
+    for images in plan.slices:
+        tensors = grad_output[images].to(plan.dtype), input[images].to(plan.dtype), kernel, code[images]
+        parts = _backward_by_phases(*tensors, geometry, output_mask) if by_phases else None
+        if parts is None:
+            parts = _backward_of_slice(*tensors, geometry, plan, output_mask)
+        if whole:
+            totals = parts
+            break
+        for total, part in zip(totals, parts, strict=True):
+            if total is None or part is None:
                 continue
-            if whole is grad_input:
-                whole[images].copy_(part)
+            if total is grad_input:
+                total[images].copy_(part)
             else:
-                whole.add_(part)
-    return _requested([None if whole is None else whole.to(input.dtype) for whole in wholes], output_mask)
+                total.add_(part)
+    return _requested([None if total is None else total.to(input.dtype) for total in totals], output_mask)
 
 
 def _backward_of_slice(
@@ -120,21 +155,29 @@ def _backward_of_slice(
     weight: Tensor,
     code: Tensor,
     geometry: ConvPoolGeometry,
+    plan: _Plan,
     output_mask: Sequence[bool],
 ) -> Grads:
     need_input, need_weight, need_bias = output_mask
-    size = _conv_size(input, weight, geometry)
     for_input, for_weight = _backward_layouts(input, weight, geometry)
-    layout = for_input if need_input else for_weight
-    if _has_index(input, weight, geometry):
-        grad_conv = _unpool_by_index(grad_output, code, size, geometry, layout)
+    closed = geometry.dropped
+    passing = _passing(grad_output, code) if plan.by_index else torch.where(code == closed, 0, grad_output)
+    # Of pooled values: a quarter of the work, and not in one long chain as oneDNN adds them.
+    exact = torch.promote_types(passing.dtype, torch.float32)
+    grad_bias = passing.sum((0, 2, 3), dtype=exact) if need_bias else None
+    if not (need_input or need_weight):
+        return None, None, grad_bias
+    if plan.by_index:
+        layout = for_input if need_input else for_weight
+        grad_conv = _unpool_by_index(passing, code, plan.conv_size, geometry, layout)
     else:
-        grad_conv = _unpool_by_planes(grad_output, code, size, geometry)
+        grad_conv = _unpool_by_planes(passing, code, plan.conv_size, geometry)
 
-    def backward(layout: torch.memory_format, mask: list[bool]) -> Grads:
-        grads = torch.ops.aten.convolution_backward(
+    def backward(layout: torch.memory_format, need_input: bool, need_weight: bool) -> Grads:
+        mask = [need_input, need_weight, False]
+        grads = _convolution_backward(
             *(_laid_out(tensor, layout) for tensor in (grad_conv, input, weight)),
-            [weight.shape[0]],
+            None,
             geometry.stride,
             geometry.padding,
             geometry.dilation,
@@ -146,10 +189,10 @@ def _backward_of_slice(
         # oneDNN's backward may return a gradient that was not asked for.
         return _requested(grads, mask)
 
-    if for_input == for_weight or not need_input or not (need_weight or need_bias):
-        return backward(layout, list(output_mask))
-    grad_input, _, _ = backward(for_input, [True, False, False])
-    _, grad_weight, grad_bias = backward(for_weight, [False, need_weight, need_bias])
+    if for_input == for_weight or not need_input or not need_weight:
+        grad_input, grad_weight, _ = backward(for_input if need_input else for_weight, need_input, need_weight)
+    else:
+        (grad_input, _, _), (_, grad_weight, _) = backward(for_input, True, False), backward(for_weight, False, True)
     return grad_input, grad_weight, grad_bias
 
 
@@ -162,23 +205,69 @@ def _requested(grads: Sequence[Tensor | None], output_mask: Sequence[bool]) -> G
 # --- which formulation ---------------------------------------------------------------------------------------------
 
 
-def _is_matrix_product(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> bool:
+class _Plan(NamedTuple):
+    """How calls of one shape are computed.
+
+    Attributes:
+        matrix_product: one product per image, of the kernel and the unfolded image.
+        phases: one convolution with the kernel once per window cell; and the weight's gradient likewise.
+        blocks: the backward by phases, the input's gradient by blocks of 2x2 pixels.
+        by_index: pool by stock's max_pool2d; else by one view per window cell.
+        dtype: the type to compute in.
+        layout: of the output.
+        kernel_size: height and width of the kernel.
+        conv_size: height and width of the convolution's output.
+        output_shape: of the pooled output.
+        slices: of the batch.
+    """
+
+    matrix_product: bool
+    phases: bool
+    blocks: bool
+    by_index: bool
+    dtype: torch.dtype
+    layout: torch.memory_format
+    kernel_size: Pair
+    conv_size: Pair
+    output_shape: tuple[int, ...]
+    slices: tuple[slice, ...]
+
+
+@functools.lru_cache(maxsize=512)
+def _plan(
+    input: torch.Size,
+    weight: torch.Size,
+    dtype: torch.dtype,
+    device: str,
+    layout: torch.memory_format,
+    geometry: ConvPoolGeometry,
+) -> _Plan:
+    """Choose by shapes alone; remembered, as it is asked for where microseconds count."""
+    conv_size = geometry.conv_size((input[2], input[3]), (weight[2], weight[3]))
+    pooled_size = geometry.pooled_size(conv_size)
+    floating = device == "cpu" and dtype.is_floating_point
+    computed_in = _computed_in(dtype, device)
+    plain = floating and layout == _PLAIN
+    return _Plan(
+        matrix_product=plain and dtype == torch.float32 and _few_products(input, weight, geometry),
+        phases=plain and weight[0] < 16 and _phases_pay(weight, geometry),
+        blocks=plain and _blocks_pay(input, weight, pooled_size, geometry),
+        by_index=floating and _index_tells(conv_size, geometry),
+        dtype=computed_in,
+        layout=layout,
+        kernel_size=(weight[2], weight[3]),
+        conv_size=conv_size,
+        output_shape=(input[0], weight[0], *pooled_size),
+        slices=_slices(input[0], weight[0] * conv_size[0] * conv_size[1] * computed_in.itemsize, device),
+    )
+
+
+def _few_products(input: torch.Size, weight: torch.Size, geometry: ConvPoolGeometry) -> bool:
     """Whether a call is so small that one product per image, of the kernel and the unfolded image, is the fastest.
 
     LeNet's convolutions of one image take a third of oneDNN's time so, backward even less. Without padding, because
     its zeros would meet infinite weights in the product, where stock's convolutions leave them out.
     """
-    return (
-        input.device.type == "cpu"
-        and input.dtype == torch.float32
-        and _few_products(input.shape, weight.shape, geometry)
-        and memory_format(input, weight) == _PLAIN
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _few_products(input: torch.Size, weight: torch.Size, geometry: ConvPoolGeometry) -> bool:
-    """Whether these sizes make a call a matrix product; remembered, as it is asked for where microseconds count."""
     height, width = geometry.conv_size((input[2], input[3]), (weight[2], weight[3]))
     return (
         0 < input[0] * height * width * weight.numel() <= _FEW_PRODUCTS
@@ -189,11 +278,37 @@ def _few_products(input: torch.Size, weight: torch.Size, geometry: ConvPoolGeome
     )
 
 
-def _has_index(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> bool:
-    """Whether stock's max_pool2d gives indices that bytes can be made of, and gradients be spread by."""
-    if input.device.type != "cpu" or not input.is_floating_point():
-        return False
-    return _index_tells(_conv_size(input, weight, geometry), geometry)
+def _phases_pay(weight: torch.Size, geometry: ConvPoolGeometry) -> bool:
+    """Whether a convolution can be made one with `cells` times the channels, strided as the pool.
+
+    Its output is the window's planes, ready to be compared. Its kernel is larger by the window's reach, so it pays only
+    where that adds little, and where few channels leave vector lanes empty: LeNet's conv1 takes half the time.
+    """
+    larger = (weight[2] + geometry.pool_size[0] - 1) * (weight[3] + geometry.pool_size[1] - 1)
+    return (
+        (geometry.stride, geometry.dilation, geometry.pool_dilation) == ((1, 1),) * 3
+        and geometry.groups == 1
+        and not geometry.ceil_mode
+        and geometry.pool_padding == (0, 0)
+        and 1 < geometry.cells <= 255
+        and larger <= 1.5 * weight[2] * weight[3]
+    )
+
+
+def _blocks_pay(input: torch.Size, weight: torch.Size, pooled: Pair, geometry: ConvPoolGeometry) -> bool:
+    """Whether the input's gradient is computed by blocks of 2x2 pixels, as many as fill the image exactly.
+
+    For few input channels: LeNet's conv2 takes three quarters of the time, without the gradient at the convolution's
+    resolution.
+    """
+    return (
+        weight[1] < 8
+        and geometry.padding == (0, 0)
+        and geometry.pool_size == geometry.pool_stride == (2, 2)
+        and weight[2] % 2 == weight[3] % 2 == 1
+        and all(input[2 + i] == 2 * pooled[i] + weight[2 + i] - 1 for i in (0, 1))
+        and _phases_pay(weight, geometry)
+    )
 
 
 def _index_tells(conv_size: Pair, geometry: ConvPoolGeometry) -> bool:
@@ -218,19 +333,24 @@ def _backward_layouts(
         return _ANY, _ANY
     if geometry.groups > 1 or max(weight.shape[2:]) > 8:
         return _PLAIN, _PLAIN
-    for_input = _PLAIN if weight.shape[1] < 8 else _LAST
+    for_input = _LAST if weight.shape[1] >= 8 and _short_chain(weight.shape[0], weight) else _PLAIN
     for_weight = _PLAIN if max(geometry.stride) > 1 or weight.shape[1] >= 128 else _LAST
     return for_input, for_weight
 
 
-def _computed_in(input: Tensor) -> torch.dtype:
+def _short_chain(channels: int, weight: Tensor) -> bool:
+    """Whether sums over so many channels and the kernel are as exact in channels_last as in the plain layout."""
+    return channels <= 16 or channels * weight.shape[2] * weight.shape[3] <= _CHAIN
+
+
+def _computed_in(dtype: torch.dtype, device: str) -> torch.dtype:
     """The type to convolve in: float32 for narrower ones that this CPU has no instructions for.
 
     Stock then takes a slow convolution of its own; one in float32 on slices is faster, and rounds but once.
     """
-    if input.device.type != "cpu" or input.dtype not in (torch.float16, torch.bfloat16):
-        return input.dtype
-    return input.dtype if _narrow_types_run()[input.dtype] else torch.float32
+    if device != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return dtype
+    return dtype if _narrow_types_run()[dtype] else torch.float32
 
 
 @functools.cache
@@ -244,22 +364,13 @@ def _narrow_types_run() -> dict[torch.dtype, bool]:
     }
 
 
-def _slices(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> Iterator[slice]:
+def _slices(images: int, bytes_per_image: int, device: str) -> tuple[slice, ...]:
     """Cut the batch: on a CPU into slices that fit the cache, while a GPU wants everything at once."""
-    images = input.shape[0]
-    step = images
-    if input.device.type == "cpu":
-        height, width = _conv_size(input, weight, geometry)
-        step = _SLICE_BYTES // (weight.shape[0] * height * width * _computed_in(input).itemsize)
+    step = max(1, _SLICE_BYTES // bytes_per_image) if device == "cpu" else images
     # Slices of about one size, because a small rest would cost nearly as much as a whole one.
     count = -(-images // max(1, step))
     step = -(-images // max(1, count))
-    for first in range(0, images, max(1, step)):
-        yield slice(first, min(images, first + step))
-
-
-def _conv_size(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> Pair:
-    return geometry.conv_size((input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3]))
+    return tuple(slice(first, min(images, first + step)) for first in range(0, images, max(1, step)))
 
 
 def _laid_out(tensor: Tensor, layout: torch.memory_format) -> Tensor:
@@ -312,7 +423,7 @@ def _looked_up(table: Tensor, index: Tensor) -> Tensor:
 
 def _pool_by_index(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) -> tuple[Tensor, Tensor | None]:
     """Pool a convolution in its own layout; relu after it, on as many values as are left."""
-    output, index = torch.ops.aten.max_pool2d_with_indices.default(conv, *_pool(geometry))
+    output, index = _max_pool2d(conv, *_pool(geometry))
     output.relu_()
     if not return_code:
         return output, None
@@ -325,12 +436,20 @@ def _pool_by_index(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) 
     return output, code.bitwise_or_((output <= 0).view(torch.uint8).neg_())
 
 
+def _passing(grad_output: Tensor, code: Tensor) -> Tensor:
+    """Pooled gradients, zero where the code byte says that none passes.
+
+    threshold_backward selects without arithmetic, so that an infinite gradient leaves no NaN behind, and vectorised.
+    """
+    return _threshold_backward(grad_output, code.to(grad_output.dtype).neg_(), -255)
+
+
 def _unpool_by_index(
-    grad_output: Tensor, code: Tensor, conv_size: Pair, geometry: ConvPoolGeometry, layout: torch.memory_format
+    passing: Tensor, code: Tensor, conv_size: Pair, geometry: ConvPoolGeometry, layout: torch.memory_format
 ) -> Tensor:
     """Gradient at the convolution's resolution, in `layout`: each pooled gradient at the cell that its code names."""
     first, distances, _ = _windows(conv_size, tuple(code.shape[2:]), geometry)
-    grad_output, code = grad_output.contiguous(memory_format=layout), code.contiguous(memory_format=layout)
+    passing, code = passing.contiguous(memory_format=layout), code.contiguous(memory_format=layout)
     if layout == _LAST:
         index = _looked_up(distances, code.permute(0, 2, 3, 1).int()).add_(first.unsqueeze(2)).permute(0, 3, 1, 2)
     else:
@@ -338,74 +457,159 @@ def _unpool_by_index(
     if any(geometry.pool_padding):
         # Where nothing passes, the window's first cell stands in, which may lie in the padding, before the image.
         index.clamp_(min=0)
-    # threshold_backward selects without arithmetic, so that an infinite gradient leaves no NaN behind, and vectorised.
-    passing = torch.ops.aten.threshold_backward(grad_output, code.to(grad_output.dtype).neg_(), -geometry.dropped)
     # Of the convolution's output, sizes and layout are read, not the values.
-    like = torch.empty((*code.shape[:2], *conv_size), dtype=grad_output.dtype, memory_format=layout)
-    return torch.ops.aten.max_pool2d_with_indices_backward(passing, like, *_pool(geometry), index)
+    like = torch.empty((*code.shape[:2], *conv_size), dtype=passing.dtype, memory_format=layout)
+    return _max_pool2d_backward(passing, like, *_pool(geometry), index)
 
 
 # --- pooling by planes, one per cell of the window: for few channels, and for all that has no index ----------------
 
 
-def _phases_pay(weight: Tensor, geometry: ConvPoolGeometry) -> bool:
-    """Whether to convolve once per window cell: one convolution with `cells` times the channels, strided as the pool.
+def _stacked_shape(weight: torch.Size, pool_size: Pair) -> tuple[int, int, int, int]:
+    """Shape of the kernel stacked once per window cell, each as large as the cells' receptive fields together."""
+    (out_channels, in_channels, height, width), (rows, columns) = weight, pool_size
+    return rows * columns * out_channels, in_channels, height + rows - 1, width + columns - 1
 
-    Its output is the window's planes, ready to be compared. Its kernel is larger by the window's reach, so it pays
-    only where a convolution has too few output channels to fill the vector lanes: LeNet's conv1 takes half the time.
+
+@functools.lru_cache(maxsize=64)
+def _phase_tables(weight: torch.Size, pool_size: Pair) -> tuple[Tensor, Tensor]:
+    """Where elements lie.
+
+    Returns:
+        By element of a plane of zeros and the stack, where it lies in the flat weight behind one zero; and by cell and
+        element of the weight, where it lies in the flat stack.
     """
-    larger = (weight.shape[2] + geometry.pool_size[0] - 1) * (weight.shape[3] + geometry.pool_size[1] - 1)
-    unit = (geometry.stride, geometry.dilation, geometry.pool_dilation) == ((1, 1),) * 3
-    return (
-        weight.device.type == "cpu"
-        and weight.is_floating_point()
-        and unit
-        and geometry.groups == 1
-        and not geometry.ceil_mode
-        and geometry.pool_padding == (0, 0)
-        and 1 < geometry.cells <= 255
-        and weight.shape[0] < 16
-        and larger <= 1.5 * weight.shape[2] * weight.shape[3]
-    )
+    (rows, columns), (height, width) = pool_size, weight[2:]
+    with torch.inference_mode(False):
+        elements = torch.arange(1, weight.numel() + 1, device="cpu").view(weight)
+        stack = torch.zeros(_stacked_shape(weight, pool_size), dtype=torch.int64, device="cpu")
+        positions = torch.arange(stack.numel(), device="cpu").view(rows * columns, *weight[:2], *stack.shape[2:])
+        cells = []
+        for cell, kernel in enumerate(stack.view(positions.shape)):
+            row, column = divmod(cell, columns)
+            kernel[..., row : row + height, column : column + width] = elements
+            cells.append(positions[cell, ..., row : row + height, column : column + width])
+        zeros = torch.zeros_like(stack[: weight[0]])
+        return torch.cat([zeros, stack]).flatten(), torch.stack(cells).flatten()
 
 
-def _phases(weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry) -> tuple[Tensor, Tensor | None]:
-    """Stack the kernel and the bias once per window cell, the kernel shifted to the cell's receptive field."""
-    (out_channels, in_channels, height, width), (rows, columns) = weight.shape, geometry.pool_size
-    kernels = weight.new_zeros(geometry.cells, out_channels, in_channels, height + rows - 1, width + columns - 1)
-    for cell, kernel in enumerate(kernels):
-        row, column = divmod(cell, columns)
-        kernel[..., row : row + height, column : column + width] = weight
-    return kernels.flatten(0, 1), None if bias is None else bias.repeat(geometry.cells)
+def _gathered(weight: Tensor, table: Tensor) -> Tensor:
+    """Take elements of the flat weight by a table that counts from 1, where 0 gives 0."""
+    return torch.constant_pad_nd(weight.reshape(-1), [1, 0]).index_select(0, table)
 
 
-def _pool_phases(planes: Sequence[Tensor], output: Tensor, code: Tensor | None) -> bool:
-    """Fill `output` and `code` from a window's planes; return False, with both undefined, where there is any NaN.
+def _phases(weight: Tensor, bias: Tensor | None, pool_size: Pair) -> tuple[Tensor, Tensor | None]:
+    """Stack the kernel and the bias once per window cell, shifted to the cell's receptive field, behind zeros."""
+    size = _stacked_shape(weight.shape, pool_size)
+    stack, _ = _phase_tables(weight.shape, pool_size)
+    kernels = _gathered(weight, stack).view(-1, *size[1:])
+    return kernels, None if bias is None else torch.cat([torch.zeros_like(bias)] + [bias] * (size[0] // len(bias)))
 
-    Each pass is one vectorised operation: comparisons write 0 or 1 in the planes' own type, where a bool result would
-    not vectorise.
+
+def _fold_phases(stack: Tensor, weight: torch.Size, pool_size: Pair) -> Tensor:
+    """Transpose of `_phases`: add up what the cells' kernels receive, each shifted back."""
+    _, cells = _phase_tables(weight, pool_size)
+    return stack.reshape(-1).index_select(0, cells).view(-1, weight.numel()).sum(0).view(weight)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_table(weight: torch.Size) -> Tensor:
+    """Where the elements of `_block_kernel` lie in a flat weight behind one zero.
+
+    Pixel (2 * i + a, 2 * j + b) lies under tap (2 * d + a - u, 2 * e + b - v) of cell (u, v) in the window that is d
+    above and e left of block (i, j).
     """
-    best = torch.maximum(planes[0], planes[1])
-    for plane in planes[2:]:
-        torch.maximum(best, plane, out=best)
-    if torch.isnan(best.sum()):
-        return False
-    best.relu_()
-    output.copy_(best)
-    if code is None:
-        return True
-    # The number of the first cell that has the maximum, by Horner's rule: each cell that has not adds one, if all
-    # before it added theirs. relu's zero comes first, so that cells count from 1 and a closed relu is 0; taking one
-    # off makes that the byte 255.
-    number = torch.gt(best, planes[-2], out=torch.empty_like(best))
-    below = torch.empty_like(best)
-    for plane in planes[-3::-1]:
-        torch.gt(best, plane, out=below)
-        torch.addcmul(below, below, number, out=number)
-    torch.gt(best, 0, out=below)
-    torch.addcmul(below, below, number, out=number)
-    code.copy_(number).sub_(1)
-    return True
+    (out_channels, in_channels, height, width) = weight
+    with torch.inference_mode(False):
+        padded = F.pad(torch.arange(1, weight.numel() + 1, device="cpu").view(weight), (1, 1, 1, 1))
+        over_o, over_c, down, right = padded.stride()
+        # Dimensions: channel, pixel (a, b), cell (u, v) from the last to the first, output channel, window (d, e).
+        size = in_channels, 2, 2, 2, 2, out_channels, (height + 1) // 2, (width + 1) // 2
+        taps = padded.as_strided(size, (over_c, down, right, down, right, over_o, 2 * down, 2 * right))
+        return taps.flip(3, 4, 6, 7).flatten()
+
+
+def _block_kernel(weight: Tensor) -> Tensor:
+    """Kernel from a window's planes to blocks of 2x2 pixels, the windows' distances flipped as a convolution's are."""
+    out_channels, in_channels, height, width = weight.shape
+    size = 4 * in_channels, 4 * out_channels, (height + 1) // 2, (width + 1) // 2
+    return _gathered(weight, _block_table(weight.shape)).view(size)
+
+
+@functools.lru_cache(maxsize=64)
+def _cell_numbers(cells: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(cells, dtype=dtype, device="cpu").view(-1, 1, 1, 1)
+
+
+def _spread(grad_output: Tensor, code: Tensor, cells: int) -> Tensor:
+    """Gradients as a window's planes, (N, cells * O, PH, PW): each where its code is, 0 elsewhere.
+
+    By multiplication, which vectorises where a selection does not; so the gradient must be finite.
+    """
+    number = code.to(grad_output.dtype).unsqueeze(1)
+    size = grad_output.shape[0], cells, *grad_output.shape[1:]
+    planes = torch.eq(number, _cell_numbers(cells, number.dtype), out=grad_output.new_empty(size))
+    return planes.mul_(grad_output.unsqueeze(1)).flatten(1, 2)
+
+
+def _backward_by_phases(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    code: Tensor,
+    geometry: ConvPoolGeometry,
+    output_mask: Sequence[bool],
+) -> Grads | None:
+    """Gradients without the convolution's resolution; None where infinities or NaN need the plain way.
+
+    Replaces the pool's backward by one comparison and one product, and saves oneDNN's worst case, the gradient of an
+    input of few channels.
+    """
+    need_input, need_weight, need_bias = output_mask
+    total = grad_output.sum(dtype=torch.float32)
+    if not math.isfinite((total + weight.sum(dtype=torch.float32) if need_input else total).item()):
+        return None
+    planes = _spread(grad_output, code, geometry.cells)
+    grad_input = grad_weight = grad_bias = None
+    if need_input:
+        kernel = _block_kernel(weight)
+        blocks = F.conv2d(planes, kernel, padding=(kernel.shape[2] - 1, kernel.shape[3] - 1))
+        grad_input = F.pixel_shuffle(blocks, 2)
+    if need_weight or need_bias:
+        stack = weight.new_empty(_stacked_shape(weight.shape, geometry.pool_size))
+        layout = _PLAIN if weight.shape[1] == 1 else _LAST
+        _, kernels, biases = _convolution_backward(
+            *(_laid_out(tensor, layout) for tensor in (planes, input, stack)),
+            [planes.shape[1]],
+            geometry.pool_stride,
+            geometry.padding,
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [False, need_weight, need_bias],
+        )
+        grad_weight = _fold_phases(kernels, weight.shape, geometry.pool_size) if need_weight else None
+        grad_bias = biases.view(geometry.cells, -1).sum(0) if need_bias else None
+    return grad_input, grad_weight, grad_bias
+
+
+def _pool_phases(conv: Tensor, cells: int, return_code: bool) -> tuple[Tensor, Tensor | None] | None:
+    """Pool a plane of zeros and a window's planes, (N, (1 + cells) * O, PH, PW); None where there is any NaN.
+
+    As an image of one column, a row for each plane and all else as channels, stock's max_pool2d runs vectorised: the
+    zeros are relu's, and its index is the plane, whose number less one is the code and, for the zeros, the byte 255.
+    """
+    images, channels, *pooled = conv.shape
+    size = channels // (1 + cells) * pooled[0] * pooled[1]
+    # An image of one channel may pass for channels_last, and its convolution be laid out so.
+    column = conv.contiguous().as_strided((images, size, 1 + cells, 1), ((1 + cells) * size, 1, size, size))
+    output, plane = _max_pool2d(column, [1 + cells, 1])
+    if math.isnan(output.sum().item()):
+        return None
+    shape = images, -1, *pooled
+    return output.reshape(shape), plane.to(torch.uint8).sub_(1).reshape(shape) if return_code else None
 
 
 def _pool_by_planes(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) -> tuple[Tensor, Tensor | None]:
@@ -460,14 +664,14 @@ def _window_views(padded: Tensor, pooled: Sequence[int], geometry: ConvPoolGeome
             yield padded[:, :, top : top + height : stride_h, left : left + width : stride_w]
 
 
-def _unpool_by_planes(grad_output: Tensor, code: Tensor, conv_size: Pair, geometry: ConvPoolGeometry) -> Tensor:
+def _unpool_by_planes(passing: Tensor, code: Tensor, conv_size: Pair, geometry: ConvPoolGeometry) -> Tensor:
     """Gradient at the convolution's resolution: each cell's gradients where its plane was taken from."""
     top, bottom, left, right = _overhang(conv_size, code.shape[2:], geometry)
     size = *code.shape[:2], conv_size[0] + top + bottom, conv_size[1] + left + right
-    padded = grad_output.new_zeros(size)
+    padded = passing.new_zeros(size)
     for cell, view in enumerate(_window_views(padded, code.shape[2:], geometry)):
         # `where` selects without arithmetic, so that an infinite gradient leaves no NaN behind.
-        view += torch.where(code == cell, grad_output, 0)
+        view += torch.where(code == cell, passing, 0)
     return padded[:, :, top : top + conv_size[0], left : left + conv_size[1]]
 
 
@@ -521,7 +725,7 @@ def addmm_relu_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return grad_input, grad_mat1 and grad_mat2, None where `output_mask` does not ask for one."""
     need_input, need_mat1, need_mat2 = output_mask
-    grad = torch.ops.aten.threshold_backward(grad_output, output, 0)
+    grad = _threshold_backward(grad_output, output, 0)
     grad_input = grad_mat1 = grad_mat2 = None
     if need_input:
         grad_input = grad.sum(0) if list(input_size) == [grad.shape[1]] else grad.sum_to_size(input_size)

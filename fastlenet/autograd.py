@@ -1,8 +1,8 @@
 """The differentiable operators: ``torch.autograd.Function``s around the raw operators.
 
-Per operator there are two: the operator itself, and its backward, differentiable in turn by plain ATen formulas, which
-serves double backward and torch.func. A subclass of each adds forward-mode derivatives; they stand apart because
-torch.compile refuses a Function that defines `jvp`.
+A call takes a Function only where a derivative may be asked for. Per operator there are two: the operator itself, and
+its backward, differentiable in turn by plain ATen formulas, which serves double backward and torch.func. A subclass of
+each adds forward-mode derivatives; they stand apart because torch.compile refuses a Function that defines `jvp`.
 
 Under torch.vmap a convolution folds the mapped dimension into the batch or into its groups and stays fused; a linear
 map becomes a batched matrix product in ATen.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlenet import ops
+from fastlenet import aten, ops
 from fastlenet.aten import column_major, max_gather, max_scatter
 from fastlenet.kernels.geometry import ConvPoolGeometry
 
@@ -42,6 +42,62 @@ def apply(function: Any, *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*torch._functorch.utils.unwrap_dead_wrappers(args))
+
+
+def _needs_function(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be asked for, or torch.func maps the call; else autograd's bookkeeping is skipped."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return True
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def conv2d_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry) -> Tensor:
+    """Return the pooled output for a batched input, differentiable."""
+    if forward_mode():
+        output, _ = ConvReLUMaxPool2dForwardAD.apply(input, weight, bias, tuple(geometry))
+    elif _needs_function(input, weight, bias):
+        output, _ = apply(ConvReLUMaxPool2dFunction, input, weight, bias, tuple(geometry))
+    else:
+        output, _ = ops.conv2d_relu_max_pool2d(input, weight, bias, geometry, False)
+    return output
+
+
+def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
+    """Return relu(beta * input + alpha * (mat1 @ mat2)) of matrices, differentiable."""
+    if forward_mode():
+        return AddmmReLUForwardAD.apply(input, mat1, mat2, beta, alpha)
+    if _needs_function(mat1, mat2, input):
+        return apply(AddmmReLUFunction, input, mat1, mat2, beta, alpha)
+    return ops.addmm_relu(input, mat1, mat2, beta, alpha)
+
+
+def plain_linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Try relu(input @ weight^T + bias) of matrices on ATen; None where that cannot be, or goes wrong.
+
+    Checks that take longer than a small product come after: whoever gets None finds out what was wrong.
+    """
+    try:
+        if input.dim() == weight.dim() == 2 and ops.is_plain_aten("addmm_relu", input, weight, bias):
+            if forward_mode():
+                return None
+            if _needs_function(input, weight, bias):
+                return apply(AddmmReLUFunction, bias, input, weight.t(), 1, 1)
+            return aten.addmm_relu(bias, input, weight.t(), 1, 1)
+    except (AttributeError, TypeError, RuntimeError):
+        pass
+    return None
+
+
+def mlp(
+    input: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor
+) -> Tensor:
+    """Return three linear layers with relu between them, of a matrix, differentiable in reverse mode."""
+    args = input, weight1, bias1, weight2, bias2, weight3, bias3
+    if _needs_function(*args):
+        output, *_ = apply(MLPFunction, *args)
+    else:
+        output, *_ = ops.mlp(*args, False)
+    return output
 
 
 def _apply_backward(plain: Any, forward_ad: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -82,7 +138,7 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Take a batched input and the fields of a `ConvPoolGeometry`; return the pooled output and the codes."""
-        return ops.conv2d_relu_max_pool2d(input, weight, bias, *geometry, True)
+        return ops.conv2d_relu_max_pool2d(input, weight, bias, ConvPoolGeometry(*geometry), True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -145,7 +201,7 @@ class ConvReLUMaxPool2dBackward(torch.autograd.Function):
         grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, geometry: tuple[Any, ...], needs: Any
     ) -> tuple[Tensor, ...]:
         """Return grad_input, grad_weight and grad_bias, empty where not needed."""
-        return ops.conv2d_relu_max_pool2d_backward(grad_output, input, weight, code, *geometry, needs)
+        return ops.conv2d_relu_max_pool2d_backward(grad_output, input, weight, code, ConvPoolGeometry(*geometry), needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlenet import autograd, checks, ops
+from fastlenet import autograd, checks
 from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
 
 __all__ = ["addmm_relu", "conv2d_relu_max_pool2d", "linear_relu", "mlp"]
@@ -103,12 +103,7 @@ def conv2d_relu_max_pool2d(
     )
     checks.geometry(name, geometry)
     checks.pooled_size(name, input, weight, geometry)
-    if autograd.forward_mode():
-        output, _ = autograd.ConvReLUMaxPool2dForwardAD.apply(input, weight, bias, tuple(geometry))
-    elif _needs_function(input, weight, bias):
-        output, _ = autograd.apply(autograd.ConvReLUMaxPool2dFunction, input, weight, bias, tuple(geometry))
-    else:
-        output, _ = ops.conv2d_relu_max_pool2d(input, weight, bias, *geometry, False)
+    output = autograd.conv2d_relu_max_pool2d(input, weight, bias, geometry)
     return output if batched else output.squeeze(0)
 
 
@@ -154,17 +149,19 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         tensor([[2., 0.]])
     """
     name = "linear_relu"
+    if (output := autograd.plain_linear_relu(input, weight, bias)) is not None:
+        return output
     checks.tensors(name, ("input", input), ("weight", weight), bias=bias)
     input, weight, bias = _autocast(input, weight, bias)
     checks.same_type(name, ("input", input), weight=weight, bias=bias)
     checks.linear_shapes(name, input, weight, bias)
     if input.dim() == 2 and weight.dim() == 2:
-        return _addmm_relu(bias, input, weight.t(), 1, 1)
+        return autograd.addmm_relu(bias, input, weight.t(), 1, 1)
     leading = input.shape[:-1]
     matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
     if bias is not None and bias.dim() > 2:
         bias = bias.expand(*leading, matrix.shape[0]).reshape(-1, matrix.shape[0])
-    output = _addmm_relu(bias, input.reshape(leading.numel(), input.shape[-1]), matrix.t(), 1, 1)
+    output = autograd.addmm_relu(bias, input.reshape(leading.numel(), input.shape[-1]), matrix.t(), 1, 1)
     return output.reshape(leading if weight.dim() == 1 else (*leading, weight.shape[0]))
 
 
@@ -197,15 +194,7 @@ def addmm_relu(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, al
     input, mat1, mat2 = _autocast(input, mat1, mat2)
     checks.same_type(name, ("mat1", mat1), mat2=mat2, input=input)
     checks.matrices(name, input, mat1, mat2)
-    return _addmm_relu(input, mat1, mat2, beta, alpha)
-
-
-def _addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
-    if autograd.forward_mode():
-        return autograd.AddmmReLUForwardAD.apply(input, mat1, mat2, beta, alpha)
-    if _needs_function(mat1, mat2, input):
-        return autograd.apply(autograd.AddmmReLUFunction, input, mat1, mat2, beta, alpha)
-    return ops.addmm_relu(input, mat1, mat2, beta, alpha)
+    return autograd.addmm_relu(input, mat1, mat2, beta, alpha)
 
 
 def mlp(
@@ -255,18 +244,8 @@ def mlp(
         return F.linear(linear_relu(linear_relu(input, weight1, bias1), weight2, bias2), weight3, bias3)
     leading = input.shape[:-1]
     rows = input if input.dim() == 2 else input.reshape(leading.numel(), input.shape[-1])
-    if _needs_function(rows, *cast):
-        output, *_ = autograd.apply(autograd.MLPFunction, rows, *cast)
-    else:
-        output, *_ = ops.mlp(rows, weight1, bias1, weight2, bias2, weight3, bias3, False)
+    output = autograd.mlp(rows, weight1, bias1, weight2, bias2, weight3, bias3)
     return output if input.dim() == 2 else output.reshape(*leading, output.shape[-1])
-
-
-def _needs_function(*tensors: Tensor | None) -> bool:
-    """Whether a gradient may be asked for, or torch.func maps the call; else autograd's bookkeeping is skipped."""
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return True
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -60,16 +60,22 @@ library.define(
 )
 
 
-def _implements(name: str) -> Callable[[Implementation], Implementation]:
+def _implements(name: str, geometry_at: int | None = None) -> Callable[[Implementation], Implementation]:
     """Register a function as the operator `name` on every device, with autograd and autocast off inside.
 
     Both have acted before: autograd is `fastlenet.autograd`'s, and `fastlenet.functional` has cast; a second cast
     inside would change a backward's dtype.
+
+    Args:
+        name: of the operator.
+        geometry_at: which argument is a `ConvPoolGeometry`, the last but one; the operator takes its fields one by one.
     """
 
     def register(function: Implementation) -> Implementation:
         @functools.wraps(function)
         def below_autograd(*args: Any) -> Any:
+            if geometry_at is not None:
+                args = *args[:geometry_at], _geometry(args[geometry_at:-1]), args[-1]
             device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
             with torch._C._AutoDispatchBelowAutograd():
                 if torch.is_autocast_enabled(device):
@@ -82,7 +88,9 @@ def _implements(name: str) -> Callable[[Implementation], Implementation]:
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            return operator(*args) if _dispatcher_matters(args) else function(*args)
+            if not _dispatcher_matters(args):
+                return function(*args)
+            return operator(*args) if geometry_at is None else operator(*args[:geometry_at], *args[-2], args[-1])
 
         return call  # type: ignore[return-value]
 
@@ -104,9 +112,13 @@ def _dispatcher_matters(args: tuple[Any, ...]) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return True
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
     # torch.autograd.grad(is_grads_batched=True) maps by another kind of tensor, whose type does not tell.
-    return not _PLAIN_TENSORS.issuperset(map(type, tensors)) or any(map(_is_batched, tensors))
+    return any(isinstance(arg, Tensor) and (type(arg) not in _PLAIN_TENSORS or _is_batched(arg)) for arg in args)
+
+
+def is_plain_aten(operator: str, *tensors: Tensor | None) -> bool:
+    """Whether a call is nothing but ATen's own operators on ordinary tensors, so that they may be called directly."""
+    return not _dispatcher_matters(tensors) and _implementation(operator, tensors[0]) is aten  # type: ignore[arg-type]
 
 
 _PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
@@ -136,8 +148,6 @@ def _implementation(operator: str, input: Tensor, cells: int = 1, width: int = 1
 
 def _geometry(fields: Sequence[Any]) -> ConvPoolGeometry:
     """Make a geometry of an operator's arguments, in which pairs are lists."""
-    if isinstance(fields[0], tuple):
-        return ConvPoolGeometry(*fields)
     return ConvPoolGeometry(*(tuple(field) if isinstance(field, list) else field for field in fields))
 
 
@@ -146,11 +156,11 @@ def _or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
-@_implements("conv2d_relu_max_pool2d")
-def conv2d_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    """Take the fields of a geometry and `return_code`; return the pooled output and its codes."""
-    *fields, return_code = args
-    geometry = _geometry(fields)
+@_implements("conv2d_relu_max_pool2d", geometry_at=3)
+def conv2d_relu_max_pool2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_code: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the pooled output and, if asked for, its codes."""
     module = _implementation("conv2d_relu_max_pool2d", input, geometry.cells)
     output, code = module.conv2d_relu_max_pool2d(input, weight, bias, geometry, return_code)
     return output, input.new_empty(0, dtype=geometry.code_dtype) if code is None else code
@@ -173,13 +183,16 @@ def _conv2d_relu_max_pool2d_fake(
     )
 
 
-@_implements("conv2d_relu_max_pool2d_backward")
+@_implements("conv2d_relu_max_pool2d_backward", geometry_at=4)
 def conv2d_relu_max_pool2d_backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, *args: Any
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    code: Tensor,
+    geometry: ConvPoolGeometry,
+    output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """Take the fields of a geometry and `output_mask`; return grad_input, grad_weight and grad_bias."""
-    *fields, output_mask = args
-    geometry = _geometry(fields)
+    """Return grad_input, grad_weight and grad_bias."""
     module = _implementation("conv2d_relu_max_pool2d", input, geometry.cells)
     grads = module.conv2d_relu_max_pool2d_backward(grad_output, input, weight, code, geometry, output_mask)
     # ATen's convolutions choose layouts of their own; the shape function promises these.

@@ -55,6 +55,12 @@ FULL = AddmmCase("full addend", 7, 19, 11, (7, 11))
 special = pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 
 
+def plan_of(case, dtype: torch.dtype = torch.float32):
+    """How the ATen path computes a case of contiguous tensors."""
+    size = case.input if len(case.input) == 4 else (1, *case.input)
+    return aten._plan(torch.Size(size), torch.Size(case.weight), dtype, "cpu", torch.contiguous_format, case.geometry)
+
+
 def subsets(names: tuple[str, ...]) -> pytest.MarkDecorator:
     chosen = [c for n in range(1, 1 + len(names)) for c in itertools.combinations(names, n)]
     return pytest.mark.parametrize("wanted", chosen, ids="+".join)
@@ -67,7 +73,7 @@ def _aten() -> Iterator[None]:
 
 
 @pytest.fixture
-def sliced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def sliced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Cut batches into slices of so many images."""
 
     def cut(images: int, case, dtype: torch.dtype) -> None:
@@ -75,15 +81,20 @@ def sliced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         geometry = case.geometry
         height, width = geometry.conv_size(case.input[-2:], tuple(weight.shape[2:]))
         monkeypatch.setattr(aten, "_SLICE_BYTES", images * len(weight) * height * width * dtype.itemsize)
+        aten._plan.cache_clear()
 
-    return cut
+    yield cut
+    aten._plan.cache_clear()
 
 
 @pytest.fixture(params=["whole batch", "single images"])
-def slices(request, monkeypatch: pytest.MonkeyPatch) -> None:
+def slices(request, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """With the batch in one slice, and cut into as many as there are images."""
     if request.param == "single images":
         monkeypatch.setattr(aten, "_SLICE_BYTES", 1)
+    aten._plan.cache_clear()
+    yield
+    aten._plan.cache_clear()
 
 
 # --- accuracy ------------------------------------------------------------------------------------------------------
@@ -309,16 +320,14 @@ def test_slices_give_each_set_of_gradients(case, kind, wanted, sliced):
     assert result.output.stride() == expected.output.stride()
 
 
-def test_the_shipped_slice_is_a_part_of_a_large_batch(monkeypatch):
+def test_the_shipped_slice_is_a_part_of_a_large_batch():
     """A batch as in training is cut without any help, and the slices' sums are as accurate as stock's."""
-    seen = []
-    slices = aten._slices
-    monkeypatch.setattr(aten, "_slices", lambda *args: (seen.append(list(slices(*args))), seen[-1])[1])
-    case = conv_case("512 images", (512, 1, 32, 32), (6, 1, 5, 5))
+    case = conv_case("1,000 images", (1000, 1, 32, 32), (6, 1, 5, 5))
+    slices = plan_of(case).slices
+    assert len(slices) > 1
+    assert [part.start for part in slices[1:]] == [part.stop for part in slices[:-1]]
+    assert (slices[0].start, slices[-1].stop) == (0, 1000)
     CONV.random(case, case.random(torch.float32))
-    assert all(len(parts) > 1 for parts in seen)
-    assert [part.start for part in seen[0][1:]] == [part.stop for part in seen[0][:-1]]
-    assert (seen[0][0].start, seen[0][-1].stop) == (0, 512)
 
 
 @dtypes
@@ -341,7 +350,7 @@ def test_the_type_of_the_codes_follows_the_window(case):
 def test_kernel_stack(case, dtype):
     """One convolution with the kernel once per window cell: same judge, exact grid, layouts."""
     tensors = case.random(dtype)
-    assert aten._phases_pay(tensors["weight"], case.geometry)
+    assert plan_of(case, dtype).phases
     CONV.random(case, tensors)
     CONV.exact(case, case.exact(dtype))
 
@@ -375,8 +384,72 @@ def test_kernel_stack_gives_each_set_of_gradients(case, wanted):
     ids=lambda case: case.name,
 )
 def test_kernel_stack_is_kept_from_what_it_cannot_do(case):
-    """Each condition of `_phases_pay` by itself; the call is right nonetheless."""
-    assert not aten._phases_pay(torch.empty(case.weight), case.geometry)
+    """Each condition by itself; the call is right nonetheless."""
+    assert not plan_of(case).phases
+    CONV.exact(case, case.exact(torch.float32))
+
+
+BLOCKED = [
+    conv_case("LeNet conv2", (32, 6, 14, 14), (16, 6, 5, 5)),
+    conv_case("one channel in, oblong", (40, 1, 12, 20), (24, 1, 5, 7)),
+    conv_case("phases, too", (40, 3, 16, 12), (5, 3, 5, 5)),
+]
+
+
+@conv_cases(BLOCKED)
+@dtypes
+def test_backward_by_blocks(case, dtype):
+    """The input's gradient by blocks of pixels, all others by planes: same judge, exact grid."""
+    assert plan_of(case, dtype).blocks
+    assert not plan_of(case, dtype).matrix_product
+    CONV.random(case, case.random(dtype))
+    CONV.exact(case, case.exact(dtype))
+
+
+@subsets(CONV_NAMES)
+@conv_cases(BLOCKED)
+def test_backward_by_blocks_gives_each_set_of_gradients(case, wanted, sliced):
+    """In slices, the last one smaller."""
+    sliced(13, case, torch.float32)
+    tensors = case.exact(torch.float32)
+    stock = CONV.stock(**tensors, **case.keywords)
+    grad = exact_grid(stock.shape, stock.dtype, terms=case.terms)
+    expected = run(CONV.stock, tensors, case.keywords, grad, wanted)
+    result = run(CONV.fused, tensors, case.keywords, grad, wanted)
+    for name in wanted:
+        assert_same_values(result.grads[name], expected.grads[name], name=name)
+
+
+@special
+@pytest.mark.parametrize("where", ["grad", "weight", "input"])
+@conv_cases([BLOCKED[0], PHASED[1]])
+def test_what_is_not_finite_takes_the_plain_way(case, where, value):
+    """Zeros of shifted kernels and of planes never meet an infinity or a NaN: gradients are stock's."""
+    tensors = case.exact(torch.float32)
+    stock = CONV.stock(**tensors, **case.keywords)
+    grad = exact_grid(stock.shape, stock.dtype, terms=case.terms)
+    (grad if where == "grad" else tensors[where]).view(-1)[7] = value
+    expected = run(CONV.stock, tensors, case.keywords, grad)
+    result = run(CONV.fused, tensors, case.keywords, grad)
+    for (name, actual), (_, wanted) in zip(result.tensors(), expected.tensors(), strict=True):
+        assert_same_values(actual, wanted, name=name)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        conv_case("8 channels", (32, 8, 14, 14), (16, 8, 5, 5)),
+        conv_case("small kernel", (32, 6, 14, 14), (16, 6, 3, 3)),
+        conv_case("even kernel", (32, 6, 15, 15), (16, 6, 6, 6)),
+        conv_case("a row that no window sees", (32, 6, 15, 14), (16, 6, 5, 5)),
+        conv_case("padding", (32, 6, 14, 14), (16, 6, 5, 5), padding=2),
+        conv_case("overlapping windows", (32, 6, 14, 14), (16, 6, 5, 5), pool_size=2, pool_stride=1),
+    ],
+    ids=lambda case: case.name,
+)
+def test_blocks_are_kept_from_what_they_cannot_do(case):
+    """Each condition by itself; the call is right nonetheless."""
+    assert not plan_of(case).blocks
     CONV.exact(case, case.exact(torch.float32))
 
 
@@ -394,8 +467,7 @@ FEW = [
 def test_few_images_as_matrix_products(case, wanted):
     """Both ways give stock's values, for each set of gradients, and the small one is taken."""
     tensors = case.exact(torch.float32)
-    batched = tensors["input"] if tensors["input"].dim() == 4 else tensors["input"][None]
-    assert aten._is_matrix_product(batched, tensors["weight"], case.geometry)
+    assert plan_of(case).matrix_product
     CONV.random(case, case.random(torch.float32))
     stock = CONV.stock(**tensors, **case.keywords)
     grad = exact_grid(stock.shape, stock.dtype, terms=case.terms)
@@ -419,7 +491,7 @@ def test_few_images_as_matrix_products(case, wanted):
 )
 def test_matrix_products_are_kept_from_what_they_cannot_do(case):
     """Each condition by itself."""
-    assert not aten._is_matrix_product(torch.empty(case.input), torch.empty(case.weight), case.geometry)
+    assert not plan_of(case).matrix_product
 
 
 def test_closed_windows_in_the_padding_stay_inside_the_image():
@@ -436,7 +508,8 @@ def test_closed_windows_in_the_padding_stay_inside_the_image():
     for layout in (torch.contiguous_format, torch.channels_last):
         code = torch.full((2, 8, 3, 3), geometry.dropped, dtype=torch.uint8)
         with Watch():
-            grad = aten._unpool_by_index(torch.ones(2, 8, 3, 3), code, (5, 5), geometry, layout)
+            passing = aten._passing(torch.ones(2, 8, 3, 3), code)
+            grad = aten._unpool_by_index(passing, code, (5, 5), geometry, layout)
         assert not grad.any()
     assert len(seen) == 2
     assert all(int(index.min()) >= 0 and int(index.max()) < 25 for index in seen)
@@ -445,14 +518,15 @@ def test_closed_windows_in_the_padding_stay_inside_the_image():
 def test_the_registered_operator_takes_the_same_formulation(monkeypatch):
     """Its pairs come as lists, which must not make it miss what tuples are compared with."""
     case = conv_case("LeNet conv1", (64, 1, 32, 32), (6, 1, 5, 5))
-    seen = []
-    pays = aten._phases_pay
-    monkeypatch.setattr(aten, "_phases_pay", lambda *args: (seen.append(pays(*args)), seen[-1])[1])
+    expected, seen = plan_of(case), []
+    plan = aten._plan
+    monkeypatch.setattr(aten, "_plan", lambda *args: (seen.append(plan(*args)), seen[-1])[1])
     tensors = case.random(torch.float32)
     direct = conv2d_relu_max_pool2d(**tensors)
     with torch.profiler.profile():  # whoever watches operators gets the registered one
         registered = conv2d_relu_max_pool2d(**tensors)
-    assert seen == [True, True]
+    assert seen == [expected] * 2
+    assert expected.phases
     assert_bitwise_equal(registered, direct)
 
 

@@ -162,7 +162,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         return _addmm_relu(bias, input, weight.t(), 1, 1)
     leading = input.shape[:-1]
     matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
-    if bias is not None and bias.dim() > 2:
+    if bias is not None and bias.dim() > 1 and leading:
         bias = bias.expand(*leading, matrix.shape[0]).reshape(-1, matrix.shape[0])
     output = _addmm_relu(bias, input.reshape(leading.numel(), input.shape[-1]), matrix.t(), 1, 1)
     return output.reshape(leading if weight.dim() == 1 else (*leading, weight.shape[0]))

@@ -16,7 +16,7 @@ from networks import CASES, OldMnistNet, ResNetStem, TutorialNet
 from torch import nn
 
 import fastlenet
-from fastlenet import trial
+from fastlenet import rewrite, trial
 
 CONV, LINEAR = "conv2d_relu_max_pool2d", "linear_relu"
 IMPLEMENTATIONS = ("aten", "triton")
@@ -783,6 +783,29 @@ def test_measuring_leaves_no_trace():
         fastlenet.fuse(TutorialNet(), torch.randn(1, 3, 32, 32))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_tables_fit_narrow_terminals(name, monkeypatch):
+    """80 columns, all that is known of a site included; a word that is longer by itself may stand out."""
+    monkeypatch.setattr(trial, "compare", lambda *_: trial.Comparison(2.36e-3, 12.3456, trial.WINS))
+    table = fastlenet.explain(fastlenet.fuse(CASES[name](), images_of(name)))
+    lines = str(table).splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    text = " ".join(str(table).split())
+    for site in table.sites:
+        assert site.heading in text
+        assert " ".join(filter(None, (site.mode, site.implementation, site.stock, site.fused, site.reason))) in text
+    assert "2.36 ms 12.3 s" in text
+    assert lines[-1] == trial.RULE
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(4e-8, "0.04 us"), (9.99e-4, "999 us"), (9.999e-4, "1 ms"), (0.0123, "12.3 ms"), (0.9999, "1 s"), (123, "123 s")],
+)
+def test_times_have_units_that_suit_them(seconds, text):
+    assert rewrite._time(seconds) == text
+
+
 def run_for(clock, *milliseconds):
     """A call that takes so long by a planted clock, in turns."""
     lengths = itertools.cycle(milliseconds)
@@ -805,6 +828,21 @@ def test_only_clear_wins_count(stock, fused, clear, monkeypatch):
     assert times.clear is clear
     if len(stock) == 1:
         assert (times.stock, times.fused) == pytest.approx((stock[0] / 1e3, fused[0] / 1e3))
+
+
+@pytest.mark.parametrize(("won", "rounds"), [(0, 3), (5, 8), (12, 15)])
+def test_a_lost_cause_is_cut_short(won, rounds, monkeypatch):
+    """With three rounds lost 13 of 15 cannot be won any more: a large model's user is not kept waiting."""
+    clock, calls = [0.0], itertools.count(-2)  # two calls come before the first round
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(trial, "SAMPLE_SECONDS", 0)
+
+    def fused():
+        clock[0] += 0.001 if next(calls) < won else 0.003
+
+    times = trial.compare(run_for(clock, 2), fused, torch.device("cpu"))
+    assert (times.wins, times.rounds, times.clear) == (won, rounds, False)
+    assert str(times) == f"won {won} of {rounds} rounds"
 
 
 def test_a_hiccup_does_not_hide_a_win(monkeypatch):

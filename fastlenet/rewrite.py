@@ -94,7 +94,7 @@ class Explanation:
             start = "  ".join(["", *(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), ""])
             return textwrap.fill(reason, _WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
 
-        lines, heading = [line(columns.values(), "why")], ""
+        lines, heading = [line(columns.values(), "why")] if rows else [], ""
         for site, row in zip(self.sites, rows, strict=True):
             if site.heading != heading:
                 heading = site.heading
@@ -364,7 +364,7 @@ class _Observer(fx.Interpreter):
 
     def __init__(self, model: nn.Module, trace: Trace, chains: Sequence[Chain]) -> None:
         super().__init__(model, graph=trace.graph)
-        self.wanted = {node for chain in chains for node in (*chain.inputs(), chain.nodes[-1])}
+        self.wanted = {node for chain in chains for node in (*chain.inputs(), chain.result)}
         self.seen: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -377,7 +377,7 @@ class _Observer(fx.Interpreter):
 
     def shapes(self, chain: Chain) -> tuple[str, str]:
         """Input and output of a chain, in words."""
-        return _shape(self.seen[chain.operands[0]]), _shape(self.seen[chain.nodes[-1]])
+        return _shape(self.seen[chain.operands[0]]), _shape(self.seen[chain.result])
 
 
 class _Trial:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness.judge import assert_as_accurate
+from networks import TutorialNet
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -71,6 +72,29 @@ def test_a_changing_batch_is_compiled_for_twice(mode, networks):
     assert not counters["graph_break"]
 
 
+def test_a_fused_model_trains_compiled():
+    """`fuse` first, then torch.compile: one graph for any batch after the first, gradients as in the stock model."""
+    stock = TutorialNet()
+    model = fastlenet.fuse(stock)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def check(size):
+        found = []
+        for network, call in ((model, compiled), (stock, stock)):
+            torch.manual_seed(size)
+            *_, loss, grads = gradients(call, network, size)
+            found.append((loss, grads))
+        torch.testing.assert_close(*found)
+
+    check(4)
+    check(5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for size in (9, 17, 64):
+            check(size)
+    assert graphs() == 2
+    assert not counters["graph_break"]
+
+
 class Foreign(nn.Module):
     """Somebody's network: a residual branch around one of our layers, and another kept out of autocast."""
 
@@ -89,8 +113,11 @@ class Foreign(nn.Module):
         return self.head(hidden)
 
 
-def test_our_layers_inside_somebody_elses_compiled_model_under_autocast():
-    """Compiled, the rounding of bfloat16 falls elsewhere: what counts is to be as accurate as the model in eager."""
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(torch.bfloat16, "inductor"), (torch.float16, "aot_eager")], ids=["bfloat16", "float16"]
+)
+def test_our_layers_inside_somebody_elses_compiled_model_under_autocast(dtype, backend):
+    """Compiled, the rounding of 16 bits falls elsewhere: what counts is to be as accurate as the model in eager."""
     model, images = Foreign(), torch.randn(6, 2, 12, 10)
     exact = copy.deepcopy(model).double()
     hidden_types = []
@@ -98,17 +125,19 @@ def test_our_layers_inside_somebody_elses_compiled_model_under_autocast():
 
     def run(network, call, images):
         network.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             output = call(images)
         output.to(images.dtype).square().mean().backward()
         return output.detach(), *(parameter.grad for parameter in network.parameters())
 
-    compiled, eager = run(model, torch.compile(model, fullgraph=True), images), run(model, model, images)
+    compiled, eager = (
+        run(model, call, images) for call in (torch.compile(model, fullgraph=True, backend=backend), model)
+    )
     assert graphs() == 1
     assert hidden_types == [torch.float32] * 2, "the disabled region is respected"
-    assert [tensor.dtype for tensor in compiled] == [torch.bfloat16, *[torch.float32] * (len(eager) - 1)]
+    assert [tensor.dtype for tensor in compiled] == [dtype, *[torch.float32] * (len(eager) - 1)]
     for ours, theirs, reference in zip(compiled, eager, run(exact, exact, images.double()), strict=True):
-        assert_as_accurate(ours.bfloat16(), theirs.bfloat16(), reference, dtype=torch.bfloat16)
+        assert_as_accurate(ours.to(dtype), theirs.to(dtype), reference, dtype=dtype)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a driver for Triton")

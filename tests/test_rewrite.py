@@ -158,6 +158,29 @@ class Shared(nn.Module):
         return F.relu(hidden) + hidden + maps.mean()
 
 
+class SeenBefore(nn.Module):
+    """Somebody has looked before relu changed in place what they look at."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+
+    def forward(self, images):
+        maps = self.conv(images)
+        mean = maps.mean()
+        F.relu(maps, inplace=True)
+        return F.max_pool2d(maps, 2) + mean
+
+
+class SeenAfter(SeenBefore):
+    """They look afterwards, at what the pool sees too."""
+
+    def forward(self, images):
+        maps = self.conv(images)
+        maps.relu_()
+        return F.max_pool2d(maps, 2) + maps.mean()
+
+
 class Indices(nn.Module):
     """Somebody needs to know where the maxima were."""
 
@@ -220,6 +243,8 @@ def patched():
 
 REFUSED = {
     "shared_activation": (Shared, "is used by mean too"),
+    "seen_before_relu_in_place": (SeenBefore, "the result of conv is used by mean too"),
+    "seen_after_relu_in_place": (SeenAfter, "the result of conv is used by mean too"),
     "indices": (Indices, "returns indices"),
     "computed_window": (Computed, "computed in the forward"),
     "relu_after_padded_dilated_pool": (Late, "both padding and dilation"),
@@ -437,6 +462,19 @@ def test_what_happens_later_is_seen(name, caplog):
     again = fastlenet.fuse(fused)
     assert graph_nodes(again(images))[1] == 2
     torch.testing.assert_close(again(images), output)
+
+
+def test_a_relu_that_no_longer_works_in_place_is_seen():
+    """As a statement it then does nothing, in the stock model and so in the fused one."""
+    model = CASES["statements"]()
+    fused = fastlenet.fuse(model)
+    images = images_of("statements")
+    before = fused(images)
+    for network in (model, fused):
+        network.relu.inplace = False
+    assert graph_nodes(fused(images)) == (0, 0)
+    assert torch.equal(fused(images), model(images))
+    assert not torch.allclose(fused(images), before)
 
 
 def test_parameters_that_change_are_followed():

@@ -142,6 +142,7 @@ class _Plan:
     def __init__(self, trace: Trace, taken: Sequence[Chain]) -> None:
         self.run = pattern.function_of(pattern.rewrite(trace.graph, list(taken)))
         self.entered = [(module, tuple(module._modules.values()), module.training) for module in trace.entered]
+        self.training = trace.entered[0].training
         # The model's own hooks run as ever: they are called around the forward, whichever it is.
         self.unhooked = [*trace.entered[1:], *(module for chain in taken for module in chain.modules)]
         self.frozen = [module for chain in taken for module in chain.frozen]
@@ -531,6 +532,9 @@ def _sites_of_fused(model: _Fused, example: tuple[Any, ...] | None) -> tuple[lis
     notes = [note for variant in model._fastlenet_variants for note in variant.notes]
     if any(site.stock for site in sites):
         notes.append(trial.RULE)
+    broken = [plan.broken() for plan in model._fastlenet_plans if plan.training is model.training]
+    if broken and None not in broken:
+        notes.append(f"at present the model runs as it was before fuse: {broken[0]}")
     return sorted(rows, key=lambda site: order[site.name]), notes
 
 

@@ -453,12 +453,14 @@ def test_what_happens_later_is_seen(name, caplog):
     fused = fastlenet.fuse(Scaled())
     fused.epoch += 1  # which no forward reads
     assert graph_nodes(fused(images_of("tutorial"))) == (2, 2)
+    assert "at present" not in str(fastlenet.explain(fused))
     LATER[name](fused)
     images = torch.randn(2, 1, 60, 60) if name == "stride_of_a_convolution" else images_of("tutorial")
     with caplog.at_level(logging.DEBUG, "fastlenet"):
         output = fused(images)
     assert graph_nodes(output) == (0, 0)
     assert "runs as it was before fuse" in caplog.text
+    assert "at present the model runs as it was before fuse" in str(fastlenet.explain(fused))
     again = fastlenet.fuse(fused)
     assert graph_nodes(again(images))[1] == 2
     torch.testing.assert_close(again(images), output)

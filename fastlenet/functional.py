@@ -103,7 +103,9 @@ def conv2d_relu_max_pool2d(
     )
     checks.geometry(name, geometry)
     checks.pooled_size(name, input, weight, geometry)
-    if autograd.forward_mode():
+    if _compiled_transform():
+        output = F.max_pool2d(F.relu(F.conv2d(input, weight, bias, *geometry[:4])), *geometry[4:])
+    elif autograd.forward_mode():
         output, _ = autograd.ConvReLUMaxPool2dForwardAD.apply(input, weight, bias, tuple(geometry))
     elif _needs_function(input, weight, bias):
         output, _ = autograd.apply(autograd.ConvReLUMaxPool2dFunction, input, weight, bias, tuple(geometry))
@@ -201,6 +203,9 @@ def addmm_relu(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, al
 
 
 def _addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
+    if _compiled_transform():
+        product = torch.mm(mat1, mat2) * alpha if input is None else torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
+        return F.relu(product)
     if autograd.forward_mode():
         return autograd.AddmmReLUForwardAD.apply(input, mat1, mat2, beta, alpha)
     if _needs_function(mat1, mat2, input):
@@ -251,7 +256,7 @@ def mlp(
     parameters = dict(zip(names, cast, strict=True))
     checks.same_type(name, ("input", input), **parameters)
     checks.mlp_shapes(name, input, parameters)
-    if autograd.forward_mode() or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()):
+    if autograd.forward_mode() or torch._C._are_functorch_transforms_active():
         return F.linear(linear_relu(linear_relu(input, weight1, bias1), weight2, bias2), weight3, bias3)
     leading = input.shape[:-1]
     rows = input if input.dim() == 2 else input.reshape(leading.numel(), input.shape[-1])
@@ -260,6 +265,11 @@ def mlp(
     else:
         output, *_ = ops.mlp(rows, weight1, bias1, weight2, bias2, weight3, bias3, False)
     return output if input.dim() == 2 else output.reshape(*leading, output.shape[-1])
+
+
+def _compiled_transform() -> bool:
+    """Whether torch.compile traces a transform of torch.func: it cannot see through our Functions, but through ATen."""
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _needs_function(*tensors: Tensor | None) -> bool:

@@ -12,6 +12,8 @@ from harness.judge import assert_as_accurate
 from networks import TutorialNet
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils._pytree import tree_leaves
 
 import fastlenet
 
@@ -93,6 +95,71 @@ def test_a_fused_model_trains_compiled():
             check(size)
     assert graphs() == 2
     assert not counters["graph_break"]
+
+
+def loss(network):
+    return lambda parameters, images: functional_call(network, parameters, (images,)).square().sum()
+
+
+def curvature(network):
+    def second(parameters, images):
+        name = list(parameters)[-1]
+        return hessian(lambda bias: loss(network)({**parameters, name: bias}, images))(parameters[name])
+
+    return second
+
+
+TRANSFORMS = {
+    "grad": lambda network: grad(loss(network)),
+    "per sample": lambda network: vmap(grad(lambda p, image: loss(network)(p, image[None])), (None, 0)),
+    "vmap": lambda network: vmap(lambda p, image: functional_call(network, p, (image[None],)), (None, 0)),
+    "jvp": lambda network: lambda p, x: jvp(lambda y: functional_call(network, p, (y,)), (x,), (x.flip(0),)),
+    "jacrev": lambda network: lambda p, x: jacrev(lambda y: functional_call(network, p, (y,)))(x[:1]),
+    "jacfwd": lambda network: lambda p, x: jacfwd(lambda y: functional_call(network, p, (y,)))(x[:1]),
+    "hessian": curvature,
+    "penalty": lambda network: grad(lambda p, x: grad(loss(network), 1)(p, x).square().sum()),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_torch_func_inside_a_compiled_function(name):
+    """Where nothing that the compiler sees requires a gradient, and yet one is asked for."""
+    fused = nn.Sequential(fastlenet.ConvReLUMaxPool2d(1, 2, 3), nn.Flatten(), fastlenet.LinearReLU(32, 3)).double()
+    stock = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 3), nn.ReLU()
+    ).double()
+    stock.load_state_dict(dict(zip(stock.state_dict(), fused.state_dict().values(), strict=True)))
+    images = torch.randn(3, 1, 10, 10, dtype=torch.float64)
+
+    def transformed(network):
+        parameters = {name: value.detach() for name, value in network.named_parameters()}
+        return TRANSFORMS[name](network), parameters
+
+    function, parameters = transformed(fused)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(parameters, images)
+    function, parameters = transformed(stock)
+    ours, theirs = tree_leaves(compiled), tree_leaves(function(parameters, images))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_torch_func_through_single_operators(bias):
+    """A product without a bias, and three layers in one."""
+    layer = fastlenet.LinearReLU(6, 4, bias=bias).double()
+    weights = [torch.randn(shape, dtype=torch.float64) for shape in ((5, 4), (5,), (3, 5), (3,), (2, 3), (2,))]
+
+    def function(rows):
+        return fastlenet.functional.mlp(layer(rows), *weights).square().sum()
+
+    def stock(rows):
+        hidden = F.relu(F.linear(rows, layer.weight, layer.bias))
+        for index in (0, 2):
+            hidden = F.relu(F.linear(hidden, *weights[index : index + 2]))
+        return F.linear(hidden, *weights[4:]).square().sum()
+
+    rows = torch.randn(7, 6, dtype=torch.float64)
+    compiled = torch.compile(grad(function), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rows), grad(stock)(rows), rtol=1e-10, atol=1e-12)
 
 
 class Foreign(nn.Module):

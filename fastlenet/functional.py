@@ -204,8 +204,9 @@ def addmm_relu(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, al
 
 def _addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
     if _compiled_transform():
-        product = torch.mm(mat1, mat2) * alpha if input is None else torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
-        return F.relu(product)
+        if input is None:
+            return F.relu(torch.mm(mat1, mat2) * alpha)
+        return F.relu(torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha))
     if autograd.forward_mode():
         return autograd.AddmmReLUForwardAD.apply(input, mat1, mat2, beta, alpha)
     if _needs_function(mat1, mat2, input):

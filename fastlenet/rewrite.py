@@ -69,7 +69,7 @@ class Site:
         where = f"{self.name}: {self.operator}"
         if self.input == "?":
             return where
-        (shape, dtype), (_, result) = self.input.split(), self.output.split()
+        (shape, _, dtype), (*_, result) = self.input.rpartition(" "), self.output.rpartition(" ")
         return f"{where}, {shape if dtype == result else self.input} -> {self.output}"
 
 
@@ -620,7 +620,7 @@ def _cells(pool_size: IntOrPair) -> int:
 
 
 def _shape(tensor: Tensor) -> str:
-    return f"{'x'.join(map(str, tensor.shape))} {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _time(seconds: float) -> str:

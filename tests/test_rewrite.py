@@ -838,6 +838,20 @@ def test_tables_fit_narrow_terminals(name, monkeypatch):
     assert lines[-1] == trial.RULE
 
 
+def test_a_site_without_dimensions_has_a_row():
+    class Score(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, features):
+            return F.relu(F.linear(features, self.weight))
+
+    model, features = Score(), torch.arange(3.0)
+    assert "linear > relu: linear_relu, 3 -> scalar float32" in str(fastlenet.explain(model, features))
+    assert fastlenet.fuse(model)(features) == 3
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(4e-8, "0.04 us"), (9.99e-4, "999 us"), (9.999e-4, "1 ms"), (0.0123, "12.3 ms"), (0.9999, "1 s"), (123, "123 s")],

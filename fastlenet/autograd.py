@@ -14,6 +14,7 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlenet import aten, ops
@@ -51,8 +52,15 @@ def _needs_function(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def _compiled_transform() -> bool:
+    """Whether torch.compile traces a transform of torch.func: it cannot see through our Functions, but through ATen."""
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def conv2d_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry) -> Tensor:
     """Return the pooled output for a batched input, differentiable."""
+    if _compiled_transform():
+        return F.max_pool2d(F.relu(F.conv2d(input, weight, bias, *geometry[:4])), *geometry[4:])
     if forward_mode():
         output, _ = ConvReLUMaxPool2dForwardAD.apply(input, weight, bias, tuple(geometry))
     elif _needs_function(input, weight, bias):
@@ -64,6 +72,10 @@ def conv2d_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, g
 
 def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
     """Return relu(beta * input + alpha * (mat1 @ mat2)) of matrices, differentiable."""
+    if _compiled_transform():
+        if input is None:
+            return F.relu(torch.mm(mat1, mat2) * alpha)
+        return F.relu(torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha))
     if forward_mode():
         return AddmmReLUForwardAD.apply(input, mat1, mat2, beta, alpha)
     if _needs_function(mat1, mat2, input):
@@ -315,7 +327,7 @@ def _conv_tangent(
     """Directional derivative of the pooled output: that of the convolution, at the cells that won."""
     geometry = ConvPoolGeometry(*fields)
     hyper = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-    convolve = torch.nn.functional.conv2d
+    convolve = F.conv2d
     by_input = None if input_tangent is None else convolve(input_tangent, weight, None, *hyper)
     by_weight = None if weight_tangent is None else convolve(input, weight_tangent, None, *hyper)
     tangent = _sum(by_input, by_weight)

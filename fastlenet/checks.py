@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numbers
 import operator as op
+import sys
 from typing import Any
 
 import torch
@@ -191,7 +192,8 @@ def linear_shapes(operator: str, input: Tensor, weight: Tensor, bias: Tensor | N
             f"{operator}: expected input of {weight.shape[-1]} features in its last dimension, as weight of size "
             f"{list(weight.shape)} has, but got input of size {list(input.shape)}"
         )
-    if bias is not None:
+    # A row does for a single sample too: stock computes it as a batch of one.
+    if bias is not None and not (input.dim() == 1 and bias.shape == (1, weight.shape[0])):
         _broadcasts(operator, "bias", bias, (*input.shape[:-1], weight.shape[0]))
 
 
@@ -246,6 +248,9 @@ def scalar(operator: str, name: str, value: Any) -> float:
         raise RuntimeError(f"{operator}: {name} must be a real number, but got {name}={value!r}")
     if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad:
         return scalar(operator, name, value.item())
+    # NumPy's bool is no number to Python, as its other types are. It cannot be met where NumPy was never imported.
+    if "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].bool_):
+        return int(value)
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):

@@ -159,7 +159,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         return autograd.addmm_relu(bias, input, weight.t(), 1, 1)
     leading = input.shape[:-1]
     matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
-    if bias is not None and bias.dim() > 2:
+    if bias is not None and bias.dim() > 1 and leading:
         bias = bias.expand(*leading, matrix.shape[0]).reshape(-1, matrix.shape[0])
     output = autograd.addmm_relu(bias, input.reshape(leading.numel(), input.shape[-1]), matrix.t(), 1, 1)
     return output.reshape(leading if weight.dim() == 1 else (*leading, weight.shape[0]))
@@ -240,7 +240,7 @@ def mlp(
     parameters = dict(zip(names, cast, strict=True))
     checks.same_type(name, ("input", input), **parameters)
     checks.mlp_shapes(name, input, parameters)
-    if autograd.forward_mode() or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()):
+    if autograd.forward_mode() or torch._C._are_functorch_transforms_active():
         return F.linear(linear_relu(linear_relu(input, weight1, bias1), weight2, bias2), weight3, bias3)
     leading = input.shape[:-1]
     rows = input if input.dim() == 2 else input.reshape(leading.numel(), input.shape[-1])

@@ -59,7 +59,9 @@ class Chain:
     Attributes:
         name: where it is: its modules' paths, or its functions' names in the graph.
         operator: `CONV` or `LINEAR`.
-        nodes: the chain; every node but the last feeds only the next one.
+        nodes: the chain; what every node but the last computes is used by the next one only.
+        result: the node that stands for what the chain computes: its last one, or the one that a last relu modifies
+            without a name of its own (``F.relu(x, inplace=True)`` as a statement).
         operands: input, weight and bias: nodes, or for weight and bias the path of a module's parameter.
         options: keyword arguments of the fused operator.
         norm: path of the BatchNorm to fold into weight and bias.
@@ -71,6 +73,7 @@ class Chain:
     name: str
     operator: str
     nodes: tuple[fx.Node, ...]
+    result: fx.Node
     operands: tuple[Any, Any, Any]
     options: dict[str, Any] = field(default_factory=dict)
     norm: tuple[str, nn.BatchNorm2d] | None = None
@@ -268,7 +271,10 @@ class _Tracer(fx.Tracer):
 RELU, POOL, NORM, NOTHING = "relu", "pool", "norm", "nothing"
 
 # What is read of stock modules.
-_READ = {"stride", "padding", "dilation", "groups", "padding_mode", "kernel_size", "ceil_mode", "return_indices", "eps"}
+_READ = {
+    "stride", "padding", "dilation", "groups", "padding_mode", "kernel_size", "ceil_mode", "return_indices", "eps",
+    "inplace",
+}  # fmt: skip
 _POOL_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _DROPOUT_ARGUMENTS = ("input", "p", "training")
@@ -313,17 +319,21 @@ def _chain(head: fx.Node, model: nn.Module) -> Chain | None:
     nodes, problems, modules, frozen = [head], [start.refusal], list(start.modules), list(start.frozen)
     options, norm = dict(start.options), None
     done: list[str] = []
+    result = head
     while set(done) != wanted:
-        step = next(((user, stage) for user in nodes[-1].users if (stage := _stage(user, model, nodes[-1]))), None)
+        users = [user for user in result.users if user not in nodes]
+        step = next(((user, stage) for user in users if (stage := _stage(user, model, result))), None)
         if step is None:
             return None
         node, (what, detail) = step
         if what in done or (what == POOL and POOL not in wanted) or (what == NORM and (done or norm)):
             return None
         module = _module(node, model)
-        others = [user.name for user in nodes[-1].users if user is not node]
+        # A statement such as `F.relu(x, inplace=True)`: whoever comes after it sees what it made of x.
+        nameless = what == RELU and not node.users and _in_place(node, module)
+        others = [user.name for user in (users[: users.index(node)] if nameless else users) if user is not node]
         if others:
-            problems.append(f"the result of {nodes[-1].name} is used by {', '.join(others)} too")
+            problems.append(f"the result of {result.name} is used by {', '.join(others)} too")
         if what == NORM:
             if start.operator == LINEAR:
                 return None
@@ -346,6 +356,7 @@ def _chain(head: fx.Node, model: nn.Module) -> Chain | None:
             modules.append(module)
             problems.append(f"{node.target} {HOOKS}" if hooked(module) else None)
         nodes.append(node)
+        result = result if nameless else node
         if what in wanted:
             done.append(what)
     refusal = next((problem for problem in problems if problem), None)
@@ -358,7 +369,15 @@ def _chain(head: fx.Node, model: nn.Module) -> Chain | None:
         modules=tuple(modules),
         frozen=tuple(frozen),
         refusal=refusal,
+        result=result,
     )
+
+
+def _in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a relu modifies what it is given."""
+    if module is not None:
+        return bool(module.inplace)
+    return node.target in (torch.relu_, "relu_") or bool(_bound(node, ("input", "inplace")).get("inplace"))
 
 
 def _head(node: fx.Node, model: nn.Module) -> Chain | None:
@@ -366,7 +385,8 @@ def _head(node: fx.Node, model: nn.Module) -> Chain | None:
     module = _module(node, model)
     if module is not None and len(node.args) == 1 and not node.kwargs:
         weight, bias = f"{node.target}.weight", None if getattr(module, "bias", None) is None else f"{node.target}.bias"
-        common = {"name": "", "nodes": (node,), "operands": (node.args[0], weight, bias), "modules": (module,)}
+        operands = node.args[0], weight, bias
+        common = {"name": "", "nodes": (node,), "result": node, "operands": operands, "modules": (module,)}
         refusal = f"{node.target} {HOOKS}" if hooked(module) else None
         if _runs(module, nn.Linear):
             return Chain(operator=LINEAR, refusal=refusal or _kind_problem(module), **common)  # type: ignore[arg-type]
@@ -379,7 +399,7 @@ def _head(node: fx.Node, model: nn.Module) -> Chain | None:
         given = _bound(node, _CONV_ARGUMENTS)
         operands = given.pop("input"), given.pop("weight"), given.pop("bias", None)
         name = LINEAR if node.target is F.linear else CONV
-        return Chain("", name, (node,), operands, options=given, refusal=_computed(node, given))
+        return Chain("", name, (node,), node, operands, options=given, refusal=_computed(node, given))
     return None
 
 
@@ -478,14 +498,14 @@ def isolate(chain: Chain, fused: bool) -> fx.Graph:
     copies = {node: graph.placeholder(node.name) for node in chain.inputs()}
     for node in chain.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[chain.nodes[-1]])
+    graph.output(copies[chain.result])
     if fused:
         _replace(graph, chain, copies)
     return graph
 
 
 def _replace(graph: fx.Graph, chain: Chain, copies: dict[fx.Node, fx.Node]) -> None:
-    """Replace the copy of a chain; `copies` then leads from the chain's last node to the fused one."""
+    """Replace the copy of a chain; `copies` then leads from the chain's result to the fused one."""
     nodes = [copies[node] for node in chain.nodes]
     # Before the first node, not at the last: whatever stands between might change the chain's input in place.
     with graph.inserting_before(nodes[0]):
@@ -504,8 +524,8 @@ def _replace(graph: fx.Graph, chain: Chain, copies: dict[fx.Node, fx.Node]) -> N
             weight, bias = (graph.call_function(operator.getitem, (folded, i)) for i in (0, 1))
         function = conv2d_relu_max_pool2d if chain.operator == CONV else linear_relu
         fused = graph.call_function(function, (input, weight, bias), dict(chain.options))
-    nodes[-1].replace_all_uses_with(fused)
-    copies[chain.nodes[-1]] = fused
+    copies[chain.result].replace_all_uses_with(fused)
+    copies[chain.result] = fused
     for node in reversed(nodes):
         graph.erase_node(node)
 

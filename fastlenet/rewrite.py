@@ -12,9 +12,10 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ from fastlenet.pattern import CONV, LINEAR, Chain, Trace, UntraceableError
 __all__ = ["Explanation", "Site", "explain", "fuse"]
 
 Flags = Mapping[str, bool]
+
+_WIDTH = 80
+"""Columns that a table takes, unless names are longer."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,15 @@ class Site:
     fused: str
     reason: str
 
+    @property
+    def heading(self) -> str:
+        """Where it is, what it computes, and of which shapes where they are known."""
+        where = f"{self.name}: {self.operator}"
+        if self.input == "?":
+            return where
+        (shape, _, dtype), (*_, result) = self.input.rpartition(" "), self.output.rpartition(" ")
+        return f"{where}, {shape if dtype == result else self.input} -> {self.output}"
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -68,12 +81,25 @@ class Explanation:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        optional = ("mode", "stock", "fused")
-        names = [field.name for field in fields(Site)]
-        names = [name for name in names if name not in optional or any(getattr(site, name) for site in self.sites)]
-        rows = [names, *([getattr(site, name) for name in names] for site in self.sites)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
-        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        columns = {"mode": "mode", "implementation": "runs", "stock": "stock", "fused": "fused"}
+        columns = {
+            name: title
+            for name, title in columns.items()
+            if name == "implementation" or any(getattr(site, name) for site in self.sites)
+        }
+        rows = [[getattr(site, name) for name in columns] for site in self.sites]
+        widths = [max(map(len, column)) for column in zip(columns.values(), *rows, strict=True)]
+
+        def line(cells: Iterable[str], reason: str) -> str:
+            start = "  ".join(["", *(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), ""])
+            return textwrap.fill(reason, _WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
+
+        lines, heading = [line(columns.values(), "why")] if rows else [], ""
+        for site, row in zip(self.sites, rows, strict=True):
+            if site.heading != heading:
+                heading = site.heading
+                lines.append(textwrap.fill(heading, _WIDTH, subsequent_indent="    ", break_long_words=False))
+            lines.append(line(row, site.reason))
         if all(site.implementation == "stock" for site in self.sites):
             lines.append("(no fused operators)")
         return "\n".join([*lines, *self.notes])
@@ -116,6 +142,7 @@ class _Plan:
     def __init__(self, trace: Trace, taken: Sequence[Chain]) -> None:
         self.run = pattern.function_of(pattern.rewrite(trace.graph, list(taken)))
         self.entered = [(module, tuple(module._modules.values()), module.training) for module in trace.entered]
+        self.training = trace.entered[0].training
         # The model's own hooks run as ever: they are called around the forward, whichever it is.
         self.unhooked = [*trace.entered[1:], *(module for chain in taken for module in chain.modules)]
         self.frozen = [module for chain in taken for module in chain.frozen]
@@ -338,7 +365,7 @@ class _Observer(fx.Interpreter):
 
     def __init__(self, model: nn.Module, trace: Trace, chains: Sequence[Chain]) -> None:
         super().__init__(model, graph=trace.graph)
-        self.wanted = {node for chain in chains for node in (*chain.inputs(), chain.nodes[-1])}
+        self.wanted = {node for chain in chains for node in (*chain.inputs(), chain.result)}
         self.seen: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -351,7 +378,7 @@ class _Observer(fx.Interpreter):
 
     def shapes(self, chain: Chain) -> tuple[str, str]:
         """Input and output of a chain, in words."""
-        return _shape(self.seen[chain.operands[0]]), _shape(self.seen[chain.nodes[-1]])
+        return _shape(self.seen[chain.operands[0]]), _shape(self.seen[chain.result])
 
 
 class _Trial:
@@ -418,7 +445,7 @@ class _Trial:
             for fused in (False, True)
         )
         times = trial.compare(stock, fused, self.device)
-        reason = str(times) if times.clear else f"not clearly faster: {times}"
+        reason = str(times) if times.clear else f"{times}: not clearly faster"
         return replace(record, times=times, fused=times.clear, reason=reason)
 
     def _declined(self, records: Sequence[_Record], reason: str, *notes: str) -> _Variant:
@@ -459,11 +486,15 @@ def explain(model: nn.Module, example_input: Any = None) -> Explanation:
         >>> import torch, fastlenet
         >>> with fastlenet.use_backend("aten"):
         ...     print(fastlenet.explain(fastlenet.LeNet()))
-        name   operator                input  output  implementation  reason
-        conv1  conv2d_relu_max_pool2d  ?      ?       aten            backend 'aten' is forced
-        conv2  conv2d_relu_max_pool2d  ?      ?       aten            backend 'aten' is forced
-        fc1    linear_relu             ?      ?       aten            backend 'aten' is forced
-        fc2    linear_relu             ?      ?       aten            backend 'aten' is forced
+          runs  why
+        conv1: conv2d_relu_max_pool2d
+          aten  backend 'aten' is forced
+        conv2: conv2d_relu_max_pool2d
+          aten  backend 'aten' is forced
+        fc1: linear_relu
+          aten  backend 'aten' is forced
+        fc2: linear_relu
+          aten  backend 'aten' is forced
     """
     layers = {
         name or "(model)": layer
@@ -499,6 +530,11 @@ def _sites_of_fused(model: _Fused, example: tuple[Any, ...] | None) -> tuple[lis
     order = {name: number for number, name in enumerate(dict.fromkeys(site.name for site in sites))}
     rows = [replace(site, mode=mode) for site, mode in sites.items()]
     notes = [note for variant in model._fastlenet_variants for note in variant.notes]
+    if any(site.stock for site in sites):
+        notes.append(trial.RULE)
+    broken = [plan.broken() for plan in model._fastlenet_plans if plan.training is model.training]
+    if broken and None not in broken:
+        notes.append(f"at present the model runs as it was before fuse: {broken[0]}")
     return sorted(rows, key=lambda site: order[site.name]), notes
 
 
@@ -564,7 +600,7 @@ def _site(record: _Record) -> Site:
     implementation, reason = "stock", record.reason
     if record.fused:
         implementation, reason = _implementation(record.dtype, record.device, record.cells)
-        reason = "; ".join(filter(None, (reason, record.reason or "not measured")))
+        reason = f"{record.reason or 'not measured'}; {reason}"
     stock, fused = ("", "") if record.times is None else (_time(record.times.stock), _time(record.times.fused))
     return Site(record.name, record.operator, "", record.input, record.output, implementation, stock, fused, reason)
 
@@ -584,8 +620,13 @@ def _cells(pool_size: IntOrPair) -> int:
 
 
 def _shape(tensor: Tensor) -> str:
-    return f"{'x'.join(map(str, tensor.shape))} {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+    """Three digits and a unit in which they do not need an exponent."""
+    unit, factor = next(((unit, factor) for unit, factor in _UNITS if seconds * factor < 999.5), ("s", 1.0))
+    return f"{seconds * factor:.3g} {unit}"
+
+
+_UNITS = ("us", 1e6), ("ms", 1e3)

@@ -217,6 +217,24 @@ class FunctionNet(nn.Module):
         return torch.relu(F.linear(maps.flatten(1), self.matrix))
 
 
+class StatementNet(nn.Module):
+    """relu in place as a statement of its own, whose value nobody takes: a function, a method, a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.pool = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.MaxPool2d(2)
+        self.fc1, self.relu, self.fc2 = nn.Linear(54, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.conv1(images)
+        F.relu(maps, inplace=True)
+        maps = self.pool(self.conv2(self.pool(maps)))
+        maps.relu_()
+        hidden = self.fc1(maps.flatten(1))
+        self.relu(hidden)
+        return self.fc2(hidden) + hidden[:, :3]
+
+
 @dataclass(frozen=True)
 class Case:
     """A network, its input, and how many sites can be fused: (convolutions, linear maps) in training and in eval."""
@@ -254,4 +272,5 @@ CASES = {
     "resnet_stem": Case(ResNetStem, (2, 3, 56, 56), (0, 0), (1, 0), (("width", 4), ("classes", 10))),
     "nested": Case(Nested, (3, 2, 14, 14), (2, 1), (2, 1)),
     "functions": Case(FunctionNet, (3, 2, 8, 8), (1, 1), (1, 1)),
+    "statements": Case(StatementNet, (3, 1, 18, 18), (2, 1), (2, 1)),
 }

@@ -206,6 +206,25 @@ def test_anomaly_detection_and_frozen_parameters(networks, images):
     assert fused.conv2.weight.grad is not None
 
 
+@pytest.mark.parametrize("layer", ["conv2", "fc1"])
+def test_anomaly_detection_names_the_layer(layer, networks, images):
+    """A gradient that turns into NaN is told at the operator where it does, with the line of its forward."""
+    fused = networks[0]
+
+    def spoil(_, args, output):
+        output.register_hook(lambda gradient: gradient * torch.nan)
+
+    getattr(fused, layer).register_forward_hook(spoil)
+    name = "ConvReLUMaxPool2dFunctionBackward" if layer == "conv2" else "AddmmReLUFunctionBackward"
+    with torch.autograd.set_detect_anomaly(True):
+        loss = fused(images).sum()
+        with (
+            pytest.warns(UserWarning, match=rf"Error detected in {name}. Traceback of forward call(?s:.*)lenet.py"),
+            pytest.raises(RuntimeError, match=rf"Function '{name}' returned nan values"),
+        ):
+            loss.backward()
+
+
 def test_function_is_skipped_where_no_gradient_is_needed(networks, images, monkeypatch):
     for function in (ConvReLUMaxPool2dFunction, AddmmReLUFunction):
         monkeypatch.setattr(function, "apply", None)
@@ -314,15 +333,30 @@ def test_backward_inside_an_autocast_region_keeps_its_dtype():
 # --- a module's life -----------------------------------------------------------------------------------------------
 
 
-def test_same_seed_same_weights_and_states_fit_both_ways():
-    torch.manual_seed(5)
-    fused = fastlenet.LeNet()
-    torch.manual_seed(5)
-    stock = fastlenet.StockLeNet()
-    assert list(fused.state_dict()) == list(stock.state_dict())
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(fused.parameters(), stock.parameters(), strict=True))
-    fused.load_state_dict(stock.state_dict(), strict=True)
-    stock.load_state_dict(fused.state_dict(), strict=True)
+def test_same_seed_same_weights():
+    made = []
+    for kind in (fastlenet.LeNet, fastlenet.StockLeNet):
+        torch.manual_seed(5)
+        made.append(kind().state_dict())
+    torch.testing.assert_close(*made, rtol=0, atol=0)
+
+
+LAYERS = {
+    "network": (fastlenet.LeNet, fastlenet.StockLeNet),
+    "convolution": (lambda: fastlenet.ConvReLUMaxPool2d(4, 6, 3, groups=2), lambda: torch.nn.Conv2d(4, 6, 3, groups=2)),
+    "linear": (lambda: fastlenet.LinearReLU(5, 3, bias=False), lambda: torch.nn.Linear(5, 3, bias=False)),
+}
+
+
+@pytest.mark.parametrize("direction", ["to stock", "from stock"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_states_fit_both_ways(name, direction):
+    """Same names in the same order, and every value arrives."""
+    source, target = (make() for make in (LAYERS[name] if direction == "to stock" else LAYERS[name][::-1]))
+    assert not any(torch.equal(*pair) for pair in zip(source.parameters(), target.parameters(), strict=True))
+    target.load_state_dict(source.state_dict(), strict=True)
+    assert list(target.state_dict()) == list(source.state_dict())
+    torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
 
 
 def test_copies(networks, images):
@@ -337,12 +371,28 @@ def test_copies(networks, images):
         assert torch.equal(other(images), expected)
 
 
-def test_meta_device_and_to_empty():
-    meta = fastlenet.LeNet(device="meta")
-    assert meta(torch.empty(2, 1, 32, 32, device="meta")).shape == (2, 10)
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["copied", "read"])
+def test_copies_keep_every_option_and_share_nothing(how):
+    options = {"stride": 2, "padding": "valid", "dilation": (1, 2), "groups": 2, "bias": False, "dtype": torch.float64}
+    layer = fastlenet.ConvReLUMaxPool2d(4, 6, (3, 2), **options, **POOL)
+    twin, images = how(layer), torch.randn(2, 4, 20, 20, dtype=torch.float64)
+    expected = layer(images)
+    assert (type(twin), repr(twin)) == (type(layer), repr(layer))
+    assert torch.equal(twin(images), expected)
+    with torch.no_grad():
+        twin.weight.zero_()
+    assert torch.equal(layer(images), expected)
+    assert not twin(images).any()
+
+
+@pytest.mark.parametrize("how", [{"device": "meta"}, {}], ids=["made there", "moved there"])
+def test_meta_device_and_to_empty(how):
+    stock, images = fastlenet.StockLeNet(), torch.randn(2, 1, 32, 32)
+    meta = fastlenet.LeNet(**how).to("meta")
+    assert meta(images.to("meta")).shape == (2, 10)
     real = meta.to_empty(device="cpu")
-    real.load_state_dict(fastlenet.StockLeNet().state_dict())
-    assert real(torch.randn(2, 1, 32, 32)).isfinite().all()
+    real.load_state_dict(stock.state_dict())
+    torch.testing.assert_close(real(images), stock(images))
 
 
 def test_channels_last_model(networks, images):

@@ -9,8 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness.judge import assert_as_accurate
+from networks import TutorialNet
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils._pytree import tree_leaves
 
 import fastlenet
 
@@ -71,6 +74,94 @@ def test_a_changing_batch_is_compiled_for_twice(mode, networks):
     assert not counters["graph_break"]
 
 
+def test_a_fused_model_trains_compiled():
+    """`fuse` first, then torch.compile: one graph for any batch after the first, gradients as in the stock model."""
+    stock = TutorialNet()
+    model = fastlenet.fuse(stock)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def check(size):
+        found = []
+        for network, call in ((model, compiled), (stock, stock)):
+            torch.manual_seed(size)
+            *_, loss, grads = gradients(call, network, size)
+            found.append((loss, grads))
+        torch.testing.assert_close(*found)
+
+    check(4)
+    check(5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for size in (9, 17, 64):
+            check(size)
+    assert graphs() == 2
+    assert not counters["graph_break"]
+
+
+def loss(network):
+    return lambda parameters, images: functional_call(network, parameters, (images,)).square().sum()
+
+
+def curvature(network):
+    def second(parameters, images):
+        name = list(parameters)[-1]
+        return hessian(lambda bias: loss(network)({**parameters, name: bias}, images))(parameters[name])
+
+    return second
+
+
+TRANSFORMS = {
+    "grad": lambda network: grad(loss(network)),
+    "per sample": lambda network: vmap(grad(lambda p, image: loss(network)(p, image[None])), (None, 0)),
+    "vmap": lambda network: vmap(lambda p, image: functional_call(network, p, (image[None],)), (None, 0)),
+    "jvp": lambda network: lambda p, x: jvp(lambda y: functional_call(network, p, (y,)), (x,), (x.flip(0),)),
+    "jacrev": lambda network: lambda p, x: jacrev(lambda y: functional_call(network, p, (y,)))(x[:1]),
+    "jacfwd": lambda network: lambda p, x: jacfwd(lambda y: functional_call(network, p, (y,)))(x[:1]),
+    "hessian": curvature,
+    "penalty": lambda network: grad(lambda p, x: grad(loss(network), 1)(p, x).square().sum()),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_torch_func_inside_a_compiled_function(name):
+    """Where nothing that the compiler sees requires a gradient, and yet one is asked for."""
+    fused = nn.Sequential(fastlenet.ConvReLUMaxPool2d(1, 2, 3), nn.Flatten(), fastlenet.LinearReLU(32, 3)).double()
+    stock = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 3), nn.ReLU()
+    ).double()
+    stock.load_state_dict(dict(zip(stock.state_dict(), fused.state_dict().values(), strict=True)))
+    images = torch.randn(3, 1, 10, 10, dtype=torch.float64)
+
+    def transformed(network):
+        parameters = {name: value.detach() for name, value in network.named_parameters()}
+        return TRANSFORMS[name](network), parameters
+
+    function, parameters = transformed(fused)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(parameters, images)
+    function, parameters = transformed(stock)
+    ours, theirs = tree_leaves(compiled), tree_leaves(function(parameters, images))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_torch_func_through_single_operators(bias):
+    """A product without a bias, and three layers in one."""
+    layer = fastlenet.LinearReLU(6, 4, bias=bias).double()
+    weights = [torch.randn(shape, dtype=torch.float64) for shape in ((5, 4), (5,), (3, 5), (3,), (2, 3), (2,))]
+
+    def function(rows):
+        return fastlenet.functional.mlp(layer(rows), *weights).square().sum()
+
+    def stock(rows):
+        hidden = F.relu(F.linear(rows, layer.weight, layer.bias))
+        for index in (0, 2):
+            hidden = F.relu(F.linear(hidden, *weights[index : index + 2]))
+        return F.linear(hidden, *weights[4:]).square().sum()
+
+    rows = torch.randn(7, 6, dtype=torch.float64)
+    compiled = torch.compile(grad(function), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rows), grad(stock)(rows), rtol=1e-10, atol=1e-12)
+
+
 class Foreign(nn.Module):
     """Somebody's network: a residual branch around one of our layers, and another kept out of autocast."""
 
@@ -89,8 +180,11 @@ class Foreign(nn.Module):
         return self.head(hidden)
 
 
-def test_our_layers_inside_somebody_elses_compiled_model_under_autocast():
-    """Compiled, the rounding of bfloat16 falls elsewhere: what counts is to be as accurate as the model in eager."""
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(torch.bfloat16, "inductor"), (torch.float16, "aot_eager")], ids=["bfloat16", "float16"]
+)
+def test_our_layers_inside_somebody_elses_compiled_model_under_autocast(dtype, backend):
+    """Compiled, the rounding of 16 bits falls elsewhere: what counts is to be as accurate as the model in eager."""
     model, images = Foreign(), torch.randn(6, 2, 12, 10)
     exact = copy.deepcopy(model).double()
     hidden_types = []
@@ -98,17 +192,19 @@ def test_our_layers_inside_somebody_elses_compiled_model_under_autocast():
 
     def run(network, call, images):
         network.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             output = call(images)
         output.to(images.dtype).square().mean().backward()
         return output.detach(), *(parameter.grad for parameter in network.parameters())
 
-    compiled, eager = run(model, torch.compile(model, fullgraph=True), images), run(model, model, images)
+    compiled, eager = (
+        run(model, call, images) for call in (torch.compile(model, fullgraph=True, backend=backend), model)
+    )
     assert graphs() == 1
     assert hidden_types == [torch.float32] * 2, "the disabled region is respected"
-    assert [tensor.dtype for tensor in compiled] == [torch.bfloat16, *[torch.float32] * (len(eager) - 1)]
+    assert [tensor.dtype for tensor in compiled] == [dtype, *[torch.float32] * (len(eager) - 1)]
     for ours, theirs, reference in zip(compiled, eager, run(exact, exact, images.double()), strict=True):
-        assert_as_accurate(ours.bfloat16(), theirs.bfloat16(), reference, dtype=torch.bfloat16)
+        assert_as_accurate(ours.to(dtype), theirs.to(dtype), reference, dtype=dtype)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a driver for Triton")

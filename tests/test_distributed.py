@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -17,8 +18,10 @@ import torch.nn.functional as F
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 
+from networks import TutorialNet
 from test_training import quick, write_idx
 
+import fastlenet
 from fastlenet import checkpoint, distributed, support, train
 
 HERE = Path(__file__).parent
@@ -128,6 +131,43 @@ def test_gradients_are_those_of_the_joined_batch(worked: Path, name: str) -> Non
     optimiser.step()
     expected = [p.detach() if "stepped" in name else p.grad for p in model.parameters()]
     torch.testing.assert_close(torch.load(worked / "gradients.pt")[name], expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.fixture
+def alone_in_a_group():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def wrapped(how: str, model: torch.nn.Module) -> torch.nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    if how == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    for layer in model.children() if how == "fsdp by layer" else ():
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+@pytest.mark.parametrize(("how", "fused"), [("ddp", True), ("fsdp", True), ("fsdp by layer", False)])
+def test_fused_models_can_be_wrapped(how: str, fused: bool, alone_in_a_group: None) -> None:
+    """`fuse` first, wrap then. Layers sharded one by one gather weights when they are called: as stock."""
+    stock = TutorialNet().double()
+    model = wrapped(how, fastlenet.fuse(copy.deepcopy(stock)))
+    images, labels = torch.randn(4, 1, 32, 32, dtype=torch.float64), torch.arange(4)
+    losses = [F.cross_entropy(network(images), labels) for network in (model, stock)]
+    nodes, seen = [losses[0].grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        seen.add(type(node).__name__)
+        nodes += [onward for onward, _ in node.next_functions if onward is not None]
+    assert ({"ConvReLUMaxPool2dFunctionBackward", "AddmmReLUFunctionBackward"} <= seen) == fused
+    for loss in losses:
+        loss.backward()
+    grads = [getattr(parameter.grad, "full_tensor", lambda p=parameter: p.grad)() for parameter in model.parameters()]
+    torch.testing.assert_close(grads, [p.grad for p in stock.parameters()], rtol=1e-12, atol=1e-15)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

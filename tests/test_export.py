@@ -187,6 +187,19 @@ def test_a_decomposed_program_runs_without_fastlenet(program, plain, networks, t
     torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), networks[1](images))
 
 
+def test_a_decomposed_program_can_be_trained():
+    """Gradients of every parameter are stock's."""
+    fused, stock = fastlenet.LeNet().double(), fastlenet.StockLeNet().double()
+    stock.load_state_dict(fused.state_dict())
+    images = torch.randn(3, 1, 32, 32, dtype=torch.float64)
+    module = torch.export.export(fused, (images,)).run_decompositions(fastlenet.decompositions()).module()
+    for network in (module, stock):
+        network(images).square().sum().backward()
+    found = {name: parameter.grad for name, parameter in module.named_parameters()}
+    assert len(found) == 10
+    torch.testing.assert_close(found, {name: p.grad for name, p in stock.named_parameters()}, rtol=1e-12, atol=1e-12)
+
+
 def test_onnx_with_a_dynamic_batch(plain, networks, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

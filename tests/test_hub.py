@@ -109,13 +109,13 @@ def repository(tmp_path_factory):
     return folder
 
 
-def run(repository, tmp_path, *parts, beside="alone"):
+def run(repository, tmp_path, *parts, beside="alone", load=LOAD):
     if not any(name.lower() == "kernels" for name in importlib.metadata.packages_distributions().get("kernels", ())):
         pytest.skip("Hugging Face's kernels is not installed (pip install 'fastlenet[dev]')")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)  # it may name the checkout
     script = tmp_path / "script.py"
-    script.write_text("".join((LOAD, *parts)), encoding="utf-8")
+    script.write_text("".join((load, *parts)), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(script), str(repository), beside],
         cwd=tmp_path,
@@ -138,6 +138,23 @@ def test_loaded_beside_an_installed_fastlenet(repository, tmp_path):
 
 def test_kernelize_exchanges_the_forward_of_a_stock_like_model(repository, tmp_path):
     run(repository, tmp_path, KERNELIZE)
+
+
+def test_the_guide_does_what_it_says(repository, tmp_path):
+    """Its Python blocks, as they stand; the exchanged layer then runs the copy's operator."""
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "checkout" / "out").mkdir()
+    (tmp_path / "checkout" / "out" / "hub").symlink_to(repository)
+    text = (ROOT / "docs" / "hub.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    check = (
+        "assert hidden.shape == (5, 4)\n"
+        "output = model(torch.randn(5, 3))\n"
+        "(layer, _) = output.grad_fn.next_functions[1]\n"
+        "assert type(layer).__name__ == 'AddmmReLUFunctionBackward', layer\n"
+    )
+    run(repository, tmp_path, *blocks, check, load="")
 
 
 def test_every_variant_is_the_same_code_under_its_own_name(repository):

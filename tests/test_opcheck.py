@@ -16,6 +16,8 @@ from harness.cases import (
     BIG_WINDOW,
     CONV_CASES,
     DTYPES,
+    SHIPPED_ADDMM,
+    SHIPPED_CONV,
     TOO_BIG_WINDOW,
     addmm_cases,
     conv_cases,
@@ -57,12 +59,12 @@ def check_addmm(case, tensors, checks, masks=MASKS):
             opcheck(OPERATORS.addmm_relu_backward.default, args, test_utils=checks)
 
 
-@conv_cases([*CONV_CASES, TOO_BIG_WINDOW])
+@conv_cases([*CONV_CASES, TOO_BIG_WINDOW, *SHIPPED_CONV])
 def test_convolution(case, generator):
     check_conv(case, case.random(torch.float32, generator), ALL, masks=[[True] * 3])
 
 
-@addmm_cases(ADDMM_CASES)
+@addmm_cases([*ADDMM_CASES, *SHIPPED_ADDMM])
 def test_addmm(case, generator):
     check_addmm(case, case.random(torch.float32, generator), ALL, masks=[[case.addend is not None, True, True]])
 

@@ -23,7 +23,15 @@ from harness.cases import (
 from harness.draw import addmm_calls, conv_calls
 from harness.fuzz import examples, given, settings
 from harness.judge import assert_bitwise_equal, assert_same_values, exact_grid
-from harness.operators import ADDMM, CONV, run, saved_for_backward, stock_linear_relu, upstream
+from harness.operators import (
+    ADDMM,
+    CONV,
+    run,
+    saved_for_backward,
+    stock_conv2d_relu_max_pool2d,
+    stock_linear_relu,
+    upstream,
+)
 from harness.strides import awkward, kinds_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -177,9 +185,20 @@ def test_awkward_layouts_of_a_product(case, name, kind):
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (0,), (2, 1, 3)], ids=str)
-@pytest.mark.parametrize(("weight", "bias"), [((5, 7), None), ((5, 7), (5,)), ((5, 7), (1,)), ((7,), None)], ids=str)
+@pytest.mark.parametrize(
+    ("weight", "bias"), [((5, 7), None), ((5, 7), (5,)), ((5, 7), (1,)), ((5, 7), (1, 5)), ((7,), None)], ids=str
+)
 def test_linear_relu(leading, weight, bias):
     """Any leading dimensions, a weight without output dimension, and biases that broadcast."""
+    linear_relu_is_stocks(leading, weight, bias)
+
+
+@pytest.mark.parametrize("bias", [(3, 5), (2, 1, 5), (2, 3, 5)], ids=str)
+def test_a_bias_with_rows_of_its_own(bias):
+    linear_relu_is_stocks((2, 3), (5, 7), bias)
+
+
+def linear_relu_is_stocks(leading, weight, bias):
     tensors = {
         "input": exact_grid((*leading, 7), torch.float32),
         "weight": exact_grid(weight, torch.float32),
@@ -590,6 +609,34 @@ def test_channels_last_comes_out_as_it_went_in(case, name, dtype):
     assert result.output.is_contiguous(memory_format=torch.channels_last)
     for (label, actual), (_, expected) in zip(result.tensors(), stock.tensors(), strict=True):
         assert actual.stride() == expected.stride(), label
+
+
+PARTS_OF_NHWC = {
+    "all": lambda images, channels: torch.randn(images, 12, 11, channels),
+    "some columns": lambda images, channels: torch.randn(images, 12, 14, channels)[:, :, 1:12],
+    "some channels": lambda images, channels: torch.randn(images, 12, 11, channels + 2)[..., 1 : 1 + channels],
+    "every second image": lambda images, channels: torch.randn(2 * images, 12, 11, channels)[::2],
+}
+
+
+@parametrize_dtypes(torch.float32, torch.float64)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("images", [2, 70])
+@pytest.mark.parametrize("part", PARTS_OF_NHWC)
+def test_parts_of_channels_last_have_stocks_strides(part, images, channels, dtype):
+    """As images come out of NumPy; few or one channel, few images or many. Compiled code relies on the strides."""
+    input = PARTS_OF_NHWC[part](images, channels).to(dtype).permute(0, 3, 1, 2)
+    case = conv_case("plain", input.shape, (5, channels, 3, 3), pool_size=2)
+    weight = torch.randn(5, channels, 3, 3, dtype=dtype)
+    forward, backward = torch.ops.fastlenet.conv2d_relu_max_pool2d, torch.ops.fastlenet.conv2d_relu_max_pool2d_backward
+    output, code = forward(input, weight, None, *case.geometry, True)
+    assert output.stride() == stock_conv2d_relu_max_pool2d(input, weight, pool_size=2).stride()
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    for operator, args in (
+        (forward, (input, weight, None, *case.geometry, True)),
+        (backward, (output, input, weight, code, *case.geometry, [True, True, True])),
+    ):
+        torch.library.opcheck(operator.default, args, test_utils="test_faketensor")
 
 
 def test_empty_batch():

@@ -16,7 +16,7 @@ from networks import CASES, OldMnistNet, ResNetStem, TutorialNet
 from torch import nn
 
 import fastlenet
-from fastlenet import trial
+from fastlenet import rewrite, trial
 
 CONV, LINEAR = "conv2d_relu_max_pool2d", "linear_relu"
 IMPLEMENTATIONS = ("aten", "triton")
@@ -158,6 +158,29 @@ class Shared(nn.Module):
         return F.relu(hidden) + hidden + maps.mean()
 
 
+class SeenBefore(nn.Module):
+    """Somebody has looked before relu changed in place what they look at."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+
+    def forward(self, images):
+        maps = self.conv(images)
+        mean = maps.mean()
+        F.relu(maps, inplace=True)
+        return F.max_pool2d(maps, 2) + mean
+
+
+class SeenAfter(SeenBefore):
+    """They look afterwards, at what the pool sees too."""
+
+    def forward(self, images):
+        maps = self.conv(images)
+        maps.relu_()
+        return F.max_pool2d(maps, 2) + maps.mean()
+
+
 class Indices(nn.Module):
     """Somebody needs to know where the maxima were."""
 
@@ -220,6 +243,8 @@ def patched():
 
 REFUSED = {
     "shared_activation": (Shared, "is used by mean too"),
+    "seen_before_relu_in_place": (SeenBefore, "the result of conv is used by mean too"),
+    "seen_after_relu_in_place": (SeenAfter, "the result of conv is used by mean too"),
     "indices": (Indices, "returns indices"),
     "computed_window": (Computed, "computed in the forward"),
     "relu_after_padded_dilated_pool": (Late, "both padding and dilation"),
@@ -428,15 +453,30 @@ def test_what_happens_later_is_seen(name, caplog):
     fused = fastlenet.fuse(Scaled())
     fused.epoch += 1  # which no forward reads
     assert graph_nodes(fused(images_of("tutorial"))) == (2, 2)
+    assert "at present" not in str(fastlenet.explain(fused))
     LATER[name](fused)
     images = torch.randn(2, 1, 60, 60) if name == "stride_of_a_convolution" else images_of("tutorial")
     with caplog.at_level(logging.DEBUG, "fastlenet"):
         output = fused(images)
     assert graph_nodes(output) == (0, 0)
     assert "runs as it was before fuse" in caplog.text
+    assert "at present the model runs as it was before fuse" in str(fastlenet.explain(fused))
     again = fastlenet.fuse(fused)
     assert graph_nodes(again(images))[1] == 2
     torch.testing.assert_close(again(images), output)
+
+
+def test_a_relu_that_no_longer_works_in_place_is_seen():
+    """As a statement it then does nothing, in the stock model and so in the fused one."""
+    model = CASES["statements"]()
+    fused = fastlenet.fuse(model)
+    images = images_of("statements")
+    before = fused(images)
+    for network in (model, fused):
+        network.relu.inplace = False
+    assert graph_nodes(fused(images)) == (0, 0)
+    assert torch.equal(fused(images), model(images))
+    assert not torch.allclose(fused(images), before)
 
 
 def test_parameters_that_change_are_followed():
@@ -783,6 +823,43 @@ def test_measuring_leaves_no_trace():
         fastlenet.fuse(TutorialNet(), torch.randn(1, 3, 32, 32))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_tables_fit_narrow_terminals(name, monkeypatch):
+    """80 columns, all that is known of a site included; a word that is longer by itself may stand out."""
+    monkeypatch.setattr(trial, "compare", lambda *_: trial.Comparison(2.36e-3, 12.3456, trial.WINS))
+    table = fastlenet.explain(fastlenet.fuse(CASES[name](), images_of(name)))
+    lines = str(table).splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    text = " ".join(str(table).split())
+    for site in table.sites:
+        assert site.heading in text
+        assert " ".join(filter(None, (site.mode, site.implementation, site.stock, site.fused, site.reason))) in text
+    assert "2.36 ms 12.3 s" in text
+    assert lines[-1] == trial.RULE
+
+
+def test_a_site_without_dimensions_has_a_row():
+    class Score(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, features):
+            return F.relu(F.linear(features, self.weight))
+
+    model, features = Score(), torch.arange(3.0)
+    assert "linear > relu: linear_relu, 3 -> scalar float32" in str(fastlenet.explain(model, features))
+    assert fastlenet.fuse(model)(features) == 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(4e-8, "0.04 us"), (9.99e-4, "999 us"), (9.999e-4, "1 ms"), (0.0123, "12.3 ms"), (0.9999, "1 s"), (123, "123 s")],
+)
+def test_times_have_units_that_suit_them(seconds, text):
+    assert rewrite._time(seconds) == text
+
+
 def run_for(clock, *milliseconds):
     """A call that takes so long by a planted clock, in turns."""
     lengths = itertools.cycle(milliseconds)
@@ -805,6 +882,21 @@ def test_only_clear_wins_count(stock, fused, clear, monkeypatch):
     assert times.clear is clear
     if len(stock) == 1:
         assert (times.stock, times.fused) == pytest.approx((stock[0] / 1e3, fused[0] / 1e3))
+
+
+@pytest.mark.parametrize(("won", "rounds"), [(0, 3), (5, 8), (12, 15)])
+def test_a_lost_cause_is_cut_short(won, rounds, monkeypatch):
+    """With three rounds lost 13 of 15 cannot be won any more: a large model's user is not kept waiting."""
+    clock, calls = [0.0], itertools.count(-2)  # two calls come before the first round
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(trial, "SAMPLE_SECONDS", 0)
+
+    def fused():
+        clock[0] += 0.001 if next(calls) < won else 0.003
+
+    times = trial.compare(run_for(clock, 2), fused, torch.device("cpu"))
+    assert (times.wins, times.rounds, times.clear) == (won, rounds, False)
+    assert str(times) == f"won {won} of {rounds} rounds"
 
 
 def test_a_hiccup_does_not_hide_a_win(monkeypatch):

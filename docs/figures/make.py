@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 INK, PALE, BLUE, ORANGE, GREEN = "#333333", "#f4f4f4", "#9ecae1", "#fdae6b", "#a1d99b"
+DARK_ORANGE = "#d94801"
 # The same bytes from every run, with text that stays text.
 plt.rcParams.update({"svg.hashsalt": "fastlenet", "svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"})
 
@@ -56,31 +57,39 @@ def save(folder: Path, name: str) -> None:
     plt.close()
 
 
+def outline(axes: Axes, corner: tuple[float, float], size: tuple[float, float], colour: str) -> None:
+    """Draw a thick dashed frame."""
+    axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=2.4, linestyle=(0, (4, 2))))
+
+
 def conv2d_relu_max_pool2d(folder: Path) -> None:
     """One pooled cell: from its patch of the input to its value and its code."""
-    axes = canvas(24, 9.6)
+    axes = canvas(27.5, 10.4)
+    cell = 0.8
     patch = {(row, column): BLUE for row in range(1, 7) for column in range(1, 7)}
-    grid(axes, 0, 1.4, 8, 8, 0.8, patch)
-    words(axes, 3.2, 8.2, "input, in memory")
-    words(axes, 3.2, 0.7, "a 6 x 6 patch holds the four\n5 x 5 fields of one 2 x 2 window")
-    arrow(axes, (6.6, 4.6), (9.6, 4.6), "convolve")
+    grid(axes, 1, 2.0, 8, 8, cell, patch)
+    # The field of the window's second cell: rows 1 to 5 and columns 2 to 6 of the input.
+    outline(axes, (1 + 2 * cell, 2.0 + 2 * cell), (5 * cell, 5 * cell), DARK_ORANGE)
+    words(axes, 4.2, 9.6, "input, in memory")
+    words(axes, 4.2, 0.9, "a 6 x 6 patch holds the four 5 x 5\nfields of one window; dashed: cell 1's")
+    arrow(axes, (7.7, 5.2), (10.7, 5.2), "convolve")
     values = ((-0.3, 1.2), (0.7, 1.2))
-    grid(axes, 9.9, 3.3, 2, 2, 1.3, {(0, 1): ORANGE})
+    grid(axes, 11, 3.9, 2, 2, 1.3, {(0, 1): ORANGE})
     for row in (0, 1):
         for column in (0, 1):
-            words(axes, 10.55 + 1.3 * column, 5.25 - 1.3 * row, f"{values[row][column]}")
-            words(axes, 9.9 + 1.3 * column + 0.2, 5.8 - 1.3 * row - 0.15, str(2 * row + column), fontsize=7)
-    words(axes, 11.2, 8.2, "one window of the convolution,\nin registers only (Triton)")
-    words(axes, 11.2, 2.3, "cells numbered in scan order;\nof equal ones the first wins")
-    arrow(axes, (12.8, 4.6), (16.6, 4.6), "max, then relu")
-    grid(axes, 17, 4.8, 4, 4, 0.8, {(1, 1): ORANGE})
-    words(axes, 18.2, 6.8, "1.2", fontsize=8)
-    words(axes, 18.6, 8.5, "output, in memory")
-    grid(axes, 17, 0.9, 4, 4, 0.8, {(1, 1): GREEN})
-    words(axes, 18.2, 2.9, "1", fontsize=8)
-    words(axes, 20.4, 6.4, "1.2 = relu(max)", ha="left")
-    words(axes, 20.4, 2.5, "code: cell 1 won;\n255 if relu closed it", ha="left")
-    words(axes, 18.6, 0.4, "codes, one byte each, for the backward", fontsize=9)
+            words(axes, 11.75 + 1.3 * column, 5.75 - 1.3 * row, f"{values[row][column]}")
+            words(axes, 11.2 + 1.3 * column, 6.25 - 1.3 * row, str(2 * row + column), fontsize=7)
+    words(axes, 12.3, 9.6, "one window of the convolution,\nin registers only (Triton)")
+    words(axes, 12.3, 2.9, "cells numbered in scan order;\nof equal ones the first wins")
+    arrow(axes, (13.9, 5.2), (17.7, 5.2), "max, then relu")
+    grid(axes, 18, 5.6, 4, 4, cell, {(1, 1): ORANGE})
+    words(axes, 19.2, 7.6, "1.2", fontsize=8)
+    words(axes, 19.6, 9.6, "output, in memory")
+    grid(axes, 18, 1.6, 4, 4, cell, {(1, 1): GREEN})
+    words(axes, 19.2, 3.6, "1", fontsize=8)
+    words(axes, 21.5, 7.2, "1.2 = relu(max)", ha="left")
+    words(axes, 21.5, 3.2, "code: cell 1 won;\n255 if relu closed it", ha="left")
+    words(axes, 19.6, 0.9, "codes, one byte each, for the backward")
     save(folder, "conv2d_relu_max_pool2d")
 
 
@@ -106,23 +115,48 @@ def row_of(axes: Axes, y: float, parts: Sequence[tuple[str, float, float, str] |
 
 def addmm_relu(folder: Path) -> None:
     """Forward in one kernel; in the backward the mask is applied while the gradient is read."""
-    axes = canvas(22, 9.2)
-    words(axes, 0.2, 8.7, "forward: bias, sum and relu happen in registers, on the way to memory", ha="left")
-    row_of(axes, 6.4, [
+    axes = canvas(22, 13.4)
+    words(
+        axes, 0.2, 12.9, "forward: sum and relu happen in registers, on the way to memory (beta = alpha = 1)", ha="left"
+    )
+    row_of(axes, 10.6, [
         ("y\nM x N", 2.6, 2.6, ORANGE), "= relu(", ("input,\nbroadcast", 2.6, 1.3, PALE), "+",
         ("mat1\nM x K", 3.4, 2.6, BLUE), "x", ("mat2\nK x N", 2.6, 3.4, BLUE), ")",
     ])  # fmt: skip
     words(
-        axes, 0.2, 4.0, "backward: the gradient is masked with y > 0 as it is read; no masked copy is made", ha="left"
+        axes, 0.2, 8.2, "backward: the gradient is masked with y > 0 as it is read; no masked copy is made", ha="left"
     )
-    row_of(axes, 1.9, [
-        ("grad mat1\nM x K", 3.4, 2.6, ORANGE), "= (", ("grad y\nM x N", 2.6, 2.6, BLUE), "where",
-        ("y > 0", 2.6, 2.6, GREEN), ") x", ("mat2.T\nN x K", 3.4, 2.6, BLUE),
-    ])  # fmt: skip
+    masked = ("grad y\nM x N", 2.6, 2.6, BLUE), "where", ("y > 0", 2.6, 2.6, GREEN)
+    row_of(
+        axes, 6.1, [("grad mat1\nM x K", 3.4, 2.6, ORANGE), "= (", *masked, ") x", ("mat2.T\nN x K", 3.4, 2.6, BLUE)]
+    )
+    row_of(
+        axes, 2.3, [("grad mat2\nK x N", 2.6, 3.4, ORANGE), "=", ("mat1.T\nK x M", 2.6, 3.4, BLUE), "x (", *masked, ")"]
+    )
     save(folder, "addmm_relu")
+
+
+def mlp(folder: Path) -> None:
+    """A tile of images on its way through three layers."""
+    axes = canvas(27, 9.2)
+    axes.add_patch(
+        Rectangle((4.6, 3.9), 17.8, 3.6, facecolor="white", edgecolor=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+    )
+    words(axes, 13.4, 8.3, "one program: a tile of rows goes through all layers, on the chip (Triton)")
+    line = 5.7
+    boxes = ((0.3, 3.4, "input\nN x 400", BLUE), (9.0, 2.4, "hidden 1\n120", PALE), (15.0, 2.4, "hidden 2\n84", PALE),
+             (23.4, 2.8, "output\nN x 10", ORANGE))  # fmt: skip
+    for left, width, name, colour in boxes:
+        matrix(axes, (left, line - 1.3), (width, 2.6), name, colour)
+    for start, end, layer in ((3.9, 8.8, "W1, b1, relu"), (11.6, 14.8, "W2, b2,\nrelu"), (17.6, 23.2, "W3, b3")):
+        arrow(axes, (start, line), (end, line), layer)
+    for left in (10.2, 16.2):
+        arrow(axes, (left, 4.3), (left, 2.1))
+    words(axes, 13.2, 1.2, "stored once if a backward is to come;\nin inference never")
+    save(folder, "mlp")
 
 
 if __name__ == "__main__":
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent
-    for draw in (conv2d_relu_max_pool2d, addmm_relu):
+    for draw in (conv2d_relu_max_pool2d, addmm_relu, mlp):
         draw(target)

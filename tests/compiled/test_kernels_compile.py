@@ -30,8 +30,8 @@ class Mode:
 
 IEEE = Mode(torch.float32)
 MODES = (IEEE, Mode(torch.float32, "tf32"), Mode(torch.float16), Mode(torch.bfloat16))
-WIDTHS = {16: 16, 32: 32, 128: 64}
-"""Output channels or features, and the tile that ships for them; 6 takes 16's tile and 64 takes 128's."""
+WIDTHS = (16, 32, 64, 128)
+"""Channels or features, one for each tile that ships; those between take the next larger tile."""
 NVIDIA = [name for name in TARGETS if name.startswith("sm")]
 PRODUCTS = {
     "conv forward": "_forward_kernel",
@@ -145,8 +145,8 @@ def test_shipped_configurations(target, mode, width, compiled):
     assert {name: record.name for name, record in records.items()} == PRODUCTS
     for name, record in records.items():
         # Exact float32 products of matrices keep both operands in registers, and would spill in a wider tile.
-        widest = 32 if mode == IEEE and name.startswith("addmm") else 64
-        assert tile(record) == min(widest, WIDTHS[width]), name
+        widest = 32 if mode == IEEE and name.startswith("addmm") else 128 if name.startswith("conv grad") else 64
+        assert tile(record) == min(widest, width), name
         assert record.constexprs["PRECISION"] == mode.precision
         if record.target.backend == "cuda":
             units = opcodes(record)
@@ -157,6 +157,29 @@ def test_shipped_configurations(target, mode, width, compiled):
                 assert multiplied >= products_per_thread(record), name
         elif mode.dtype != torch.float32:
             assert record.count(r"v_mfma_f32_\w+(f16|bf16)") > 0, name
+
+
+@every_target
+@modes(*MODES)
+@pytest.mark.parametrize("width", [16, 64])
+def test_few_input_channels(target, mode, width):
+    """Below 16 channels the depth is walked in the weight's own order; tiles are smaller."""
+    case = conv_case("few channels", (2, 3, 14, 14), (width, 3, 5, 5))
+    with fp32_precision(mode.precision), compiling_for(target) as records:
+        forward, _, grad_weight = Launchers(records).conv(case, mode.dtype)
+        assert [(r.constexprs["WIDE"], tile(r)) for r in (forward, grad_weight)] == [(False, width)] * 2
+        check(records)
+
+
+@every_target
+@modes(*MODES)
+def test_any_stride_and_any_window(target, mode):
+    """The input's gradient where strides divide, and several windows cover a cell."""
+    case = channels(64, stride=2, pool_size=3, pool_stride=2, pool_padding=1)
+    with fp32_precision(mode.precision), compiling_for(target) as records:
+        _, grad_input, _ = Launchers(records).conv(case, mode.dtype)
+        assert grad_input.constexprs["UNIT"] is False
+        check(records)
 
 
 @every_target
@@ -261,7 +284,10 @@ def test_new_shapes_compile_nothing_new():
                 arguments = (tensors["input"], tensors["weight"], code, case.geometry)
                 conv.conv2d_relu_max_pool2d_backward(grad, *arguments, everything[0])
                 counts.append(len(records))
-        assert counts == [4] * len(counts)  # forward, two gradients, sum_parts
+        # Forward, two gradients and sum_parts; then the wide forms of forward and weight gradient; and, from the first
+        # stride or window that is not plain on, another gradient of the input.
+        assert counts == sorted(counts)
+        assert sorted(set(counts)) == [4, 6, 7]
         for m, k, n in [(1, 1, 1), (16, 16, 16), (17, 12, 6), (64, 1, 16), (3, 5, 1), (1000, 16, 10)]:
             for awkward in (False, True):
                 mat1, mat2, bias = (torch.randn(shape).half() for shape in ((m, k), (k, n), (n,)))
@@ -271,7 +297,7 @@ def test_new_shapes_compile_nothing_new():
                 grad = _unaligned(output) if awkward else output.sum().expand_as(output)
                 addmm.addmm_relu_backward(grad, output, mat1, mat2, (n,), 1, 0.5, everything[0])
                 counts.append(len(records))
-        assert counts[-12:] == [7] * 12  # and forward and two gradients here
+        assert counts[-12:] == [10] * 12  # and forward and two gradients here
     assert launchers.records is records
 
 

@@ -10,7 +10,8 @@ convolution, PH x PW pooled output, T cells of a pooling window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -168,12 +169,13 @@ def _forward_kernel(
             for start in range(0, depth, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
                 k_mask = k < depth
-                h = first_h[None, :] + ((k // kernel_w % kernel_h) * dilation_h)[:, None]
-                w = first_w[None, :] + ((k % kernel_w) * dilation_w)[:, None]
-                mask = k_mask[:, None] & inside[None, :] & _within(h, input_h) & _within(w, input_w)
-                offset = ((k // taps).to(INDEX) * input_stride_c)[:, None]
+                # Loaded with the depth last: a thread then divides few of its numbers.
+                h = first_h[:, None] + ((k // kernel_w % kernel_h) * dilation_h)[None, :]
+                w = first_w[:, None] + ((k % kernel_w) * dilation_w)[None, :]
+                mask = inside[:, None] & k_mask[None, :] & _within(h, input_h) & _within(w, input_w)
+                offset = ((k // taps).to(INDEX) * input_stride_c)[None, :]
                 offset += h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w
-                patch = load(input_images[None, :] + offset, mask)
+                patch = tl.trans(load(input_images[:, None] + offset, mask))
                 weight = load(weight_rows[:, None] + k[None, :], channel_mask[:, None] & k_mask[None, :])
                 conv = tl.dot(weight, patch, conv, input_precision=PRECISION)
         if HAS_BIAS:
@@ -424,10 +426,9 @@ def _grad_weight_kernel(
         offset = image * grad_stride_n
         offset += pooled_row.to(INDEX) * grad_stride_h + pooled_column.to(INDEX) * grad_stride_w
         grad = load(grad_ptr + offset[None, :] + (out_channel * grad_stride_c)[:, None], mask & (code != 255))
-        if NEED_BIAS:
-            # Every tile of k would have the same sum; the first takes it.
-            if tile == 0:
-                grad_bias += tl.sum(grad.to(tl.float32), axis=1)
+        # Every tile of k would have the same sum; the first takes it.
+        if NEED_BIAS and tile == 0:
+            grad_bias += tl.sum(grad.to(tl.float32), axis=1)
         if NEED_WEIGHT:
             for cell in range(pool_h * pool_w):
                 conv_row = pooled_row * pool_stride_h - pool_padding_h + (cell // pool_w) * pool_dilation_h
@@ -458,6 +459,9 @@ def _grad_weight_kernel(
     if NEED_BIAS:
         tl.store(bias_parts_ptr + out_channel, grad_bias, mask=channel_mask & (tile == 0))
 
+
+_AS_RULED: Mapping[str, int] = MappingProxyType({})
+"""No launch configuration from the table: tiles follow the rules below."""
 
 _WIDE = 16
 """Input channels of a group from which kernels walk the depth tap by tap: below, channels do not fill a step."""
@@ -492,14 +496,21 @@ def _wide_tile(
     tile = _tile(dtype, rows, columns, depth)
     if INTERPRETED:
         return tile
+    if _exact(dtype) and architecture().startswith("sm_1"):
+        # Blackwell's matrix units take products of 64 columns and more, and round exact float32 to tf32 there.
+        widest = 32
     block_n = _block(columns, widest)
     return tile | {"BLOCK_M": tall, "BLOCK_N": block_n, "BLOCK_K": step, "num_warps": 8 if tall * block_n > 4096 else 4}
 
 
 def _roomy(dtype: torch.dtype) -> bool:
     """Whether the weight's gradient may take 32 pooled cells a step: elsewhere, and by 64-bit addresses, it spills."""
-    exact = dtype == torch.float32 and dot_precision(dtype, torch.backends.cudnn.conv.fp32_precision) == "ieee"
-    return not exact and architecture() in ("sm_90", "sm_100")
+    return not _exact(dtype) and architecture() in ("sm_90", "sm_100")
+
+
+def _exact(dtype: torch.dtype) -> bool:
+    """Whether products are of exact float32."""
+    return dtype == torch.float32 and dot_precision(dtype, torch.backends.cudnn.conv.fp32_precision) == "ieee"
 
 
 def _block(size: int, most: int) -> int:
@@ -525,9 +536,14 @@ def _sizes(input: Tensor, weight: Tensor, pooled: Sequence[int], rows: int, geom
 
 
 def forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_code: bool
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: ConvPoolGeometry,
+    return_code: bool,
+    options: Mapping[str, int] = _AS_RULED,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch the forward; arguments and results as in `conv2d_relu_max_pool2d`."""
+    """Launch the forward; arguments and results as in `conv2d_relu_max_pool2d`, `options` in place of the rule's."""
     shape = geometry.output_shape(input, weight)
     output = empty(shape, input, memory_format=memory_format(input, weight))
     code = empty(shape, output, geometry.code_dtype, memory_format(input, weight)) if return_code else None
@@ -537,6 +553,7 @@ def forward(
         tile = _wide_tile(input.dtype, rows, channels, weight.shape[1], widest=64, step=_block(weight.shape[1], 32))
     else:
         tile = _tile(input.dtype, rows, channels, weight[0].numel())
+    tile |= options
     weight = weight.contiguous(memory_format=torch.channels_last if wide else torch.contiguous_format)
     launch(
         _forward_kernel,
@@ -558,11 +575,18 @@ def forward(
     return output, code
 
 
-def grad_input(grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, geometry: ConvPoolGeometry) -> Tensor:
-    """Launch the gradient of the input, in the input's layout."""
+def grad_input(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    code: Tensor,
+    geometry: ConvPoolGeometry,
+    options: Mapping[str, int] = _AS_RULED,
+) -> Tensor:
+    """Launch the gradient of the input, in the input's layout; `options` in place of the rule's."""
     result = empty(input.shape, input, memory_format=memory_format(input, weight))
     rows, channels = input.shape[0] * input.shape[2] * input.shape[3], weight.shape[1]
-    tile = _wide_tile(input.dtype, rows, channels, weight.shape[0] // geometry.groups)
+    tile = _wide_tile(input.dtype, rows, channels, weight.shape[0] // geometry.groups) | options
     launch(
         _grad_input_kernel,
         (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(channels, tile["BLOCK_N"]), geometry.groups),
@@ -587,8 +611,9 @@ def grad_weight(
     weight: Tensor,
     code: Tensor,
     geometry: ConvPoolGeometry,
-    need_weight: bool,
-    need_bias: bool,
+    options: Mapping[str, int] = _AS_RULED,
+    need_weight: bool = True,
+    need_bias: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch the gradients of the weight, in its layout, and of the bias; None where not needed."""
     out_channels, depth = weight.shape[0], weight[0].numel()
@@ -602,6 +627,7 @@ def grad_weight(
         tile = _wide_tile(input.dtype, weight.shape[1], channels, rows, tall=tall, step=step)
     else:
         tile = _tile(input.dtype, depth, channels, rows)
+    tile |= options
     channel_tiles = triton.cdiv(channels, tile["BLOCK_N"])
     tiles = (triton.cdiv(depth // taps, tile["BLOCK_M"]) * taps if need_weight else 1) * channel_tiles
     parts, rows_per_part = splits(rows, tile["BLOCK_K"], tiles * geometry.groups)

@@ -246,20 +246,21 @@ def _grad_input_kernel(
 ):
     """Gradient of the input, gathered: each program sums all that reaches its own tile, so no atomics are needed.
 
-    Maths: ``grad_input[n, c, h, w]`` is the sum, over taps (kh, kw), over the windows p that cover the convolution cell
-    whose tap lies on (h, w), and over o, of ``where(code[n, o, p] == cell, grad[n, o, p], 0) * weight[o, c, kh, kw]``.
+    Maths: ``grad_input[n, c, h, w] = sum over (kh, kw, o) of grad_conv[n, o, oh, ow] * weight[o, c, kh, kw]``, where
+    (oh, ow) is the convolution cell whose tap (kh, kw) lies on (h, w), and ``grad_conv[n, o, oh, ow]`` is the sum of
+    grad_output over the windows that cover the cell and whose code names it.
 
-    Tile: BLOCK_N input channels of one group x BLOCK_M input positions (columns, of N * H * W). The loop outside runs
-    over taps and covering windows, so that which window a position belongs to is worked out per position and not per
-    product; the loop inside over output channels, BLOCK_K at a time. Positions lie along a tile's last dimension, where
+    Tile: BLOCK_N input channels of one group x BLOCK_M input positions (columns, of N * H * W). Taps are the loops
+    outside, so that which cell and window a position belongs to is worked out per position and not per product; the
+    depth of the products is output channels, BLOCK_K at a time. Positions lie along a tile's last dimension, where
     neighbouring threads read neighbouring elements of NCHW tensors.
 
     Shapes and strides: grad (N, G * O, PH, PW) and code, any strides (0 too); weight (G * O, KH * KW, C) contiguous,
     that is, channels_last; output (N, G * C, H, W), any strides. UNIT says that the convolution has stride 1 and the
     pool 2x2 windows side by side: then one window covers a cell, and nothing is divided by a run-time value.
 
-    Cost per image: 2 * H * W * C * G * O * KH * KW FLOP at stride 1, for each of the windows that can cover a cell;
-    reads PH * PW * G * O gradients and codes, writes G * C * H * W elements.
+    Cost per image: 2 * H * W * C * G * O * KH * KW FLOP, of which stride 1 needs all; reads PH * PW * G * O gradients
+    and codes, writes G * C * H * W elements.
     """
     if UNIT:
         stride_h, stride_w, pool_dilation_h, pool_dilation_w = 1, 1, 1, 1
@@ -277,43 +278,45 @@ def _grad_input_kernel(
     cover_w = ((pool_w - 1) * pool_dilation_w + pool_stride_w) // pool_stride_w
 
     grad_input = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for down in range(kernel_h * cover_h):
-        reach = h + padding_h - down // cover_h * dilation_h
+    for tap_h in range(kernel_h):
+        reach = h + padding_h - tap_h * dilation_h
         conv_row = reach // stride_h
-        pooled_row = (conv_row + pool_padding_h) // pool_stride_h - down % cover_h
-        from_top = conv_row + pool_padding_h - pooled_row * pool_stride_h
-        cell_row = from_top // pool_dilation_h
         row_mask = position_mask & (reach >= 0) & (conv_row < conv_h) & (conv_row * stride_h == reach)
-        row_mask &= _within(pooled_row, pooled_h) & (cell_row < pool_h) & (cell_row * pool_dilation_h == from_top)
-        grad_row = image * grad_stride_n + pooled_row.to(INDEX) * grad_stride_h
-        code_row = image * code_stride_n + pooled_row.to(INDEX) * code_stride_h
-        for right in range(kernel_w * cover_w):
-            reach = w + padding_w - right // cover_w * dilation_w
+        for tap_w in range(kernel_w):
+            reach = w + padding_w - tap_w * dilation_w
             conv_column = reach // stride_w
-            pooled_column = (conv_column + pool_padding_w) // pool_stride_w - right % cover_w
-            from_left = conv_column + pool_padding_w - pooled_column * pool_stride_w
-            cell_column = from_left // pool_dilation_w
-            mask = row_mask & (reach >= 0) & (conv_column < conv_w) & (conv_column * stride_w == reach)
-            mask &= _within(pooled_column, pooled_w) & (cell_column < pool_w)
-            mask &= cell_column * pool_dilation_w == from_left
-            cell = cell_row * pool_w + cell_column
-            grad_position = grad_row + pooled_column.to(INDEX) * grad_stride_w
-            code_position = code_row + pooled_column.to(INDEX) * code_stride_w
-            tap = down // cover_h * kernel_w + right // cover_w
+            on_conv = row_mask & (reach >= 0) & (conv_column < conv_w) & (conv_column * stride_w == reach)
             for start in range(0, out_channels, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
                 k_mask = k < out_channels
                 out_channel = (group * out_channels + k).to(INDEX)
-                both = k_mask[:, None] & mask[None, :]
-                offset = (out_channel * code_stride_c)[:, None] + code_position[None, :]
-                code = tl.load(code_ptr + offset, mask=both, other=255).to(tl.int32)
-                offset = (out_channel * grad_stride_c)[:, None] + grad_position[None, :]
-                # Loaded whatever the code, so that one load does not wait for the other.
-                grad = load(grad_ptr + offset, both)
-                grad = tl.where(code == cell[None, :], grad, 0.0).to(grad.dtype)
-                offset = ((out_channel * kernel_h * kernel_w + tap) * in_channels)[None, :] + channel[:, None]
-                weight = load(weight_ptr + offset, channel_mask[:, None] & k_mask[None, :])
-                grad_input = tl.dot(weight, grad, grad_input, input_precision=PRECISION)
+                grad_conv = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+                # Summed over windows before the product: a zero of one of them must not meet an infinite weight.
+                for cover in range(cover_h * cover_w):
+                    pooled_row = (conv_row + pool_padding_h) // pool_stride_h - cover // cover_w
+                    pooled_column = (conv_column + pool_padding_w) // pool_stride_w - cover % cover_w
+                    from_top = conv_row + pool_padding_h - pooled_row * pool_stride_h
+                    from_left = conv_column + pool_padding_w - pooled_column * pool_stride_w
+                    cell_row = from_top // pool_dilation_h
+                    cell_column = from_left // pool_dilation_w
+                    mask = on_conv & _within(pooled_row, pooled_h) & _within(pooled_column, pooled_w)
+                    mask &= (cell_row < pool_h) & (cell_column < pool_w)
+                    mask &= (cell_row * pool_dilation_h == from_top) & (cell_column * pool_dilation_w == from_left)
+                    cell = cell_row * pool_w + cell_column
+                    both = k_mask[:, None] & mask[None, :]
+                    offset = image * code_stride_n + pooled_row.to(INDEX) * code_stride_h
+                    offset += pooled_column.to(INDEX) * code_stride_w
+                    pointers = code_ptr + ((out_channel * code_stride_c)[:, None] + offset[None, :])
+                    code = tl.load(pointers, mask=both, other=255).to(tl.int32)
+                    offset = image * grad_stride_n + pooled_row.to(INDEX) * grad_stride_h
+                    offset += pooled_column.to(INDEX) * grad_stride_w
+                    # Loaded whatever the code, so that one load does not wait for the other.
+                    grad = load(grad_ptr + ((out_channel * grad_stride_c)[:, None] + offset[None, :]), both)
+                    grad_conv += tl.where(code == cell[None, :], grad, 0.0).to(tl.float32)
+                tap = (out_channel * kernel_h + tap_h) * kernel_w + tap_w
+                pointers = weight_ptr + ((tap * in_channels)[None, :] + channel[:, None])
+                weight = load(pointers, channel_mask[:, None] & k_mask[None, :])
+                grad_input = tl.dot(weight, grad_conv.to(weight.dtype), grad_input, input_precision=PRECISION)
 
     offset = image * output_stride_n + h.to(INDEX) * output_stride_h + w.to(INDEX) * output_stride_w
     offset = ((group * in_channels + channel).to(INDEX) * output_stride_c)[:, None] + offset[None, :]

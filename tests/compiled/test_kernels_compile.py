@@ -16,6 +16,9 @@ from harness.cases import conv_case
 from harness.fake_driver import TARGETS, CompiledKernelRecord, assert_no_spills, compiling_for, opcodes
 from harness.operators import far_apart, fp32_precision
 
+from bench import tune
+from bench.work import ConvCase
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -399,3 +402,22 @@ def test_listed_configurations_spill_nothing(architecture):
                 launcher = getattr(design, kernel.rpartition(".")[2])
                 launcher(grad, tensors["input"], tensors["weight"], code, entry.options)
             check(records)
+
+
+# --- the tuner -----------------------------------------------------------------------------------------------------
+
+
+def test_the_tuner_drops_what_does_not_fit(monkeypatch):
+    """Spills, too much shared memory and what the compiler refuses are told by compiling alone."""
+    case = ConvCase("wide", 128, 16, 128, 3, padding=1)
+    slot = next(slot for slot in tune.slots(case, "ieee") if slot.kernel.endswith("grad_weight"))
+    monkeypatch.setattr(configurations, "architecture", lambda: "sm_90")
+    told = {
+        "nothing": {},
+        "spills": {"BLOCK_K": 32},
+        "OutOfResources": {"BLOCK_M": 512, "BLOCK_N": 512},
+        "power of 2": {"BLOCK_K": 24},
+    }
+    for part, options in told.items():
+        reason = tune.unfit(slot, configurations.Configuration("general", options, ""))
+        assert reason is None if part == "nothing" else part in str(reason), (part, reason)

@@ -94,7 +94,7 @@ def check(work: Work, device: torch.device) -> tuple[dict[str, Call], dict[str, 
             wrong = parity([call.results(number) for number in sets], stock, reference, factor)
             row |= _memory(work, implementation, call, device)
         except Exception as error:  # an implementation that cannot run must not end the others' comparison
-            wrong = _in_short(error)
+            wrong = in_short(error)
         if wrong is None:
             calls[implementation.name] = call
             row["ok"] = True
@@ -125,7 +125,7 @@ def measure(work: Work, device: torch.device, *, budget: float, rounds: int) -> 
     return list(rows.values())
 
 
-def _in_short(error: BaseException) -> str:
+def in_short(error: BaseException) -> str:
     """An error's type and the first line of what it says."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
@@ -231,6 +231,9 @@ def _parser() -> Parser:
         "--suite", choices=SUITES, default="quick", help="quick (about 6 minutes, the default) or full (hours)"
     )
     parser.add_argument("--filter", metavar="TEXT", default="", help="only comparisons whose name contains TEXT")
+    parser.add_argument(
+        "--tune", action="store_true", help="measure configurations on this GPU and write kernels/configurations.json"
+    )
     parser.add_argument("--list", action="store_true", help="print the comparisons' names and stop")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of every implementation")
     parser.add_argument("--rounds", type=int, metavar="N", default=5, help="least rounds a comparison (default: 5)")
@@ -256,6 +259,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.tune:
+        if device.type != "cuda":
+            return complain(parser.prog, "--tune measures on a GPU, and PyTorch sees none here", 2)
+        from bench import tune  # compiles kernels, which needs triton
+
+        return tune.main(options.filter, device, BUDGET["cuda"] if options.budget is None else options.budget)
     works = [work for work in suite(options.suite, device.type) if options.filter.lower() in work.label.lower()]
     if not works:
         parser.error(f"no comparison's name contains {options.filter!r}; --list shows them")
@@ -306,7 +315,7 @@ def _measure_all(
                 rows = measure(work, device, budget=budget, rounds=rounds)
             except (RuntimeError, MemoryError) as error:  # too big for this machine, or a fault while timing
                 broken.append(work.label)
-                say(f"{number} {work.label}: {_in_short(error)}")
+                say(f"{number} {work.label}: {in_short(error)}")
                 continue
             record.add(work, rows)
             say(f"{number} {report.line(rows)}")

@@ -10,9 +10,10 @@ A backward operator returns one gradient per differentiable input, an empty tens
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from fastlenet import aten
-from fastlenet.backend import logger, why_aten
+from fastlenet.backend import backend, logger, why_aten
+from fastlenet.kernels import dispatch
 from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format
 
 Size = Sequence[int]
@@ -125,9 +127,16 @@ _PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def _implementation(operator: str, input: Tensor, cells: int = 1, width: int = 1) -> ModuleType:
-    """Return the module that implements `operator` for this call: its Triton launchers, or `fastlenet.aten`."""
+def _implementation(
+    operator: str, input: Tensor, cells: int = 1, width: int = 1, library: Callable[[], str | None] | None = None
+) -> ModuleType:
+    """Return the module that implements `operator` for this call: its Triton launchers, or `fastlenet.aten`.
+
+    Where a kernel covers the call and none is forced, `library` says why ATen is taken all the same, or None.
+    """
     reason = why_aten(input, cells, width)
+    if reason is None and library is not None and backend() == "auto":
+        reason = library()
     if reason is None:
         # Imported here so that triton is imported only when a kernel is first needed.
         if operator == "addmm_relu":
@@ -146,6 +155,17 @@ def _implementation(operator: str, input: Tensor, cells: int = 1, width: int = 1
     return aten
 
 
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Keep cuDNN from summing gradients by atomics, in an order that changes from run to run."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
 def _geometry(fields: Sequence[Any]) -> ConvPoolGeometry:
     """Make a geometry of an operator's arguments, in which pairs are lists."""
     return ConvPoolGeometry(*(tuple(field) if isinstance(field, list) else field for field in fields))
@@ -161,7 +181,8 @@ def conv2d_relu_max_pool2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_code: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the pooled output and, if asked for, its codes."""
-    module = _implementation("conv2d_relu_max_pool2d", input, geometry.cells)
+    library = functools.partial(dispatch.convolution, "forward", input, weight, geometry)
+    module = _implementation("conv2d_relu_max_pool2d", input, geometry.cells, library=library)
     output, code = module.conv2d_relu_max_pool2d(input, weight, bias, geometry, return_code)
     return output, input.new_empty(0, dtype=geometry.code_dtype) if code is None else code
 
@@ -193,8 +214,10 @@ def conv2d_relu_max_pool2d_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return grad_input, grad_weight and grad_bias."""
-    module = _implementation("conv2d_relu_max_pool2d", input, geometry.cells)
-    grads = module.conv2d_relu_max_pool2d_backward(grad_output, input, weight, code, geometry, output_mask)
+    library = functools.partial(dispatch.convolution, "backward", input, weight, geometry)
+    module = _implementation("conv2d_relu_max_pool2d", input, geometry.cells, library=library)
+    with _deterministic() if module is aten and input.is_cuda else contextlib.nullcontext():
+        grads = module.conv2d_relu_max_pool2d_backward(grad_output, input, weight, code, geometry, output_mask)
     # ATen's convolutions choose layouts of their own; the shape function promises these.
     layout = memory_format(input, weight)
     images = (None if grad is None else grad.contiguous(memory_format=layout) for grad in grads[:2])
@@ -218,7 +241,8 @@ def _conv2d_relu_max_pool2d_backward_fake(
 @_implements("addmm_relu")
 def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
     """Return relu(beta * input + alpha * (mat1 @ mat2))."""
-    return _implementation("addmm_relu", mat1).addmm_relu(input, mat1, mat2, beta, alpha)
+    library = functools.partial(dispatch.product, "forward", mat1, mat2)
+    return _implementation("addmm_relu", mat1, library=library).addmm_relu(input, mat1, mat2, beta, alpha)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::addmm_relu", lib=library)
@@ -231,7 +255,9 @@ def addmm_relu_backward(
     grad_output: Tensor, output: Tensor, mat1: Tensor, mat2: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     """Take input's size, beta, alpha and `output_mask`; return grad_input, grad_mat1 and grad_mat2."""
-    grads = _implementation("addmm_relu", mat1).addmm_relu_backward(grad_output, output, mat1, mat2, *args)
+    library = functools.partial(dispatch.product, "backward", mat1, mat2)
+    module = _implementation("addmm_relu", mat1, library=library)
+    grads = module.addmm_relu_backward(grad_output, output, mat1, mat2, *args)
     return _or_empty(mat1, *grads)
 
 

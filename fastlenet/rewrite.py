@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastlenet import pattern, trial
-from fastlenet.backend import logger, why_aten
+from fastlenet.backend import backend, logger, why_aten
 from fastlenet.checks import pair
 from fastlenet.functional import IntOrPair
+from fastlenet.kernels import dispatch
+from fastlenet.kernels.geometry import ConvPoolGeometry
 from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
 from fastlenet.pattern import CONV, LINEAR, Chain, Trace, UntraceableError
 
@@ -593,7 +595,32 @@ def _site_of_layer(name: str, layer: ConvReLUMaxPool2d | LinearReLU, seen: tuple
     cells = _cells(layer.pool_size) if isinstance(layer, ConvReLUMaxPool2d) else 1
     input, output = ("?", "?") if seen is None else (_shape(seen[0]), _shape(seen[1]))
     implementation, reason = _implementation(operand.dtype, operand.device, cells)
+    library = None
+    if implementation == "triton" and backend() == "auto" and seen is not None:
+        library = _why_library(layer, operand)
+    if library is not None:
+        implementation, reason = "aten", f"forward: {library}"
     return Site(name, CONV if conv else LINEAR, "", input, output, implementation, "", "", reason)
+
+
+def _why_library(layer: ConvReLUMaxPool2d | LinearReLU, input: Tensor) -> str | None:
+    """Why a layer's forward takes a library, though a Triton kernel covers it; None if it does not."""
+    if isinstance(layer, LinearReLU):
+        return dispatch.product("forward", input, layer.weight.t())
+    named = isinstance(layer.padding, str)
+    geometry = ConvPoolGeometry(
+        pair("explain", "stride", layer.stride),
+        # What is padded before the first row and column; stock keeps both ends, the last dimension first.
+        tuple(layer._reversed_padding_repeated_twice[2::-2]) if named else pair("explain", "padding", layer.padding),
+        pair("explain", "dilation", layer.dilation),
+        layer.groups,
+        *(pair("explain", name, getattr(layer, name)) for name in _POOL),
+        layer.ceil_mode,
+    )
+    return dispatch.convolution("forward", input if input.dim() == 4 else input.unsqueeze(0), layer.weight, geometry)
+
+
+_POOL = ("pool_size", "pool_stride", "pool_padding", "pool_dilation")
 
 
 def _site(record: _Record) -> Site:

@@ -1,8 +1,9 @@
 """Which design and which tile a specialised kernel runs with: a table per architecture, dtype, precision and shape.
 
 `configurations.json` is committed. Each entry says what it rests on: a measurement, or figures modelled from the
-machine code. What the table does not list runs on the general kernels, whose tiles follow rules of their own. Nothing
-is tried out at run time: the same call takes the same kernel on every machine of an architecture.
+machine code. The design "general" names the general kernels, "aten" the library (see `dispatch`). What the table does
+not list runs on the general kernels, whose tiles follow rules of their own, or on the library by `dispatch`'s rule.
+Nothing is tried out at run time: the same call takes the same kernel on every machine of an architecture.
 """
 
 from __future__ import annotations
@@ -14,9 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
-
-from .runtime import INTERPRETED
 
 _COMMITTED = Path(__file__).with_name("configurations.json")
 
@@ -34,7 +32,10 @@ def architecture() -> str:
 
     The interpreter has entries of its own: its cost is by operation, so it wants large tiles, and no `patch_fma`.
     """
-    if INTERPRETED:
+    # Imported here, as the table is read by who must not load triton.
+    import triton
+
+    if triton.knobs.runtime.interpret:
         return "interpreted"
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)

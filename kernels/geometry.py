@@ -48,6 +48,16 @@ class ConvPoolGeometry(NamedTuple):
         """The code of a pooled cell through which no gradient passes."""
         return torch.iinfo(self.code_dtype).max
 
+    def key(self, input: torch.Tensor, weight: torch.Tensor) -> tuple[int, ...]:
+        """Sizes by which the table of configurations knows a call: all but the number of images.
+
+        The geometry stands behind the shapes, unless it is the plain one: stride 1 and 2x2 windows side by side.
+        """
+        shape = (*input.shape[1:], *weight.shape)
+        if self == _PLAIN:
+            return shape
+        return (*shape, *(int(n) for field in self for n in (field if isinstance(field, tuple) else (field,))))
+
     def conv_size(self, input_size: Pair, kernel_size: Pair) -> Pair:
         """Height and width of the convolution's output."""
         (height, width), (kernel_h, kernel_w) = input_size, kernel_size
@@ -76,6 +86,9 @@ class ConvPoolGeometry(NamedTuple):
         """Shape of the pooled output for a batched `input` (N, C, H, W) and `weight` (O, C / groups, KH, KW)."""
         conv = self.conv_size((input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3]))
         return (input.shape[0], weight.shape[0], *self.pooled_size(conv))
+
+
+_PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
 
 
 def memory_format(*tensors: torch.Tensor) -> torch.memory_format:

@@ -22,27 +22,28 @@ from ..geometry import ConvPoolGeometry, memory_format
 from ..runtime import dot_precision
 from . import general, patch_dot, patch_fma
 
-_DESIGNS = {"patch_dot": patch_dot, "patch_fma": patch_fma}
+DESIGNS = {"general": general, "patch_dot": patch_dot, "patch_fma": patch_fma}
 
 
-def _specialised(
+def _configured(
     direction: str, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor
-) -> tuple[ModuleType, Mapping[str, int]] | None:
-    """Return the design and the configuration listed for this call, or None where the general kernels run.
+) -> tuple[ModuleType, Mapping[str, int]]:
+    """Return the design and the configuration listed for this call; else the general kernels with tiles of their own.
 
     A listed design compiles for the shape of the images, never for their number.
     """
-    if memory_format(input, weight) != torch.contiguous_format or 0 in input.shape:
-        return None
     precision = dot_precision(input.dtype, torch.backends.cudnn.conv.fp32_precision)
-    shape = (*input.shape[1:], *weight.shape)
-    entry = configurations.find(f"conv2d_relu_max_pool2d.{direction}", input.dtype, precision, shape)
-    if entry is None:
-        return None
-    design = _DESIGNS[entry.design]
-    # Its loads take neighbours in pairs.
-    if not design.covers(geometry, input, weight) or input.data_ptr() % 16:
-        return None
+    kernel = f"conv2d_relu_max_pool2d.{direction}"
+    entry = configurations.find(kernel, input.dtype, precision, geometry.key(input, weight))
+    # The library may be listed where Triton is forced.
+    design = None if entry is None else DESIGNS.get(entry.design)
+    if entry is None or design is None:
+        return general, {}
+    if design is not general:
+        dense = memory_format(input, weight) == torch.contiguous_format and 0 not in input.shape
+        # Its loads take neighbours in pairs.
+        if not dense or not design.covers(geometry, input, weight) or input.data_ptr() % 16:
+            return general, {}
     return design, entry.options
 
 
@@ -61,10 +62,9 @@ def conv2d_relu_max_pool2d(
     Returns:
         The pooled output (N, G * O, PH, PW), channels_last if input or weight is, and its argmax codes or None.
     """
-    found = _specialised("forward", geometry, input, weight)
-    if found is None:
-        return general.forward(input, weight, bias, geometry, return_code)
-    design, options = found
+    design, options = _configured("forward", geometry, input, weight)
+    if design is general:
+        return general.forward(input, weight, bias, geometry, return_code, options)
     bias = None if bias is None else bias.contiguous()
     return design.forward(input.contiguous(), weight.contiguous(), bias, return_code, options)
 
@@ -93,18 +93,17 @@ def conv2d_relu_max_pool2d_backward(
     need_input, need_weight, need_bias = output_mask
     grad_input = grad_weight = grad_bias = None
     if need_input:
-        found = _specialised("grad_input", geometry, input, weight)
-        if found is None:
-            grad_input = general.grad_input(grad_output, input, weight, code, geometry)
+        design, options = _configured("grad_input", geometry, input, weight)
+        if design is general:
+            grad_input = general.grad_input(grad_output, input, weight, code, geometry, options)
         else:
-            design, options = found
             tensors = (tensor.contiguous() for tensor in (grad_output, input, weight, code))
             grad_input = design.grad_input(*tensors, options)
     if need_weight or need_bias:
-        found = _specialised("grad_weight", geometry, input, weight)
-        if found is None:
-            return grad_input, *general.grad_weight(grad_output, input, weight, code, geometry, need_weight, need_bias)
-        design, options = found
+        design, options = _configured("grad_weight", geometry, input, weight)
+        if design is general:
+            operands = grad_output, input, weight, code, geometry, options
+            return grad_input, *general.grad_weight(*operands, need_weight, need_bias)
         tensors = (tensor.contiguous() for tensor in (grad_output, input, weight, code))
         grad_weight, grad_bias = design.grad_weight(*tensors, options)
     return grad_input, grad_weight if need_weight else None, grad_bias if need_bias else None

@@ -10,7 +10,8 @@ convolution, PH x PW pooled output, T cells of a pooling window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..configurations import architecture
 from ..geometry import ConvPoolGeometry, memory_format
 from ..runtime import (
     INTERPRETED,
@@ -96,6 +98,7 @@ def _forward_kernel(
     output_stride_w,
     HAS_BIAS: tl.constexpr,
     RETURN_CODE: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -108,11 +111,13 @@ def _forward_kernel(
     runs over (channel, kernel row, kernel column); code is the first t, in scan order, that attains the maximum (the
     last NaN, as in PyTorch), or 255 where the output is <= 0.
 
-    Tile: BLOCK_M pooled cells (rows of N * PH * PW) x BLOCK_N output channels of one group. Per window cell a
-    (BLOCK_M, BLOCK_N) product over depth C * KH * KW accumulates in float32, and joins a running maximum.
+    Tile: BLOCK_N output channels of one group x BLOCK_M pooled cells (columns, of N * PH * PW). Per window cell a
+    product over depth C * KH * KW accumulates in float32, and joins a running maximum. The depth is walked BLOCK_K at a
+    time: in weight's own order, so that few channels fill a step too; or, if WIDE, tap by tap and then over channels,
+    which leaves no arithmetic on indices to the products.
 
-    Shapes and strides: input (N, G * C, H, W), any strides; weight (G * O, C * KH * KW) contiguous; bias (G * O)
-    contiguous; output and code (N, G * O, PH, PW), any strides, the same for both.
+    Shapes and strides: input (N, G * C, H, W), any strides; weight (G * O, C * KH * KW) contiguous, if WIDE
+    (G * O, KH * KW * C); bias (G * O) contiguous; output and code (N, G * O, PH, PW), any strides, the same for both.
 
     Saves: one byte of code per pooled cell, nothing else.
 
@@ -129,45 +134,61 @@ def _forward_kernel(
     pooled_column = (row % pooled_w).to(tl.int32)
     top = pooled_row * pool_stride_h - pool_padding_h
     left = pooled_column * pool_stride_w - pool_padding_w
-    depth = in_channels * kernel_h * kernel_w
+    taps = kernel_h * kernel_w
+    depth = in_channels * taps
     out_channel = (group * out_channels + channel).to(INDEX)
-    input_rows = input_ptr + (group * in_channels).to(INDEX) * input_stride_c + image * input_stride_n
-    weight_columns = weight_ptr + out_channel * depth
+    input_images = input_ptr + (group * in_channels).to(INDEX) * input_stride_c + image * input_stride_n
+    weight_rows = weight_ptr + out_channel * depth
     if HAS_BIAS:
         bias = tl.load(bias_ptr + out_channel, mask=channel_mask, other=0.0).to(tl.float32)
 
-    best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
-    code = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    best = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
+    code = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for cell in range(pool_h * pool_w):
         conv_row = top + (cell // pool_w) * pool_dilation_h
         conv_column = left + (cell % pool_w) * pool_dilation_w
         inside = _within(conv_row, conv_h) & _within(conv_column, conv_w) & row_mask
         first_h = conv_row * stride_h - padding_h
         first_w = conv_column * stride_w - padding_w
-        conv = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, depth, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            k_mask = k < depth
-            in_channel = (k // (kernel_h * kernel_w)).to(INDEX)
-            h = first_h[:, None] + ((k // kernel_w % kernel_h) * dilation_h)[None, :]
-            w = first_w[:, None] + ((k % kernel_w) * dilation_w)[None, :]
-            mask = inside[:, None] & k_mask[None, :] & _within(h, input_h) & _within(w, input_w)
-            offset = (in_channel * input_stride_c)[None, :]
-            offset += h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w
-            patch = load(input_rows[:, None] + offset, mask)
-            weight = load(weight_columns[None, :] + k[:, None], k_mask[:, None] & channel_mask[None, :])
-            conv = tl.dot(patch, weight, conv, input_precision=PRECISION)
+        conv = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        if WIDE:
+            for tap in range(taps):
+                h = first_h + tap // kernel_w * dilation_h
+                w = first_w + tap % kernel_w * dilation_w
+                on_input = inside & _within(h, input_h) & _within(w, input_w)
+                pixel = input_images + (h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w)
+                for start in range(0, in_channels, BLOCK_K):
+                    in_channel = start + tl.arange(0, BLOCK_K)
+                    k_mask = in_channel < in_channels
+                    offset = (in_channel.to(INDEX) * input_stride_c)[:, None]
+                    patch = load(pixel[None, :] + offset, k_mask[:, None] & on_input[None, :])
+                    offset = (tap * in_channels + in_channel)[None, :]
+                    weight = load(weight_rows[:, None] + offset, channel_mask[:, None] & k_mask[None, :])
+                    conv = tl.dot(weight, patch, conv, input_precision=PRECISION)
+        else:
+            for start in range(0, depth, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                k_mask = k < depth
+                # Loaded with the depth last: a thread then divides few of its numbers.
+                h = first_h[:, None] + ((k // kernel_w % kernel_h) * dilation_h)[None, :]
+                w = first_w[:, None] + ((k % kernel_w) * dilation_w)[None, :]
+                mask = inside[:, None] & k_mask[None, :] & _within(h, input_h) & _within(w, input_w)
+                offset = ((k // taps).to(INDEX) * input_stride_c)[None, :]
+                offset += h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w
+                patch = tl.trans(load(input_images[:, None] + offset, mask))
+                weight = load(weight_rows[:, None] + k[None, :], channel_mask[:, None] & k_mask[None, :])
+                conv = tl.dot(weight, patch, conv, input_precision=PRECISION)
         if HAS_BIAS:
-            conv += bias[None, :]
+            conv += bias[:, None]
         value = relu(conv)
-        wins = ((value > best) | (value != value)) & inside[:, None]
+        wins = ((value > best) | (value != value)) & inside[None, :]
         best = tl.where(wins, value, best)
         code = tl.where(wins, cell, code)
 
-    output_row = image * output_stride_n
-    output_row += pooled_row.to(INDEX) * output_stride_h + pooled_column.to(INDEX) * output_stride_w
-    offset = output_row[:, None] + (out_channel * output_stride_c)[None, :]
-    mask = row_mask[:, None] & channel_mask[None, :]
+    offset = image * output_stride_n
+    offset += pooled_row.to(INDEX) * output_stride_h + pooled_column.to(INDEX) * output_stride_w
+    offset = (out_channel * output_stride_c)[:, None] + offset[None, :]
+    mask = channel_mask[:, None] & row_mask[None, :]
     store(output_ptr + offset, best, mask)
     if RETURN_CODE:
         tl.store(code_ptr + offset, tl.where(best <= 0, 255, code).to(tl.uint8), mask=mask)
@@ -216,6 +237,7 @@ def _grad_input_kernel(
     output_stride_c,
     output_stride_h,
     output_stride_w,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -224,68 +246,81 @@ def _grad_input_kernel(
 ):
     """Gradient of the input, gathered: each program sums all that reaches its own tile, so no atomics are needed.
 
-    Maths: ``grad_input[n, c, h, w] = sum_k grad_conv[n, o, oh, ow] * weight[o, c, kh, kw]`` over k = (o, kh, kw), where
+    Maths: ``grad_input[n, c, h, w] = sum over (kh, kw, o) of grad_conv[n, o, oh, ow] * weight[o, c, kh, kw]``, where
     (oh, ow) is the convolution cell whose tap (kh, kw) lies on (h, w), and ``grad_conv[n, o, oh, ow]`` is the sum of
     grad_output over the windows that cover the cell and whose code names it.
 
-    Tile: BLOCK_M input positions (rows of N * H * W) x BLOCK_N input channels of one group; depth O * KH * KW.
+    Tile: BLOCK_N input channels of one group x BLOCK_M input positions (columns, of N * H * W). Taps are the loops
+    outside, so that which cell and window a position belongs to is worked out per position and not per product; the
+    depth of the products is output channels, BLOCK_K at a time. Positions lie along a tile's last dimension, where
+    neighbouring threads read neighbouring elements of NCHW tensors.
 
-    Shapes and strides: grad (N, G * O, PH, PW) and code, any strides (0 too); weight (G * O, C, KH, KW) contiguous;
-    output (N, G * C, H, W), any strides.
+    Shapes and strides: grad (N, G * O, PH, PW) and code, any strides (0 too); weight (G * O, KH * KW, C) contiguous,
+    that is, channels_last; output (N, G * C, H, W), any strides. UNIT says that the convolution has stride 1 and the
+    pool 2x2 windows side by side: then one window covers a cell, and nothing is divided by a run-time value.
 
-    Cost per image: 2 * H * W * C * G * O * KH * KW FLOP at stride 1; reads PH * PW * G * O gradients and codes, writes
-    G * C * H * W elements.
+    Cost per image: 2 * H * W * C * G * O * KH * KW FLOP, of which stride 1 needs all; reads PH * PW * G * O gradients
+    and codes, writes G * C * H * W elements.
     """
-    row = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if UNIT:
+        stride_h, stride_w, pool_dilation_h, pool_dilation_w = 1, 1, 1, 1
+        pool_h, pool_w, pool_stride_h, pool_stride_w = 2, 2, 2, 2
+    position = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     group = tl.program_id(2)
-    row_mask = row < rows
+    position_mask = position < rows
     channel_mask = channel < in_channels
-    image = row // (input_h * input_w)
-    h = (row // input_w % input_h).to(tl.int32)
-    w = (row % input_w).to(tl.int32)
-    taps = kernel_h * kernel_w
-    depth = out_channels * taps
+    image = position // (input_h * input_w)
+    h = (position // input_w % input_h).to(tl.int32)
+    w = (position % input_w).to(tl.int32)
     # How many windows can cover one cell of the convolution, along each dimension.
     cover_h = ((pool_h - 1) * pool_dilation_h + pool_stride_h) // pool_stride_h
     cover_w = ((pool_w - 1) * pool_dilation_w + pool_stride_w) // pool_stride_w
 
-    grad_input = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, depth, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        k_mask = k < depth
-        out_channel = (group * out_channels + k // taps).to(INDEX)
-        reach_h = (h + padding_h)[:, None] - ((k // kernel_w % kernel_h) * dilation_h)[None, :]
-        reach_w = (w + padding_w)[:, None] - ((k % kernel_w) * dilation_w)[None, :]
-        conv_row = reach_h // stride_h
-        conv_column = reach_w // stride_w
-        on_conv = row_mask[:, None] & k_mask[None, :] & (reach_h >= 0) & (reach_w >= 0)
-        on_conv &= (reach_h % stride_h == 0) & (reach_w % stride_w == 0) & (conv_row < conv_h) & (conv_column < conv_w)
-        grad_base = (image * grad_stride_n)[:, None] + (out_channel * grad_stride_c)[None, :]
-        code_base = (image * code_stride_n)[:, None] + (out_channel * code_stride_c)[None, :]
-        grad_conv = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        for cover in range(cover_h * cover_w):
-            pooled_row = (conv_row + pool_padding_h) // pool_stride_h - cover // cover_w
-            pooled_column = (conv_column + pool_padding_w) // pool_stride_w - cover % cover_w
-            from_top = conv_row + pool_padding_h - pooled_row * pool_stride_h
-            from_left = conv_column + pool_padding_w - pooled_column * pool_stride_w
-            cell_row = from_top // pool_dilation_h
-            cell_column = from_left // pool_dilation_w
-            mask = on_conv & _within(pooled_row, pooled_h) & _within(pooled_column, pooled_w)
-            mask &= (cell_row < pool_h) & (cell_column < pool_w)
-            mask &= (from_top % pool_dilation_h == 0) & (from_left % pool_dilation_w == 0)
-            offset = code_base + pooled_row.to(INDEX) * code_stride_h + pooled_column.to(INDEX) * code_stride_w
-            code = tl.load(code_ptr + offset, mask=mask, other=255)
-            mask &= code.to(tl.int32) == cell_row * pool_w + cell_column
-            offset = grad_base + pooled_row.to(INDEX) * grad_stride_h + pooled_column.to(INDEX) * grad_stride_w
-            grad_conv += load(grad_ptr + offset, mask).to(tl.float32)
-        tap = (out_channel * in_channels)[:, None] * taps + (k % taps)[:, None] + (channel * taps)[None, :]
-        weight = load(weight_ptr + tap, k_mask[:, None] & channel_mask[None, :])
-        grad_input = tl.dot(grad_conv.to(weight.dtype), weight, grad_input, input_precision=PRECISION)
+    grad_input = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for tap_h in range(kernel_h):
+        reach = h + padding_h - tap_h * dilation_h
+        conv_row = reach // stride_h
+        row_mask = position_mask & (reach >= 0) & (conv_row < conv_h) & (conv_row * stride_h == reach)
+        for tap_w in range(kernel_w):
+            reach = w + padding_w - tap_w * dilation_w
+            conv_column = reach // stride_w
+            on_conv = row_mask & (reach >= 0) & (conv_column < conv_w) & (conv_column * stride_w == reach)
+            for start in range(0, out_channels, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                k_mask = k < out_channels
+                out_channel = (group * out_channels + k).to(INDEX)
+                grad_conv = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+                # Summed over windows before the product: a zero of one of them must not meet an infinite weight.
+                for cover in range(cover_h * cover_w):
+                    pooled_row = (conv_row + pool_padding_h) // pool_stride_h - cover // cover_w
+                    pooled_column = (conv_column + pool_padding_w) // pool_stride_w - cover % cover_w
+                    from_top = conv_row + pool_padding_h - pooled_row * pool_stride_h
+                    from_left = conv_column + pool_padding_w - pooled_column * pool_stride_w
+                    cell_row = from_top // pool_dilation_h
+                    cell_column = from_left // pool_dilation_w
+                    mask = on_conv & _within(pooled_row, pooled_h) & _within(pooled_column, pooled_w)
+                    mask &= (cell_row < pool_h) & (cell_column < pool_w)
+                    mask &= (cell_row * pool_dilation_h == from_top) & (cell_column * pool_dilation_w == from_left)
+                    cell = cell_row * pool_w + cell_column
+                    both = k_mask[:, None] & mask[None, :]
+                    offset = image * code_stride_n + pooled_row.to(INDEX) * code_stride_h
+                    offset += pooled_column.to(INDEX) * code_stride_w
+                    pointers = code_ptr + ((out_channel * code_stride_c)[:, None] + offset[None, :])
+                    code = tl.load(pointers, mask=both, other=255).to(tl.int32)
+                    offset = image * grad_stride_n + pooled_row.to(INDEX) * grad_stride_h
+                    offset += pooled_column.to(INDEX) * grad_stride_w
+                    # Loaded whatever the code, so that one load does not wait for the other.
+                    grad = load(grad_ptr + ((out_channel * grad_stride_c)[:, None] + offset[None, :]), both)
+                    grad_conv += tl.where(code == cell[None, :], grad, 0.0).to(tl.float32)
+                tap = (out_channel * kernel_h + tap_h) * kernel_w + tap_w
+                pointers = weight_ptr + ((tap * in_channels)[None, :] + channel[:, None])
+                weight = load(pointers, channel_mask[:, None] & k_mask[None, :])
+                grad_input = tl.dot(weight, grad_conv.to(weight.dtype), grad_input, input_precision=PRECISION)
 
-    output_row = image * output_stride_n + h.to(INDEX) * output_stride_h + w.to(INDEX) * output_stride_w
-    offset = output_row[:, None] + ((group * in_channels + channel).to(INDEX) * output_stride_c)[None, :]
-    store(output_ptr + offset, grad_input, row_mask[:, None] & channel_mask[None, :])
+    offset = image * output_stride_n + h.to(INDEX) * output_stride_h + w.to(INDEX) * output_stride_w
+    offset = ((group * in_channels + channel).to(INDEX) * output_stride_c)[:, None] + offset[None, :]
+    store(output_ptr + offset, grad_input, channel_mask[:, None] & position_mask[None, :])
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -335,6 +370,7 @@ def _grad_weight_kernel(
     rows_per_part,
     NEED_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -346,7 +382,8 @@ def _grad_weight_kernel(
     Maths: ``grad_weight[o, k] = sum over (n, p, t) of where(code[n, o, p] == t, grad[n, o, p], 0) * patch[n, p, t, k]``
     with k = (channel, kernel row, kernel column), and ``grad_bias[o] = sum where(code != 255, grad, 0)``.
 
-    Tile: BLOCK_M weight entries k of one group (rows of C * KH * KW) x BLOCK_N output channels; the sum runs over the
+    Tile: BLOCK_N output channels x BLOCK_M weight entries k of one group: successive ones or, if WIDE, one tap's for
+    successive input channels, which leaves no arithmetic on indices to the products. The sum runs over the
     `rows_per_part` pooled cells of one part, BLOCK_K at a time.
 
     Shapes and strides: grad and code (N, G * O, PH, PW), any strides (0 too); input (N, G * C, H, W), any strides;
@@ -354,20 +391,27 @@ def _grad_weight_kernel(
 
     Cost per image: as the forward; reads input, gradients and codes once per tile of k.
     """
-    depth = in_channels * kernel_h * kernel_w
+    taps = kernel_h * kernel_w
+    depth = in_channels * taps
     channel_tiles = (out_channels + BLOCK_N - 1) // BLOCK_N
     part = tl.program_id(1)
     group = tl.program_id(2)
-    k = tl.program_id(0) // channel_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.program_id(0) // channel_tiles
     channel = tl.program_id(0) % channel_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_mask = k < depth
     channel_mask = channel < out_channels
+    if WIDE:
+        tap = tile % taps
+        k = (tile // taps * BLOCK_M + tl.arange(0, BLOCK_M)) * taps + tap
+    else:
+        k = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        tap = k % taps
+    k_mask = k < depth
     out_channel = (group * out_channels + channel).to(INDEX)
-    in_channel = (group * in_channels + k // (kernel_h * kernel_w)).to(INDEX)
-    tap_h = (k // kernel_w % kernel_h) * dilation_h - padding_h
-    tap_w = (k % kernel_w) * dilation_w - padding_w
+    in_channel = (group * in_channels + k // taps).to(INDEX)
+    tap_h = tap // kernel_w * dilation_h - padding_h
+    tap_w = tap % kernel_w * dilation_w - padding_w
 
-    grad_weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    grad_weight = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     grad_bias = tl.zeros((BLOCK_N,), tl.float32)
     first = part.to(INDEX) * rows_per_part
     for start in range(0, rows_per_part, BLOCK_K):
@@ -376,39 +420,54 @@ def _grad_weight_kernel(
         image = row // (pooled_h * pooled_w)
         pooled_row = (row // pooled_w % pooled_h).to(tl.int32)
         pooled_column = (row % pooled_w).to(tl.int32)
-        mask = row_mask[:, None] & channel_mask[None, :]
+        mask = channel_mask[:, None] & row_mask[None, :]
         offset = image * code_stride_n
         offset += pooled_row.to(INDEX) * code_stride_h + pooled_column.to(INDEX) * code_stride_w
-        code = tl.load(code_ptr + offset[:, None] + (out_channel * code_stride_c)[None, :], mask=mask, other=255).to(
+        code = tl.load(code_ptr + offset[None, :] + (out_channel * code_stride_c)[:, None], mask=mask, other=255).to(
             tl.int32
         )
         offset = image * grad_stride_n
         offset += pooled_row.to(INDEX) * grad_stride_h + pooled_column.to(INDEX) * grad_stride_w
-        grad = load(grad_ptr + offset[:, None] + (out_channel * grad_stride_c)[None, :], mask & (code != 255))
-        if NEED_BIAS:
-            grad_bias += tl.sum(grad.to(tl.float32), axis=0)
+        grad = load(grad_ptr + offset[None, :] + (out_channel * grad_stride_c)[:, None], mask & (code != 255))
+        # Every tile of k would have the same sum; the first takes it.
+        if NEED_BIAS and tile == 0:
+            grad_bias += tl.sum(grad.to(tl.float32), axis=1)
         if NEED_WEIGHT:
             for cell in range(pool_h * pool_w):
                 conv_row = pooled_row * pool_stride_h - pool_padding_h + (cell // pool_w) * pool_dilation_h
                 conv_column = pooled_column * pool_stride_w - pool_padding_w + (cell % pool_w) * pool_dilation_w
                 inside = _within(conv_row, conv_h) & _within(conv_column, conv_w) & row_mask
-                h = tap_h[:, None] + (conv_row * stride_h)[None, :]
-                w = tap_w[:, None] + (conv_column * stride_w)[None, :]
-                on_input = inside[None, :] & k_mask[:, None] & _within(h, input_h) & _within(w, input_w)
-                position = (in_channel * input_stride_c)[:, None] + (image * input_stride_n)[None, :]
-                position += h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w
-                patch = load(input_ptr + position, on_input)
+                if WIDE:
+                    h = tap_h + conv_row * stride_h
+                    w = tap_w + conv_column * stride_w
+                    inside &= _within(h, input_h) & _within(w, input_w)
+                    pixel = image * input_stride_n + h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w
+                    position = (in_channel * input_stride_c)[:, None] + pixel[None, :]
+                    patch = load(input_ptr + position, k_mask[:, None] & inside[None, :])
+                else:
+                    h = tap_h[:, None] + (conv_row * stride_h)[None, :]
+                    w = tap_w[:, None] + (conv_column * stride_w)[None, :]
+                    on_input = inside[None, :] & k_mask[:, None] & _within(h, input_h) & _within(w, input_w)
+                    position = (in_channel * input_stride_c)[:, None] + (image * input_stride_n)[None, :]
+                    position += h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w
+                    patch = load(input_ptr + position, on_input)
                 chosen = tl.where(code == cell, grad, 0.0).to(patch.dtype)
-                grad_weight = tl.dot(patch, chosen, grad_weight, input_precision=PRECISION)
+                grad_weight = tl.dot(chosen, tl.trans(patch), grad_weight, input_precision=PRECISION)
 
     channels = tl.num_programs(2) * out_channels
     out_channel += part.to(INDEX) * channels
     if NEED_WEIGHT:
-        offset = k[:, None] + (out_channel * depth)[None, :]
-        tl.store(weight_parts_ptr + offset, grad_weight, mask=k_mask[:, None] & channel_mask[None, :])
+        offset = (out_channel * depth)[:, None] + k[None, :]
+        tl.store(weight_parts_ptr + offset, grad_weight, mask=channel_mask[:, None] & k_mask[None, :])
     if NEED_BIAS:
-        # Every tile of k has the same sum; the first writes it.
-        tl.store(bias_parts_ptr + out_channel, grad_bias, mask=channel_mask & (tl.program_id(0) < channel_tiles))
+        tl.store(bias_parts_ptr + out_channel, grad_bias, mask=channel_mask & (tile == 0))
+
+
+_AS_RULED: Mapping[str, int] = MappingProxyType({})
+"""No launch configuration from the table: tiles follow the rules below."""
+
+_WIDE = 16
+"""Input channels of a group from which kernels walk the depth tap by tap: below, channels do not fill a step."""
 
 
 def _tile(dtype: torch.dtype, rows: int, columns: int, depth: int) -> dict[str, Any]:
@@ -419,9 +478,53 @@ def _tile(dtype: torch.dtype, rows: int, columns: int, depth: int) -> dict[str, 
     precision = dot_precision(dtype, torch.backends.cudnn.conv.fp32_precision)
     if INTERPRETED:
         return {"PRECISION": precision, **interpreted_tile(rows, columns, depth)}
-    block_n = min(64, max(16, triton.next_power_of_2(columns)))
-    blocks = {"BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 16}
+    blocks = {"BLOCK_M": 32, "BLOCK_N": _block(columns, 64), "BLOCK_K": 16}
     return {"PRECISION": precision, **blocks, "num_warps": 4, "num_stages": 1, **all_registers()}
+
+
+def _wide_tile(
+    dtype: torch.dtype, rows: int, columns: int, depth: int, *, tall: int = 128, widest: int = 128, step: int = 16
+) -> dict[str, Any]:
+    """Choose a large tile, for kernels that walk the depth tap by tap; see `_tile`.
+
+    Args:
+        dtype: of the operands.
+        rows: extent of BLOCK_M.
+        columns: extent of BLOCK_N.
+        depth: extent of BLOCK_K.
+        tall: BLOCK_M.
+        widest: the largest BLOCK_N.
+        step: BLOCK_K.
+    """
+    tile = _tile(dtype, rows, columns, depth)
+    if INTERPRETED:
+        return tile
+    if _exact(dtype) and architecture().startswith("sm_1"):
+        # Blackwell's matrix units take products of 64 columns and more, and round exact float32 to tf32 there.
+        widest = 32
+    block_n = _block(columns, widest)
+    return tile | {"BLOCK_M": tall, "BLOCK_N": block_n, "BLOCK_K": step, "num_warps": 8 if tall * block_n > 4096 else 4}
+
+
+def _roomy(dtype: torch.dtype) -> bool:
+    """Whether the weight's gradient may take 32 pooled cells a step: elsewhere, and by 64-bit addresses, it spills."""
+    return not _exact(dtype) and architecture() in ("sm_90", "sm_100")
+
+
+def _exact(dtype: torch.dtype) -> bool:
+    """Whether products are of exact float32."""
+    return dtype == torch.float32 and dot_precision(dtype, torch.backends.cudnn.conv.fp32_precision) == "ieee"
+
+
+def _block(size: int, most: int) -> int:
+    """Side of a tile that covers `size`, or as much of it as `most` allows."""
+    return min(most, max(16, triton.next_power_of_2(size)))
+
+
+def _is_unit(geometry: ConvPoolGeometry) -> bool:
+    """Whether the convolution has stride 1 and the pool 2x2 windows side by side, as nearly all networks have."""
+    unit = geometry.stride == geometry.pool_dilation == (1, 1)
+    return unit and geometry.pool_size == geometry.pool_stride == (2, 2)
 
 
 def _sizes(input: Tensor, weight: Tensor, pooled: Sequence[int], rows: int, geometry: ConvPoolGeometry) -> list[Any]:
@@ -436,15 +539,25 @@ def _sizes(input: Tensor, weight: Tensor, pooled: Sequence[int], rows: int, geom
 
 
 def forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_code: bool
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: ConvPoolGeometry,
+    return_code: bool,
+    options: Mapping[str, int] = _AS_RULED,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch the forward; arguments and results as in `conv2d_relu_max_pool2d`."""
+    """Launch the forward; arguments and results as in `conv2d_relu_max_pool2d`, `options` in place of the rule's."""
     shape = geometry.output_shape(input, weight)
     output = empty(shape, input, memory_format=memory_format(input, weight))
     code = empty(shape, output, geometry.code_dtype, memory_format(input, weight)) if return_code else None
     rows, channels = shape[0] * shape[2] * shape[3], shape[1] // geometry.groups
-    tile = _tile(input.dtype, rows, channels, weight[0].numel())
-    weight = weight.contiguous()
+    wide = weight.shape[1] >= _WIDE
+    if wide:
+        tile = _wide_tile(input.dtype, rows, channels, weight.shape[1], widest=64, step=_block(weight.shape[1], 32))
+    else:
+        tile = _tile(input.dtype, rows, channels, weight[0].numel())
+    tile |= options
+    weight = weight.contiguous(memory_format=torch.channels_last if wide else torch.contiguous_format)
     launch(
         _forward_kernel,
         (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(channels, tile["BLOCK_N"]), geometry.groups),
@@ -458,28 +571,37 @@ def forward(
         *output.stride(),
         HAS_BIAS=bias is not None,
         RETURN_CODE=return_code,
+        WIDE=wide,
         INDEX=index_type(input, weight, output),
         **tile,
     )
     return output, code
 
 
-def grad_input(grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, geometry: ConvPoolGeometry) -> Tensor:
-    """Launch the gradient of the input, in the input's layout."""
+def grad_input(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    code: Tensor,
+    geometry: ConvPoolGeometry,
+    options: Mapping[str, int] = _AS_RULED,
+) -> Tensor:
+    """Launch the gradient of the input, in the input's layout; `options` in place of the rule's."""
     result = empty(input.shape, input, memory_format=memory_format(input, weight))
     rows, channels = input.shape[0] * input.shape[2] * input.shape[3], weight.shape[1]
-    tile = _tile(input.dtype, rows, channels, weight[:, 0].numel() // geometry.groups)
+    tile = _wide_tile(input.dtype, rows, channels, weight.shape[0] // geometry.groups) | options
     launch(
         _grad_input_kernel,
         (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(channels, tile["BLOCK_N"]), geometry.groups),
         grad_output,
         code,
-        weight.contiguous(),
+        weight.contiguous(memory_format=torch.channels_last),
         result,
         *_sizes(input, weight, code.shape[2:], rows, geometry),
         *grad_output.stride(),
         *code.stride(),
         *result.stride(),
+        UNIT=_is_unit(geometry),
         INDEX=index_type(grad_output, code, weight, result),
         **tile,
     )
@@ -492,16 +614,25 @@ def grad_weight(
     weight: Tensor,
     code: Tensor,
     geometry: ConvPoolGeometry,
-    need_weight: bool,
-    need_bias: bool,
+    options: Mapping[str, int] = _AS_RULED,
+    need_weight: bool = True,
+    need_bias: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch the gradients of the weight, in its layout, and of the bias; None where not needed."""
     out_channels, depth = weight.shape[0], weight[0].numel()
     channels = out_channels // geometry.groups
     rows = code.shape[0] * code.shape[2] * code.shape[3]
-    tile = _tile(input.dtype, depth, channels, rows)
+    wide = weight.shape[1] >= _WIDE
+    taps = weight[0, 0].numel() if wide else 1
+    if wide:
+        roomy = _roomy(input.dtype) and index_type(grad_output, code, input) == tl.int32
+        tall, step = _block(weight.shape[1], 128), 32 if roomy else 16
+        tile = _wide_tile(input.dtype, weight.shape[1], channels, rows, tall=tall, step=step)
+    else:
+        tile = _tile(input.dtype, depth, channels, rows)
+    tile |= options
     channel_tiles = triton.cdiv(channels, tile["BLOCK_N"])
-    tiles = (triton.cdiv(depth, tile["BLOCK_M"]) if need_weight else 1) * channel_tiles
+    tiles = (triton.cdiv(depth // taps, tile["BLOCK_M"]) * taps if need_weight else 1) * channel_tiles
     parts, rows_per_part = splits(rows, tile["BLOCK_K"], tiles * geometry.groups)
     weight_parts = empty((parts, out_channels, depth), input, torch.float32) if need_weight else None
     bias_parts = empty((parts, out_channels), input, torch.float32) if need_bias else None
@@ -520,6 +651,7 @@ def grad_weight(
         rows_per_part,
         NEED_WEIGHT=need_weight,
         NEED_BIAS=need_bias,
+        WIDE=wide,
         INDEX=index_type(grad_output, code, input, weight_parts),
         **tile,
     )

@@ -16,6 +16,9 @@ from harness.cases import conv_case
 from harness.fake_driver import TARGETS, CompiledKernelRecord, assert_no_spills, compiling_for, opcodes
 from harness.operators import far_apart, fp32_precision
 
+from bench import tune
+from bench.work import ConvCase
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -30,8 +33,8 @@ class Mode:
 
 IEEE = Mode(torch.float32)
 MODES = (IEEE, Mode(torch.float32, "tf32"), Mode(torch.float16), Mode(torch.bfloat16))
-WIDTHS = {16: 16, 32: 32, 128: 64}
-"""Output channels or features, and the tile that ships for them; 6 takes 16's tile and 64 takes 128's."""
+WIDTHS = (16, 32, 64, 128)
+"""Channels or features, one for each tile that ships; those between take the next larger tile."""
 NVIDIA = [name for name in TARGETS if name.startswith("sm")]
 PRODUCTS = {
     "conv forward": "_forward_kernel",
@@ -144,9 +147,11 @@ def test_shipped_configurations(target, mode, width, compiled):
     records = compiled(target, mode, width)
     assert {name: record.name for name, record in records.items()} == PRODUCTS
     for name, record in records.items():
-        # Exact float32 products of matrices keep both operands in registers, and would spill in a wider tile.
-        widest = 32 if mode == IEEE and name.startswith("addmm") else 64
-        assert tile(record) == min(widest, WIDTHS[width]), name
+        # Exact float32 products of matrices keep both operands in registers, and would spill in a wider tile; those of
+        # convolutions would run on sm_100's matrix units, in tf32.
+        small = mode == IEEE and (name.startswith("addmm") or target == "sm_100")
+        widest = 32 if small else 128 if name.startswith("conv grad") else 64
+        assert tile(record) == min(widest, width), name
         assert record.constexprs["PRECISION"] == mode.precision
         if record.target.backend == "cuda":
             units = opcodes(record)
@@ -157,6 +162,29 @@ def test_shipped_configurations(target, mode, width, compiled):
                 assert multiplied >= products_per_thread(record), name
         elif mode.dtype != torch.float32:
             assert record.count(r"v_mfma_f32_\w+(f16|bf16)") > 0, name
+
+
+@every_target
+@modes(*MODES)
+@pytest.mark.parametrize("width", [16, 64])
+def test_few_input_channels(target, mode, width):
+    """Below 16 channels the depth is walked in the weight's own order; tiles are smaller."""
+    case = conv_case("few channels", (2, 3, 14, 14), (width, 3, 5, 5))
+    with fp32_precision(mode.precision), compiling_for(target) as records:
+        forward, _, grad_weight = Launchers(records).conv(case, mode.dtype)
+        assert [(r.constexprs["WIDE"], tile(r)) for r in (forward, grad_weight)] == [(False, width)] * 2
+        check(records)
+
+
+@every_target
+@modes(*MODES)
+def test_any_stride_and_any_window(target, mode):
+    """The input's gradient where strides divide, and several windows cover a cell."""
+    case = channels(64, stride=2, pool_size=3, pool_stride=2, pool_padding=1)
+    with fp32_precision(mode.precision), compiling_for(target) as records:
+        _, grad_input, _ = Launchers(records).conv(case, mode.dtype)
+        assert grad_input.constexprs["UNIT"] is False
+        check(records)
 
 
 @every_target
@@ -261,7 +289,10 @@ def test_new_shapes_compile_nothing_new():
                 arguments = (tensors["input"], tensors["weight"], code, case.geometry)
                 conv.conv2d_relu_max_pool2d_backward(grad, *arguments, everything[0])
                 counts.append(len(records))
-        assert counts == [4] * len(counts)  # forward, two gradients, sum_parts
+        # Forward, two gradients and sum_parts; then the wide forms of forward and weight gradient; and, from the first
+        # stride or window that is not plain on, another gradient of the input.
+        assert counts == sorted(counts)
+        assert sorted(set(counts)) == [4, 6, 7]
         for m, k, n in [(1, 1, 1), (16, 16, 16), (17, 12, 6), (64, 1, 16), (3, 5, 1), (1000, 16, 10)]:
             for awkward in (False, True):
                 mat1, mat2, bias = (torch.randn(shape).half() for shape in ((m, k), (k, n), (n,)))
@@ -271,7 +302,7 @@ def test_new_shapes_compile_nothing_new():
                 grad = _unaligned(output) if awkward else output.sum().expand_as(output)
                 addmm.addmm_relu_backward(grad, output, mat1, mat2, (n,), 1, 0.5, everything[0])
                 counts.append(len(records))
-        assert counts[-12:] == [7] * 12  # and forward and two gradients here
+        assert counts[-12:] == [10] * 12  # and forward and two gradients here
     assert launchers.records is records
 
 
@@ -371,3 +402,22 @@ def test_listed_configurations_spill_nothing(architecture):
                 launcher = getattr(design, kernel.rpartition(".")[2])
                 launcher(grad, tensors["input"], tensors["weight"], code, entry.options)
             check(records)
+
+
+# --- the tuner -----------------------------------------------------------------------------------------------------
+
+
+def test_the_tuner_drops_what_does_not_fit(monkeypatch):
+    """Spills, too much shared memory and what the compiler refuses are told by compiling alone."""
+    case = ConvCase("wide", 128, 16, 128, 3, padding=1)
+    slot = next(slot for slot in tune.slots(case, "ieee") if slot.kernel.endswith("grad_weight"))
+    monkeypatch.setattr(configurations, "architecture", lambda: "sm_90")
+    told = {
+        "nothing": {},
+        "spills": {"BLOCK_K": 32},
+        "OutOfResources": {"BLOCK_M": 512, "BLOCK_N": 512},
+        "power of 2": {"BLOCK_K": 24},
+    }
+    for part, options in told.items():
+        reason = tune.unfit(slot, configurations.Configuration("general", options, ""))
+        assert reason is None if part == "nothing" else part in str(reason), (part, reason)

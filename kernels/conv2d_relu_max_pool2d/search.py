@@ -1,0 +1,78 @@
+"""Which configurations of each design are worth trying: what `fastlenet bench --tune` measures.
+
+A space is wider than what fits: a configuration that spills, needs too much shared memory or computes something else is
+dropped by the tuner, which checks all three.
+
+- `general`: its own rule, then one constant of it changed at a time.
+- `patch_dot`: tiles of 64 and 128 rows, filled by as many whole images, or rows of pooled cells, as they hold; two
+  depths of a step, one or two stages of loads, four or eight warps.
+- `patch_fma`: channels that a lane computes at a time, and block rows of a program where it has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+import triton
+from torch import Tensor
+
+from ..geometry import ConvPoolGeometry
+from . import DESIGNS
+
+Candidate = tuple[str, dict[str, int]]
+
+
+def candidates(
+    direction: str, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor, exact: bool
+) -> list[Candidate]:
+    """List designs with their configurations, the general kernels' own rule first.
+
+    Args:
+        direction: ``"forward"``, ``"grad_input"`` or ``"grad_weight"``.
+        geometry: of the convolution and the pool.
+        input: of the shape and layout to be tuned.
+        weight: likewise.
+        exact: whether products are of exact float32, which `patch_dot` leaves to `patch_fma`.
+    """
+    found: list[Candidate] = [("general", options) for options in _GENERAL]
+    design = "patch_fma" if exact else "patch_dot"
+    if DESIGNS[design].covers(geometry, input, weight):
+        space = _patch_fma(direction) if exact else _patch_dot(direction, geometry, input, weight)
+        found += [(design, options) for options in space]
+    return found
+
+
+_GENERAL: list[dict[str, int]] = [
+    {},
+    {"BLOCK_M": 64, "num_warps": 4},
+    {"BLOCK_K": 16},
+    {"BLOCK_K": 32},
+    {"num_stages": 2},
+]
+
+
+def _patch_dot(direction: str, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor) -> Iterator[dict[str, int]]:
+    out_channels, in_channels = weight.shape[:2]
+    pads = {"OUT_PAD": max(8, triton.next_power_of_2(out_channels))}
+    height, width = geometry.output_shape(input, weight)[2:]
+    for block_m, num_warps in product((64, 128), (4, 8)):
+        if direction == "grad_input":
+            pads["IN_PAD"] = max(8, triton.next_power_of_2(in_channels))
+            images = block_m // -(-input.shape[3] // 2)
+            if images:
+                yield {"IMAGES": images, **pads, "BLOCK_M": block_m, "num_warps": num_warps}
+            continue
+        steps = product((1, height), (16, 32) if direction == "forward" else (64, 128), (1, 2))
+        for rows, block_k, stages in steps:
+            images = block_m // (rows * width)
+            if images and not (stages > 1 and direction != "forward"):
+                constants = {"BLOCK_M": block_m, "BLOCK_K": block_k, "STAGES": stages, "num_warps": num_warps}
+                yield {"IMAGES": images, "ROWS": rows, **pads, **constants}
+
+
+def _patch_fma(direction: str) -> Iterator[dict[str, int]]:
+    if direction == "grad_input":
+        yield from ({"CHANNELS": channels, "STRIP": strip} for channels, strip in product((2, 3, 4, 6), (1, 2)))
+    else:
+        yield from ({"CHANNELS": channels} for channels in (2, 4, 8, 16))

@@ -1,0 +1,107 @@
+"""Where cuDNN or cuBLAS computes a call instead of a Triton kernel, though a kernel covers it.
+
+`configurations.json` decides first: an entry of the design "aten" takes the library, any other the kernel. For what no
+entry lists there is a rule, by depth: the number of products that an element of the result sums. A library multiplies
+faster than the general kernels, whose operands are gathered; they, in turn, spare the passes over memory that relu, its
+mask and the pool cost outside. The first gain grows with the depth, the second does not. The number of images never
+decides, so that a sample's result does not depend on the batch it travels in.
+
+The limits below come from a model, not from a measurement. Of an H100, per multiply-add: the general kernels' cost at
+wide shapes by `bench.static`, taken 1.5 times, since that model knows no latency; the library's at 55% of the matrix
+rate (80% of the FMA rate); and 2.5 passes at 3 TB/s over the convolution's output, the least that ATen's path needs.
+`bench/NOTES.md` has the figures; `fastlenet bench --tune` measures and writes entries that override the rule.
+
+Free of triton, but for the name of the current architecture, which is asked for only where Triton drives the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import configurations
+from .geometry import ConvPoolGeometry
+
+CONV, ADDMM = "conv2d_relu_max_pool2d", "addmm_relu"
+
+LIBRARY = "aten"
+"""Design of an entry that takes the library."""
+
+_DEEPEST = {
+    (CONV, "forward"): {"ieee": 256, "tf32": 1024, "half": 256},
+    (CONV, "backward"): {"ieee": 256, "tf32": 768, "half": 256},
+    (ADDMM, "forward"): {"ieee": 512, "tf32": 512, "half": 512},
+    (ADDMM, "backward"): {"ieee": 512, "tf32": 512, "half": 512},
+}
+"""Depth from which the library is modelled to be faster: of exact float32 products, tf32 and 16-bit ones."""
+
+_FEW_CHANNELS, _DEEPEST_OF_FEW = 16, 64
+"""Input channels below which the general kernels walk the depth number by number, and the depth that then decides."""
+
+_FEW_COLUMNS = {CONV: 64, ADDMM: 128}
+"""Output channels or features below which a library's tiles are half empty, and the rule keeps the kernels."""
+
+
+def why_library(
+    operator: str,
+    direction: str,
+    dtype: torch.dtype,
+    precision: str,
+    shape: Sequence[int],
+    *,
+    depth: int,
+    columns: int,
+    channels: int = _FEW_CHANNELS,
+) -> str | None:
+    """Say why the library computes a call, or None if a Triton kernel does.
+
+    Args:
+        operator: `CONV` or `ADDMM`.
+        direction: ``"forward"`` or ``"backward"``.
+        dtype: of the tensors.
+        precision: of float32 products, ``"tf32"`` or ``"ieee"``.
+        shape: the call's key in the table.
+        depth: products summed for an element of the forward's result.
+        columns: output channels of a group, or features.
+        channels: input channels of a group.
+    """
+    listed = [
+        configurations.find(f"{operator}.{name}", dtype, precision, shape)
+        for name in ([direction] if direction == "forward" else _BACKWARD[operator])
+    ]
+    entries = [entry for entry in listed if entry is not None]
+    for entry in entries:
+        if entry.design == LIBRARY:
+            return f"the table of configurations takes the library: {entry.evidence}"
+    if entries:
+        return None
+    few = channels < _FEW_CHANNELS
+    deepest = _DEEPEST_OF_FEW if few else _DEEPEST[operator, direction][precision if dtype == torch.float32 else "half"]
+    if depth >= deepest and (few or columns >= _FEW_COLUMNS[operator]):
+        return f"the library is modelled to be faster from {deepest} products an element on, and this call has {depth}"
+    return None
+
+
+# An entry for the whole backward, then those for its parts.
+_BACKWARD = {CONV: ("backward", "grad_input", "grad_weight"), ADDMM: ("backward",)}
+
+
+def convolution(direction: str, input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> str | None:
+    """Say why cuDNN computes a convolution with its pool, or None if a Triton kernel does; see `why_library`."""
+    precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    sizes = {
+        "depth": math.prod(weight.shape[1:]),
+        "columns": weight.shape[0] // geometry.groups,
+        "channels": weight.shape[1],
+    }
+    return why_library(CONV, direction, input.dtype, precision, geometry.key(input, weight), **sizes)
+
+
+def product(direction: str, mat1: Tensor, mat2: Tensor) -> str | None:
+    """Say why cuBLAS computes a matrix product with its relu, or None if a Triton kernel does; see `why_library`."""
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    depth, columns = mat2.shape
+    return why_library(ADDMM, direction, mat1.dtype, precision, (depth, columns), depth=depth, columns=columns)

@@ -1,0 +1,124 @@
+"""Where a library is taken though a Triton kernel covers the call: the table's word, and the rule for the rest."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from fastlenet.kernels import configurations, dispatch
+from fastlenet.kernels.geometry import ConvPoolGeometry
+
+import fastlenet
+from bench.work import OTHER_OPERATORS, ConvCase
+from fastlenet import ops
+
+PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
+CASES = {case.name: case for case in OTHER_OPERATORS if isinstance(case, ConvCase)}
+MODES = {"tf32": torch.float32, "ieee": torch.float32, "half": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True)
+def _some_gpu(monkeypatch):
+    monkeypatch.setattr(configurations, "architecture", lambda: "sm_90")
+
+
+def takes_library(case: ConvCase, direction: str, mode: str) -> bool:
+    input = torch.empty(2, *case.input_shape, dtype=MODES[mode], device="meta")
+    weight = torch.empty(case.parameter_shapes["weight"], dtype=MODES[mode], device="meta")
+    switch = torch.backends.cudnn.conv
+    before, switch.fp32_precision = switch.fp32_precision, "tf32" if mode == "tf32" else "ieee"
+    try:
+        return dispatch.convolution(direction, input, weight, case.geometry) is not None
+    finally:
+        switch.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        # Shallow, or narrow: the kernels. Deep: the library, in tf32 only from 1024 (forward) or 768 products on.
+        "MNIST.conv1": {},
+        "kernel.1x1": {},
+        "AlexNet.conv1": {"tf32", "ieee", "half"},
+        "VGG.64": {"ieee", "half"},
+        "VGG.256": {"tf32", "ieee", "half"},
+    }.items(),
+)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_rule_at_benchmarked_shapes(name, expected, direction):
+    assert {mode for mode in MODES if takes_library(CASES[name], direction, mode)} == set(expected)
+
+
+def test_the_rule_never_sees_the_number_of_images():
+    weight = torch.empty(256, 128, 3, 3, device="meta")
+    reasons = {
+        dispatch.convolution("forward", torch.empty(n, 128, 16, 16, device="meta"), weight, PLAIN) for n in (1, 9)
+    }
+    assert len(reasons) == 1
+
+
+def listed(monkeypatch, design: str, kernel: str, shape) -> None:
+    entry = configurations.Configuration(design, {}, "measured on a test")
+    table = {(kernel, "sm_90", mode, tuple(shape)): entry for mode in ("tf32", "ieee", "bfloat16")}
+    monkeypatch.setattr(configurations, "table", lambda: table)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_table_overrides_the_rule(direction, monkeypatch):
+    deep, shallow = CASES["VGG.256"], CASES["MNIST.conv1"]
+    kernel = f"conv2d_relu_max_pool2d.{direction}"
+    for case, design, expected in ((deep, "general", False), (shallow, "aten", True)):
+        input, weight = torch.empty(1, *case.input_shape), torch.empty(case.parameter_shapes["weight"])
+        listed(monkeypatch, design, kernel, case.geometry.key(input, weight))
+        assert takes_library(case, direction, "tf32") is expected
+    # An entry holds for its own geometry only.
+    other = case.geometry._replace(padding=(1, 1))
+    assert dispatch.convolution(direction, input, weight, other) is None
+
+
+def test_a_kernel_listed_for_a_gradient_keeps_the_backward(monkeypatch):
+    case = CASES["VGG.256"]
+    key = case.geometry.key(torch.empty(1, *case.input_shape), torch.empty(case.parameter_shapes["weight"]))
+    listed(monkeypatch, "patch_dot", "conv2d_relu_max_pool2d.grad_weight", key)
+    assert not takes_library(case, "backward", "tf32")
+    assert takes_library(case, "forward", "tf32")
+
+
+def test_linear_layers():
+    def reason(depth, columns):
+        return dispatch.product("forward", torch.empty(2, depth), torch.empty(columns, depth).t())
+
+    assert reason(4096, 4096) is not None
+    assert reason(400, 120) is reason(784, 10) is None
+
+
+def test_choosing_loads_no_triton():
+    code = (
+        "import sys, torch; from fastlenet.kernels import configurations, dispatch; "
+        "configurations.architecture = lambda: 'sm_90'; "
+        "print(dispatch.product('forward', torch.empty(2, 4096), torch.empty(4096, 4096)), 'triton' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.startswith("the library is modelled to be faster")
+    assert done.stdout.endswith("False\n")
+
+
+def test_a_forced_backend_is_not_asked(monkeypatch, caplog):
+    """Auto follows the rule and the log says why; a forced one never does."""
+    monkeypatch.setattr(ops, "why_aten", lambda *_: None)  # as on a GPU
+    input, weight = torch.empty(2, 4096), torch.empty(4096, 4096).t()
+    library = lambda: dispatch.product("forward", input, weight)  # noqa: E731
+    with caplog.at_level("DEBUG", "fastlenet"), fastlenet.use_backend("auto"):
+        assert ops._implementation("addmm_relu", input, library=library) is ops.aten
+    assert "runs on ATen: the library is modelled to be faster" in caplog.text
+    with fastlenet.use_backend("triton"):
+        assert ops._implementation("addmm_relu", input, library=library) is not ops.aten
+
+
+def test_the_committed_table_can_be_read():
+    for entry in json.loads(configurations._COMMITTED.read_text(encoding="utf-8")):
+        assert entry["evidence"]
+        assert entry["design"] in ("general", "patch_dot", "patch_fma", dispatch.LIBRARY)

@@ -408,16 +408,9 @@ def test_listed_configurations_spill_nothing(architecture):
 
 
 def test_the_tuner_drops_what_does_not_fit(monkeypatch):
-    """Spills, too much shared memory and what the compiler refuses are told by compiling alone."""
+    """Spills, and what the compiler refuses, are told by compiling alone."""
     case = ConvCase("wide", 128, 16, 128, 3, padding=1)
     slot = next(slot for slot in tune.slots(case, "ieee") if slot.kernel.endswith("grad_weight"))
     monkeypatch.setattr(configurations, "architecture", lambda: "sm_90")
-    told = {
-        "nothing": {},
-        "spills": {"BLOCK_K": 32},
-        "OutOfResources": {"BLOCK_M": 512, "BLOCK_N": 512},
-        "power of 2": {"BLOCK_K": 24},
-    }
-    for part, options in told.items():
-        reason = tune.unfit(slot, configurations.Configuration("general", options, ""))
-        assert reason is None if part == "nothing" else part in str(reason), (part, reason)
+    for options, told in (({"BLOCK_K": 32}, "spills"), ({"BLOCK_K": 24}, "CompilationError")):
+        assert told in str(tune.unfit(slot, configurations.Configuration("general", options, "")))

@@ -174,6 +174,7 @@ def _forward_kernel(
     pooled_row = row // PW % ROWS
     pooled_column = row % PW
     channel = tl.arange(0, OUT_PAD)
+    plane = (channel * (PH * PW))[None, :]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + channel, mask=channel < OUT, other=0.0).to(tl.float32)
     bands = ()
@@ -191,7 +192,9 @@ def _forward_kernel(
         corner = tl.minimum(image, images - 1) * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2
         # Rows and depth are added to the pointer one after the other: each is widened to 64 bits once, not their sums.
         patch = input_ptr + tl.multiple_of(corner, 2)[:, None]
-        pooled = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None] + (channel * (PH * PW))[None, :]
+        window = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None]
+        outputs = output_ptr + window
+        codes = code_ptr + window
         for r in tl.range(first_row, last_row, num_stages=STAGES):
             conv = tl.zeros((BLOCK_M, 4 * OUT_PAD), tl.float32)
             for start in tl.static_range(0, DEPTH, BLOCK_K):
@@ -211,9 +214,9 @@ def _forward_kernel(
             if RETURN_CODE:
                 code = tl.where(bottom > top, tl.where(cell3 > cell2, 3, 2), tl.where(cell1 > cell0, 1, 0))
                 code = tl.where(best <= 0, 255, code)
-                tl.store(code_ptr + r * (ROWS * PW) + pooled, code.to(tl.uint8), mask=mask)
+                tl.store(codes + r * (ROWS * PW) + plane, code.to(tl.uint8), mask=mask)
             best = tl.maximum(best, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            store(output_ptr + r * (ROWS * PW) + pooled, best, mask)
+            store(outputs + r * (ROWS * PW) + plane, best, mask)
             finite += _lane_sums(best, BLOCK_M, OUT_PAD)
 
     if _any_not_finite(finite):
@@ -222,16 +225,14 @@ def _forward_kernel(
             image = first_image + tile * IMAGES + row // (ROWS * PW)
             mask = ((row < IMAGES * ROWS * PW) & (image < images))[:, None] & (channel < OUT)[None, :]
             corner = image * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2
-            pooled = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None] + (channel * (PH * PW))[
-                None, :
-            ]
+            window = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None] + plane
             for r in tl.range(first_row, last_row, num_stages=1):
                 _replace_not_finite(
                     input_ptr + r * (ROWS * 2 * W) + corner,
                     weight_ptr + channel * (C * KS * KS),
                     bias_ptr + channel,
-                    output_ptr + r * (ROWS * PW) + pooled,
-                    code_ptr + r * (ROWS * PW) + pooled,
+                    output_ptr + r * (ROWS * PW) + window,
+                    code_ptr + r * (ROWS * PW) + window,
                     mask,
                     C,
                     H * W,
@@ -441,6 +442,7 @@ def _grad_weight_kernel(
     pooled_row = row // PW % ROWS
     pooled_column = row % PW
     channel = tl.arange(0, OUT_PAD)
+    plane = (channel * (PH * PW))[None, :]
     sums = ()
     for _ in tl.static_range(0, DEPTH, BLOCK_K):
         sums = sums + (tl.zeros((BLOCK_K, 4 * OUT_PAD), tl.float32),)
@@ -455,10 +457,12 @@ def _grad_weight_kernel(
         mask = row_mask[:, None] & (channel < OUT)[None, :]
         corner = image * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2
         patch = input_ptr + tl.multiple_of(corner, 2)[:, None]
-        pooled = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None] + (channel * (PH * PW))[None, :]
+        window = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None]
+        grads = grad_ptr + window
+        codes = code_ptr + window
         for r in tl.range(first_row, last_row, num_stages=STAGES):
-            code = tl.load(code_ptr + r * (ROWS * PW) + pooled, mask=mask, other=255).to(tl.int32)
-            grad = load(grad_ptr + r * (ROWS * PW) + pooled, mask)
+            code = tl.load(codes + r * (ROWS * PW) + plane, mask=mask, other=255).to(tl.int32)
+            grad = load(grads + r * (ROWS * PW) + plane, mask)
             bias_sum += tl.where(code != 255, grad, 0.0).to(tl.float32)
             cells = _to_cells(grad, code, BLOCK_M, OUT_PAD)
             new = ()

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configurations import architecture
 from .runtime import (
     INTERPRETED,
     all_registers,
@@ -418,7 +419,11 @@ def _through_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[s
     if INTERPRETED:
         tile = {"BLOCK_M": 1024, "BLOCK_P": 128, "BLOCK_Q": 128}
     elif _exact(dtype, precision):
-        tile = {"BLOCK_M": 64, "BLOCK_P": 16, "BLOCK_Q": 32, "num_warps": 8, "num_stages": 1, **all_registers()}
+        # Both operands come through shared memory: the more outputs a lane has, the fewer loads a product takes. Four
+        # slices of hidden2, addresses of single elements, or sm_100's pairs of registers leave no room for so many.
+        many = aligned and q <= 96 and architecture() in ("sm_80", "sm_90")
+        wider = {"BLOCK_P": 32, "num_warps": 4} if many else {"BLOCK_P": 16, "num_warps": 8}
+        tile = {"BLOCK_M": 64, "BLOCK_Q": 32, "num_stages": 1, **wider, **all_registers()}
     else:
         # Four slices of hidden2 leave registers for half as wide a block of hidden1. AMD's lanes have 256: less still.
         registers, wide = all_registers(), q > 96
@@ -439,7 +444,7 @@ def _product(dtype: torch.dtype) -> dict[str, Any]:
     if INTERPRETED:
         tile = {"BLOCK_I": 1024, "BLOCK_J": 256, "BLOCK_D": 256}
     elif _exact(dtype, precision):
-        tile = {"BLOCK_I": 64, "BLOCK_J": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 1, **all_registers()}
+        tile = {"BLOCK_I": 128, "BLOCK_J": 32, "BLOCK_D": 16, "num_warps": 2, "num_stages": 1, **all_registers()}
     else:
         depth = 32 if dtype == torch.float32 else 64
         tile = {"BLOCK_I": 128, "BLOCK_J": 64, "BLOCK_D": depth, "num_warps": 8, "num_stages": 2, **all_registers()}

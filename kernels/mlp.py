@@ -127,7 +127,17 @@ def _forward_kernel(
     Cost per row ("image"): 2 * (K * P + P * Q + Q * R) FLOP; reads K elements, writes R, and P + Q if SAVE; the weights
     are read once per program.
     """
-    row = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0).to(INDEX) * BLOCK_M
+    if INDEX == tl.int64:
+        # Only a tile's beginning takes 64 bits, which every lane would need registers for.
+        input_ptr += first_row * k
+        output_ptr += first_row * r
+        hidden1_ptr += first_row * p
+        hidden2_ptr += first_row * q
+        m = tl.minimum(m - first_row, BLOCK_M).to(tl.int32)
+    else:
+        row += first_row
     sums = ()
     for _ in tl.static_range(SLICES_Q):
         sums = sums + (tl.zeros((BLOCK_M, BLOCK_Q), tl.float32),)

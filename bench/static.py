@@ -599,6 +599,26 @@ def committed_path() -> Path:
     return RESULTS / "static" / f"{triton.__version__}.json"
 
 
+def completed(today: dict[str, Any], committed: dict[str, Any] | None) -> dict[str, Any]:
+    """Complete a report of some architectures by what a committed one says of the others.
+
+    ``commits`` then tells for each architecture which commit was looked at.
+    """
+    looked_at = {row["arch"] for row in today["rows"]}
+    commits = dict.fromkeys(looked_at, today["environment"]["commit"])
+    document = today | {"commits": commits}
+    if committed is not None:
+        others = {row["arch"] for row in committed["rows"]} - looked_at
+        before = committed.get("commits", {})
+        document["commits"] = {arch: before.get(arch, committed["environment"]["commit"]) for arch in others} | commits
+        for part in ("totals", "compile", "rows"):
+            document[part] = [line for line in committed[part] if line["arch"] in others] + today[part]
+    for part in ("totals", "compile", "rows"):
+        document[part] = sorted(document[part], key=lambda line: list(TARGETS).index(line["arch"]))
+    document["commits"] = {arch: document["commits"][arch] for arch in TARGETS if arch in document["commits"]}
+    return document
+
+
 def compare(today: dict[str, Any], committed: dict[str, Any]) -> list[str]:
     """List what got worse, vanished or is new, against a committed report; only what `today` looked at counts.
 
@@ -773,16 +793,19 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--only", default="", metavar="NAME", help="only kernels whose name or shape contains NAME")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the report to FILE as JSON")
-    parser.add_argument("--save", action="store_true", help=f"write it to {committed_path().relative_to(ROOT)}")
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help=f"write it to {committed_path().relative_to(ROOT)}; other architectures there stay as they are",
+    )
     parser.add_argument("--check", action="store_true", help="compare with the committed file; exit code 1 if worse")
     parser.add_argument("--compile-times", action="store_true", help="measure compile times too, on this CPU")
     parser.add_argument("--compile-once", nargs=2, metavar=("ARCH", "PRECISION"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.arch = options.arch or list(TARGETS)
     options.precision = options.precision or list(PRECISIONS)
-    partial = options.only or len(options.arch) < len(TARGETS) or len(options.precision) < len(PRECISIONS)
-    if options.save and partial:
-        parser.error("--save writes the whole report: leave out --arch, --precision and --only")
+    if options.save and (options.only or len(options.precision) < len(PRECISIONS)):
+        parser.error("--save writes whole architectures: leave out --precision and --only")
     return options
 
 
@@ -797,8 +820,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.compile_times:
             works = [(arch, precision) for arch in options.arch for precision in options.precision]
             document["compile"] = [measure_compile(*work) for work in works]
-        for path in filter(None, (options.output, committed_path() if options.save else None)):
-            write_json(path, document)
+        path = committed_path()
+        committed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if options.output:
+            write_json(options.output, document)
+        if options.save:
+            write_json(path, completed(document, committed))
         console = import_extra("rich.console").Console(highlight=False, markup=False, soft_wrap=False)
         if not console.is_terminal:
             console = import_extra("rich.console").Console(highlight=False, markup=False, width=200)
@@ -808,10 +835,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_measured(console)
         if not options.check:
             return 0
-        path = committed_path()
-        if not path.is_file():
+        if committed is None:
             raise InputError(f"no committed figures for triton {triton.__version__}: {path.name} is not there")
-        committed = json.loads(path.read_text(encoding="utf-8"))
     except InputError as error:
         return complain("bench.static", error, BAD_INPUT)
     if options.only:

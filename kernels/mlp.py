@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configurations import architecture
 from .runtime import (
     INTERPRETED,
     all_registers,
@@ -126,7 +127,17 @@ def _forward_kernel(
     Cost per row ("image"): 2 * (K * P + P * Q + Q * R) FLOP; reads K elements, writes R, and P + Q if SAVE; the weights
     are read once per program.
     """
-    row = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0).to(INDEX) * BLOCK_M
+    if INDEX == tl.int64:  # noqa: SIM300  (a type is no constant here)
+        # Only a tile's beginning takes 64 bits, which every lane would need registers for.
+        input_ptr += first_row * k
+        output_ptr += first_row * r
+        hidden1_ptr += first_row * p
+        hidden2_ptr += first_row * q
+        m = tl.minimum(m - first_row, BLOCK_M).to(tl.int32)
+    else:
+        row += first_row
     sums = ()
     for _ in tl.static_range(SLICES_Q):
         sums = sums + (tl.zeros((BLOCK_M, BLOCK_Q), tl.float32),)
@@ -418,7 +429,11 @@ def _through_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[s
     if INTERPRETED:
         tile = {"BLOCK_M": 1024, "BLOCK_P": 128, "BLOCK_Q": 128}
     elif _exact(dtype, precision):
-        tile = {"BLOCK_M": 64, "BLOCK_P": 16, "BLOCK_Q": 32, "num_warps": 8, "num_stages": 1, **all_registers()}
+        # Both operands come through shared memory: the more outputs a lane has, the fewer loads a product takes. Four
+        # slices of hidden2, addresses of single elements, or sm_100's pairs of registers leave no room for so many.
+        many = aligned and q <= 96 and architecture() in ("sm_80", "sm_90")
+        wider = {"BLOCK_P": 32, "num_warps": 4} if many else {"BLOCK_P": 16, "num_warps": 8}
+        tile = {"BLOCK_M": 64, "BLOCK_Q": 32, "num_stages": 1, **wider, **all_registers()}
     else:
         # Four slices of hidden2 leave registers for half as wide a block of hidden1. AMD's lanes have 256: less still.
         registers, wide = all_registers(), q > 96
@@ -439,7 +454,7 @@ def _product(dtype: torch.dtype) -> dict[str, Any]:
     if INTERPRETED:
         tile = {"BLOCK_I": 1024, "BLOCK_J": 256, "BLOCK_D": 256}
     elif _exact(dtype, precision):
-        tile = {"BLOCK_I": 64, "BLOCK_J": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 1, **all_registers()}
+        tile = {"BLOCK_I": 128, "BLOCK_J": 32, "BLOCK_D": 16, "num_warps": 2, "num_stages": 1, **all_registers()}
     else:
         depth = 32 if dtype == torch.float32 else 64
         tile = {"BLOCK_I": 128, "BLOCK_J": 64, "BLOCK_D": depth, "num_warps": 8, "num_stages": 2, **all_registers()}

@@ -143,25 +143,31 @@ def _sum_parts_kernel(
     """Add up the rows of a (parts, size) float32 matrix in a fixed order: output[i] = factor * sum_p parts[p, i].
 
     A program takes BLOCK columns. It adds rows p, p + ROWS, p + 2 * ROWS, ... first to last, then these ROWS sums by a
-    tree, so that many loads are under way at once.
+    tree, so that many loads are under way at once. Of a single row, which is only scaled and rounded, it takes
+    ROWS * BLOCK columns.
     """
-    offset = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.arange(0, ROWS)
-    mask = offset < size
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(0, parts, ROWS):
-        pointers = parts_ptr + (first + row).to(INDEX)[:, None] * size + offset[None, :]
-        total += tl.load(pointers, mask=(first + row < parts)[:, None] & mask[None, :], other=0.0)
-    store(output_ptr + offset, tl.sum(total, axis=0) * factor, mask)
+    if parts == 1:
+        element = tl.program_id(0).to(INDEX) * (ROWS * BLOCK) + tl.arange(0, ROWS * BLOCK)
+        single = tl.load(parts_ptr + element, mask=element < size)
+        store(output_ptr + element, single * factor, element < size)
+    else:
+        offset = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+        row = tl.arange(0, ROWS)
+        mask = offset < size
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        for first in range(0, parts, ROWS):
+            pointers = parts_ptr + (first + row).to(INDEX)[:, None] * size + offset[None, :]
+            total += tl.load(pointers, mask=(first + row < parts)[:, None] & mask[None, :], other=0.0)
+        store(output_ptr + offset, tl.sum(total, axis=0) * factor, mask)
 
 
 def sum_parts(parts: Tensor, output: Tensor, factor: float = 1.0) -> Tensor:
     """Reduce float32 `parts` (P, *) over its first dimension into the dense `output` (*); deterministic."""
-    size = output.numel()
+    size, rows = output.numel(), 128
     block = 4096 if INTERPRETED else 32
     launch(
         _sum_parts_kernel,
-        (triton.cdiv(size, block),),
+        (triton.cdiv(size, block * rows if parts.shape[0] == 1 else block),),
         parts,
         output,
         size,
@@ -169,7 +175,7 @@ def sum_parts(parts: Tensor, output: Tensor, factor: float = 1.0) -> Tensor:
         factor,
         INDEX=index_type(parts, output),
         BLOCK=block,
-        ROWS=128,
+        ROWS=rows,
         num_warps=4,
     )
     return output

@@ -102,25 +102,30 @@ def _input_band(
 @triton.jit
 def _to_cells(grad, code, BLOCK_M: tl.constexpr, OUT_PAD: tl.constexpr):
     """Spread gradients (rows, channels) over their windows' cells: (rows, (cell, channel)), 0 where a cell lost."""
-    top = tl.join(tl.where(code == 0, grad, 0.0), tl.where(code == 1, grad, 0.0))
-    bottom = tl.join(tl.where(code == 2, grad, 0.0), tl.where(code == 3, grad, 0.0))
+    bits = grad.to(tl.int32 if grad.dtype.primitive_bitwidth == 32 else tl.int16, bitcast=True)
+    top = tl.join(tl.where(code == 0, bits, 0), tl.where(code == 1, bits, 0))
+    bottom = tl.join(tl.where(code == 2, bits, 0), tl.where(code == 3, bits, 0))
     cells = tl.join(top, bottom).permute(0, 3, 2, 1)  # from (row, channel, column of the window, its row)
-    return cells.reshape(BLOCK_M, 4 * OUT_PAD)
+    return cells.reshape(BLOCK_M, 4 * OUT_PAD).to(grad.dtype, bitcast=True)
 
 
 @triton.jit
-def _magnitude(values):
-    """The bits of each row's largest magnitude: as integers, infinity and NaN are larger than all finite numbers.
+def _lane_sums(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums (ROWS, 4) that are not finite where a value is not: no number brings infinity or NaN back.
 
-    One number a row, and not one an element, keeps registers free for the products.
+    Of a matrix unit's results each of four lanes holds pairs of columns, eight apart. Only a lane's own are added, so
+    nothing is exchanged between lanes, and a row takes one register.
     """
-    return tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    if COLUMNS < 8:
+        return values
+    else:  # noqa: RET505  (Triton compiles what follows a return)
+        return tl.sum(tl.sum(values.reshape(ROWS, COLUMNS // 8, 4, 2), axis=3), axis=1)
 
 
 @triton.jit
-def _any_not_finite(magnitudes):
-    """Whether one of `_magnitude`'s rows has an infinity or a NaN."""
-    return tl.max(magnitudes, axis=0) >= 0x7F800000
+def _any_not_finite(sums):
+    """Whether one of the sums is infinite or NaN. They may be for large finite values, too."""
+    return tl.max(tl.max((tl.abs(sums) < float("inf")).to(tl.int32) ^ 1, axis=1), axis=0) > 0
 
 
 @triton.jit(do_not_specialize=[*_COUNTS, *_SMALL])
@@ -172,9 +177,9 @@ def _forward_kernel(
     pooled_row = row // PW % ROWS
     pooled_column = row % PW
     channel = tl.arange(0, OUT_PAD)
+    plane = (channel * (PH * PW))[None, :]
     if HAS_BIAS:
-        bias_channel = tl.arange(0, 4 * OUT_PAD) % OUT_PAD
-        bias = tl.load(bias_ptr + bias_channel, mask=bias_channel < OUT, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + channel, mask=channel < OUT, other=0.0).to(tl.float32)
     bands = ()
     for start in tl.static_range(0, DEPTH, BLOCK_K):
         bands = bands + (_forward_band(weight_ptr, start, C, OUT, KS, OUT_PAD, BLOCK_K),)
@@ -182,22 +187,23 @@ def _forward_kernel(
     first_image = tl.program_id(0).to(INDEX) * tiles_per_program * IMAGES
     first_row = tl.program_id(1) * rows_per_program
     last_row = tl.minimum(first_row + rows_per_program, PH // ROWS)
-    largest = tl.zeros((BLOCK_M,), tl.int32)
+    finite = tl.zeros((BLOCK_M, 4), tl.float32)
     for tile in tl.range(tiles_per_program, num_stages=1, disable_licm=True):
         image = first_image + tile * IMAGES + row // (ROWS * PW)
         mask = ((row < IMAGES * ROWS * PW) & (image < images))[:, None] & (channel < OUT)[None, :]
         # Rows beyond the last image read it again, so that loads need no mask.
-        patch = tl.minimum(image, images - 1) * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2
-        patch = tl.multiple_of(patch, 2)[:, None]
-        pooled = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None] + (channel * (PH * PW))[None, :]
+        corner = tl.minimum(image, images - 1) * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2
+        # Rows and depth are added to the pointer one after the other: each is widened to 64 bits once, not their sums.
+        patch = input_ptr + tl.multiple_of(corner, 2)[:, None]
+        window = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None]
+        outputs = output_ptr + window
+        codes = code_ptr + window
         for r in tl.range(first_row, last_row, num_stages=STAGES):
             conv = tl.zeros((BLOCK_M, 4 * OUT_PAD), tl.float32)
             for start in tl.static_range(0, DEPTH, BLOCK_K):
-                offset = patch + _patch_offsets(start, C, H, W, S, BLOCK_K)[None, :]
-                pixels = load(input_ptr + r * (ROWS * 2 * W) + offset)
+                offset = _patch_offsets(start, C, H, W, S, BLOCK_K)[None, :]
+                pixels = load(patch + r * (ROWS * 2 * W) + offset)
                 conv = tl.dot(pixels, bands[start // BLOCK_K], conv, input_precision=PRECISION)
-            if HAS_BIAS:
-                conv += bias[None, :]
             # Columns are (cell row, cell column, channel): a thread holds all cells of its channels.
             left, right = tl.split(conv.reshape(BLOCK_M, 2, 2, OUT_PAD).permute(0, 3, 1, 2))
             cell0, cell2 = tl.split(left)
@@ -205,30 +211,31 @@ def _forward_kernel(
             top = tl.maximum(cell0, cell1, propagate_nan=tl.PropagateNan.ALL)
             bottom = tl.maximum(cell2, cell3, propagate_nan=tl.PropagateNan.ALL)
             best = tl.maximum(top, bottom, propagate_nan=tl.PropagateNan.ALL)
+            if HAS_BIAS:
+                # Added to the largest cell it gives what the largest of its sums with all four would be.
+                best += bias[None, :]
             if RETURN_CODE:
                 code = tl.where(bottom > top, tl.where(cell3 > cell2, 3, 2), tl.where(cell1 > cell0, 1, 0))
                 code = tl.where(best <= 0, 255, code)
-                tl.store(code_ptr + r * (ROWS * PW) + pooled, code.to(tl.uint8), mask=mask)
+                tl.store(codes + r * (ROWS * PW) + plane, code.to(tl.uint8), mask=mask)
             best = tl.maximum(best, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            store(output_ptr + r * (ROWS * PW) + pooled, best, mask)
-            largest = tl.maximum(largest, _magnitude(best))
+            store(outputs + r * (ROWS * PW) + plane, best, mask)
+            finite += _lane_sums(best, BLOCK_M, OUT_PAD)
 
-    if _any_not_finite(largest):
+    if _any_not_finite(finite):
         tl.debug_barrier()
         for tile in tl.range(tiles_per_program, num_stages=1, disable_licm=True):
             image = first_image + tile * IMAGES + row // (ROWS * PW)
             mask = ((row < IMAGES * ROWS * PW) & (image < images))[:, None] & (channel < OUT)[None, :]
             corner = image * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2
-            pooled = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None] + (channel * (PH * PW))[
-                None, :
-            ]
+            window = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None] + plane
             for r in tl.range(first_row, last_row, num_stages=1):
                 _replace_not_finite(
                     input_ptr + r * (ROWS * 2 * W) + corner,
                     weight_ptr + channel * (C * KS * KS),
                     bias_ptr + channel,
-                    output_ptr + r * (ROWS * PW) + pooled,
-                    code_ptr + r * (ROWS * PW) + pooled,
+                    output_ptr + r * (ROWS * PW) + window,
+                    code_ptr + r * (ROWS * PW) + window,
                     mask,
                     C,
                     H * W,
@@ -332,7 +339,7 @@ def _grad_input_kernel(
         bands = bands + (_input_band(weight_ptr, d // REACH, d % REACH, C, OUT, KS, IN_PAD, OUT_PAD),)
 
     first_image = tl.program_id(0).to(INDEX) * tiles_per_program * IMAGES
-    largest = tl.zeros((BLOCK_M,), tl.int32)
+    finite = tl.zeros((BLOCK_M, 4), tl.float32)
     for tile in tl.range(tiles_per_program, num_stages=1, disable_licm=True):
         image = first_image + tile * IMAGES + row // BLOCKS
         row_mask = (row < IMAGES * BLOCKS) & (image < images)
@@ -354,14 +361,14 @@ def _grad_input_kernel(
                     band = bands[di * REACH + dj]
                     new = new + (tl.dot(cells.to(band.dtype), band, sums[di], input_precision=PRECISION),)
                 sums = new
-            largest = tl.maximum(largest, _magnitude(sums[0]))
+            finite += _lane_sums(sums[0], BLOCK_M, 4 * IN_PAD)
             store(output_ptr + p * (2 * W) + pixel, sums[0], pixel_mask)
             sums = sums[1:] + (tl.zeros((BLOCK_M, 4 * IN_PAD), tl.float32),)
         for d in tl.static_range(REACH - 1):
-            largest = tl.maximum(largest, _magnitude(sums[d]))
+            finite += _lane_sums(sums[d], BLOCK_M, 4 * IN_PAD)
             store(output_ptr + (PH + d) * (2 * W) + pixel, sums[d], pixel_mask)
 
-    if _any_not_finite(largest):
+    if _any_not_finite(finite):
         tl.debug_barrier()
         input_channel = tl.arange(0, IN_PAD)
         for tile in tl.range(tiles_per_program, num_stages=1, disable_licm=True):
@@ -438,6 +445,7 @@ def _grad_weight_kernel(
     pooled_row = row // PW % ROWS
     pooled_column = row % PW
     channel = tl.arange(0, OUT_PAD)
+    plane = (channel * (PH * PW))[None, :]
     sums = ()
     for _ in tl.static_range(0, DEPTH, BLOCK_K):
         sums = sums + (tl.zeros((BLOCK_K, 4 * OUT_PAD), tl.float32),)
@@ -450,19 +458,21 @@ def _grad_weight_kernel(
         image = first_image + tile * IMAGES + row // (ROWS * PW)
         row_mask = (row < IMAGES * ROWS * PW) & (image < images)
         mask = row_mask[:, None] & (channel < OUT)[None, :]
-        patch = image * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2
-        patch = tl.multiple_of(patch, 2)[:, None]
-        pooled = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None] + (channel * (PH * PW))[None, :]
+        corner = image * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2
+        patch = input_ptr + tl.multiple_of(corner, 2)[:, None]
+        window = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None]
+        grads = grad_ptr + window
+        codes = code_ptr + window
         for r in tl.range(first_row, last_row, num_stages=STAGES):
-            code = tl.load(code_ptr + r * (ROWS * PW) + pooled, mask=mask, other=255).to(tl.int32)
-            grad = load(grad_ptr + r * (ROWS * PW) + pooled, mask)
+            code = tl.load(codes + r * (ROWS * PW) + plane, mask=mask, other=255).to(tl.int32)
+            grad = load(grads + r * (ROWS * PW) + plane, mask)
             bias_sum += tl.where(code != 255, grad, 0.0).to(tl.float32)
             cells = _to_cells(grad, code, BLOCK_M, OUT_PAD)
             new = ()
             for start in tl.static_range(0, DEPTH, BLOCK_K):
-                offset = patch + _patch_offsets(start, C, H, W, S, BLOCK_K)[None, :]
+                offset = _patch_offsets(start, C, H, W, S, BLOCK_K)[None, :]
                 # Pixels of rows that are not there must be 0 as well: infinity times 0 is not.
-                pixels = load(input_ptr + r * (ROWS * 2 * W) + offset, row_mask[:, None])
+                pixels = load(patch + r * (ROWS * 2 * W) + offset, row_mask[:, None])
                 product = tl.dot(
                     tl.trans(pixels), cells.to(pixels.dtype), sums[start // BLOCK_K], input_precision=PRECISION
                 )

@@ -2,9 +2,8 @@
 
 `tl.dot` in ``ieee`` mode feeds the FMA units operand by operand through shared memory; here a lane computes whole
 results in its own registers instead. All sizes but the batch are compile-time constants, so that every loop over taps
-is unrolled and every address is a register plus a constant. Every result is one chain of fused multiply-adds in a fixed
-order, so tiles may depend on the batch without changing a bit. As in `general`, the input's gradient may be NaN at the
-left and right edges for a NaN or infinite weight: windows beside the image count as 0 times the weight.
+is unrolled and every address is a register plus a constant. Every result is a chain of fused multiply-adds in a fixed
+order, or a fixed sum of some, so tiles may depend on the batch without changing a bit.
 
 Letters: N images, C input and O output channels, H x W input, KH x KW kernel, PH x PW pooled output, P = PH * PW.
 """
@@ -255,26 +254,58 @@ def _grad_weight_kernel(
 
 
 @triton.jit
-def _add_row(
+def _add_cells(
     total, cells, kernel, ROW: tl.constexpr, COLUMN: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr
 ):
-    """Add what a row of the convolution's cells sends to a pixel through kernel row ROW, if there is such a row.
+    """Add what a window's two cells of one row send to a pixel, if they reach it.
 
-    The pixel lies under tap 0 of the cell COLUMN.
+    The pixel lies ROW rows below the cells and COLUMN columns right of the first.
     """
     if ROW >= 0 and ROW < KERNEL_H:
-        for i in tl.static_range(KERNEL_W):
-            total = tl.fma(cells[COLUMN - i], kernel[ROW * KERNEL_W + i], total)
+        if COLUMN < KERNEL_W:
+            total = tl.fma(cells[0], kernel[ROW * KERNEL_W + COLUMN], total)
+        if COLUMN > 0:
+            total = tl.fma(cells[1], kernel[ROW * KERNEL_W + COLUMN - 1], total)
     return total
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _add_window(
+    sums,
+    upper,
+    lower,
+    kernels,
+    ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+):
+    """Add what a window's cells send to ROWS rows of KW + 1 pixels per channel, the window beginning in row ROW."""
+    taps: tl.constexpr = KERNEL_H * KERNEL_W
+    width: tl.constexpr = KERNEL_W + 1
+    start: tl.constexpr = ROW if ROW > 0 else 0
+    stop: tl.constexpr = ROW + KERNEL_H + 1 if ROW + KERNEL_H + 1 < ROWS else ROWS
+    for c in tl.static_range(CHANNELS):
+        kernel = kernels[c * taps : (c + 1) * taps]
+        done = ()
+        for h in tl.static_range(start, stop):
+            for w in tl.static_range(width):
+                total = sums[(c * ROWS + h) * width + w]
+                total = _add_cells(total, upper, kernel, h - ROW, w, KERNEL_H, KERNEL_W)
+                total = _add_cells(total, lower, kernel, h - ROW - 1, w, KERNEL_H, KERNEL_W)
+                done = done + (total,)
+        sums = sums[: (c * ROWS + start) * width] + done + sums[(c * ROWS + stop) * width :]
+    return sums
+
+
+@triton.jit(do_not_specialize=["images"])
 def _grad_input_kernel(
     grad_ptr,
     code_ptr,
     weight_ptr,
     output_ptr,
-    rows,
+    images,
     IN_CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
     INPUT_H: tl.constexpr,
@@ -288,82 +319,87 @@ def _grad_input_kernel(
     CHANNELS: tl.constexpr,
     STRIP: tl.constexpr,
 ):
-    """Gradient of the input in exact float32, gathered without atomics.
+    """Gradient of the input in exact float32, without atomics.
 
-    Maths: as in `general`; each pixel is one chain of fused multiply-adds over (output channel, pooling window,
-    cell) in order, whatever the tile.
+    Maths: as in `general`. A pixel receives from up to KW // 2 + 1 columns of windows: per column one chain of fused
+    multiply-adds over (output channel, window, cell) in order, and these sums from right to left, whatever the tile.
 
-    Tile: BLOCK columns of 2x2 blocks of pixels (rows of N * ceil(W / 2), two a lane) x STRIP such blocks one below the
-    other x CHANNELS input channels. A program's number counts the tiles of one image first, so that neighbours read the
-    same gradients. A window's gradient is spread over its four cells by code, once for all pixels and channels that it
-    reaches; windows above and below the image are skipped, those beside it read as dropped.
+    Tile: BLOCK // PW images x STRIP rows of 2x2 blocks of pixels x CHANNELS input channels. A lane owns a column of
+    windows and adds up what these send to the KW + 1 columns of pixels below them, so that no product is wasted on
+    windows beside the image. A window's gradient is spread over its four cells by code, once for all pixels and
+    channels that it reaches; windows that do not reach the strip are skipped. At the end a pixel's sums meet in memory:
+    each lane stores its own two columns, then adds in the two after them, and so on, with a barrier between.
+    A program's number counts the tiles of one group of images first, so that neighbours read the same gradients.
 
     Shapes and strides: grad and code (N, O, PH, PW), weight (O, C, KH, KW), output (N, C, H, W), all contiguous.
 
-    Cost per image: 8 * P * O * C * KH * KW FLOP times 7 / 5 at LeNet's second convolution, for windows beside the
-    image; reads gradients and codes once per tile, each tile's neighbours' too; writes C * H * W elements.
+    Cost per image: 8 * P * O * C * KH * KW FLOP; reads gradients and codes once per tile of channels, and those of
+    KH // 2 rows again per strip; writes C * H * W elements, and reads and writes them KW // 2 times more in cache.
     """
     size: tl.constexpr = POOLED_H * POOLED_W
     taps: tl.constexpr = KERNEL_H * KERNEL_W
-    columns: tl.constexpr = (INPUT_W + 1) // 2
     strips: tl.constexpr = (INPUT_H + 2 * STRIP - 1) // (2 * STRIP)
     above: tl.constexpr = KERNEL_H // 2
-    aside: tl.constexpr = KERNEL_W // 2
+    width: tl.constexpr = KERNEL_W + 1
     tile = tl.program_id(0) % (strips * (IN_CHANNELS // CHANNELS))
     top = tile % strips * STRIP
     first = tile // strips * CHANNELS
-    row = (tl.program_id(0) // (strips * (IN_CHANNELS // CHANNELS))).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    mask = row < rows
-    row = tl.minimum(row, rows - 1)
-    image = row // columns
-    column = row % columns
-    window = image * (OUT_CHANNELS * size) + ((top - above) * POOLED_W + column - aside)
+    group = (tl.program_id(0) // (strips * (IN_CHANNELS // CHANNELS))).to(INDEX)
+    lane = tl.arange(0, BLOCK)
+    column = lane % POOLED_W
+    image = group * (BLOCK // POOLED_W) + lane // POOLED_W
+    mask = (lane < BLOCK // POOLED_W * POOLED_W) & (image < images)
+    # Images beyond the last repeat it: loads need no mask then.
+    image = tl.minimum(image, images - 1)
+    window = image * (OUT_CHANNELS * size) + ((top - above) * POOLED_W + column)
     grads = grad_ptr + window
     codes = code_ptr + window
     weights = weight_ptr + first * taps
 
     sums = ()
-    for _ in tl.static_range(4 * STRIP * CHANNELS):
+    for _ in tl.static_range(2 * STRIP * width * CHANNELS):
         sums = sums + (tl.zeros((BLOCK,), tl.float32),)
     for _ in range(OUT_CHANNELS):
+        kernels = ()
+        for k in tl.static_range(CHANNELS * taps):
+            kernels = kernels + (tl.load(weights + k),)
         for u in tl.static_range(above + STRIP):
-            if (top + u >= above) & (top + u < POOLED_H + above):
-                upper, lower = (), ()
-                for v in tl.static_range(aside + 1):
-                    there = (column + v >= aside) & (column + v < POOLED_W + aside)
-                    code = tl.load(codes + (u * POOLED_W + v), mask=there, other=255).to(tl.int32)
-                    grad = tl.load(grads + (u * POOLED_W + v), mask=there)
-                    upper = upper + (tl.where(code == 0, grad, 0.0), tl.where(code == 1, grad, 0.0))
-                    lower = lower + (tl.where(code == 2, grad, 0.0), tl.where(code == 3, grad, 0.0))
-                done = ()
-                for c in tl.static_range(CHANNELS):
-                    # Each tap once; the compiler drops those that nothing here needs.
-                    kernel = ()
-                    for k in tl.static_range(taps):
-                        kernel = kernel + (tl.load(weights + (c * taps + k)),)
-                    for h in tl.static_range(2 * STRIP):
-                        for w in tl.static_range(2):
-                            total = sums[(c * 2 * STRIP + h) * 2 + w]
-                            total = _add_row(
-                                total, upper, kernel, h + 2 * (above - u), w + 2 * aside, KERNEL_H, KERNEL_W
-                            )
-                            total = _add_row(
-                                total, lower, kernel, h + 2 * (above - u) - 1, w + 2 * aside, KERNEL_H, KERNEL_W
-                            )
-                            done = done + (total,)
-                sums = done
+            # Of a single strip the windows' rows are known when it is compiled.
+            if strips > 1 or (u >= above and u < POOLED_H + above):  # noqa: SIM102
+                if strips == 1 or ((top + u >= above) & (top + u < POOLED_H + above)):
+                    code = tl.load(codes + u * POOLED_W).to(tl.int32)
+                    grad = tl.load(grads + u * POOLED_W)
+                    upper = (tl.where(code == 0, grad, 0.0), tl.where(code == 1, grad, 0.0))
+                    lower = (tl.where(code == 2, grad, 0.0), tl.where(code == 3, grad, 0.0))
+                    sums = _add_window(
+                        sums, upper, lower, kernels, 2 * (u - above), 2 * STRIP, CHANNELS, KERNEL_H, KERNEL_W
+                    )
         grads += size
         codes += size
         weights += IN_CHANNELS * taps
 
     corner = image * (IN_CHANNELS * INPUT_H * INPUT_W) + (top * (2 * INPUT_W) + column * 2)
     pixels = output_ptr + (corner + first * (INPUT_H * INPUT_W))
-    inside = mask[:, None] & (column[:, None] * 2 + tl.arange(0, 2)[None, :] < INPUT_W)
-    for c in tl.static_range(CHANNELS):
-        for h in tl.static_range(2 * STRIP):
-            pair = tl.join(sums[(c * 2 * STRIP + h) * 2], sums[(c * 2 * STRIP + h) * 2 + 1])
-            pointers = pixels[:, None] + (c * INPUT_H * INPUT_W + h * INPUT_W + tl.arange(0, 2))[None, :]
-            tl.store(pointers, pair, mask=inside & (2 * top + h < INPUT_H))
+    pair = tl.arange(0, 2)[None, :]
+    last = column == POOLED_W - 1
+    nothing = tl.zeros((BLOCK,), tl.float32)
+    for block in tl.static_range((INPUT_W + 1) // 2 - POOLED_W + 1):
+        # Only the last lane goes on where no window reaches.
+        there = mask if 2 * block < width else mask & last
+        if block > 0:
+            tl.debug_barrier()
+        for c in tl.static_range(CHANNELS):
+            for h in tl.static_range(2 * STRIP):
+                pointers = pixels[:, None] + ((c * INPUT_H + h) * INPUT_W + 2 * block) + pair
+                inside = there[:, None] & (column[:, None] * 2 + 2 * block + pair < INPUT_W) & (2 * top + h < INPUT_H)
+                values = tl.join(
+                    sums[(c * 2 * STRIP + h) * width + 2 * block] if 2 * block < width else nothing,
+                    sums[(c * 2 * STRIP + h) * width + 2 * block + 1] if 2 * block + 1 < width else nothing,
+                )
+                if block > 0:
+                    # The last lane meets columns beyond the windows' own first: nothing is there yet.
+                    values += tl.load(pointers, mask=inside & (column < POOLED_W - 1)[:, None], other=0.0)
+                tl.store(pointers, values, mask=inside)
 
 
 def covers(geometry: ConvPoolGeometry, input: Tensor, weight: Tensor) -> bool:
@@ -382,7 +418,7 @@ def _divisor(number: int, limit: int) -> int:
     return max(d for d in range(1, max(1, limit) + 1) if number % d == 0)
 
 
-def _tile(rows: int, channels: int, limit: int, tiles: int = 1) -> dict[str, int]:
+def _tile(rows: int, channels: int, limit: int) -> dict[str, int]:
     """Choose how many rows, two a lane, and how many channels a program takes.
 
     Small batches get small programs, down to one channel, until there are about four for each of 128 multiprocessors.
@@ -392,14 +428,13 @@ def _tile(rows: int, channels: int, limit: int, tiles: int = 1) -> dict[str, int
         rows: lanes' worth of work along the batch.
         channels: how many there are; a program takes a divisor of it.
         limit: the most channels that registers hold.
-        tiles: programs that each block of rows and channels occupies.
     """
     if INTERPRETED:
         return {"BLOCK": min(4096, triton.next_power_of_2(rows)), "CHANNELS": _divisor(channels, limit)}
     tile = {}
     for num_warps, at_most in ((4, limit), (1, limit), (1, min(4, limit)), (1, min(2, limit)), (1, 1)):
         tile = {"BLOCK": 64 * num_warps, "CHANNELS": _divisor(channels, at_most), "num_warps": num_warps}
-        if triton.cdiv(rows, tile["BLOCK"]) * tiles * channels // tile["CHANNELS"] >= 512:
+        if triton.cdiv(rows, tile["BLOCK"]) * channels // tile["CHANNELS"] >= 512:
             break
     return tile
 
@@ -451,22 +486,28 @@ def grad_input(
 ) -> Tensor:
     """Launch the gradient of the input; all tensors contiguous."""
     result = empty(input.shape, input)
-    channels, strips = weight.shape[1], triton.cdiv(input.shape[2], 2 * configuration["STRIP"])
-    rows = input.shape[0] * triton.cdiv(input.shape[3], 2)
-    tile = _tile(rows, channels, configuration["CHANNELS"], strips)
+    channels = _divisor(weight.shape[1], configuration["CHANNELS"])
+    tiles = triton.cdiv(input.shape[2], 2 * configuration["STRIP"]) * (weight.shape[1] // channels)
+    images, columns = input.shape[0], code.shape[3]
+    # Programs of one warp until there are about four of four warps for each of 128 multiprocessors.
+    num_warps = 4 if triton.cdiv(images, max(1, 128 // columns)) * tiles >= 512 else 1
+    lanes = min(4096, images * columns) if INTERPRETED else 32 * num_warps
+    block = triton.next_power_of_2(max(lanes, columns))
     launch(
         _grad_input_kernel,
-        (triton.cdiv(rows, tile["BLOCK"]) * strips * (channels // tile["CHANNELS"]),),
+        (triton.cdiv(images, block // columns) * tiles,),
         grad_output,
         code,
         weight,
         result,
-        rows,
+        images,
         **_sizes(input, weight, code),
         INDEX=index_type(grad_output, result),
+        BLOCK=block,
+        CHANNELS=channels,
         STRIP=configuration["STRIP"],
+        num_warps=num_warps,
         num_stages=1,
-        **tile,
         # Three programs of four warps on a multiprocessor, as in the forward.
         **_registers(168),
     )

@@ -388,6 +388,21 @@ def test_comparison_tells_what_got_worse():
     assert gone.startswith("only in the committed file")
 
 
+def test_architectures_are_saved_one_by_one():
+    def of(arch, commit, **changes):
+        line = {"arch": arch, "precision": "bf16"}
+        return figures(arch=arch, **changes) | {"environment": {"commit": commit}, "compile": [line]}
+
+    first = static.completed(of("sm_90", "a"), None)
+    both = static.completed(of("sm_80", "b"), first)
+    assert both["commits"] == {"sm_80": "b", "sm_90": "a"}
+    again = static.completed(of("sm_90", "c", instructions=50.0), both)
+    assert again["commits"] == {"sm_80": "b", "sm_90": "c"}
+    for part in ("rows", "totals", "compile"):
+        assert [line["arch"] for line in again[part]] == ["sm_80", "sm_90"]
+    assert [row["instructions"] for row in again["rows"]] == [100.0, 50.0]
+
+
 def test_a_second_process_compiles_nothing():
     line = static.measure_compile("sm_90", "bf16")
     assert line["cold_compiled"] > 0
@@ -404,9 +419,9 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     assert "no GPU results in bench/results" in printed or "against measurement on" in printed
     assert set(json.loads(path.read_text())) >= {"environment", "rows", "totals", "note", "model"}
     with pytest.raises(SystemExit) as ended:
-        static.main(["--arch", "sm_90", "--save"])
+        static.main(["--precision", "bf16", "--save"])
     assert ended.value.code == 2
-    assert "--save writes the whole report" in capsys.readouterr().err
+    assert "--save writes whole architectures" in capsys.readouterr().err
 
 
 def test_measurements_are_found_and_modelled(tmp_path):

@@ -206,16 +206,7 @@ def test_nan_and_infinities_travel_as_in_stock(mode, name, value, conv, device, 
     if name == "bias":
         flat[1:] = 0
     with fp32_precision(mode.precision):
-        if mode != EXACT or name != "weight":
-            result = conv.exact(case, tensors)
-        else:
-            # As in `general`: 0 times the weight, beside the image, may make the input's gradient NaN there.
-            expected, result = (run(function, tensors, case.keywords) for function in (CONV.stock, CONV.fused))
-            for (label, actual), (_, wanted) in zip(result.tensors(), expected.tensors(), strict=True):
-                edge = actual.isnan() & ("input" in label)
-                assert_same_values(torch.where(edge, actual, wanted), actual, name=label)
-                if "input" in label:
-                    assert_same_values(actual[..., 2:-2], wanted[..., 2:-2], name=label)
+        result = conv.exact(case, tensors)
     assert not all(tensor.isfinite().all() for _, tensor in result.tensors()) or value < 0
 
 

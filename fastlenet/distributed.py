@@ -6,6 +6,7 @@ One process alone is the simplest case and needs no process group: every method 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,6 +101,9 @@ def join(device: torch.device) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
         if ours:
+            # DistributedDataParallel is part of a reference cycle and holds the group. Left to the interpreter's end, the
+            # group would die after what its threads need, which now and then aborts the process (seen with gloo).
+            gc.collect()
             dist.destroy_process_group()
 
 

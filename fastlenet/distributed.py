@@ -101,8 +101,8 @@ def join(device: torch.device) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
         if ours:
-            # DistributedDataParallel is part of a reference cycle and holds the group. Left to the interpreter's end, the
-            # group would die after what its threads need, which now and then aborts the process (seen with gloo).
+            # DistributedDataParallel is part of a reference cycle and holds the group. Left to the interpreter's end,
+            # the group would die after what its threads need, which now and then aborts the process (seen with gloo).
             gc.collect()
             dist.destroy_process_group()
 

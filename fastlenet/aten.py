@@ -8,7 +8,7 @@ gained over stock's conv2d, relu and max_pool2d, each in the layout of its input
 
 - The batch is worked off in slices whose convolution stays in the cache: nothing at the convolution's resolution is
   ever allocated for the whole batch, and stock's cost per image, which grows with the batch, does not.
-- Pooling runs in channels_last, whatever the caller's layout: stock's max_pool2d is ten to twenty times faster there.
+- Pooling runs in channels_last, whatever the caller's layout: stock's max_pool2d is two to twenty times faster there.
   So does the convolution where it is faster and as exact. Only pooled values are laid out again.
 - A convolution with few output channels becomes one with `cells` times as many (`_phases`): half its time. Its output
   is the window's planes, which one max_pool2d turns into values, relu and codes.
@@ -51,9 +51,9 @@ _max_pool2d_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
 _CHAIN = 160
 """Products that a convolution in channels_last may add up one after the other, where there are more than 16 channels.
 
-In that layout oneDNN adds all products of an output in one chain, in the plain one it adds 16 channels at a time: for
-256 channels of 3x3 the error is four times as large, more than a result may be off stock's for a caller who never asked
-for channels_last.
+In that layout oneDNN (with AVX-512) adds all products of an output in one chain, in the plain one 16 channels at a
+time. For 32 channels of 3x3 the largest error is twice as large, for 128 channels five times: more than a result may be
+off stock's for a caller who never asked for channels_last.
 """
 
 _ANY, _PLAIN, _LAST = torch.preserve_format, torch.contiguous_format, torch.channels_last
@@ -71,10 +71,7 @@ def conv2d_relu_max_pool2d(
     weight, bias = weight.to(plan.dtype), None if bias is None else bias.to(plan.dtype)
     phases = _phases(weight, bias, geometry.pool_size) if plan.phases else None
     pool = _pool_by_index if plan.by_index else _pool_by_planes
-    # Grouped convolutions stay in the caller's layout: in another one infinite weights act otherwise on the padding.
-    last = plan.by_index and geometry.groups == 1 and _short_chain(weight.shape[1], weight)
-    convolved_in = _LAST if last else _ANY
-    kernel = _laid_out(weight, convolved_in)
+    kernel = _laid_out(weight, plan.convolved_in)
 
     def of_slice(part: Tensor) -> tuple[Tensor, Tensor | None]:
         part = part.to(plan.dtype)
@@ -84,7 +81,7 @@ def conv2d_relu_max_pool2d(
             # The zeros around a shifted kernel turn an infinite input into NaN, so that needs the plain way.
             if found is not None:
                 return found
-        part = _laid_out(part, convolved_in)
+        part = _laid_out(part, plan.convolved_in)
         conv = F.conv2d(part, kernel, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
         return pool(_channels_last(conv) if plan.by_index else conv, geometry, return_code)
 
@@ -159,8 +156,7 @@ def _backward_of_slice(
     output_mask: Sequence[bool],
 ) -> Grads:
     need_input, need_weight, need_bias = output_mask
-    for_input, for_weight = _backward_layouts(input, weight, geometry)
-    closed = geometry.dropped
+    closed, for_input, for_weight = geometry.dropped, plan.for_input, plan.for_weight
     passing = _passing(grad_output, code) if plan.by_index else torch.where(code == closed, 0, grad_output)
     # Of pooled values: a quarter of the work, and not in one long chain as oneDNN adds them.
     exact = torch.promote_types(passing.dtype, torch.float32)
@@ -213,6 +209,7 @@ class _Plan(NamedTuple):
         phases: one convolution with the kernel once per window cell; and the weight's gradient likewise.
         blocks: the backward by phases, the input's gradient by blocks of 2x2 pixels.
         by_index: pool by stock's max_pool2d; else by one view per window cell.
+        convolved_in: layout of the convolution's operands; likewise `for_input` and `for_weight` for its gradients.
         dtype: the type to compute in.
         layout: of the output.
         kernel_size: height and width of the kernel.
@@ -225,6 +222,9 @@ class _Plan(NamedTuple):
     phases: bool
     blocks: bool
     by_index: bool
+    convolved_in: torch.memory_format
+    for_input: torch.memory_format
+    for_weight: torch.memory_format
     dtype: torch.dtype
     layout: torch.memory_format
     kernel_size: Pair
@@ -248,11 +248,18 @@ def _plan(
     floating = device == "cpu" and dtype.is_floating_point
     computed_in = _computed_in(dtype, device)
     plain = floating and layout == _PLAIN
+    by_index = floating and _index_tells(conv_size, geometry)
+    # Grouped convolutions stay in the caller's layout: in another one infinite weights act otherwise on the padding.
+    last = by_index and geometry.groups == 1 and _short_chain(weight[1], weight)
+    for_input, for_weight = _backward_layouts(weight, geometry) if device == "cpu" else (_ANY, _ANY)
     return _Plan(
         matrix_product=plain and dtype == torch.float32 and _few_products(input, weight, geometry),
         phases=plain and weight[0] < 16 and _phases_pay(weight, geometry),
         blocks=plain and _blocks_pay(input, weight, pooled_size, geometry),
-        by_index=floating and _index_tells(conv_size, geometry),
+        by_index=by_index,
+        convolved_in=_LAST if last else _ANY,
+        for_input=for_input,
+        for_weight=for_weight,
         dtype=computed_in,
         layout=layout,
         kernel_size=(weight[2], weight[3]),
@@ -298,8 +305,7 @@ def _phases_pay(weight: torch.Size, geometry: ConvPoolGeometry) -> bool:
 def _blocks_pay(input: torch.Size, weight: torch.Size, pooled: Pair, geometry: ConvPoolGeometry) -> bool:
     """Whether the input's gradient is computed by blocks of 2x2 pixels, as many as fill the image exactly.
 
-    For few input channels: LeNet's conv2 takes three quarters of the time, without the gradient at the convolution's
-    resolution.
+    For few input channels: LeNet's conv2 takes 5 to 10% less time so, and no gradient at the convolution's resolution.
     """
     return (
         weight[1] < 8
@@ -321,7 +327,7 @@ def _index_tells(conv_size: Pair, geometry: ConvPoolGeometry) -> bool:
 
 
 def _backward_layouts(
-    input: Tensor, weight: Tensor, geometry: ConvPoolGeometry
+    weight: torch.Size, geometry: ConvPoolGeometry
 ) -> tuple[torch.memory_format, torch.memory_format]:
     """Choose layouts for the gradients of the input and of the weight.
 
@@ -329,18 +335,16 @@ def _backward_layouts(
     than a vector has lanes, for strided convolutions, and for many channels. Large kernels stay as they are: with few
     images oneDNN has no fast code for their weight in channels_last (15x15, two images: thirty times slower).
     """
-    if input.device.type != "cpu":
-        return _ANY, _ANY
-    if geometry.groups > 1 or max(weight.shape[2:]) > 8:
+    if geometry.groups > 1 or max(weight[2:]) > 8:
         return _PLAIN, _PLAIN
-    for_input = _LAST if weight.shape[1] >= 8 and _short_chain(weight.shape[0], weight) else _PLAIN
-    for_weight = _PLAIN if max(geometry.stride) > 1 or weight.shape[1] >= 128 else _LAST
+    for_input = _LAST if weight[1] >= 8 and _short_chain(weight[0], weight) else _PLAIN
+    for_weight = _PLAIN if max(geometry.stride) > 1 or weight[1] >= 128 else _LAST
     return for_input, for_weight
 
 
-def _short_chain(channels: int, weight: Tensor) -> bool:
+def _short_chain(channels: int, weight: torch.Size) -> bool:
     """Whether sums over so many channels and the kernel are as exact in channels_last as in the plain layout."""
-    return channels <= 16 or channels * weight.shape[2] * weight.shape[3] <= _CHAIN
+    return channels <= 16 or channels * weight[2] * weight[3] <= _CHAIN
 
 
 def _computed_in(dtype: torch.dtype, device: str) -> torch.dtype:

@@ -69,6 +69,20 @@ def plan_of(case, dtype: torch.dtype = torch.float32):
     return aten._plan(torch.Size(size), torch.Size(case.weight), dtype, "cpu", torch.contiguous_format, case.geometry)
 
 
+def assert_exact_gradients(case, tensors, wanted):
+    """Ask for some gradients on the exact grid: these equal stock's, no other is there; return both runs."""
+    stock = CONV.stock(**tensors, **case.keywords)
+    grad = exact_grid(stock.shape, stock.dtype, terms=case.terms)
+    expected = run(CONV.stock, tensors, case.keywords, grad, wanted)
+    result = run(CONV.fused, tensors, case.keywords, grad, wanted)
+    for name in CONV_NAMES:
+        if name in wanted:
+            assert_same_values(result.grads[name], expected.grads[name], name=name)
+        else:
+            assert result.grads[name] is None
+    return result, expected
+
+
 def subsets(names: tuple[str, ...]) -> pytest.MarkDecorator:
     chosen = [c for n in range(1, 1 + len(names)) for c in itertools.combinations(names, n)]
     return pytest.mark.parametrize("wanted", chosen, ids="+".join)
@@ -326,17 +340,9 @@ def test_slices_give_each_set_of_gradients(case, kind, wanted, sliced):
     sliced(2, case, torch.float32)
     tensors = case.exact(torch.float32)
     tensors["input"] = awkward(tensors["input"], kind)
-    stock = CONV.stock(**tensors, **case.keywords)
-    grad = exact_grid(stock.shape, stock.dtype, terms=case.terms)
-    expected = run(CONV.stock, tensors, case.keywords, grad, wanted)
-    result = run(CONV.fused, tensors, case.keywords, grad, wanted)
-    for name in CONV_NAMES:
-        if name in wanted:
-            assert_same_values(result.grads[name], expected.grads[name], name=name)
-        else:
-            assert result.grads[name] is None
-    assert_same_values(result.output, expected.output)
-    assert result.output.stride() == expected.output.stride()
+    result, stock = assert_exact_gradients(case, tensors, wanted)
+    assert_same_values(result.output, stock.output)
+    assert result.output.stride() == stock.output.stride()
 
 
 def test_the_shipped_slice_is_a_part_of_a_large_batch():
@@ -378,13 +384,7 @@ def test_kernel_stack(case, dtype):
 @conv_cases(PHASED[:-1])
 def test_kernel_stack_gives_each_set_of_gradients(case, wanted):
     """It serves the backward only where the input needs no gradient: both ways must agree with stock."""
-    tensors = case.exact(torch.float32)
-    stock = CONV.stock(**tensors, **case.keywords)
-    grad = exact_grid(stock.shape, stock.dtype, terms=case.terms)
-    expected = run(CONV.stock, tensors, case.keywords, grad, wanted)
-    result = run(CONV.fused, tensors, case.keywords, grad, wanted)
-    for name in wanted:
-        assert_same_values(result.grads[name], expected.grads[name], name=name)
+    assert_exact_gradients(case, case.exact(torch.float32), wanted)
 
 
 @pytest.mark.parametrize(
@@ -430,13 +430,7 @@ def test_backward_by_blocks(case, dtype):
 def test_backward_by_blocks_gives_each_set_of_gradients(case, wanted, sliced):
     """In slices, the last one smaller."""
     sliced(13, case, torch.float32)
-    tensors = case.exact(torch.float32)
-    stock = CONV.stock(**tensors, **case.keywords)
-    grad = exact_grid(stock.shape, stock.dtype, terms=case.terms)
-    expected = run(CONV.stock, tensors, case.keywords, grad, wanted)
-    result = run(CONV.fused, tensors, case.keywords, grad, wanted)
-    for name in wanted:
-        assert_same_values(result.grads[name], expected.grads[name], name=name)
+    assert_exact_gradients(case, case.exact(torch.float32), wanted)
 
 
 @special

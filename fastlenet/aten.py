@@ -8,15 +8,17 @@ gained over stock's conv2d, relu and max_pool2d, each in the layout of its input
 
 - The batch is worked off in slices whose convolution stays in the cache: nothing at the convolution's resolution is
   ever allocated for the whole batch, and stock's cost per image, which grows with the batch, does not.
-- Pooling runs in channels_last, whatever the caller's layout: stock's max_pool2d is two to twenty times faster there.
-  So does the convolution where it is faster and as exact. Only pooled values are laid out again.
-- A convolution with few output channels becomes one with `cells` times as many (`_phases`): half its time. Its output
-  is the window's planes, which one max_pool2d turns into values, relu and codes.
-- Backward, few channels are served by planes, too: neither weight nor input sees the convolution's resolution
-  (`_backward_by_phases`); the weight of LeNet's conv1 takes half the time.
-- A few images are multiplied as matrices: oneDNN takes longer to set a convolution up than to compute it.
+- No pool runs in the plain layout, where stock's max_pool2d is two to twenty times slower. Windows that stand side by
+  side are taken apart into planes, one per window cell, by one copy; one max_pool2d over the planes, in disguise, gives
+  values, relu and codes (`_largest`). Other windows are pooled in channels_last. Only pooled values are laid out again.
+- A convolution with few output channels becomes one with `cells` times as many, whose output is the planes
+  (`_phases`): no copy then, and vector lanes are full. The gradient of the weight alone is served likewise
+  (`_by_phases`); both take LeNet's conv1 two thirds of the time.
+- A few images are multiplied as matrices: oneDNN takes longer to set a convolution up than to compute it. There the
+  number of calls counts for more than how fast each is.
 - relu and its mask see pooled cells only, and the int64 indices of max_pool2d become bytes at once.
-- A linear layer with relu has nothing to gain here: it is stock's two calls, relu in place.
+- A linear layer with relu has nothing to gain here: it is stock's two calls, relu in place; on a CPU with stock's own
+  derivatives (`fastlenet.autograd.plain_linear_relu`).
 """
 
 from __future__ import annotations
@@ -38,13 +40,21 @@ _SLICE_BYTES = 8 << 20
 """Size that the convolution of a slice of the batch may have: small enough for a CPU's caches and for reused memory."""
 
 _FEW_PRODUCTS = 1 << 20
-"""Multiply-adds up to which a convolution is a matrix product: below, oneDNN's set-up costs more than the work."""
+"""Multiply-adds up to which a convolution is a matrix product; twice as many for its gradients.
+
+Below, oneDNN's set-up costs more than the work: LeNet's convolutions of one image take half its time as products, their
+gradients less than half.
+"""
+
+_SMALL = 1 << 12
+"""Pooled values up to which the number of calls counts for more than how fast each is."""
 
 # Bound once: looking an operator up takes as long as a small one runs.
 _unfold_and_multiply = torch.ops.aten._slow_conv2d_forward.default
 _unfold_and_multiply_backward = torch.ops.aten._slow_conv2d_backward.output_mask
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _threshold_backward = torch.ops.aten.threshold_backward.default
+_threshold_backward_out = torch.ops.aten.threshold_backward.grad_input
 _max_pool2d = torch.ops.aten.max_pool2d_with_indices.default
 _max_pool2d_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
 
@@ -70,20 +80,19 @@ def conv2d_relu_max_pool2d(
         return _pool_by_index(conv, geometry, return_code)
     weight, bias = weight.to(plan.dtype), None if bias is None else bias.to(plan.dtype)
     phases = _phases(weight, bias, geometry.pool_size) if plan.phases else None
-    pool = _pool_by_index if plan.by_index else _pool_by_planes
     kernel = _laid_out(weight, plan.convolved_in)
 
     def of_slice(part: Tensor) -> tuple[Tensor, Tensor | None]:
         part = part.to(plan.dtype)
         if phases is not None:
             conv = F.conv2d(part, *phases, geometry.pool_stride, geometry.padding)
-            found = _pool_phases(conv, geometry.cells, return_code)
+            found = _pool_phases(conv, geometry, return_code)
             # The zeros around a shifted kernel turn an infinite input into NaN, so that needs the plain way.
             if found is not None:
                 return found
         part = _laid_out(part, plan.convolved_in)
         conv = F.conv2d(part, kernel, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-        return pool(_channels_last(conv) if plan.by_index else conv, geometry, return_code)
+        return _pool(conv, geometry, plan, return_code)
 
     if len(plan.slices) == 1:
         output, code = of_slice(input)
@@ -109,40 +118,36 @@ def conv2d_relu_max_pool2d_backward(
     output_mask: Sequence[bool],
 ) -> Grads:
     """Return grad_input, grad_weight and grad_bias, None where `output_mask` does not ask for one."""
-    need_input, need_weight, need_bias = output_mask
     plan = _plan(input.shape, weight.shape, input.dtype, input.device.type, memory_format(input, weight), geometry)
-    by_phases = plan.blocks or (plan.phases and not need_input)
-    if plan.matrix_product:
-        grad_conv = _unpool_by_index(_passing(grad_output, code), code, plan.conv_size, geometry, _PLAIN)
+    if plan.matrix_backward:
+        grad_conv = _unpool_by_index(_passing(grad_output, code, geometry), code, plan.conv_size, geometry, _PLAIN)
         # The operator takes its operands to be contiguous without a look.
-        operands = grad_conv, input.contiguous(), weight.contiguous()
-        grads = _unfold_and_multiply_backward(
-            *operands, plan.kernel_size, geometry.stride, geometry.padding, output_mask
-        )
+        operands = grad_conv, input.contiguous(), weight.contiguous(), plan.kernel_size
+        grads = _unfold_and_multiply_backward(*operands, geometry.stride, geometry.padding, output_mask)
         return _requested(grads, output_mask)
     kernel = weight.to(plan.dtype)
-    # Sums over slices are kept in at least float32, whatever the operands.
-    exact = torch.promote_types(plan.dtype, torch.float32)
-    whole = len(plan.slices) == 1
-    grad_input = torch.empty_like(input, memory_format=plan.layout) if need_input and not whole else None
-    grad_weight = weight.new_zeros(weight.shape, dtype=exact) if need_weight and not whole else None
-    grad_bias = weight.new_zeros(weight.shape[:1], dtype=exact) if need_bias and not whole else None
-    totals = grad_input, grad_weight, grad_bias
-    for images in plan.slices:
+
+    def of_slice(images: slice) -> Grads:
         tensors = grad_output[images].to(plan.dtype), input[images].to(plan.dtype), kernel, code[images]
-        parts = _backward_by_phases(*tensors, geometry, output_mask) if by_phases else None
-        if parts is None:
-            parts = _backward_of_slice(*tensors, geometry, plan, output_mask)
-        if whole:
-            totals = parts
-            break
-        for total, part in zip(totals, parts, strict=True):
-            if total is None or part is None:
-                continue
-            if total is grad_input:
-                total[images].copy_(part)
-            else:
-                total.add_(part)
+        return _backward_of_slice(*tensors, geometry, plan, output_mask)
+
+    if len(plan.slices) == 1:
+        totals = of_slice(plan.slices[0])
+    else:
+        need_input, need_weight, need_bias = output_mask
+        # Sums over slices are kept in at least float32, whatever the operands.
+        exact = torch.promote_types(plan.dtype, torch.float32)
+        grad_input = torch.empty_like(input, memory_format=plan.layout) if need_input else None
+        grad_weight = weight.new_zeros(weight.shape, dtype=exact) if need_weight else None
+        grad_bias = weight.new_zeros(weight.shape[:1], dtype=exact) if need_bias else None
+        totals = grad_input, grad_weight, grad_bias
+        for images in plan.slices:
+            part, *sums = of_slice(images)
+            if grad_input is not None and part is not None:
+                grad_input[images].copy_(part)
+            for total, term in zip(totals[1:], sums, strict=True):
+                if total is not None and term is not None:
+                    total.add_(term)
     return _requested([None if total is None else total.to(input.dtype) for total in totals], output_mask)
 
 
@@ -156,20 +161,16 @@ def _backward_of_slice(
     output_mask: Sequence[bool],
 ) -> Grads:
     need_input, need_weight, need_bias = output_mask
-    closed, for_input, for_weight = geometry.dropped, plan.for_input, plan.for_weight
-    passing = _passing(grad_output, code) if plan.by_index else torch.where(code == closed, 0, grad_output)
+    if plan.phases and not need_input:
+        return None, *_by_phases(grad_output, input, weight, code, geometry)
+    passing = _passing(grad_output, code, geometry)
     # Of pooled values: a quarter of the work, and not in one long chain as oneDNN adds them.
     exact = torch.promote_types(passing.dtype, torch.float32)
     grad_bias = passing.sum((0, 2, 3), dtype=exact) if need_bias else None
     if not (need_input or need_weight):
         return None, None, grad_bias
-    if plan.by_index:
-        layout = for_input if need_input else for_weight
-        grad_conv = _unpool_by_index(passing, code, plan.conv_size, geometry, layout)
-    else:
-        grad_conv = _unpool_by_planes(passing, code, plan.conv_size, geometry)
 
-    def backward(layout: torch.memory_format, need_input: bool, need_weight: bool) -> Grads:
+    def backward(grad_conv: Tensor, layout: torch.memory_format, need_input: bool, need_weight: bool) -> Grads:
         mask = [need_input, need_weight, False]
         grads = _convolution_backward(
             *(_laid_out(tensor, layout) for tensor in (grad_conv, input, weight)),
@@ -185,11 +186,28 @@ def _backward_of_slice(
         # oneDNN's backward may return a gradient that was not asked for.
         return _requested(grads, mask)
 
-    if for_input == for_weight or not need_input or not need_weight:
-        grad_input, grad_weight, _ = backward(for_input if need_input else for_weight, need_input, need_weight)
+    for_input, for_weight = plan.for_input, plan.for_weight
+    if plan.by_index:
+        layout = for_input if need_input else for_weight
+        grad_conv = _unpool_by_index(passing, code, plan.conv_size, geometry, layout)
     else:
-        (grad_input, _, _), (_, grad_weight, _) = backward(for_input, True, False), backward(for_weight, False, True)
+        grad_conv = _unpool_by_planes(passing, code, plan.conv_size, geometry)
+    if for_input == for_weight or not need_input or not need_weight:
+        layout = for_input if need_input else for_weight
+        grad_input, grad_weight, _ = backward(grad_conv, layout, need_input, need_weight)
+    else:
+        grad_input, _, _ = backward(grad_conv, for_input, True, False)
+        _, grad_weight, _ = backward(grad_conv, for_weight, False, True)
     return grad_input, grad_weight, grad_bias
+
+
+def _pool(conv: Tensor, geometry: ConvPoolGeometry, plan: _Plan, return_code: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the pooled output and, if asked for, its codes, as `plan` says."""
+    if plan.side_by_side:
+        return _pool_by_cells(conv, geometry, return_code)
+    if plan.by_index:
+        return _pool_by_index(_channels_last(conv), geometry, return_code)
+    return _pool_by_planes(conv, geometry, return_code)
 
 
 def _requested(grads: Sequence[Tensor | None], output_mask: Sequence[bool]) -> Grads:
@@ -206,8 +224,9 @@ class _Plan(NamedTuple):
 
     Attributes:
         matrix_product: one product per image, of the kernel and the unfolded image.
-        phases: one convolution with the kernel once per window cell; and the weight's gradient likewise.
-        blocks: the backward by phases, the input's gradient by blocks of 2x2 pixels.
+        matrix_backward: its gradients likewise.
+        phases: one convolution with the kernel once per window cell; and the weight's gradient alone likewise.
+        side_by_side: pool by planes, one per window cell, taken apart by one copy.
         by_index: pool by stock's max_pool2d; else by one view per window cell.
         convolved_in: layout of the convolution's operands; likewise `for_input` and `for_weight` for its gradients.
         dtype: the type to compute in.
@@ -219,8 +238,9 @@ class _Plan(NamedTuple):
     """
 
     matrix_product: bool
+    matrix_backward: bool
     phases: bool
-    blocks: bool
+    side_by_side: bool
     by_index: bool
     convolved_in: torch.memory_format
     for_input: torch.memory_format
@@ -250,12 +270,17 @@ def _plan(
     plain = floating and layout == _PLAIN
     by_index = floating and _index_tells(conv_size, geometry)
     # Grouped convolutions stay in the caller's layout: in another one infinite weights act otherwise on the padding.
-    last = by_index and geometry.groups == 1 and _short_chain(weight[1], weight)
+    # Few output channels gain less than laying the operands out takes.
+    last = by_index and geometry.groups == 1 and weight[0] >= 32 and _short_chain(weight[1], weight)
     for_input, for_weight = _backward_layouts(weight, geometry) if device == "cpu" else (_ANY, _ANY)
+    products = _products(input, weight, geometry) if plain and dtype == torch.float32 else math.inf
+    matrix_product = products <= _FEW_PRODUCTS
+    phases = plain and weight[0] < 16 and _phases_pay(weight, geometry)
     return _Plan(
-        matrix_product=plain and dtype == torch.float32 and _few_products(input, weight, geometry),
-        phases=plain and weight[0] < 16 and _phases_pay(weight, geometry),
-        blocks=plain and _blocks_pay(input, weight, pooled_size, geometry),
+        matrix_product=matrix_product,
+        matrix_backward=products <= 2 * _FEW_PRODUCTS,
+        phases=phases,
+        side_by_side=plain and not last and _side_by_side(conv_size, geometry),
         by_index=by_index,
         convolved_in=_LAST if last else _ANY,
         for_input=for_input,
@@ -269,20 +294,21 @@ def _plan(
     )
 
 
-def _few_products(input: torch.Size, weight: torch.Size, geometry: ConvPoolGeometry) -> bool:
-    """Whether a call is so small that one product per image, of the kernel and the unfolded image, is the fastest.
+def _products(input: torch.Size, weight: torch.Size, geometry: ConvPoolGeometry) -> float:
+    """Multiply-adds of one product per image, of the kernel and the unfolded image; infinite where that is not right.
 
-    LeNet's convolutions of one image take a third of oneDNN's time so, backward even less. Without padding, because
-    its zeros would meet infinite weights in the product, where stock's convolutions leave them out.
+    Without padding, because its zeros would meet infinite weights in the product, where stock's convolutions leave
+    them out.
     """
     height, width = geometry.conv_size((input[2], input[3]), (weight[2], weight[3]))
-    return (
-        0 < input[0] * height * width * weight.numel() <= _FEW_PRODUCTS
+    possible = (
+        input[0] > 0
         and geometry.padding == (0, 0)
         and geometry.dilation == (1, 1)
         and geometry.groups == 1
         and _index_tells((height, width), geometry)
     )
+    return input[0] * height * width * weight.numel() if possible else math.inf
 
 
 def _phases_pay(weight: torch.Size, geometry: ConvPoolGeometry) -> bool:
@@ -302,27 +328,24 @@ def _phases_pay(weight: torch.Size, geometry: ConvPoolGeometry) -> bool:
     )
 
 
-def _blocks_pay(input: torch.Size, weight: torch.Size, pooled: Pair, geometry: ConvPoolGeometry) -> bool:
-    """Whether the input's gradient is computed by blocks of 2x2 pixels, as many as fill the image exactly.
-
-    For few input channels: LeNet's conv2 takes 5 to 10% less time so, and no gradient at the convolution's resolution.
-    """
-    return (
-        weight[1] < 8
-        and geometry.padding == (0, 0)
-        and geometry.pool_size == geometry.pool_stride == (2, 2)
-        and weight[2] % 2 == weight[3] % 2 == 1
-        and all(input[2 + i] == 2 * pooled[i] + weight[2 + i] - 1 for i in (0, 1))
-        and _phases_pay(weight, geometry)
-    )
-
-
 def _index_tells(conv_size: Pair, geometry: ConvPoolGeometry) -> bool:
     """Whether an index tells the cell: not where a window may be empty, and not where it is wider than the image."""
     return (
         geometry.cells <= 255
         and not _window_may_be_empty(geometry)
         and (geometry.pool_size[1] - 1) * geometry.pool_dilation[1] < conv_size[1]
+    )
+
+
+def _side_by_side(conv_size: Pair, geometry: ConvPoolGeometry) -> bool:
+    """Whether each cell of the convolution is in one window at most, and each window whole."""
+    pooled = geometry.pooled_size(conv_size)
+    return (
+        geometry.pool_stride == geometry.pool_size
+        and geometry.pool_dilation == (1, 1)
+        and geometry.pool_padding == (0, 0)
+        and geometry.cells <= 255
+        and all(pooled[i] * geometry.pool_size[i] <= conv_size[i] for i in (0, 1))
     )
 
 
@@ -390,10 +413,59 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.as_strided(tensor.shape, (channels * height * width, 1, channels * width, channels))
 
 
+# --- pooling windows that stand side by side: the convolution taken apart into planes, one per window cell ----------
+
+
+def _largest(planes: Tensor, return_code: bool) -> tuple[Tensor, Tensor | None]:
+    """Reduce contiguous planes (N, 1 + cells, ...), the first of zeros, to the largest values and their codes.
+
+    As an image of one column, a row for each plane and all else as channels, stock's max_pool2d runs vectorised: the
+    zeros are relu's, and its index is the plane, whose number less one is the code and, for the zeros, the byte 255.
+    """
+    images, rows, *shape = planes.shape
+    size = math.prod(shape)
+    column = planes.as_strided((images, size, rows, 1), (rows * size, 1, size, size))
+    output, plane = _max_pool2d(column, [rows, 1])
+    return output.view(images, *shape), plane.to(torch.uint8).sub_(1).view(images, *shape) if return_code else None
+
+
+def _pool_by_cells(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) -> tuple[Tensor, Tensor | None]:
+    """Pool a convolution in its own layout."""
+    cells = _cells(conv, geometry.pool_size)
+    planes = conv.new_empty((cells.shape[0], 1 + geometry.cells, *cells.shape[3:]))
+    planes.select(1, 0).zero_()
+    planes.narrow(1, 1, geometry.cells).view(cells.shape).copy_(cells)
+    return _largest(planes, return_code)
+
+
+def _cells(conv: Tensor, pool_size: Pair) -> Tensor:
+    """View a convolution as (N, rows and columns of a window, C, PH, PW)."""
+    (height, width), (over_n, over_c, down, right) = pool_size, conv.stride()
+    size = *conv.shape[:1], height, width, conv.shape[1], conv.shape[2] // height, conv.shape[3] // width
+    return conv.as_strided(size, (over_n, down, right, over_c, height * down, width * right))
+
+
+@functools.lru_cache(maxsize=64)
+def _cell_numbers(cells: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(cells, dtype=dtype, device="cpu").view(-1, 1, 1, 1)
+
+
+def _spread(grad_output: Tensor, code: Tensor, cells: int) -> Tensor:
+    """Gradients as a window's planes, (N, cells, C, PH, PW): each where its code is, 0 elsewhere.
+
+    threshold_backward selects without arithmetic, so that an infinite gradient leaves no NaN behind, and vectorised.
+    """
+    number = code.to(grad_output.dtype).unsqueeze(1)
+    size = code.shape[0], cells, *code.shape[1:]
+    here = torch.eq(number, _cell_numbers(cells, number.dtype), out=number.new_empty(size))
+    return _threshold_backward_out(grad_output.unsqueeze(1).expand(size), here, 0.5, grad_input=here)
+
+
 # --- pooling by index: stock's max_pool2d, with a byte for an int64 ------------------------------------------------
 
 
-def _pool(geometry: ConvPoolGeometry) -> tuple[Pair, Pair, Pair, Pair, bool]:
+def _pool_args(geometry: ConvPoolGeometry) -> tuple[Pair, Pair, Pair, Pair, bool]:
     """Arguments of ATen's max_pool2d."""
     return geometry.pool_size, geometry.pool_stride, geometry.pool_padding, geometry.pool_dilation, geometry.ceil_mode
 
@@ -421,13 +493,17 @@ def _windows(conv_size: Pair, pooled_size: Pair, geometry: ConvPoolGeometry) -> 
 
 
 def _looked_up(table: Tensor, index: Tensor) -> Tensor:
-    """Take, for a contiguous `index`, the table's entries: twice as fast as ``table.take(index)``."""
+    """Take, for a contiguous `index` of any type, the table's entries."""
+    if index.numel() <= _SMALL:
+        return table.take(index.long())
+    # Twice as fast as `take`, but more calls.
+    index = index.int() if index.dtype == torch.uint8 else index
     return table.index_select(0, index.view(-1)).view(index.shape)
 
 
 def _pool_by_index(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) -> tuple[Tensor, Tensor | None]:
     """Pool a convolution in its own layout; relu after it, on as many values as are left."""
-    output, index = _max_pool2d(conv, *_pool(geometry))
+    output, index = _max_pool2d(conv, *_pool_args(geometry))
     output.relu_()
     if not return_code:
         return output, None
@@ -436,16 +512,19 @@ def _pool_by_index(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) 
         code = _looked_up(codes, index.sub_(first))
     else:
         code = _looked_up(codes, index.permute(0, 2, 3, 1).sub_(first.unsqueeze(2))).permute(0, 3, 1, 2)
+    closed = output <= 0
+    if code.numel() <= _SMALL:
+        return output, code.masked_fill_(closed, geometry.dropped)
     # What masked_fill_ does, but vectorised: minus one is the byte 255, of which an "or" makes 255 of any code.
-    return output, code.bitwise_or_((output <= 0).view(torch.uint8).neg_())
+    return output, code.bitwise_or_(closed.view(torch.uint8).neg_())
 
 
-def _passing(grad_output: Tensor, code: Tensor) -> Tensor:
-    """Pooled gradients, zero where the code byte says that none passes.
-
-    threshold_backward selects without arithmetic, so that an infinite gradient leaves no NaN behind, and vectorised.
-    """
-    return _threshold_backward(grad_output, code.to(grad_output.dtype).neg_(), -255)
+def _passing(grad_output: Tensor, code: Tensor, geometry: ConvPoolGeometry) -> Tensor:
+    """Pooled gradients, zero where the code says that none passes, and no NaN where one was infinite."""
+    if code.numel() <= _SMALL or code.dtype != torch.uint8 or not grad_output.is_floating_point():
+        return grad_output.masked_fill(code == geometry.dropped, 0)
+    # What masked_fill does, but vectorised.
+    return _threshold_backward(grad_output, code.to(grad_output.dtype).neg_(), -geometry.dropped)
 
 
 def _unpool_by_index(
@@ -455,15 +534,15 @@ def _unpool_by_index(
     first, distances, _ = _windows(conv_size, tuple(code.shape[2:]), geometry)
     passing, code = passing.contiguous(memory_format=layout), code.contiguous(memory_format=layout)
     if layout == _LAST:
-        index = _looked_up(distances, code.permute(0, 2, 3, 1).int()).add_(first.unsqueeze(2)).permute(0, 3, 1, 2)
+        index = _looked_up(distances, code.permute(0, 2, 3, 1)).add_(first.unsqueeze(2)).permute(0, 3, 1, 2)
     else:
-        index = _looked_up(distances, code.int()).add_(first)
+        index = _looked_up(distances, code).add_(first)
     if any(geometry.pool_padding):
         # Where nothing passes, the window's first cell stands in, which may lie in the padding, before the image.
         index.clamp_(min=0)
     # Of the convolution's output, sizes and layout are read, not the values.
     like = torch.empty((*code.shape[:2], *conv_size), dtype=passing.dtype, memory_format=layout)
-    return _max_pool2d_backward(passing, like, *_pool(geometry), index)
+    return _max_pool2d_backward(passing, like, *_pool_args(geometry), index)
 
 
 # --- pooling by planes, one per cell of the window: for few channels, and for all that has no index ----------------
@@ -516,104 +595,32 @@ def _fold_phases(stack: Tensor, weight: torch.Size, pool_size: Pair) -> Tensor:
     return stack.reshape(-1).index_select(0, cells).view(-1, weight.numel()).sum(0).view(weight)
 
 
-@functools.lru_cache(maxsize=64)
-def _block_table(weight: torch.Size) -> Tensor:
-    """Where the elements of `_block_kernel` lie in a flat weight behind one zero.
-
-    Pixel (2 * i + a, 2 * j + b) lies under tap (2 * d + a - u, 2 * e + b - v) of cell (u, v) in the window that is d
-    above and e left of block (i, j).
-    """
-    (out_channels, in_channels, height, width) = weight
-    with torch.inference_mode(False):
-        padded = F.pad(torch.arange(1, weight.numel() + 1, device="cpu").view(weight), (1, 1, 1, 1))
-        over_o, over_c, down, right = padded.stride()
-        # Dimensions: channel, pixel (a, b), cell (u, v) from the last to the first, output channel, window (d, e).
-        size = in_channels, 2, 2, 2, 2, out_channels, (height + 1) // 2, (width + 1) // 2
-        taps = padded.as_strided(size, (over_c, down, right, down, right, over_o, 2 * down, 2 * right))
-        return taps.flip(3, 4, 6, 7).flatten()
-
-
-def _block_kernel(weight: Tensor) -> Tensor:
-    """Kernel from a window's planes to blocks of 2x2 pixels, the windows' distances flipped as a convolution's are."""
-    out_channels, in_channels, height, width = weight.shape
-    size = 4 * in_channels, 4 * out_channels, (height + 1) // 2, (width + 1) // 2
-    return _gathered(weight, _block_table(weight.shape)).view(size)
+def _by_phases(
+    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, geometry: ConvPoolGeometry
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias without the convolution's resolution."""
+    planes = _spread(grad_output, code, geometry.cells).flatten(1, 2)
+    stack = weight.new_empty(_stacked_shape(weight.shape, geometry.pool_size))
+    layout = _PLAIN if weight.shape[1] == 1 else _LAST
+    _, kernels, biases = _convolution_backward(
+        *(_laid_out(tensor, layout) for tensor in (planes, input, stack)),
+        [len(stack)],
+        geometry.pool_stride,
+        geometry.padding,
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [False, True, True],
+    )
+    return _fold_phases(kernels, weight.shape, geometry.pool_size), biases.view(geometry.cells, -1).sum(0)
 
 
-@functools.lru_cache(maxsize=64)
-def _cell_numbers(cells: int, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.arange(cells, dtype=dtype, device="cpu").view(-1, 1, 1, 1)
-
-
-def _spread(grad_output: Tensor, code: Tensor, cells: int) -> Tensor:
-    """Gradients as a window's planes, (N, cells * O, PH, PW): each where its code is, 0 elsewhere.
-
-    By multiplication, which vectorises where a selection does not; so the gradient must be finite.
-    """
-    number = code.to(grad_output.dtype).unsqueeze(1)
-    size = grad_output.shape[0], cells, *grad_output.shape[1:]
-    planes = torch.eq(number, _cell_numbers(cells, number.dtype), out=grad_output.new_empty(size))
-    return planes.mul_(grad_output.unsqueeze(1)).flatten(1, 2)
-
-
-def _backward_by_phases(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    code: Tensor,
-    geometry: ConvPoolGeometry,
-    output_mask: Sequence[bool],
-) -> Grads | None:
-    """Gradients without the convolution's resolution; None where infinities or NaN need the plain way.
-
-    Replaces the pool's backward by one comparison and one product, and saves oneDNN's worst case, the gradient of an
-    input of few channels.
-    """
-    need_input, need_weight, need_bias = output_mask
-    total = grad_output.sum(dtype=torch.float32)
-    if not math.isfinite((total + weight.sum(dtype=torch.float32) if need_input else total).item()):
-        return None
-    planes = _spread(grad_output, code, geometry.cells)
-    grad_input = grad_weight = grad_bias = None
-    if need_input:
-        kernel = _block_kernel(weight)
-        blocks = F.conv2d(planes, kernel, padding=(kernel.shape[2] - 1, kernel.shape[3] - 1))
-        grad_input = F.pixel_shuffle(blocks, 2)
-    if need_weight or need_bias:
-        stack = weight.new_empty(_stacked_shape(weight.shape, geometry.pool_size))
-        layout = _PLAIN if weight.shape[1] == 1 else _LAST
-        _, kernels, biases = _convolution_backward(
-            *(_laid_out(tensor, layout) for tensor in (planes, input, stack)),
-            [planes.shape[1]],
-            geometry.pool_stride,
-            geometry.padding,
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [False, need_weight, need_bias],
-        )
-        grad_weight = _fold_phases(kernels, weight.shape, geometry.pool_size) if need_weight else None
-        grad_bias = biases.view(geometry.cells, -1).sum(0) if need_bias else None
-    return grad_input, grad_weight, grad_bias
-
-
-def _pool_phases(conv: Tensor, cells: int, return_code: bool) -> tuple[Tensor, Tensor | None] | None:
-    """Pool a plane of zeros and a window's planes, (N, (1 + cells) * O, PH, PW); None where there is any NaN.
-
-    As an image of one column, a row for each plane and all else as channels, stock's max_pool2d runs vectorised: the
-    zeros are relu's, and its index is the plane, whose number less one is the code and, for the zeros, the byte 255.
-    """
-    images, channels, *pooled = conv.shape
-    size = channels // (1 + cells) * pooled[0] * pooled[1]
+def _pool_phases(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) -> tuple[Tensor, Tensor | None] | None:
+    """Pool a plane of zeros and a window's planes, (N, (1 + cells) * O, PH, PW); None where there is any NaN."""
     # An image of one channel may pass for channels_last, and its convolution be laid out so.
-    column = conv.contiguous().as_strided((images, size, 1 + cells, 1), ((1 + cells) * size, 1, size, size))
-    output, plane = _max_pool2d(column, [1 + cells, 1])
-    if math.isnan(output.sum().item()):
-        return None
-    shape = images, -1, *pooled
-    return output.reshape(shape), plane.to(torch.uint8).sub_(1).reshape(shape) if return_code else None
+    output, code = _largest(conv.contiguous().unflatten(1, (1 + geometry.cells, -1)), return_code)
+    return None if math.isnan(output.sum().item()) else (output, code)
 
 
 def _pool_by_planes(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) -> tuple[Tensor, Tensor | None]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlenet import aten, ops
+from fastlenet import ops
 from fastlenet.aten import column_major, max_gather, max_scatter
 from fastlenet.kernels.geometry import ConvPoolGeometry
 
@@ -84,17 +84,16 @@ def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, al
 
 
 def plain_linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Try relu(input @ weight^T + bias) of matrices on ATen; None where that cannot be, or goes wrong.
+    """Try relu(input @ weight^T + bias) by stock's operators and derivatives; None where that cannot be, or goes wrong.
 
-    Checks that take longer than a small product come after: whoever gets None finds out what was wrong.
+    On ATen there is nothing to fuse, and for a small layer a Function takes as long as its products. A forced backend
+    keeps it. Checks come after: whoever gets None finds out what was wrong.
     """
     try:
-        if input.dim() == weight.dim() == 2 and ops.is_plain_aten("addmm_relu", input, weight, bias):
-            if forward_mode():
-                return None
-            if _needs_function(input, weight, bias):
-                return apply(AddmmReLUFunction, bias, input, weight.t(), 1, 1)
-            return aten.addmm_relu(bias, input, weight.t(), 1, 1)
+        if weight.dim() == 2 and ops.is_plain_aten(input, weight, bias):
+            product = F.linear(input, weight, bias)
+            # Of anything but a matrix it is a view, which in-place operators leave a longer graph for.
+            return product.relu_() if input.dim() == 2 else product.relu()
     except (AttributeError, TypeError, RuntimeError):
         pass
     return None

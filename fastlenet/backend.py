@@ -60,7 +60,8 @@ def backend(input: torch.Tensor | None = None) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Force an implementation within a ``with`` block; it overrides ``FASTLENET_BACKEND``.
 
-    The setting is process-wide, as PyTorch's precision switches are: a backward pass inside the block follows it too.
+    The setting is process-wide, as PyTorch's precision switches are: a backward pass inside the block follows it too,
+    except that of a linear layer whose forward ran on a CPU under ``"auto"``, which is stock's own.
 
     Args:
         name: ``"auto"`` (Triton for tensors on a GPU that Triton drives, ATen elsewhere), ``"triton"`` or ``"aten"``.
@@ -133,6 +134,11 @@ def use_triton(input: torch.Tensor, cells: int = 1, width: int = 1) -> bool:
         NotImplementedError: if ``"triton"`` is forced and no kernel covers the call.
     """
     return why_aten(input, cells, width) is None
+
+
+def runs_plain(input: torch.Tensor) -> bool:
+    """Whether a call is on a CPU, nothing is forced and nobody listens: then it runs on ATen, told fast."""
+    return input.device.type == "cpu" and backend() == "auto" and not logger.isEnabledFor(logging.DEBUG)
 
 
 def why_aten(input: torch.Tensor, cells: int = 1, width: int = 1) -> str | None:

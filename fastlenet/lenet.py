@@ -68,11 +68,11 @@ class LeNet(nn.Module):
             not torch.compiler.is_compiling()
             # torch.fx traces with stand-ins for tensors.
             and isinstance(features, Tensor)
+            and why_aten(features) is None
             and _is_plain(self.fc1, LinearReLU)
             and _is_plain(self.fc2, LinearReLU)
             and _is_plain(self.fc3, nn.Linear)
             and not torch.nn.modules.module._has_any_global_hook()
-            and why_aten(features) is None
         )
 
 

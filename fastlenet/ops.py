@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastlenet import aten
-from fastlenet.backend import backend, logger, why_aten
+from fastlenet.backend import backend, logger, runs_plain, why_aten
 from fastlenet.kernels import dispatch
 from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format
 
@@ -114,13 +114,16 @@ def _dispatcher_matters(args: tuple[Any, ...]) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return True
-    # torch.autograd.grad(is_grads_batched=True) maps by another kind of tensor, whose type does not tell.
-    return any(isinstance(arg, Tensor) and (type(arg) not in _PLAIN_TENSORS or _is_batched(arg)) for arg in args)
+    for arg in args:  # noqa: SIM110 (a generator takes twice as long)
+        # torch.autograd.grad(is_grads_batched=True) maps by another kind of tensor, whose type does not tell.
+        if isinstance(arg, Tensor) and (type(arg) not in _PLAIN_TENSORS or _is_batched(arg)):
+            return True
+    return False
 
 
-def is_plain_aten(operator: str, *tensors: Tensor | None) -> bool:
-    """Whether a call is nothing but ATen's own operators on ordinary tensors, so that they may be called directly."""
-    return not _dispatcher_matters(tensors) and _implementation(operator, tensors[0]) is aten  # type: ignore[arg-type]
+def is_plain_aten(*tensors: Tensor | None) -> bool:
+    """Whether a call is nothing but ATen's own operators on ordinary tensors, so that stock's may do it."""
+    return not _dispatcher_matters(tensors) and runs_plain(tensors[0])  # type: ignore[arg-type]
 
 
 _PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
@@ -134,6 +137,8 @@ def _implementation(
 
     Where a kernel covers the call and none is forced, `library` says why ATen is taken all the same, or None.
     """
+    if runs_plain(input):
+        return aten
     reason = why_aten(input, cells, width)
     if reason is None and library is not None and backend() == "auto":
         reason = library()
@@ -216,12 +221,17 @@ def conv2d_relu_max_pool2d_backward(
     """Return grad_input, grad_weight and grad_bias."""
     library = functools.partial(dispatch.convolution, "backward", input, weight, geometry)
     module = _implementation("conv2d_relu_max_pool2d", input, geometry.cells, library=library)
-    with _deterministic() if module is aten and input.is_cuda else contextlib.nullcontext():
-        grads = module.conv2d_relu_max_pool2d_backward(grad_output, input, weight, code, geometry, output_mask)
+    args = grad_output, input, weight, code, geometry, output_mask
+    if module is aten and input.is_cuda:
+        with _deterministic():
+            first, second, third = aten.conv2d_relu_max_pool2d_backward(*args)
+    else:
+        first, second, third = module.conv2d_relu_max_pool2d_backward(*args)
     # ATen's convolutions choose layouts of their own; the shape function promises these.
     layout = memory_format(input, weight)
-    images = (None if grad is None else grad.contiguous(memory_format=layout) for grad in grads[:2])
-    return _or_empty(input, *images, grads[2])
+    first = first if first is None else first.contiguous(memory_format=layout)
+    second = second if second is None else second.contiguous(memory_format=layout)
+    return _or_empty(input, first, second, third)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::conv2d_relu_max_pool2d_backward", lib=library)

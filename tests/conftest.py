@@ -46,6 +46,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
+@pytest.fixture
+def all_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let linear layers on a CPU take their Function, too, so that an autograd graph tells them from stock's."""
+    monkeypatch.setattr("fastlenet.ops.is_plain_aten", lambda *tensors: False)
+
+
 class _Progress:
     """Writes how far this process is to a file that the runner reads."""
 

@@ -207,7 +207,7 @@ def test_anomaly_detection_and_frozen_parameters(networks, images):
 
 
 @pytest.mark.parametrize("layer", ["conv2", "fc1"])
-def test_anomaly_detection_names_the_layer(layer, networks, images):
+def test_anomaly_detection_names_the_layer(layer, networks, images, all_functions):
     """A gradient that turns into NaN is told at the operator where it does, with the line of its forward."""
     fused = networks[0]
 

@@ -247,7 +247,7 @@ def test_triton_forced_by_the_environment_says_what_to_do(monkeypatch):
         conv(functional.conv2d_relu_max_pool2d)
 
 
-def test_a_forced_backend_holds_for_the_backward_too(monkeypatch):
+def test_a_forced_backend_holds_for_the_backward_too(monkeypatch, all_functions):
     """A backward under a backend that cannot run raises instead of falling back."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     outputs = fastlenet.ConvReLUMaxPool2d(3, 4, 3)(randn(2, 3, 8, 8)), fastlenet.LinearReLU(8, 4)(randn(2, 8))
@@ -260,6 +260,12 @@ def test_log_names_the_product_and_a_forced_backend(caplog):
     with caplog.at_level(logging.DEBUG, logger="fastlenet"), fastlenet.use_backend("aten"):
         functional.linear_relu(randn(5, 7), randn(3, 7))
     assert "addmm_relu of (5, 7) torch.float32 runs on ATen: backend 'aten' is forced" in caplog.text
+
+
+def test_log_says_why_aten_was_taken_for_a_layer(caplog):
+    with caplog.at_level(logging.DEBUG, logger="fastlenet"):
+        functional.linear_relu(randn(5, 7), randn(3, 7))
+    assert "addmm_relu of (5, 7) torch.float32 runs on ATen: the input is on cpu" in caplog.text
 
 
 def test_log_is_silent_by_default(caplog):

@@ -113,6 +113,7 @@ def run(repository, tmp_path, *parts, beside="alone", load=LOAD):
     if not any(name.lower() == "kernels" for name in importlib.metadata.packages_distributions().get("kernels", ())):
         pytest.skip("Hugging Face's kernels is not installed (pip install 'fastlenet[dev]')")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["FASTLENET_BACKEND"] = "aten"  # a forced backend keeps every Function, by which layers are told
     environment.pop("PYTHONPATH", None)  # it may name the checkout
     script = tmp_path / "script.py"
     script.write_text("".join((load, *parts)), encoding="utf-8")

@@ -161,7 +161,7 @@ def test_other_arguments_that_do_not_fit():
         mlp(*given[:6], None)
 
 
-def test_lenet_on_aten_runs_its_layers():
+def test_lenet_on_aten_runs_its_layers(all_functions):
     network, seen = fastlenet.LeNet(), []
     output = network(torch.randn(2, 1, 32, 32))
     nodes = [output.grad_fn]

@@ -351,3 +351,55 @@ def test_jit_trace_of_frozen_networks(networks, images, tmp_path):
     assert "fastlenet::conv2d_relu_max_pool2d" in str(traced.inlined_graph)
     traced.save(tmp_path / "traced.pt")
     assert torch.equal(torch.jit.load(tmp_path / "traced.pt")(images), fused(images))
+
+
+# --- linear layers on a CPU: stock's operators and derivatives ------------------------------------------------------
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (0,), (2, 3)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_linear_layer_on_a_cpu_is_stocks(leading, bias, dtype):
+    """To the bit, gradients included, and as many of them as stock has."""
+    layer = fastlenet.LinearReLU(7, 4, bias=bias, dtype=dtype)
+    images = torch.randn(*leading, 7, dtype=dtype, requires_grad=True)
+    sources = [images, *layer.parameters()]
+    output = layer(images)
+    expected = F.relu(F.linear(images, layer.weight, layer.bias))
+    assert type(output.grad_fn).__name__ == "ReluBackward0"
+    assert torch.equal(output, expected)
+    seed = torch.randn_like(expected)
+    grads = [
+        torch.autograd.grad(result, sources, seed, create_graph=dtype == torch.float64) for result in (output, expected)
+    ]
+    for actual, wanted in zip(*grads, strict=True):
+        assert torch.equal(actual, wanted)
+        assert actual.stride() == wanted.stride()
+
+
+@pytest.mark.parametrize("name", ["aten", "watched", "compiled", "mapped", "autocast"])
+def test_linear_layer_is_the_fused_operator_where_it_matters(name):
+    """A forced backend, whoever watches operators, and autocast get the operator by its own name or Function."""
+    layer, images, seen = fastlenet.LinearReLU(7, 4), torch.randn(5, 7), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    if name == "aten":
+        with fastlenet.use_backend("aten"):
+            assert type(layer(images).grad_fn).__name__ == "AddmmReLUFunctionBackward"
+    elif name == "watched":
+        with Watch():
+            layer(images)
+        assert "fastlenet.addmm_relu.default" in seen
+    elif name == "compiled":
+        graph = torch.export.export(layer, (images,)).graph
+        assert any("addmm_relu" in str(node.target) for node in graph.nodes)
+    elif name == "mapped":
+        mapped = torch.func.vmap(layer)(images)
+        torch.testing.assert_close(mapped, F.relu(F.linear(images, layer.weight, layer.bias)))
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(images).dtype == torch.bfloat16

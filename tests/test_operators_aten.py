@@ -408,26 +408,28 @@ def test_kernel_stack_is_kept_from_what_it_cannot_do(case):
     CONV.exact(case, case.exact(torch.float32))
 
 
-BLOCKED = [
+SIDE_BY_SIDE = [
     conv_case("LeNet conv2", (32, 6, 14, 14), (16, 6, 5, 5)),
-    conv_case("one channel in, oblong", (40, 1, 12, 20), (24, 1, 5, 7)),
-    conv_case("phases, too", (40, 3, 16, 12), (5, 3, 5, 5)),
+    conv_case("rest of rows and columns", (40, 3, 17, 16), (18, 3, 5, 5), pool_size=(3, 2)),
+    conv_case("groups, stride, dilation", (64, 4, 25, 24), (16, 2, 3, 3), groups=2, stride=(2, 1), dilation=(1, 2)),
+    conv_case("ceil mode, nothing over", (40, 3, 16, 16), (20, 3, 5, 5), bias=False, ceil_mode=True),
+    conv_case("windows of one cell", (40, 3, 12, 16), (20, 3, 5, 5), pool_size=1),
 ]
 
 
-@conv_cases(BLOCKED)
+@conv_cases(SIDE_BY_SIDE)
 @dtypes
-def test_backward_by_blocks(case, dtype):
-    """The input's gradient by blocks of pixels, all others by planes: same judge, exact grid."""
-    assert plan_of(case, dtype).blocks
+def test_windows_side_by_side(case, dtype):
+    """The convolution is taken apart into planes: same judge, exact grid."""
+    assert plan_of(case, dtype).side_by_side
     assert not plan_of(case, dtype).matrix_product
     CONV.random(case, case.random(dtype))
     CONV.exact(case, case.exact(dtype))
 
 
 @subsets(CONV_NAMES)
-@conv_cases(BLOCKED)
-def test_backward_by_blocks_gives_each_set_of_gradients(case, wanted, sliced):
+@conv_cases(SIDE_BY_SIDE[:2])
+def test_windows_side_by_side_give_each_set_of_gradients(case, wanted, sliced):
     """In slices, the last one smaller."""
     sliced(13, case, torch.float32)
     assert_exact_gradients(case, case.exact(torch.float32), wanted)
@@ -435,7 +437,7 @@ def test_backward_by_blocks_gives_each_set_of_gradients(case, wanted, sliced):
 
 @special
 @pytest.mark.parametrize("where", ["grad", "weight", "input"])
-@conv_cases([BLOCKED[0], PHASED[1]])
+@conv_cases([*SIDE_BY_SIDE[:2], PHASED[1]])
 def test_what_is_not_finite_takes_the_plain_way(case, where, value):
     """Zeros of shifted kernels and of planes never meet an infinity or a NaN: gradients are stock's."""
     tensors = case.exact(torch.float32)
@@ -451,18 +453,17 @@ def test_what_is_not_finite_takes_the_plain_way(case, where, value):
 @pytest.mark.parametrize(
     "case",
     [
-        conv_case("8 channels", (32, 8, 14, 14), (16, 8, 5, 5)),
-        conv_case("small kernel", (32, 6, 14, 14), (16, 6, 3, 3)),
-        conv_case("even kernel", (32, 6, 15, 15), (16, 6, 6, 6)),
-        conv_case("a row that no window sees", (32, 6, 15, 14), (16, 6, 5, 5)),
-        conv_case("padding", (32, 6, 14, 14), (16, 6, 5, 5), padding=2),
-        conv_case("overlapping windows", (32, 6, 14, 14), (16, 6, 5, 5), pool_size=2, pool_stride=1),
+        conv_case("overlapping windows", (32, 6, 14, 14), (16, 6, 5, 5), pool_stride=1),
+        conv_case("windows apart", (32, 6, 14, 14), (16, 6, 5, 5), pool_stride=3),
+        conv_case("an overhanging window", (32, 6, 15, 14), (16, 6, 5, 5), ceil_mode=True),
+        conv_case("padding", (32, 6, 14, 14), (16, 6, 5, 5), pool_padding=1),
+        conv_case("dilation", (32, 6, 14, 14), (16, 6, 5, 5), pool_dilation=2),
     ],
     ids=lambda case: case.name,
 )
-def test_blocks_are_kept_from_what_they_cannot_do(case):
+def test_windows_that_do_not_stand_side_by_side(case):
     """Each condition by itself; the call is right nonetheless."""
-    assert not plan_of(case).blocks
+    assert not plan_of(case).side_by_side
     CONV.exact(case, case.exact(torch.float32))
 
 
@@ -521,7 +522,7 @@ def test_closed_windows_in_the_padding_stay_inside_the_image():
     for layout in (torch.contiguous_format, torch.channels_last):
         code = torch.full((2, 8, 3, 3), geometry.dropped, dtype=torch.uint8)
         with Watch():
-            passing = aten._passing(torch.ones(2, 8, 3, 3), code)
+            passing = aten._passing(torch.ones(2, 8, 3, 3), code, geometry)
             grad = aten._unpool_by_index(passing, code, (5, 5), geometry, layout)
         assert not grad.any()
     assert len(seen) == 2

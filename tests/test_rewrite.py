@@ -18,6 +18,7 @@ from torch import nn
 import fastlenet
 from fastlenet import rewrite, trial
 
+pytestmark = pytest.mark.usefixtures("all_functions")
 CONV, LINEAR = "conv2d_relu_max_pool2d", "linear_relu"
 IMPLEMENTATIONS = ("aten", "triton")
 

@@ -78,7 +78,7 @@ def test_unbatched_image_as_stock_handles_it(networks, image):
     assert_as_accurate(*outputs, dtype=torch.float32)
 
 
-def test_graph_leads_from_the_loss_through_the_fused_nodes(networks, image):
+def test_graph_leads_from_the_loss_through_the_fused_nodes(networks, image, all_functions):
     loss = torch.nn.MSELoss()(networks[0](image), torch.randn(10).view(1, -1))
     names, nodes = [], [loss.grad_fn]
     while nodes:

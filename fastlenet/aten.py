@@ -36,7 +36,7 @@ from fastlenet.kernels.geometry import ConvPoolGeometry, Pair, memory_format
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-_SLICE_BYTES = 8 << 20
+_SLICE_BYTES = 6 << 20
 """Size that the convolution of a slice of the batch may have: small enough for a CPU's caches and for reused memory."""
 
 _FEW_PRODUCTS = 1 << 20
@@ -361,7 +361,8 @@ def _backward_layouts(
     if geometry.groups > 1 or max(weight[2:]) > 8:
         return _PLAIN, _PLAIN
     for_input = _LAST if weight[1] >= 8 and _short_chain(weight[0], weight) else _PLAIN
-    for_weight = _PLAIN if max(geometry.stride) > 1 or weight[1] >= 128 else _LAST
+    many = for_input == _PLAIN and weight[1] >= 32
+    for_weight = _PLAIN if max(geometry.stride) > 1 or many else _LAST
     return for_input, for_weight
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastlenet import ops
 from fastlenet.aten import column_major, max_gather, max_scatter
+from fastlenet.backend import runs_plain
 from fastlenet.kernels.geometry import ConvPoolGeometry
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -47,8 +48,10 @@ def apply(function: Any, *args: Any) -> Any:
 
 def _needs_function(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked for, or torch.func maps the call; else autograd's bookkeeping is skipped."""
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return True
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
@@ -86,11 +89,11 @@ def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, al
 def plain_linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """Try relu(input @ weight^T + bias) by stock's operators and derivatives; None where that cannot be, or goes wrong.
 
-    On ATen there is nothing to fuse, and for a small layer a Function takes as long as its products. A forced backend
-    keeps it. Checks come after: whoever gets None finds out what was wrong.
+    On ATen there is nothing to fuse, and for a small layer a Function takes as long as its products. Compilers and a
+    forced backend keep it. Checks come after: whoever gets None finds out what was wrong.
     """
     try:
-        if weight.dim() == 2 and ops.is_plain_aten(input, weight, bias):
+        if weight.dim() == 2 and not torch.compiler.is_compiling() and runs_plain(input):
             product = F.linear(input, weight, bias)
             # Of anything but a matrix it is a view, which in-place operators leave a longer graph for.
             return product.relu_() if input.dim() == 2 else product.relu()

@@ -121,11 +121,6 @@ def _dispatcher_matters(args: tuple[Any, ...]) -> bool:
     return False
 
 
-def is_plain_aten(*tensors: Tensor | None) -> bool:
-    """Whether a call is nothing but ATen's own operators on ordinary tensors, so that stock's may do it."""
-    return not _dispatcher_matters(tensors) and runs_plain(tensors[0])  # type: ignore[arg-type]
-
-
 _PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
@@ -186,8 +181,12 @@ def conv2d_relu_max_pool2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_code: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the pooled output and, if asked for, its codes."""
-    library = functools.partial(dispatch.convolution, "forward", input, weight, geometry)
-    module = _implementation("conv2d_relu_max_pool2d", input, geometry.cells, library=library)
+    module = _implementation(
+        "conv2d_relu_max_pool2d",
+        input,
+        geometry.cells,
+        library=lambda: dispatch.convolution("forward", input, weight, geometry),
+    )
     output, code = module.conv2d_relu_max_pool2d(input, weight, bias, geometry, return_code)
     return output, input.new_empty(0, dtype=geometry.code_dtype) if code is None else code
 
@@ -219,8 +218,12 @@ def conv2d_relu_max_pool2d_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return grad_input, grad_weight and grad_bias."""
-    library = functools.partial(dispatch.convolution, "backward", input, weight, geometry)
-    module = _implementation("conv2d_relu_max_pool2d", input, geometry.cells, library=library)
+    module = _implementation(
+        "conv2d_relu_max_pool2d",
+        input,
+        geometry.cells,
+        library=lambda: dispatch.convolution("backward", input, weight, geometry),
+    )
     args = grad_output, input, weight, code, geometry, output_mask
     if module is aten and input.is_cuda:
         with _deterministic():
@@ -251,8 +254,8 @@ def _conv2d_relu_max_pool2d_backward_fake(
 @_implements("addmm_relu")
 def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
     """Return relu(beta * input + alpha * (mat1 @ mat2))."""
-    library = functools.partial(dispatch.product, "forward", mat1, mat2)
-    return _implementation("addmm_relu", mat1, library=library).addmm_relu(input, mat1, mat2, beta, alpha)
+    module = _implementation("addmm_relu", mat1, library=lambda: dispatch.product("forward", mat1, mat2))
+    return module.addmm_relu(input, mat1, mat2, beta, alpha)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::addmm_relu", lib=library)
@@ -265,8 +268,7 @@ def addmm_relu_backward(
     grad_output: Tensor, output: Tensor, mat1: Tensor, mat2: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     """Take input's size, beta, alpha and `output_mask`; return grad_input, grad_mat1 and grad_mat2."""
-    library = functools.partial(dispatch.product, "backward", mat1, mat2)
-    module = _implementation("addmm_relu", mat1, library=library)
+    module = _implementation("addmm_relu", mat1, library=lambda: dispatch.product("backward", mat1, mat2))
     grads = module.addmm_relu_backward(grad_output, output, mat1, mat2, *args)
     return _or_empty(mat1, *grads)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
 
@@ -131,7 +132,7 @@ class Asked(TorchDispatchMode):
 @pytest.mark.parametrize(
     "frozen", ["nothing", "conv1", "conv1 conv2", "fc1.weight", "conv2.bias fc2", "conv1 conv2 fc1 fc2"]
 )
-def test_frozen_parts_cost_nothing(frozen, networks, images):
+def test_frozen_parts_cost_nothing(frozen, networks, images, all_functions):
     """Every gradient is asked for only if a parameter, or something before it, needs it."""
     for network in networks:
         for name, parameter in network.named_parameters():
@@ -377,29 +378,23 @@ def test_linear_layer_on_a_cpu_is_stocks(leading, bias, dtype):
         assert actual.stride() == wanted.stride()
 
 
-@pytest.mark.parametrize("name", ["aten", "watched", "compiled", "mapped", "autocast"])
-def test_linear_layer_is_the_fused_operator_where_it_matters(name):
-    """A forced backend, whoever watches operators, and autocast get the operator by its own name or Function."""
-    layer, images, seen = fastlenet.LinearReLU(7, 4), torch.randn(5, 7), []
+def test_linear_layer_is_the_fused_operator_for_compilers_and_by_force():
+    layer, images = fastlenet.LinearReLU(7, 4), torch.randn(5, 7)
+    with fastlenet.use_backend("aten"):
+        assert type(layer(images).grad_fn).__name__ == "AddmmReLUFunctionBackward"
+    graph = torch.export.export(layer, (images,)).graph
+    assert any("fastlenet.addmm_relu" in str(node.target) for node in graph.nodes)
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
 
-    if name == "aten":
-        with fastlenet.use_backend("aten"):
-            assert type(layer(images).grad_fn).__name__ == "AddmmReLUFunctionBackward"
-    elif name == "watched":
-        with Watch():
-            layer(images)
-        assert "fastlenet.addmm_relu.default" in seen
-    elif name == "compiled":
-        graph = torch.export.export(layer, (images,)).graph
-        assert any("addmm_relu" in str(node.target) for node in graph.nodes)
-    elif name == "mapped":
-        mapped = torch.func.vmap(layer)(images)
-        torch.testing.assert_close(mapped, F.relu(F.linear(images, layer.weight, layer.bias)))
-    else:
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(images).dtype == torch.bfloat16
+def test_linear_layer_under_transforms_and_autocast():
+    layer, images = fastlenet.LinearReLU(7, 4), torch.randn(5, 7)
+
+    def stock(image):
+        return F.relu(F.linear(image, layer.weight, layer.bias))
+
+    assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    assert_close(torch.func.vmap(layer)(images), stock(images))
+    assert_close(torch.func.vmap(torch.func.jacfwd(layer))(images), torch.func.vmap(torch.func.jacrev(stock))(images))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(images), stock(images))
+        assert layer(images).dtype == torch.bfloat16

@@ -164,17 +164,23 @@ def _backward_of_slice(
     if plan.phases and not need_input:
         return None, *_by_phases(grad_output, input, weight, code, geometry)
     passing = _passing(grad_output, code, geometry)
-    # Of pooled values: a quarter of the work, and not in one long chain as oneDNN adds them.
+    for_input, for_weight = plan.for_input, plan.for_weight
+    # Of pooled values, a quarter of the work, where oneDNN would not add as stock does.
     exact = torch.promote_types(passing.dtype, torch.float32)
-    grad_bias = passing.sum((0, 2, 3), dtype=exact) if need_bias else None
+    apart = need_bias and not (need_weight and for_weight == _PLAIN)
+    grad_bias = passing.sum((0, 2, 3), dtype=exact) if apart else None
     if not (need_input or need_weight):
         return None, None, grad_bias
+    layout = for_input if need_input else for_weight
+    if plan.by_index:
+        grad_conv = _unpool_by_index(passing, code, plan.conv_size, geometry, layout)
+    else:
+        grad_conv = _unpool_by_planes(passing, code, plan.conv_size, geometry)
 
-    def backward(grad_conv: Tensor, layout: torch.memory_format, need_input: bool, need_weight: bool) -> Grads:
-        mask = [need_input, need_weight, False]
+    def backward(layout: torch.memory_format, *mask: bool) -> Grads:
         grads = _convolution_backward(
             *(_laid_out(tensor, layout) for tensor in (grad_conv, input, weight)),
-            None,
+            weight.shape[:1],
             geometry.stride,
             geometry.padding,
             geometry.dilation,
@@ -186,19 +192,12 @@ def _backward_of_slice(
         # oneDNN's backward may return a gradient that was not asked for.
         return _requested(grads, mask)
 
-    for_input, for_weight = plan.for_input, plan.for_weight
-    if plan.by_index:
-        layout = for_input if need_input else for_weight
-        grad_conv = _unpool_by_index(passing, code, plan.conv_size, geometry, layout)
-    else:
-        grad_conv = _unpool_by_planes(passing, code, plan.conv_size, geometry)
     if for_input == for_weight or not need_input or not need_weight:
-        layout = for_input if need_input else for_weight
-        grad_input, grad_weight, _ = backward(grad_conv, layout, need_input, need_weight)
+        grad_input, grad_weight, bias = backward(layout, need_input, need_weight, need_bias and not apart)
     else:
-        grad_input, _, _ = backward(grad_conv, for_input, True, False)
-        _, grad_weight, _ = backward(grad_conv, for_weight, False, True)
-    return grad_input, grad_weight, grad_bias
+        grad_input, _, _ = backward(for_input, True, False, False)
+        _, grad_weight, bias = backward(for_weight, False, True, need_bias and not apart)
+    return grad_input, grad_weight, grad_bias if apart else bias
 
 
 def _pool(conv: Tensor, geometry: ConvPoolGeometry, plan: _Plan, return_code: bool) -> tuple[Tensor, Tensor | None]:

@@ -422,11 +422,13 @@ def _largest(planes: Tensor, return_code: bool) -> tuple[Tensor, Tensor | None]:
     As an image of one column, a row for each plane and all else as channels, stock's max_pool2d runs vectorised: the
     zeros are relu's, and its index is the plane, whose number less one is the code and, for the zeros, the byte 255.
     """
+    if not return_code:
+        return planes.amax(1), None
     images, rows, *shape = planes.shape
     size = math.prod(shape)
     column = planes.as_strided((images, size, rows, 1), (rows * size, 1, size, size))
     output, plane = _max_pool2d(column, [rows, 1])
-    return output.view(images, *shape), plane.to(torch.uint8).sub_(1).view(images, *shape) if return_code else None
+    return output.view(images, *shape), plane.to(torch.uint8).sub_(1).view(images, *shape)
 
 
 def _pool_by_cells(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) -> tuple[Tensor, Tensor | None]:

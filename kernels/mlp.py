@@ -37,7 +37,7 @@ from .runtime import (
 
 # Never specialised on: neither a size of 1 nor a multiple of 16 compiles a kernel anew.
 _GENERAL = [
-    *("m", "k", "p", "q", "r", "rows_per_part", "row_parts", "weight_parts", "input_tiles"),
+    *("m", "k", "p", "q", "r", "rows_per_part", "row_parts", "weight_parts", "weight_tiles"),
     *("grad_stride_m", "grad_stride_r"),
     *(f"{tensor}_ptr" for tensor in ("input", "weight1", "bias1", "weight2", "bias2", "weight3", "bias3", "output")),
     *(f"{tensor}_ptr" for tensor in ("hidden1", "hidden2", "grad", "grad1", "grad2", "result", "row_sums")),
@@ -326,7 +326,7 @@ def _product_kernel(
     k,
     p,
     q,
-    input_tiles,
+    weight_tiles,
     rows_per_part,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -337,26 +337,17 @@ def _product_kernel(
 ):
     """The three large products of the backward, a tile of BLOCK_I x BLOCK_J of one of them per program.
 
-    The first `input_tiles` programs own a tile of grad_input (M, K) = grad1 @ weight1. The others own one part, of
-    `rows_per_part` rows, of a tile of grad1^T @ input (P, K) or of grad2^T @ hidden1 (Q, P): the gradients of weight1
-    and weight2, which `_fold_kernel` completes. weight_sums, float32 (parts, P * K + Q * P), holds the parts.
+    The first `weight_tiles` programs, which take longest, own one part, of `rows_per_part` rows, of a tile of grad1^T @
+    input (P, K) or of grad2^T @ hidden1 (Q, P): the gradients of weight1 and weight2, which `_fold_kernel` completes.
+    weight_sums, float32 (parts, P * K + Q * P), holds the parts. The others own a tile of grad_input (M, K) = grad1 @
+    weight1.
 
     Cost per row: 4 * K * P + 2 * P * Q FLOP; reads K + 2 * P + Q elements per tile, writes K.
     """
     tile = tl.program_id(0)
     tiles_k = (k + BLOCK_J - 1) // BLOCK_J
     product = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
-    if tile < input_tiles:
-        row = (tile // tiles_k).to(INDEX) * BLOCK_I + tl.arange(0, BLOCK_I)
-        column = tile % tiles_k * BLOCK_J + tl.arange(0, BLOCK_J)
-        for start in range(0, p, BLOCK_D):
-            depth = start + tl.arange(0, BLOCK_D)
-            left = _load(grad1_ptr, row, depth, m, p, ALIGNED)
-            right = _load(weight1_ptr, depth, column, p, k, ALIGNED)
-            product = tl.dot(left, right, product, input_precision=PRECISION)
-        _store(result_ptr, row, column, m, k, product, ALIGNED)
-    else:
-        tile -= input_tiles
+    if tile < weight_tiles:
         tiles1 = (p + BLOCK_I - 1) // BLOCK_I * tiles_k
         tiles_p = (p + BLOCK_J - 1) // BLOCK_J
         tiles = tiles1 + (q + BLOCK_I - 1) // BLOCK_I * tiles_p
@@ -377,6 +368,16 @@ def _product_kernel(
             right = _load(right_ptr, depth, column, m, width, ALIGNED)
             product = tl.dot(left, right, product, input_precision=PRECISION)
         _store(sums_ptr, row, column, height, width, product, ALIGNED)
+    else:
+        tile -= weight_tiles
+        row = (tile // tiles_k).to(INDEX) * BLOCK_I + tl.arange(0, BLOCK_I)
+        column = tile % tiles_k * BLOCK_J + tl.arange(0, BLOCK_J)
+        for start in range(0, p, BLOCK_D):
+            depth = start + tl.arange(0, BLOCK_D)
+            left = _load(grad1_ptr, row, depth, m, p, ALIGNED)
+            right = _load(weight1_ptr, depth, column, p, k, ALIGNED)
+            product = tl.dot(left, right, product, input_precision=PRECISION)
+        _store(result_ptr, row, column, m, k, product, ALIGNED)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -607,12 +608,14 @@ def mlp_backward(
     input_tiles = triton.cdiv(m, tile["BLOCK_I"]) * across if need_input else 0
     tiles = triton.cdiv(p, tile["BLOCK_I"]) * across
     tiles += triton.cdiv(q, tile["BLOCK_I"]) * triton.cdiv(p, tile["BLOCK_J"])
-    # Half as many parts as for a kernel of their own: the tiles of grad_input keep the device busy too.
-    parts, rows_per_part = splits(m, tile["BLOCK_D"], max(1, 2 * tiles))
+    # Half to a third as many parts as for a kernel of their own: the tiles of grad_input keep the device busy too. On
+    # matrix units a part's rows then take about as long as all else that a multiprocessor has to do.
+    parts, rows_per_part = splits(m, tile["BLOCK_D"], max(1, (2 if layers["EXACT"] else 3) * tiles))
     weight_sums = empty((parts, p * k + q * p), input, torch.float32) if need_sums else None
+    weight_tiles = tiles * parts if need_sums else 0
     launch(
         _product_kernel,
-        (input_tiles + (0 if weight_sums is None else tiles * parts),),
+        (input_tiles + weight_tiles,),
         input,
         hidden1,
         weight1,
@@ -625,7 +628,7 @@ def mlp_backward(
         k,
         p,
         q,
-        input_tiles,
+        weight_tiles,
         rows_per_part,
         ALIGNED=aligned,
         INDEX=index_type(input, hidden1, hidden2),

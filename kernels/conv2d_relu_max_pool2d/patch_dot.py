@@ -592,8 +592,9 @@ def forward(
     output = empty((input.shape[0], shape["OUT"], pooled_h, pooled_w), input)
     code = empty(output.shape, output, torch.uint8) if return_code else None
     tiles, rows = triton.cdiv(input.shape[0], configuration["IMAGES"]), pooled_h // configuration["ROWS"]
-    # Four programs for each of some 132 multiprocessors: as few weight matrices to build as keep all of them busy.
-    tiles_per_program, rows_per_program = _share(tiles, rows, 528)
+    # Two programs for each of some 132 multiprocessors, which hold no more: as few weight matrices to build as keep all
+    # of them busy, and at once.
+    tiles_per_program, rows_per_program = _share(tiles, rows, 264)
     launch(
         _forward_kernel,
         (triton.cdiv(tiles, tiles_per_program), triton.cdiv(rows, rows_per_program)),

@@ -37,7 +37,7 @@ from .runtime import (
 
 # Never specialised on: neither a size of 1 nor a multiple of 16 compiles a kernel anew.
 _GENERAL = [
-    *("m", "k", "p", "q", "r", "rows_per_part", "row_parts", "weight_parts", "input_tiles"),
+    *("m", "k", "p", "q", "r", "rows_per_part", "row_parts", "weight_parts", "weight_tiles"),
     *("grad_stride_m", "grad_stride_r"),
     *(f"{tensor}_ptr" for tensor in ("input", "weight1", "bias1", "weight2", "bias2", "weight3", "bias3", "output")),
     *(f"{tensor}_ptr" for tensor in ("hidden1", "hidden2", "grad", "grad1", "grad2", "result", "row_sums")),
@@ -106,7 +106,7 @@ def _forward_kernel(
     q,
     r,
     SAVE: tl.constexpr,
-    OUTER: tl.constexpr,
+    EXACT: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
@@ -120,9 +120,11 @@ def _forward_kernel(
     """All three layers for BLOCK_M rows.
 
     hidden1 is made BLOCK_P features at a time, each block feeding hidden2's sums, which stay in registers as SLICES_Q
-    slices of BLOCK_Q features. Every sum runs within the program in one order, whatever the batch, in float32.
+    slices of BLOCK_Q features. If EXACT, all of hidden1 is stored first and read again, BLOCK_K features at a time: on
+    FMA units an operand that comes from registers is held there over its whole depth, which leaves no room for many
+    outputs a lane. Every sum runs within the program in one order, whatever the batch, in float32.
 
-    Saves: hidden1 and hidden2 if SAVE, whose signs are relu's masks; else nothing.
+    Saves: hidden1 and hidden2 if SAVE, whose signs are relu's masks; else nothing, but for hidden1 if EXACT.
 
     Cost per row ("image"): 2 * (K * P + P * Q + Q * R) FLOP; reads K elements, writes R, and P + Q if SAVE; the weights
     are read once per program.
@@ -139,8 +141,9 @@ def _forward_kernel(
     else:
         row += first_row
     sums = ()
-    for _ in tl.static_range(SLICES_Q):
-        sums = sums + (tl.zeros((BLOCK_M, BLOCK_Q), tl.float32),)
+    if not EXACT:
+        for _ in tl.static_range(SLICES_Q):
+            sums = sums + (tl.zeros((BLOCK_M, BLOCK_Q), tl.float32),)
     for first in range(0, p, BLOCK_P):
         column1 = first + tl.arange(0, BLOCK_P)
         product = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
@@ -150,20 +153,33 @@ def _forward_kernel(
             right = _load(weight1_ptr, column1, depth, p, k, ALIGNED, True)
             product = tl.dot(left, right, product, input_precision=PRECISION)
         hidden = _hidden(product, bias1_ptr, row, column1, m, p)
-        if SAVE:
+        if SAVE or EXACT:
             _store(hidden1_ptr, row, column1, m, p, hidden, ALIGNED)
-        hidden = operand(hidden, input_ptr)
-        for i in tl.static_range(SLICES_Q):
-            right = _load(weight2_ptr, i * BLOCK_Q + tl.arange(0, BLOCK_Q), column1, q, p, ALIGNED, True)
-            total = tl.dot(hidden, right, sums[i], input_precision=PRECISION)
-            sums = sums[:i] + (total,) + sums[i + 1 :]
+        if not EXACT:
+            hidden = operand(hidden, input_ptr)
+            for i in tl.static_range(SLICES_Q):
+                right = _load(weight2_ptr, i * BLOCK_Q + tl.arange(0, BLOCK_Q), column1, q, p, ALIGNED, True)
+                total = tl.dot(hidden, right, sums[i], input_precision=PRECISION)
+                sums = sums[:i] + (total,) + sums[i + 1 :]
+    if EXACT:
+        # What other lanes of this program stored is read.
+        tl.debug_barrier()
+        for _ in tl.static_range(SLICES_Q):
+            sums = sums + (tl.zeros((BLOCK_M, BLOCK_Q), tl.float32),)
+        for start in range(0, p, BLOCK_K):
+            depth = start + tl.arange(0, BLOCK_K)
+            left = _load(hidden1_ptr, row, depth, m, p, ALIGNED)
+            for i in tl.static_range(SLICES_Q):
+                right = _load(weight2_ptr, i * BLOCK_Q + tl.arange(0, BLOCK_Q), depth, q, p, ALIGNED, True)
+                total = tl.dot(left, right, sums[i], input_precision=PRECISION)
+                sums = sums[:i] + (total,) + sums[i + 1 :]
     for i in tl.static_range(SLICES_Q):
         column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
         hidden = _hidden(sums[i], bias2_ptr, row, column2, m, q)
         if SAVE:
             _store(hidden2_ptr, row, column2, m, q, hidden, ALIGNED)
         sums = sums[:i] + (operand(hidden, input_ptr),) + sums[i + 1 :]
-    if OUTER:
+    if EXACT:
         # One output after the other: a tl.dot would need more registers than there are.
         for column3 in range(r):
             total3 = tl.zeros((BLOCK_M,), tl.float32)
@@ -208,11 +224,12 @@ def _grad_hidden_kernel(
     grad_stride_m,
     grad_stride_r,
     SUMS: tl.constexpr,
-    OUTER: tl.constexpr,
+    EXACT: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     SLICES_Q: tl.constexpr,
@@ -236,7 +253,7 @@ def _grad_hidden_kernel(
     for i in tl.static_range(SLICES_Q):
         hiddens = hiddens + (_load(hidden2_ptr, row, i * BLOCK_Q + tl.arange(0, BLOCK_Q), m, q, ALIGNED),)
         grads = grads + (tl.zeros((BLOCK_M, BLOCK_Q), tl.float32),)
-    if OUTER:
+    if EXACT:
         # One output after the other: a tl.dot over BLOCK_M rows would need more registers than there are.
         pointers = grad_ptr + row * grad_stride_m
         for column3 in range(r):
@@ -274,12 +291,22 @@ def _grad_hidden_kernel(
             tl.store(sums_ptr + r * q + p + column2, tl.sum(closed, axis=0), mask=column2 < q)
         _store(grad2_ptr, row, column2, m, q, closed, ALIGNED)
         grads = grads[:i] + (operand(closed, grad2_ptr),) + grads[i + 1 :]
+    if EXACT:
+        # What other lanes of this program stored is read: see `_forward_kernel`.
+        tl.debug_barrier()
     for first in tl.range(0, p, BLOCK_P, num_stages=1, disable_licm=True):
         column1 = first + tl.arange(0, BLOCK_P)
         product1 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-        for i in tl.static_range(SLICES_Q):
-            right = _load(weight2_ptr, i * BLOCK_Q + tl.arange(0, BLOCK_Q), column1, q, p, ALIGNED)
-            product1 = tl.dot(grads[i], right, product1, input_precision=PRECISION)
+        if EXACT:
+            for start in range(0, q, BLOCK_K):
+                depth = start + tl.arange(0, BLOCK_K)
+                left = _load(grad2_ptr, row, depth, m, q, ALIGNED)
+                right = _load(weight2_ptr, depth, column1, q, p, ALIGNED)
+                product1 = tl.dot(left, right, product1, input_precision=PRECISION)
+        else:
+            for i in tl.static_range(SLICES_Q):
+                right = _load(weight2_ptr, i * BLOCK_Q + tl.arange(0, BLOCK_Q), column1, q, p, ALIGNED)
+                product1 = tl.dot(grads[i], right, product1, input_precision=PRECISION)
         closed1 = _masked(product1, _load(hidden1_ptr, row, column1, m, p, ALIGNED), row, column1, m, p)
         if SUMS:
             tl.store(sums_ptr + r * q + column1, tl.sum(closed1, axis=0), mask=column1 < p)
@@ -299,7 +326,7 @@ def _product_kernel(
     k,
     p,
     q,
-    input_tiles,
+    weight_tiles,
     rows_per_part,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -310,26 +337,17 @@ def _product_kernel(
 ):
     """The three large products of the backward, a tile of BLOCK_I x BLOCK_J of one of them per program.
 
-    The first `input_tiles` programs own a tile of grad_input (M, K) = grad1 @ weight1. The others own one part, of
-    `rows_per_part` rows, of a tile of grad1^T @ input (P, K) or of grad2^T @ hidden1 (Q, P): the gradients of weight1
-    and weight2, which `_fold_kernel` completes. weight_sums, float32 (parts, P * K + Q * P), holds the parts.
+    The first `weight_tiles` programs, which take longest, own one part, of `rows_per_part` rows, of a tile of grad1^T @
+    input (P, K) or of grad2^T @ hidden1 (Q, P): the gradients of weight1 and weight2, which `_fold_kernel` completes.
+    weight_sums, float32 (parts, P * K + Q * P), holds the parts. The others own a tile of grad_input (M, K) = grad1 @
+    weight1.
 
     Cost per row: 4 * K * P + 2 * P * Q FLOP; reads K + 2 * P + Q elements per tile, writes K.
     """
     tile = tl.program_id(0)
     tiles_k = (k + BLOCK_J - 1) // BLOCK_J
     product = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
-    if tile < input_tiles:
-        row = (tile // tiles_k).to(INDEX) * BLOCK_I + tl.arange(0, BLOCK_I)
-        column = tile % tiles_k * BLOCK_J + tl.arange(0, BLOCK_J)
-        for start in range(0, p, BLOCK_D):
-            depth = start + tl.arange(0, BLOCK_D)
-            left = _load(grad1_ptr, row, depth, m, p, ALIGNED)
-            right = _load(weight1_ptr, depth, column, p, k, ALIGNED)
-            product = tl.dot(left, right, product, input_precision=PRECISION)
-        _store(result_ptr, row, column, m, k, product, ALIGNED)
-    else:
-        tile -= input_tiles
+    if tile < weight_tiles:
         tiles1 = (p + BLOCK_I - 1) // BLOCK_I * tiles_k
         tiles_p = (p + BLOCK_J - 1) // BLOCK_J
         tiles = tiles1 + (q + BLOCK_I - 1) // BLOCK_I * tiles_p
@@ -350,6 +368,16 @@ def _product_kernel(
             right = _load(right_ptr, depth, column, m, width, ALIGNED)
             product = tl.dot(left, right, product, input_precision=PRECISION)
         _store(sums_ptr, row, column, height, width, product, ALIGNED)
+    else:
+        tile -= weight_tiles
+        row = (tile // tiles_k).to(INDEX) * BLOCK_I + tl.arange(0, BLOCK_I)
+        column = tile % tiles_k * BLOCK_J + tl.arange(0, BLOCK_J)
+        for start in range(0, p, BLOCK_D):
+            depth = start + tl.arange(0, BLOCK_D)
+            left = _load(grad1_ptr, row, depth, m, p, ALIGNED)
+            right = _load(weight1_ptr, depth, column, p, k, ALIGNED)
+            product = tl.dot(left, right, product, input_precision=PRECISION)
+        _store(result_ptr, row, column, m, k, product, ALIGNED)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -425,27 +453,29 @@ def _through_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[s
     Loads of single elements take registers for their addresses: a wide tile would spill.
     """
     precision = dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
+    exact, wide = _exact(dtype, precision), q > 96
+    registers = {} if INTERPRETED else all_registers()
     tile: dict[str, Any]
     if INTERPRETED:
-        tile = {"BLOCK_M": 1024, "BLOCK_P": 128, "BLOCK_Q": 128}
-    elif _exact(dtype, precision):
-        # Both operands come through shared memory: the more outputs a lane has, the fewer loads a product takes. Four
-        # slices of hidden2, addresses of single elements, or sm_100's pairs of registers leave no room for so many.
-        many = aligned and q <= 96 and architecture() in ("sm_80", "sm_90")
-        wider = {"BLOCK_P": 32, "num_warps": 4} if many else {"BLOCK_P": 16, "num_warps": 8}
-        tile = {"BLOCK_M": 64, "BLOCK_Q": 32, "num_stages": 1, **wider, **all_registers()}
+        tile = {"BLOCK_M": 1024, "BLOCK_K": 256, "BLOCK_P": 128, "BLOCK_Q": 128}
+    elif exact:
+        # Operands come through shared memory: the more outputs a lane has, the fewer loads a product takes, so that all
+        # of hidden1 is one block. Addresses of single elements leave room for half, sm_100's pairs of registers too.
+        paired = architecture() == "sm_100"
+        block_p = min(max(32, triton.next_power_of_2(p)), 64 if paired else 128)
+        tile = {"BLOCK_M": 64, "BLOCK_K": 16, "BLOCK_P": block_p, "BLOCK_Q": 32, "num_stages": 1, **registers}
+        tile["num_warps"] = 4 if aligned and not (paired and wide) else 8
     else:
         # Four slices of hidden2 leave registers for half as wide a block of hidden1. AMD's lanes have 256: less still.
-        registers, wide = all_registers(), q > 96
         block_p = min(max(32, triton.next_power_of_2(p)), 64 if wide else 128) if aligned else 32
         rows = 64
         if wide and dtype == torch.float32 and not registers:
             rows, block_p = 32, 32
         stages = 1 if wide else 2
-        tile = {"BLOCK_M": rows, "BLOCK_P": block_p, "BLOCK_Q": 32, "num_warps": 8, "num_stages": stages, **registers}
+        tile = {"BLOCK_M": rows, "BLOCK_K": 32, "BLOCK_P": block_p, "BLOCK_Q": 32, "num_warps": 8, "num_stages": stages}
+        tile |= registers
     slices = max(1, triton.cdiv(q, tile["BLOCK_Q"]))
-    outer = _exact(dtype, precision) and not INTERPRETED
-    return {"PRECISION": precision, "SLICES_Q": slices, "BLOCK_R": 16, "OUTER": outer, **tile}
+    return {"PRECISION": precision, "SLICES_Q": slices, "BLOCK_R": 16, "EXACT": exact, **tile}
 
 
 def _product(dtype: torch.dtype) -> dict[str, Any]:
@@ -454,7 +484,9 @@ def _product(dtype: torch.dtype) -> dict[str, Any]:
     if INTERPRETED:
         tile = {"BLOCK_I": 1024, "BLOCK_J": 256, "BLOCK_D": 256}
     elif _exact(dtype, precision):
-        tile = {"BLOCK_I": 128, "BLOCK_J": 32, "BLOCK_D": 16, "num_warps": 2, "num_stages": 1, **all_registers()}
+        # Two stages copy past the registers, which spares shared memory's stores; sm_80 waits for its FMA units anyway.
+        stages = 2 if architecture() == "sm_90" else 1
+        tile = {"BLOCK_I": 128, "BLOCK_J": 32, "BLOCK_D": 16, "num_warps": 2, "num_stages": stages, **all_registers()}
     else:
         depth = 32 if dtype == torch.float32 else 64
         tile = {"BLOCK_I": 128, "BLOCK_J": 64, "BLOCK_D": depth, "num_warps": 8, "num_stages": 2, **all_registers()}
@@ -489,9 +521,10 @@ def mlp(
     (m, k), p, q, r = input.shape, weight1.shape[0], weight2.shape[0], weight3.shape[0]
     operands = [t.contiguous() for t in (input, weight1, bias1, weight2, bias2, weight3, bias3)]
     output = empty((m, r), input)
-    hidden1, hidden2 = (empty((m, n), input) if return_hidden else None for n in (p, q))
     aligned = _aligned(operands[0], operands[1], operands[3], operands[5])
     tile = _through_layers(input.dtype, p, q, aligned)
+    hidden1 = empty((m, p), input) if return_hidden or tile["EXACT"] else None
+    hidden2 = empty((m, q), input) if return_hidden else None
     launch(
         _forward_kernel,
         (triton.cdiv(m, tile["BLOCK_M"]),),
@@ -507,10 +540,9 @@ def mlp(
         SAVE=return_hidden,
         ALIGNED=aligned,
         INDEX=index_type(operands[0], output, hidden1, hidden2),
-        BLOCK_K=256 if INTERPRETED else 16 if _exact(input.dtype, tile["PRECISION"]) else 32,
         **tile,
     )
-    return output, hidden1, hidden2
+    return output, hidden1 if return_hidden else None, hidden2
 
 
 def mlp_backward(
@@ -576,12 +608,14 @@ def mlp_backward(
     input_tiles = triton.cdiv(m, tile["BLOCK_I"]) * across if need_input else 0
     tiles = triton.cdiv(p, tile["BLOCK_I"]) * across
     tiles += triton.cdiv(q, tile["BLOCK_I"]) * triton.cdiv(p, tile["BLOCK_J"])
-    # Half as many parts as for a kernel of their own: the tiles of grad_input keep the device busy too.
-    parts, rows_per_part = splits(m, tile["BLOCK_D"], max(1, 2 * tiles))
+    # Half to a third as many parts as for a kernel of their own: the tiles of grad_input keep the device busy too. On
+    # matrix units a part's rows then take about as long as all else that a multiprocessor has to do.
+    parts, rows_per_part = splits(m, tile["BLOCK_D"], max(1, (2 if layers["EXACT"] else 3) * tiles))
     weight_sums = empty((parts, p * k + q * p), input, torch.float32) if need_sums else None
+    weight_tiles = tiles * parts if need_sums else 0
     launch(
         _product_kernel,
-        (input_tiles + (0 if weight_sums is None else tiles * parts),),
+        (input_tiles + weight_tiles,),
         input,
         hidden1,
         weight1,
@@ -594,7 +628,7 @@ def mlp_backward(
         k,
         p,
         q,
-        input_tiles,
+        weight_tiles,
         rows_per_part,
         ALIGNED=aligned,
         INDEX=index_type(input, hidden1, hidden2),

@@ -44,8 +44,9 @@ def _patch_offsets(start, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, S: 
     """
     k = start + tl.arange(0, BLOCK_K)
     offset = tl.where(k < C * S * S, k // (S * S) * (H * W) + k // S % S * W + k % S, 0)
-    # S and W are even: elements lie in pairs, which one load can take.
-    return tl.max_contiguous(tl.multiple_of(offset, 2), 2)
+    # S and W are even: elements lie in pairs at least, which one load can take.
+    RUN: tl.constexpr = 4 if S % 4 == 0 and W % 4 == 0 else 2
+    return tl.max_contiguous(tl.multiple_of(offset, RUN), RUN)
 
 
 @triton.jit
@@ -399,13 +400,12 @@ def _grad_input_kernel(
                     store(pixels, total, mask & ((tl.abs(old) == float("inf")) | (old != old)))
 
 
-@triton.jit(do_not_specialize=[*_COUNTS, *_SMALL])
+@triton.jit(do_not_specialize=_COUNTS)
 def _grad_weight_kernel(
     grad_ptr,
     code_ptr,
     input_ptr,
-    weight_parts_ptr,
-    bias_parts_ptr,
+    parts_ptr,
     images,
     tiles_per_program,
     rows_per_program,
@@ -418,124 +418,131 @@ def _grad_weight_kernel(
     INDEX: tl.constexpr,
     IMAGES: tl.constexpr,
     ROWS: tl.constexpr,
+    WINDOWS: tl.constexpr,
     OUT_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Gradients of the weight and the bias: one part of each sum, which `_fold_kernel` completes in a fixed order.
 
-    Maths: ``weight_parts[part, k, (t, o)] = sum over the part's (n, p) of patch[n, p, k] * cells[n, p, (t, o)]`` with
-    cells as `_to_cells` spreads them, and ``bias_parts[part, o] = sum where(code != 255, grad, 0)`` in float32.
-    The band's entries, tap = k - t, are the weight's gradient; the others are never read.
+    Maths: WINDOWS x WINDOWS windows w share a patch of S = KS + 2 * WINDOWS - 1 pixels a side. ``sums[k, (t, w, o)] =
+    sum over the part's (n, p) of patch[n, p, k] * cells[n, p, (t, w, o)]`` with cells t as `_to_cells` spreads them;
+    ``weight_part[o, (c, tap)] = sum over t, w of sums[(c, tap + t + 2 * w), (t, w, o)]``: the band's entries, shifted
+    onto each other; the others are never read. ``bias_part[o] = sum where(code != 255, grad, 0)``, in float32.
 
-    Tile: the whole (patch, (cell, channel)) matrix, in accumulators of BLOCK_K rows; the sum runs over the images and
-    row blocks of one program, as in the forward.
+    Tile: IMAGES images x ROWS rows of patches x all their columns (BLOCK_M rows), times the whole matrix of patch and
+    (cell, window, channel), in accumulators of BLOCK_K rows; the sum runs over the images and row blocks of a program,
+    as in the forward. The wider the patches, the less often a pixel is loaded: (S / (2 * WINDOWS))^2 times.
 
-    Shapes and strides: grad and code (N, O, PH, PW), input (N, C, H, W), weight_parts (parts, C * S * S, 4 * OUT_PAD)
-    and bias_parts (parts, OUT_PAD) float32, all contiguous.
+    Shapes and strides: grad and code (N, O, PH, PW), input (N, C, H, W), all contiguous; parts (parts, O * C * KS * KS
+    + O) float32, first the weight's part, then the bias'.
 
-    Cost per image: as the forward.
+    Cost per image: 2 * PH * PW * C * S * S * 4 * O FLOP.
     """
     PH: tl.constexpr = (H - KS + 1) // 2
     PW: tl.constexpr = (W - KS + 1) // 2
-    S: tl.constexpr = KS + 1
+    S: tl.constexpr = KS + 2 * WINDOWS - 1
+    STEP: tl.constexpr = 2 * WINDOWS  # pixels from patch to patch
+    COLUMNS: tl.constexpr = PW // WINDOWS
     DEPTH: tl.constexpr = C * S * S
+    TAPS: tl.constexpr = C * KS * KS
+    WIDTH: tl.constexpr = WINDOWS * OUT_PAD * WINDOWS
     row = tl.arange(0, BLOCK_M)
-    pooled_row = row // PW % ROWS
-    pooled_column = row % PW
-    channel = tl.arange(0, OUT_PAD)
-    plane = (channel * (PH * PW))[None, :]
+    patch_row = row // COLUMNS % ROWS
+    patch_column = row % COLUMNS
+    # Columns are (row of the window, channel, column of the window): windows side by side are loaded as one.
+    column = tl.arange(0, WIDTH)
+    channel = column // WINDOWS % OUT_PAD
+    plane = channel * (PH * PW) + column // (WINDOWS * OUT_PAD) * PW + column % WINDOWS
+    plane = tl.max_contiguous(tl.multiple_of(plane, WINDOWS), WINDOWS)[None, :]
     sums = ()
     for _ in tl.static_range(0, DEPTH, BLOCK_K):
-        sums = sums + (tl.zeros((BLOCK_K, 4 * OUT_PAD), tl.float32),)
-    bias_sum = tl.zeros((BLOCK_M, OUT_PAD), tl.float32)
+        sums = sums + (tl.zeros((BLOCK_K, 4 * WIDTH), tl.float32),)
+    bias_sum = tl.zeros((BLOCK_M, WIDTH), tl.float32)
 
     first_image = tl.program_id(0).to(INDEX) * tiles_per_program * IMAGES
     first_row = tl.program_id(1) * rows_per_program
-    last_row = tl.minimum(first_row + rows_per_program, PH // ROWS)
+    last_row = tl.minimum(first_row + rows_per_program, PH // (WINDOWS * ROWS))
     for tile in tl.range(tiles_per_program, num_stages=1, disable_licm=True):
-        image = first_image + tile * IMAGES + row // (ROWS * PW)
-        row_mask = (row < IMAGES * ROWS * PW) & (image < images)
+        image = first_image + tile * IMAGES + row // (ROWS * COLUMNS)
+        row_mask = (row < IMAGES * ROWS * COLUMNS) & (image < images)
         mask = row_mask[:, None] & (channel < OUT)[None, :]
-        corner = image * (C * H * W) + pooled_row * (2 * W) + pooled_column * 2
-        patch = input_ptr + tl.multiple_of(corner, 2)[:, None]
-        window = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None]
+        corner = image * (C * H * W) + patch_row * (STEP * W) + patch_column * STEP
+        patch = input_ptr + tl.multiple_of(corner, STEP if W % STEP == 0 else 2)[:, None]
+        window = image * (OUT * PH * PW) + patch_row * (WINDOWS * PW) + patch_column * WINDOWS
+        window = tl.multiple_of(window, WINDOWS)[:, None]
         grads = grad_ptr + window
         codes = code_ptr + window
         for r in tl.range(first_row, last_row, num_stages=STAGES):
-            code = tl.load(codes + r * (ROWS * PW) + plane, mask=mask, other=255).to(tl.int32)
-            grad = load(grads + r * (ROWS * PW) + plane, mask)
+            code = tl.load(codes + r * (ROWS * WINDOWS * PW) + plane, mask=mask, other=255).to(tl.int32)
+            grad = load(grads + r * (ROWS * WINDOWS * PW) + plane, mask)
             bias_sum += tl.where(code != 255, grad, 0.0).to(tl.float32)
-            cells = _to_cells(grad, code, BLOCK_M, OUT_PAD)
+            cells = _to_cells(grad, code, BLOCK_M, WIDTH)
             new = ()
             for start in tl.static_range(0, DEPTH, BLOCK_K):
                 offset = _patch_offsets(start, C, H, W, S, BLOCK_K)[None, :]
                 # Pixels of rows that are not there must be 0 as well: infinity times 0 is not.
-                pixels = load(patch + r * (ROWS * 2 * W) + offset, row_mask[:, None])
+                pixels = load(patch + r * (ROWS * STEP * W) + offset, row_mask[:, None])
                 product = tl.dot(
                     tl.trans(pixels), cells.to(pixels.dtype), sums[start // BLOCK_K], input_precision=PRECISION
                 )
                 new = new + (product,)
             sums = new
 
+    # Each column's taps, from where its window's cell sees them in the patch; the padding repeats some.
+    tap = tl.arange(0, BLOCK_T)
+    padded = tl.minimum(tap, TAPS - 1)
+    place = padded // (KS * KS) * (S * S) + padded // KS % KS * S + padded % KS
+    column = tl.arange(0, 4 * WIDTH)
+    cell = column // WIDTH
+    down = cell // 2 + 2 * (column % WIDTH // (WINDOWS * OUT_PAD))
+    right = cell % 2 + 2 * (column % WINDOWS)
+    k = place[:, None] + (down * S + right)[None, :]
+    if DEPTH <= BLOCK_K:
+        total = tl.gather(sums[0], k, axis=0)
+    else:
+        total = tl.zeros((BLOCK_T, 4 * WIDTH), tl.float32)
+        for start in tl.static_range(0, DEPTH, BLOCK_K):
+            here = (k >= start) & (k < start + BLOCK_K)
+            total = tl.where(here, tl.gather(sums[start // BLOCK_K], tl.where(here, k - start, 0), axis=0), total)
+    total = total.reshape(BLOCK_T, 4 * WINDOWS, OUT_PAD, WINDOWS)
+    total = tl.sum(tl.sum(total, axis=3), axis=1)
+    channel = tl.arange(0, OUT_PAD)
     part = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(INDEX)
-    column = tl.arange(0, 4 * OUT_PAD)
-    for start in tl.static_range(0, DEPTH, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        parts = weight_parts_ptr + (part * DEPTH + k)[:, None] * (4 * OUT_PAD) + column[None, :]
-        tl.store(parts, sums[start // BLOCK_K], mask=(k < DEPTH)[:, None])
-    tl.store(bias_parts_ptr + part * OUT_PAD + channel, tl.sum(bias_sum, axis=0))
+    parts = parts_ptr + part * (OUT * (TAPS + 1))
+    mask = (tap < TAPS)[:, None] & (channel < OUT)[None, :]
+    tl.store(parts + (channel * TAPS)[None, :] + tap[:, None], total, mask=mask)
+    bias = tl.sum(bias_sum, axis=0).reshape(WINDOWS, OUT_PAD, WINDOWS)
+    bias = tl.sum(tl.sum(bias, axis=2), axis=0)
+    tl.store(parts + OUT * TAPS + channel, bias, mask=channel < OUT)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["weights", "size", "parts"])
 def _fold_kernel(
-    weight_parts_ptr,
-    bias_parts_ptr,
+    parts_ptr,
     grad_weight_ptr,
     grad_bias_ptr,
+    weights,
+    size,
     parts,
-    C: tl.constexpr,
-    OUT: tl.constexpr,
-    KS: tl.constexpr,
-    OUT_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """Complete the sums of `_grad_weight_kernel`, first part to last.
+    """Add up the parts (parts, size) of `_grad_weight_kernel`: `weights` entries of the weight, the rest of the bias.
 
-    Maths: ``grad_weight[o, c, tap] = sum over parts, then over the four cells t, of weight_parts[part, (c, tap + t),
-    (t, o)]``; ``grad_bias[o] = sum over parts of bias_parts[part, o]``.
-
-    Tile: BLOCK entries (tap, o) of the weight; the last program takes the bias. BLOCK_PARTS parts are loaded at a time.
+    A program owns BLOCK entries and adds BLOCK_PARTS parts at a time, first to last.
     """
-    S: tl.constexpr = KS + 1
-    DEPTH: tl.constexpr = C * KS * KS
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    o = entry % OUT_PAD
-    tap = entry // OUT_PAD
-    is_bias = tl.program_id(0) == tl.num_programs(0) - 1
-    mask = (o < OUT) & (tap < DEPTH)
-    element = (tap // (KS * KS) * (S * S) + tap // KS % KS * S + tap % KS) * (4 * OUT_PAD) + o
     part = tl.arange(0, BLOCK_PARTS)
-    total = tl.zeros((BLOCK,), tl.float32)
-    if is_bias:
-        channel = tl.arange(0, BLOCK)
-        for start in range(0, parts, BLOCK_PARTS):
-            part_mask = ((start + part) < parts)[:, None] & (channel < OUT)[None, :]
-            bias = tl.load(
-                bias_parts_ptr + (start + part)[:, None] * OUT_PAD + channel[None, :], mask=part_mask, other=0.0
-            )
-            total += tl.sum(bias, axis=0)
-        store(grad_bias_ptr + channel, total, channel < OUT)
-    else:
-        for start in range(0, parts, BLOCK_PARTS):
-            part_mask = ((start + part) < parts)[:, None] & mask[None, :]
-            rows = weight_parts_ptr + (start + part)[:, None] * (C * S * S * 4 * OUT_PAD) + element[None, :]
-            for cell in tl.static_range(4):
-                tap_of_cell = rows + ((cell // 2 * S + cell % 2) * 4 + cell) * OUT_PAD
-                total += tl.sum(tl.load(tap_of_cell, mask=part_mask, other=0.0), axis=0)
-        store(grad_weight_ptr + o * DEPTH + tap, total, mask)
+    total = tl.zeros((BLOCK_PARTS, BLOCK), tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        mask = (start + part < parts)[:, None] & (entry < size)[None, :]
+        total += tl.load(parts_ptr + (start + part)[:, None] * size + entry[None, :], mask=mask, other=0.0)
+    total = tl.sum(total, axis=0)
+    store(grad_weight_ptr + entry, total, entry < weights)
+    store(grad_bias_ptr + (entry - weights), total, (entry >= weights) & (entry < size))
 
 
 def covers(geometry: ConvPoolGeometry, input: Tensor, weight: Tensor) -> bool:
@@ -585,8 +592,9 @@ def forward(
     output = empty((input.shape[0], shape["OUT"], pooled_h, pooled_w), input)
     code = empty(output.shape, output, torch.uint8) if return_code else None
     tiles, rows = triton.cdiv(input.shape[0], configuration["IMAGES"]), pooled_h // configuration["ROWS"]
-    # Four programs for each of some 132 multiprocessors: as few weight matrices to build as keep all of them busy.
-    tiles_per_program, rows_per_program = _share(tiles, rows, 528)
+    # Two programs for each of some 132 multiprocessors, which hold no more: as few weight matrices to build as keep all
+    # of them busy, and at once.
+    tiles_per_program, rows_per_program = _share(tiles, rows, 264)
     launch(
         _forward_kernel,
         (triton.cdiv(tiles, tiles_per_program), triton.cdiv(rows, rows_per_program)),
@@ -635,41 +643,39 @@ def grad_weight(
 ) -> tuple[Tensor, Tensor]:
     """Launch the gradients of the weight and the bias; all tensors contiguous."""
     shape = _shape(input, weight)
-    depth = shape["C"] * (shape["KS"] + 1) ** 2
-    tiles, rows = triton.cdiv(input.shape[0], configuration["IMAGES"]), code.shape[2] // configuration["ROWS"]
-    # One program a multiprocessor: the parts are large, and are all read again.
-    tiles_per_program, rows_per_program = _share(tiles, rows, 132)
+    patch_rows = code.shape[2] // configuration["WINDOWS"]
+    tiles, rows = triton.cdiv(input.shape[0], configuration["IMAGES"]), patch_rows // configuration["ROWS"]
+    # Eight warps for each of some 132 multiprocessors: registers hold no more.
+    tiles_per_program, rows_per_program = _share(tiles, rows, 132 * 8 // configuration.get("num_warps", 8))
     grid = triton.cdiv(tiles, tiles_per_program), triton.cdiv(rows, rows_per_program)
-    parts = grid[0] * grid[1]
-    weight_parts = empty((parts, depth, 4 * configuration["OUT_PAD"]), input, torch.float32)
-    bias_parts = empty((parts, configuration["OUT_PAD"]), input, torch.float32)
+    entries = weight.numel() + weight.shape[0]
+    parts = empty((grid[0] * grid[1], entries), input, torch.float32)
     launch(
         _grad_weight_kernel,
         grid,
         grad_output,
         code,
         input,
-        weight_parts,
-        bias_parts,
+        parts,
         input.shape[0],
         tiles_per_program,
         rows_per_program,
         **shape,
-        INDEX=index_type(input, grad_output, weight_parts),
+        INDEX=index_type(input, grad_output, parts),
+        BLOCK_T=triton.next_power_of_2(weight[0].numel()),
         **_options(input, configuration),
     )
     result, bias = empty(weight.shape, weight), empty(weight.shape[:1], weight)
-    entries, block = weight[0].numel() * configuration["OUT_PAD"], 64
+    block = 1024 if INTERPRETED else 64
     launch(
         _fold_kernel,
-        (triton.cdiv(entries, block) + 1,),
-        weight_parts,
-        bias_parts,
+        (triton.cdiv(entries, block),),
+        parts,
         result,
         bias,
-        parts,
-        **{name: shape[name] for name in ("C", "OUT", "KS")},
-        OUT_PAD=configuration["OUT_PAD"],
+        weight.numel(),
+        entries,
+        parts.shape[0],
         BLOCK=block,
         BLOCK_PARTS=16,
     )

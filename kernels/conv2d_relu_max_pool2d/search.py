@@ -5,7 +5,8 @@ dropped by the tuner, which checks all three.
 
 - `general`: its own rule, then one constant of it changed at a time.
 - `patch_dot`: tiles of 64 and 128 rows, filled by as many whole images, or rows of pooled cells, as they hold; two
-  depths of a step, one or two stages of loads, four or eight warps.
+  depths of a step, four or eight warps; in the forward one or two stages of loads, in the weight's gradient one window
+  or two by two in a patch.
 - `patch_fma`: channels that a lane computes at a time, and block rows of a program where it has them.
 """
 
@@ -63,12 +64,19 @@ def _patch_dot(direction: str, geometry: ConvPoolGeometry, input: Tensor, weight
             if images:
                 yield {"IMAGES": images, **pads, "BLOCK_M": block_m, "num_warps": num_warps}
             continue
-        steps = product((1, height), (16, 32) if direction == "forward" else (64, 128), (1, 2))
-        for rows, block_k, stages in steps:
-            images = block_m // (rows * width)
-            if images and not (stages > 1 and direction != "forward"):
+        if direction == "forward":
+            for rows, block_k, stages in product((1, height), (16, 32), (1, 2)):
                 constants = {"BLOCK_M": block_m, "BLOCK_K": block_k, "STAGES": stages, "num_warps": num_warps}
-                yield {"IMAGES": images, "ROWS": rows, **pads, **constants}
+                if images := block_m // (rows * width):
+                    yield {"IMAGES": images, "ROWS": rows, **pads, **constants}
+            continue
+        for windows, block_k in product((1, 2), (64, 128)):
+            if height % windows or width % windows:
+                continue
+            for rows in (1, height // windows):
+                constants = {"BLOCK_M": block_m, "BLOCK_K": block_k, "STAGES": 1, "num_warps": num_warps}
+                if images := block_m // (rows * width // windows):
+                    yield {"IMAGES": images, "ROWS": rows, "WINDOWS": windows, **pads, **constants}
 
 
 def _patch_fma(direction: str) -> Iterator[dict[str, int]]:

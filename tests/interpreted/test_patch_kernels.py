@@ -23,6 +23,8 @@ import fastlenet
 CONV1 = conv_case("LeNet conv1", (2, 1, 32, 32), (6, 1, 5, 5))
 CONV2 = conv_case("LeNet conv2", (2, 6, 14, 14), (16, 6, 5, 5))
 SMALL = conv_case("small", (40, 2, 8, 10), (3, 2, 3, 3))
+# Windows in pairs share a patch of 6 x 6 pixels, in rows of which only every second starts at a multiple of four.
+PAIRS = conv_case("pairs", (23, 2, 10, 14), (3, 2, 3, 3))
 ONE_TAP = conv_case("one tap", (9, 3, 4, 6), (5, 3, 1, 1))
 SPECIAL = [float("nan"), float("inf"), -float("inf")]
 
@@ -51,12 +53,17 @@ TILES = {
     (2, 8, 10, 3, 2, 3, 3): {
         "forward": {"IMAGES": 5, "ROWS": 1, "OUT_PAD": 4, "BLOCK_M": 32, "BLOCK_K": 16, "STAGES": 1},
         "grad_input": {"IMAGES": 5, "IN_PAD": 4, "OUT_PAD": 4, "BLOCK_M": 32},
-        "grad_weight": {"IMAGES": 2, "ROWS": 3, "OUT_PAD": 4, "BLOCK_M": 32, "BLOCK_K": 16, "STAGES": 1},
+        "grad_weight": {"IMAGES": 2, "ROWS": 3, "WINDOWS": 1, "OUT_PAD": 4, "BLOCK_M": 32, "BLOCK_K": 16, "STAGES": 1},
+    },
+    (2, 10, 14, 3, 2, 3, 3): {
+        "forward": {"IMAGES": 2, "ROWS": 2, "OUT_PAD": 4, "BLOCK_M": 32, "BLOCK_K": 16, "STAGES": 1},
+        "grad_input": {"IMAGES": 4, "IN_PAD": 4, "OUT_PAD": 4, "BLOCK_M": 32},
+        "grad_weight": {"IMAGES": 5, "ROWS": 1, "WINDOWS": 2, "OUT_PAD": 4, "BLOCK_M": 16, "BLOCK_K": 32, "STAGES": 1},
     },
     (3, 4, 6, 5, 3, 1, 1): {
         "forward": {"IMAGES": 2, "ROWS": 2, "OUT_PAD": 8, "BLOCK_M": 16, "BLOCK_K": 16, "STAGES": 1},
         "grad_input": {"IMAGES": 4, "IN_PAD": 4, "OUT_PAD": 8, "BLOCK_M": 16},
-        "grad_weight": {"IMAGES": 3, "ROWS": 1, "OUT_PAD": 8, "BLOCK_M": 16, "BLOCK_K": 16, "STAGES": 1},
+        "grad_weight": {"IMAGES": 3, "ROWS": 1, "WINDOWS": 1, "OUT_PAD": 8, "BLOCK_M": 16, "BLOCK_K": 16, "STAGES": 1},
     },
 }
 
@@ -101,7 +108,7 @@ def expect(mode: Mode, launches, *kernels: str) -> None:
 
 
 @modes
-@pytest.mark.parametrize("case", [CONV1, CONV2, SMALL, ONE_TAP], ids=str)
+@pytest.mark.parametrize("case", [CONV1, CONV2, SMALL, PAIRS, ONE_TAP], ids=str)
 def test_as_accurate_as_stock(mode, case, conv, device, launches):
     with fp32_precision(mode.precision):
         conv.random(case, case.random(mode.dtype, device=device))
@@ -111,7 +118,7 @@ def test_as_accurate_as_stock(mode, case, conv, device, launches):
 
 
 @modes
-@pytest.mark.parametrize("case", [CONV1, CONV2, SMALL, ONE_TAP], ids=str)
+@pytest.mark.parametrize("case", [CONV1, CONV2, SMALL, PAIRS, ONE_TAP], ids=str)
 def test_equal_to_stock_where_arithmetic_is_exact(mode, case, conv, device):
     with fp32_precision(mode.precision):
         conv.exact(case, case.exact(mode.dtype, device=device))

@@ -13,7 +13,7 @@ gained over stock's conv2d, relu and max_pool2d, each in the layout of its input
   values, relu and codes (`_largest`). Other windows are pooled in channels_last. Only pooled values are laid out again.
 - A convolution with few output channels becomes one with `cells` times as many, whose output is the planes
   (`_phases`): no copy then, and vector lanes are full. The gradient of the weight alone is served likewise
-  (`_by_phases`); both take LeNet's conv1 two thirds of the time.
+  (`_by_phases`); LeNet's conv1 takes two thirds to three quarters of the time so.
 - A few images are multiplied as matrices: oneDNN takes longer to set a convolution up than to compute it. There the
   number of calls counts for more than how fast each is.
 - relu and its mask see pooled cells only, and the int64 indices of max_pool2d become bytes at once.
@@ -161,7 +161,7 @@ def _backward_of_slice(
     output_mask: Sequence[bool],
 ) -> Grads:
     need_input, need_weight, need_bias = output_mask
-    if plan.phases and not need_input:
+    if plan.phases and need_weight and not need_input:
         return None, *_by_phases(grad_output, input, weight, code, geometry)
     passing = _passing(grad_output, code, geometry)
     for_input, for_weight = plan.for_input, plan.for_weight
@@ -354,8 +354,9 @@ def _backward_layouts(
     """Choose layouts for the gradients of the input and of the weight.
 
     oneDNN is faster in channels_last (the weight of LeNet's conv1: six times), except for an input of fewer channels
-    than a vector has lanes, for strided convolutions, and for many channels. Large kernels stay as they are: with few
-    images oneDNN has no fast code for their weight in channels_last (15x15, two images: thirty times slower).
+    than a vector has lanes, and for strided convolutions. Where the input's gradient stays plain to be exact, that of a
+    weight of many channels does, too: two layouts take more copies than they save. Large kernels stay as they are:
+    with few images oneDNN has no fast code for their weight in channels_last (15x15, two images: thirty times slower).
     """
     if geometry.groups > 1 or max(weight[2:]) > 8:
         return _PLAIN, _PLAIN

@@ -8,7 +8,7 @@ gained over stock's conv2d, relu and max_pool2d, each in the layout of its input
 
 - The batch is worked off in slices whose convolution stays in the cache: nothing at the convolution's resolution is
   ever allocated for the whole batch, and stock's cost per image, which grows with the batch, does not.
-- No pool runs in the plain layout, where stock's max_pool2d is two to twenty times slower. Windows that stand side by
+- No pool runs in the plain layout, where stock's max_pool2d is two to eight times slower. Windows that stand side by
   side are taken apart into planes, one per window cell, by one copy; one max_pool2d over the planes, in disguise, gives
   values, relu and codes (`_largest`). Other windows are pooled in channels_last. Only pooled values are laid out again.
 - A convolution with few output channels becomes one with `cells` times as many, whose output is the planes
@@ -42,8 +42,8 @@ _SLICE_BYTES = 6 << 20
 _FEW_PRODUCTS = 1 << 20
 """Multiply-adds up to which a convolution is a matrix product; twice as many for its gradients.
 
-Below, oneDNN's set-up costs more than the work: LeNet's convolutions of one image take half its time as products, their
-gradients less than half.
+Below, oneDNN's set-up costs more than the work: LeNet's convolutions of one image take 0.6 of its time as products,
+their gradients half or less.
 """
 
 _SMALL = 1 << 12
@@ -124,7 +124,7 @@ def conv2d_relu_max_pool2d_backward(
         # The operator takes its operands to be contiguous without a look.
         operands = grad_conv, input.contiguous(), weight.contiguous(), plan.kernel_size
         grads = _unfold_and_multiply_backward(*operands, geometry.stride, geometry.padding, output_mask)
-        return _requested(grads, output_mask)
+        return requested(grads, output_mask)
     kernel = weight.to(plan.dtype)
 
     def of_slice(images: slice) -> Grads:
@@ -148,7 +148,7 @@ def conv2d_relu_max_pool2d_backward(
             for total, term in zip(totals[1:], sums, strict=True):
                 if total is not None and term is not None:
                     total.add_(term)
-    return _requested([None if total is None else total.to(input.dtype) for total in totals], output_mask)
+    return requested([None if total is None else total.to(input.dtype) for total in totals], output_mask)
 
 
 def _backward_of_slice(
@@ -190,7 +190,7 @@ def _backward_of_slice(
             mask,
         )
         # oneDNN's backward may return a gradient that was not asked for.
-        return _requested(grads, mask)
+        return requested(grads, mask)
 
     if for_input == for_weight or not need_input or not need_weight:
         grad_input, grad_weight, bias = backward(layout, need_input, need_weight, need_bias and not apart)
@@ -209,7 +209,7 @@ def _pool(conv: Tensor, geometry: ConvPoolGeometry, plan: _Plan, return_code: bo
     return _pool_by_planes(conv, geometry, return_code)
 
 
-def _requested(grads: Sequence[Tensor | None], output_mask: Sequence[bool]) -> Grads:
+def requested(grads: Sequence[Tensor | None], output_mask: Sequence[bool]) -> Grads:
     """Replace by None what was not asked for."""
     first, second, third = (grad if needed else None for grad, needed in zip(grads, output_mask, strict=True))
     return first, second, third
@@ -353,10 +353,10 @@ def _backward_layouts(
 ) -> tuple[torch.memory_format, torch.memory_format]:
     """Choose layouts for the gradients of the input and of the weight.
 
-    oneDNN is faster in channels_last (the weight of LeNet's conv1: six times), except for an input of fewer channels
-    than a vector has lanes, and for strided convolutions. Where the input's gradient stays plain to be exact, that of a
-    weight of many channels does, too: two layouts take more copies than they save. Large kernels stay as they are:
-    with few images oneDNN has no fast code for their weight in channels_last (15x15, two images: thirty times slower).
+    oneDNN is faster in channels_last (the weight of LeNet's conv2: twice), except for an input of fewer channels than a
+    vector has lanes, and for strided convolutions. Where the input's gradient stays plain to be exact, that of a weight
+    of many channels does, too: two layouts take more copies than they save. Large kernels stay as they are: not every
+    CPU has fast code for their weight in channels_last.
     """
     if geometry.groups > 1 or max(weight[2:]) > 8:
         return _PLAIN, _PLAIN
@@ -433,36 +433,14 @@ def _largest(planes: Tensor, return_code: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _pool_by_cells(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) -> tuple[Tensor, Tensor | None]:
-    """Pool a convolution in its own layout."""
-    cells = _cells(conv, geometry.pool_size)
+    """Pool a convolution laid out plainly."""
+    (height, width), (over_n, over_c, down, right) = geometry.pool_size, conv.stride()
+    size = *conv.shape[:1], height, width, conv.shape[1], conv.shape[2] // height, conv.shape[3] // width
+    cells = conv.as_strided(size, (over_n, down, right, over_c, height * down, width * right))
     planes = conv.new_empty((cells.shape[0], 1 + geometry.cells, *cells.shape[3:]))
     planes.select(1, 0).zero_()
     planes.narrow(1, 1, geometry.cells).view(cells.shape).copy_(cells)
     return _largest(planes, return_code)
-
-
-def _cells(conv: Tensor, pool_size: Pair) -> Tensor:
-    """View a convolution as (N, rows and columns of a window, C, PH, PW)."""
-    (height, width), (over_n, over_c, down, right) = pool_size, conv.stride()
-    size = *conv.shape[:1], height, width, conv.shape[1], conv.shape[2] // height, conv.shape[3] // width
-    return conv.as_strided(size, (over_n, down, right, over_c, height * down, width * right))
-
-
-@functools.lru_cache(maxsize=64)
-def _cell_numbers(cells: int, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.arange(cells, dtype=dtype, device="cpu").view(-1, 1, 1, 1)
-
-
-def _spread(grad_output: Tensor, code: Tensor, cells: int) -> Tensor:
-    """Gradients as a window's planes, (N, cells, C, PH, PW): each where its code is, 0 elsewhere.
-
-    threshold_backward selects without arithmetic, so that an infinite gradient leaves no NaN behind, and vectorised.
-    """
-    number = code.to(grad_output.dtype).unsqueeze(1)
-    size = code.shape[0], cells, *code.shape[1:]
-    here = torch.eq(number, _cell_numbers(cells, number.dtype), out=number.new_empty(size))
-    return _threshold_backward_out(grad_output.unsqueeze(1).expand(size), here, 0.5, grad_input=here)
 
 
 # --- pooling by index: stock's max_pool2d, with a byte for an int64 ------------------------------------------------
@@ -499,7 +477,7 @@ def _looked_up(table: Tensor, index: Tensor) -> Tensor:
     """Take, for a contiguous `index` of any type, the table's entries."""
     if index.numel() <= _SMALL:
         return table.take(index.long())
-    # Twice as fast as `take`, but more calls.
+    # Several times as fast as `take`, but more calls.
     index = index.int() if index.dtype == torch.uint8 else index
     return table.index_select(0, index.view(-1)).view(index.shape)
 
@@ -596,6 +574,23 @@ def _fold_phases(stack: Tensor, weight: torch.Size, pool_size: Pair) -> Tensor:
     """Transpose of `_phases`: add up what the cells' kernels receive, each shifted back."""
     _, cells = _phase_tables(weight, pool_size)
     return stack.reshape(-1).index_select(0, cells).view(-1, weight.numel()).sum(0).view(weight)
+
+
+@functools.lru_cache(maxsize=64)
+def _cell_numbers(cells: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(cells, dtype=dtype, device="cpu").view(-1, 1, 1, 1)
+
+
+def _spread(grad_output: Tensor, code: Tensor, cells: int) -> Tensor:
+    """Gradients as a window's planes, (N, cells, C, PH, PW): each where its code is, 0 elsewhere.
+
+    threshold_backward selects without arithmetic, so that an infinite gradient leaves no NaN behind, and vectorised.
+    """
+    number = code.to(grad_output.dtype).unsqueeze(1)
+    size = code.shape[0], cells, *code.shape[1:]
+    here = torch.eq(number, _cell_numbers(cells, number.dtype), out=number.new_empty(size))
+    return _threshold_backward_out(grad_output.unsqueeze(1).expand(size), here, 0.5, grad_input=here)
 
 
 def _by_phases(

@@ -18,17 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlenet import ops
-from fastlenet.aten import column_major, max_gather, max_scatter
+from fastlenet.aten import Grads, column_major, max_gather, max_scatter, requested
 from fastlenet.backend import runs_plain
 from fastlenet.kernels.geometry import ConvPoolGeometry
-
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def _requested(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> Grads:
-    """Turn the operators' empty stand-ins back into None."""
-    first, second, third = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    return first, second, third
 
 
 def forward_mode() -> bool:
@@ -170,7 +162,7 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
             return None, None, None, None
         args = grad_output, *ctx.saved_tensors, ctx.geometry, needs
         grads = _apply_backward(ConvReLUMaxPool2dBackward, ConvReLUMaxPool2dBackwardForwardAD, *args)
-        return *_requested(grads, needs), None
+        return *requested(grads, needs), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -228,7 +220,7 @@ class ConvReLUMaxPool2dBackward(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate the gradients by grad_output, input and weight."""
         grad_output, input, weight, code = ctx.saved_tensors
-        to_input, to_weight, to_bias = _requested(cotangents, ctx.needs)  # type: ignore[arg-type]
+        to_input, to_weight, to_bias = requested(cotangents, ctx.needs)
         grad_grad = by_input = by_weight = None
         if ctx.needs_input_grad[0]:
             grad_grad = _conv_tangent(input, weight, code, ctx.geometry, to_input, to_weight, to_bias)
@@ -314,7 +306,7 @@ def _conv_grads(
         geometry.groups,
         mask,
     )
-    return _requested(grads, mask)
+    return requested(grads, mask)
 
 
 def _conv_tangent(
@@ -364,7 +356,7 @@ class AddmmReLUFunction(torch.autograd.Function):
             return None, None, None, None, None
         args = grad_output, *ctx.saved_tensors, ctx.input_size, ctx.beta, ctx.alpha, needs
         grads = _apply_backward(AddmmReLUBackward, AddmmReLUBackwardForwardAD, *args)
-        return *_requested(grads, needs), None, None
+        return *requested(grads, needs), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -421,7 +413,7 @@ class AddmmReLUBackward(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate the gradients by grad_output, mat1 and mat2."""
         grad_output, output, mat1, mat2 = ctx.saved_tensors
-        to_input, to_mat1, to_mat2 = _requested(cotangents, ctx.needs)  # type: ignore[arg-type]
+        to_input, to_mat1, to_mat2 = requested(cotangents, ctx.needs)
         grad_grad = by_mat1 = by_mat2 = None
         if ctx.needs_input_grad[0]:
             grad_grad = _addmm_tangent(output, mat1, mat2, ctx.beta, ctx.alpha, to_input, to_mat1, to_mat2)

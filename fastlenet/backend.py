@@ -138,7 +138,7 @@ def use_triton(input: torch.Tensor, cells: int = 1, width: int = 1) -> bool:
         RuntimeError: if ``"triton"`` is forced and cannot drive the device.
         NotImplementedError: if ``"triton"`` is forced and no kernel covers the call.
     """
-    return why_aten(input, cells, width) is None
+    return not runs_plain(input) and why_aten(input, cells, width) is None
 
 
 def runs_plain(input: torch.Tensor) -> bool:

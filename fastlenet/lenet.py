@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlenet.backend import runs_plain, why_aten
+from fastlenet.backend import use_triton
 from fastlenet.functional import mlp
 from fastlenet.kernels.geometry import WIDEST_LAYER
 from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
@@ -68,8 +68,7 @@ class LeNet(nn.Module):
             not torch.compiler.is_compiling()
             # torch.fx traces with stand-ins for tensors.
             and isinstance(features, Tensor)
-            and not runs_plain(features)
-            and why_aten(features) is None
+            and use_triton(features)
             and _is_plain(self.fc1, LinearReLU)
             and _is_plain(self.fc2, LinearReLU)
             and _is_plain(self.fc3, nn.Linear)

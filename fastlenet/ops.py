@@ -114,7 +114,7 @@ def _dispatcher_matters(args: tuple[Any, ...]) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return True
-    for arg in args:  # noqa: SIM110 (a generator takes twice as long)
+    for arg in args:  # noqa: SIM110 (a generator takes longer)
         # torch.autograd.grad(is_grads_batched=True) maps by another kind of tensor, whose type does not tell.
         if isinstance(arg, Tensor) and (type(arg) not in _PLAIN_TENSORS or _is_batched(arg)):
             return True

@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= out
 RESULTS ?= bench/results
-GPU_PARTS ?= tests,sanitize,bench
+GPU_PARTS ?= tests,sanitize,kernels,bench
+# For all parts together.
+GPU_SECONDS ?= 540
 
 RUN := $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -20,7 +22,7 @@ bench: $(VENV)/.test
 	$(RUN) -m fastlenet bench --results $(RESULTS)
 
 gpu:
-	$(PYTHON) bench/gpu.py --parts $(GPU_PARTS) --results $(RESULTS)
+	$(PYTHON) bench/gpu.py --parts $(GPU_PARTS) --seconds $(GPU_SECONDS) --results $(RESULTS)
 
 # Lays the library out as Hugging Face's `kernels` loads it.
 hub: $(VENV)/bin/python

@@ -1,8 +1,9 @@
 """``make gpu``: tests, sanitizer smoke and benchmarks on a machine with a GPU, with the Python found there.
 
 Nothing is installed and no network is reached: the package is laid out in a temporary folder by links (`kernels/`
-under `fastlenet/`, as an installed wheel has it), which PYTHONPATH then names. Every part has its own time limit, its
-own log and its own line in the summary; a part that fails does not stop the next.
+under `fastlenet/`, as an installed wheel has it), which PYTHONPATH then names. What checks (the tests, and each tool of
+the sanitizer) runs side by side; what measures comes after, alone. Each has its own log and its own line in the
+summary, one that fails does not stop the others, and all together end within ``--seconds``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_SECONDS = 8 * 60
+CHECKS, MEASUREMENTS = ("tests", "sanitize"), ("kernels", "bench")
+TOOLS = ("memcheck", "racecheck")
+# The most that the checks take of the time where measurements follow, and the least that each of those needs to end in.
+CHECKS_SHARE, TAIL_SECONDS = 0.45, 25
+# Between being asked to end and being killed, a part may say how far it was.
+GRACE_SECONDS = 10
 
 
 def lay_out(folder: Path) -> None:
@@ -32,64 +38,68 @@ def lay_out(folder: Path) -> None:
     (package / "kernels").symlink_to(ROOT / "kernels")
 
 
-def commands(part: str, results: Path) -> list[list[str]]:
-    """Return the commands of a part; raise SystemExit with a clear line if the part cannot run here."""
+def commands(part: str, results: Path, seconds: float) -> dict[str, list[str]]:
+    """Return the commands of a part by name; raise SystemExit with a clear line if the part cannot run here."""
+    module = [sys.executable, "-m"]
     if part == "tests":
-        return [[sys.executable, "tests/run.py"]]
+        return {"tests": [sys.executable, "tests/run.py", "--only", "kernels", "--only", "plain"]}
+    if part == "kernels":
+        return {"kernels": [*module, "bench.kernels", "--results", str(results)]}
     if part == "bench":
-        return [[sys.executable, "-m", "fastlenet", "bench", "--results", str(results)]]
+        limit = str(max(0, round(seconds - TAIL_SECONDS)))
+        return {"bench": [*module, "fastlenet", "bench", "--limit", limit, "--results", str(results)]}
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         raise SystemExit("compute-sanitizer is not on PATH; it is part of the CUDA toolkit")
-    return [
-        [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, "bench/smoke.py"]
-        for tool in ("memcheck", "racecheck")
-    ]
+    return {
+        tool: [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, "bench/smoke.py"] for tool in TOOLS
+    }
 
 
-def run(part: str, results: Path, environment: dict[str, str]) -> str:
-    """Run a part, copying its output to the terminal and to a log; return "ok" or what went wrong."""
-    deadline = time.monotonic() + LIMIT_SECONDS
-    with open(results / f"gpu-{part}.log", "w", encoding="utf-8") as log:
-        try:
-            for command in commands(part, results):
-                process = subprocess.Popen(
-                    command,
-                    cwd=ROOT,
-                    env=environment,
-                    text=True,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-                # Ends the part with all its processes, even where it prints nothing.
-                watchdog = threading.Timer(deadline - time.monotonic(), os.killpg, (process.pid, signal.SIGKILL))
-                watchdog.start()
-                assert process.stdout is not None
-                for line in process.stdout:
-                    print(line, end="", flush=True)
-                    log.write(line)
-                code = process.wait()
-                watchdog.cancel()
-                if time.monotonic() >= deadline:
-                    return f"ran past its limit of {LIMIT_SECONDS} s"
-                if code != 0:
-                    return f"exit code {code}"
-        except SystemExit as reason:
-            log.write(f"{reason}\n")
-            return str(reason)
-    return "ok"
+def run(name: str, command: list[str], results: Path, environment: dict[str, str], seconds: float) -> str:
+    """Run a command, copying its output to the terminal and to a log; return "ok" or what went wrong."""
+    begin = time.monotonic()
+    with open(results / f"gpu-{name}.log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        # They end the command with all its processes, even where it prints nothing.
+        late = max(0.0, seconds - GRACE_SECONDS)
+        watchdogs = [
+            threading.Timer(late, os.killpg, (process.pid, signal.SIGTERM)),
+            threading.Timer(late + GRACE_SECONDS, os.killpg, (process.pid, signal.SIGKILL)),
+        ]
+        for watchdog in watchdogs:
+            watchdog.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(f"{name:9} | {line}", end="", flush=True)
+            log.write(line)
+        code = process.wait()
+        for watchdog in watchdogs:
+            watchdog.cancel()
+    took = time.monotonic() - begin
+    verdict = "ok" if code == 0 else f"ran past its {seconds:.0f} s" if took >= late else f"exit code {code}"
+    return f"{verdict} ({took:.0f} s)"
 
 
 def main() -> int:
     """Run the parts asked for and print a summary; the exit code is 0 only if all went well."""
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
-    parser.add_argument("--parts", default="tests,sanitize,bench", help="comma-separated: tests, sanitize, bench")
+    known = (*CHECKS, *MEASUREMENTS)
+    parser.add_argument("--parts", default=",".join(known), help=f"comma-separated: {', '.join(known)}")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--seconds", type=float, default=540, help="for all parts together (default: 540)")
     options = parser.parse_args()
     parts = options.parts.split(",")
-    if unknown := set(parts) - {"tests", "sanitize", "bench"}:
-        parser.error(f"unknown part {sorted(unknown)[0]!r}; choose of tests, sanitize, bench")
+    if unknown := set(parts) - set(known):
+        parser.error(f"unknown part {sorted(unknown)[0]!r}; choose of {', '.join(known)}")
 
     import torch
 
@@ -98,25 +108,47 @@ def main() -> int:
         return 2
     results = options.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + options.seconds
+    outcome: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="fastlenet-") as folder:
         lay_out(Path(folder))
         environment = dict(
             os.environ,
-            PYTHONPATH=os.pathsep.join([folder, str(ROOT)]),
+            PYTHONPATH=os.pathsep.join(filter(None, [folder, str(ROOT), os.environ.get("PYTHONPATH")])),
             # Else `python -m` would look into the checkout first, whose fastlenet/ has no kernels/ inside.
             PYTHONSAFEPATH="1",
             PYTHONUNBUFFERED="1",
         )
-        # Without the caching allocator every tensor has its own allocation, whose bounds the sanitizer then knows.
-        sanitizing = dict(environment, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        outcome = {}
-        for part in parts:
-            started = time.monotonic()
-            verdict = run(part, results, sanitizing if part == "sanitize" else environment)
-            outcome[part] = f"{verdict} ({time.monotonic() - started:.0f} s)"
+
+        def start(part: str, seconds: float) -> list[threading.Thread]:
+            own = dict(environment)
+            if part == "sanitize":
+                # Without the caching allocator every tensor has its own allocation, whose bounds the sanitizer knows.
+                own["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+            try:
+                found = commands(part, results, seconds)
+            except SystemExit as reason:
+                outcome[part] = str(reason)
+                return []
+
+            def follow(name: str, command: list[str]) -> None:
+                outcome[name] = run(name, command, results, own, seconds)
+
+            threads = [threading.Thread(target=follow, args=each) for each in found.items()]
+            for thread in threads:
+                thread.start()
+            return threads
+
+        measurements = [part for part in MEASUREMENTS if part in parts]
+        checking = options.seconds * (CHECKS_SHARE if measurements else 1)
+        for thread in [t for part in CHECKS if part in parts for t in start(part, checking)]:
+            thread.join()
+        for part in measurements:
+            for thread in start(part, end - time.monotonic()):
+                thread.join()
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, results in {results}")
-    for part, verdict in outcome.items():
-        print(f"{part:9}{verdict}")
+    for name, verdict in outcome.items():
+        print(f"{name:9} {verdict}")
     return 0 if all(verdict.startswith("ok") for verdict in outcome.values()) else 1
 
 

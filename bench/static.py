@@ -37,7 +37,7 @@ from bench import sass
 from bench.fake_driver import TARGETS, CompiledKernelRecord, Launch, compiling_for
 from bench.fake_driver import sass as disassemble
 from bench.rivals import precision_mode
-from bench.work import BACKWARD, FORWARD, LENET_OPERATORS, OTHER_OPERATORS, TRAIN_STEP, ConvCase, LinearCase
+from bench.work import BACKWARD, FORWARD, LENET_OPERATORS, OTHER_OPERATORS, TRAIN_STEP, ConvCase, LinearCase, Work
 from fastlenet import environment, functional
 from fastlenet.__main__ import BAD_INPUT, Parser, complain
 from fastlenet.support import InputError, import_extra, write_json
@@ -690,6 +690,33 @@ def model_of(row: Row, arch: str) -> float | None:
                 skipped = {record.name: len(record.calls) for record in forward}
         launches = [(r, call) for r in records for call in r.calls[skipped.get(r.name, 0) :]]
         return sum(cost(record, launch).ns for record, launch in launches) / row["batch"]
+
+
+def modelled_kernels(work: Work, names: Sequence[str]) -> dict[int, float]:
+    """Find LeNet's kernels in the committed rows, where they are for this GPU.
+
+    Args:
+        work: inference or a training step at the batch that the rows are of.
+        names: the kernels that one call launches, in order.
+
+    Returns:
+        Modelled nanoseconds per image, by position in `names`; the n-th launch of a name is the n-th row of it.
+    """
+    use = INFERENCE if work.direction == FORWARD else STEP
+    files = sorted((RESULTS / "static").glob("*.json"))
+    if not files or work.batch != BATCH or not torch.cuda.is_available():
+        return {}
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    queues: dict[str, list[float]] = {}
+    for row in json.loads(files[-1].read_text(encoding="utf-8"))["rows"]:
+        if row["arch"] == arch and row["precision"] == work.precision and use in row["used_by"]:
+            queue = queues.setdefault(row["kernel"].rpartition(".")[2], [])
+            queue += [row["modelled_ns_per_image"]] * row["launches"][use]
+    found = {}
+    for position, name in enumerate(names):
+        if queues.get(name):
+            found[position] = queues[name].pop(0)
+    return found
 
 
 # --- printing --------------------------------------------------------------------------------------------------------

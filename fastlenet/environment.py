@@ -55,9 +55,10 @@ def collect() -> dict[str, Any]:
         True
     """
     smi = _nvidia_smi()
-    commit = _git("rev-parse", "HEAD")
+    # A copy of the files without the repository cannot know its commit, so whoever copies may say it.
+    commit = _git("rev-parse", "HEAD") or os.environ.get("FASTLENET_COMMIT")
     # Files that git does not track, such as fresh results, do not change what was measured.
-    changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "device": device_name(),
         "device_slug": device_slug(),

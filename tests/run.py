@@ -26,7 +26,8 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-SUITES = ("kernels", "compiled", "plain")  # longest first
+SUITES = ("plain", "kernels", "compiled")
+MOST_JOBS = 12
 PROGRESS_SECONDS = 30.0
 NOTHING_COLLECTED = 5
 
@@ -231,8 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--jobs",
         type=_positive,
-        default=os.environ.get("FASTLENET_TEST_JOBS") or (4 if cpus() >= 8 else min(2, cpus())),
-        help="processes at a time (default: 2, or 4 on 8 CPUs and more; FASTLENET_TEST_JOBS)",
+        default=os.environ.get("FASTLENET_TEST_JOBS") or min(MOST_JOBS, cpus()),
+        help=f"processes at a time (default: one for each CPU, at most {MOST_JOBS}; FASTLENET_TEST_JOBS)",
     )
     parser.add_argument("--interpret", action="store_true", help="interpret kernels even where there is a GPU")
     known, options = parser.parse_known_args(arguments)
@@ -249,8 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="fastlenet-tests-") as folder:
         jobs = []
         for suite in chosen:
-            # Only the suites made of many independent kernels are worth a second start-up.
-            shards = 1 if suite == "plain" else known.jobs
+            # Tests of kernels are many and alike; in the plain suite a second start-up pays only where CPUs are many.
+            shards = max(1, known.jobs // 2) if suite == "plain" else known.jobs
             jobs += [Job(suite, shard, shards, Path(folder)) for shard in range(1, shards + 1)]
         run_all(list(jobs), options, native, known.jobs)
         return summary(jobs, bool(options))

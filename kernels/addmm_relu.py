@@ -18,6 +18,7 @@ from torch import Tensor
 from .runtime import (
     INTERPRETED,
     all_registers,
+    dot,
     dot_precision,
     empty,
     index_type,
@@ -86,7 +87,7 @@ def _forward_kernel(
         left = load(mat1_ptr + offset, row_mask[:, None] & depth_mask[None, :])
         offset = (depth * mat2_stride_k)[:, None] + (column * mat2_stride_n)[None, :]
         right = load(mat2_ptr + offset, depth_mask[:, None] & column_mask[None, :])
-        product = tl.dot(left, right, product, input_precision=PRECISION)
+        product = dot(left, right, product, PRECISION)
     mask = row_mask[:, None] & column_mask[None, :]
     product *= alpha
     if HAS_INPUT:
@@ -143,7 +144,7 @@ def _grad_mat1_kernel(
         grad = _masked_grad(grad_ptr, output_ptr, row[:, None], depth[None, :], n, grad_stride_m, grad_stride_n, mask)
         offset = (column * mat2_stride_k)[None, :] + (depth * mat2_stride_n)[:, None]
         right = load(mat2_ptr + offset, depth_mask[:, None] & column_mask[None, :])
-        product = tl.dot(grad, right, product, input_precision=PRECISION)
+        product = dot(grad, right, product, PRECISION)
     mask = row_mask[:, None] & column_mask[None, :]
     store(result_ptr + (row * k)[:, None] + column[None, :], product * alpha, mask)
 
@@ -204,7 +205,7 @@ def _grad_mat2_kernel(
         if NEED_MAT2:
             offset = (inner * mat1_stride_k)[:, None] + (row * mat1_stride_m)[None, :]
             left = load(mat1_ptr + offset, inner_mask[:, None] & row_mask[None, :])
-            product = tl.dot(left, grad, product, input_precision=PRECISION)
+            product = dot(left, grad, product, PRECISION)
     if NEED_MAT2:
         offset = part * k * n + (inner * result_stride_k)[:, None] + (column * result_stride_n)[None, :]
         tl.store(mat2_parts_ptr + offset, product, mask=inner_mask[:, None] & column_mask[None, :])

@@ -121,6 +121,30 @@ def operand(values, pointer):
 
 
 @triton.jit
+def tf32(values, PRECISION: tl.constexpr):
+    """Round float32 `values` to the nearest tf32 where products are of tf32; others stay as they are.
+
+    A matrix unit cuts 13 bits off, a bias towards 0 and twice the error. Added up, two rounded operands keep a product
+    within 2**-10 of itself. The interpreter's tl.dot multiplies whole numbers, so there the bits are cut off here.
+    """
+    if PRECISION == "tf32":
+        bits = values.to(tl.int32, bitcast=True)
+        rounded = bits + 0x1000
+        if INTERPRETED:
+            rounded = rounded & -0x2000
+        # The sum would carry a NaN's bits into its sign.
+        finite = (bits & 0x7F800000) != 0x7F800000
+        values = tl.where(finite, rounded, bits).to(tl.float32, bitcast=True)
+    return values
+
+
+@triton.jit
+def dot(left, right, total, PRECISION: tl.constexpr):
+    """Return total + left @ right, of operands rounded to nearest where products are of tf32."""
+    return tl.dot(tf32(left, PRECISION), tf32(right, PRECISION), total, input_precision=PRECISION)
+
+
+@triton.jit
 def store(pointers, values, mask):
     """Store float32 `values`, rounded to nearest even."""
     if INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:

@@ -24,6 +24,7 @@ from ..geometry import ConvPoolGeometry, memory_format
 from ..runtime import (
     INTERPRETED,
     all_registers,
+    dot,
     dot_precision,
     empty,
     index_type,
@@ -164,7 +165,7 @@ def _forward_kernel(
                     patch = load(pixel[None, :] + offset, k_mask[:, None] & on_input[None, :])
                     offset = (tap * in_channels + in_channel)[None, :]
                     weight = load(weight_rows[:, None] + offset, channel_mask[:, None] & k_mask[None, :])
-                    conv = tl.dot(weight, patch, conv, input_precision=PRECISION)
+                    conv = dot(weight, patch, conv, PRECISION)
         else:
             for start in range(0, depth, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
@@ -177,7 +178,7 @@ def _forward_kernel(
                 offset += h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w
                 patch = tl.trans(load(input_images[:, None] + offset, mask))
                 weight = load(weight_rows[:, None] + k[None, :], channel_mask[:, None] & k_mask[None, :])
-                conv = tl.dot(weight, patch, conv, input_precision=PRECISION)
+                conv = dot(weight, patch, conv, PRECISION)
         if HAS_BIAS:
             conv += bias[:, None]
         value = relu(conv)
@@ -316,7 +317,7 @@ def _grad_input_kernel(
                 tap = (out_channel * kernel_h + tap_h) * kernel_w + tap_w
                 pointers = weight_ptr + ((tap * in_channels)[None, :] + channel[:, None])
                 weight = load(pointers, channel_mask[:, None] & k_mask[None, :])
-                grad_input = tl.dot(weight, grad_conv.to(weight.dtype), grad_input, input_precision=PRECISION)
+                grad_input = dot(weight, grad_conv.to(weight.dtype), grad_input, PRECISION)
 
     offset = image * output_stride_n + h.to(INDEX) * output_stride_h + w.to(INDEX) * output_stride_w
     offset = ((group * in_channels + channel).to(INDEX) * output_stride_c)[:, None] + offset[None, :]
@@ -452,7 +453,7 @@ def _grad_weight_kernel(
                     position += h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w
                     patch = load(input_ptr + position, on_input)
                 chosen = tl.where(code == cell, grad, 0.0).to(patch.dtype)
-                grad_weight = tl.dot(chosen, tl.trans(patch), grad_weight, input_precision=PRECISION)
+                grad_weight = dot(chosen, tl.trans(patch), grad_weight, PRECISION)
 
     channels = tl.num_programs(2) * out_channels
     out_channel += part.to(INDEX) * channels

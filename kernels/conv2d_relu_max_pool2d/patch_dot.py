@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvPoolGeometry
-from ..runtime import INTERPRETED, all_registers, dot_precision, empty, index_type, launch, load, store
+from ..runtime import INTERPRETED, all_registers, dot_precision, empty, index_type, launch, load, store, tf32
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -111,6 +111,23 @@ def _to_cells(grad, code, BLOCK_M: tl.constexpr, OUT_PAD: tl.constexpr):
 
 
 @triton.jit
+def _cells(grad, code, number, DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, OUT_PAD: tl.constexpr):
+    """Return `_to_cells`, safe as an operand of a product of depth DEPTH; `number` counts something from 0.
+
+    Triton up to 3.7 lays an operand out by the narrowest type it was loaded from, here the codes' 8 bits, joined twice:
+    64 deep. It adds up a shorter product more than once (triton#11691, seen on an H100). It does not look through a
+    branch, so there the cells come out of one, which is always taken. In deep products that cost up to 80%.
+    """
+    if DEPTH >= 64:
+        return _to_cells(grad, code, BLOCK_M, OUT_PAD)
+    else:  # noqa: RET505  (Triton compiles what follows a return)
+        cells = tl.zeros((BLOCK_M, 4 * OUT_PAD), grad.dtype)
+        if number >= 0:
+            cells = _to_cells(grad, code, BLOCK_M, OUT_PAD)
+        return cells
+
+
+@triton.jit
 def _lane_sums(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums (ROWS, 4) that are not finite where a value is not: no number brings infinity or NaN back.
 
@@ -183,7 +200,7 @@ def _forward_kernel(
         bias = tl.load(bias_ptr + channel, mask=channel < OUT, other=0.0).to(tl.float32)
     bands = ()
     for start in tl.static_range(0, DEPTH, BLOCK_K):
-        bands = bands + (_forward_band(weight_ptr, start, C, OUT, KS, OUT_PAD, BLOCK_K),)
+        bands = bands + (tf32(_forward_band(weight_ptr, start, C, OUT, KS, OUT_PAD, BLOCK_K), PRECISION),)
 
     first_image = tl.program_id(0).to(INDEX) * tiles_per_program * IMAGES
     first_row = tl.program_id(1) * rows_per_program
@@ -204,7 +221,7 @@ def _forward_kernel(
             for start in tl.static_range(0, DEPTH, BLOCK_K):
                 offset = _patch_offsets(start, C, H, W, S, BLOCK_K)[None, :]
                 pixels = load(patch + r * (ROWS * 2 * W) + offset)
-                conv = tl.dot(pixels, bands[start // BLOCK_K], conv, input_precision=PRECISION)
+                conv = tl.dot(tf32(pixels, PRECISION), bands[start // BLOCK_K], conv, input_precision=PRECISION)
             # Columns are (cell row, cell column, channel): a thread holds all cells of its channels.
             left, right = tl.split(conv.reshape(BLOCK_M, 2, 2, OUT_PAD).permute(0, 3, 1, 2))
             cell0, cell2 = tl.split(left)
@@ -337,7 +354,8 @@ def _grad_input_kernel(
     column = tl.arange(0, 4 * IN_PAD)
     bands = ()
     for d in tl.static_range(REACH * REACH):
-        bands = bands + (_input_band(weight_ptr, d // REACH, d % REACH, C, OUT, KS, IN_PAD, OUT_PAD),)
+        band = _input_band(weight_ptr, d // REACH, d % REACH, C, OUT, KS, IN_PAD, OUT_PAD)
+        bands = bands + (tf32(band, PRECISION),)
 
     first_image = tl.program_id(0).to(INDEX) * tiles_per_program * IMAGES
     finite = tl.zeros((BLOCK_M, 4), tl.float32)
@@ -356,7 +374,7 @@ def _grad_input_kernel(
                 mask = (row_mask & (j >= dj) & (j - dj < PW))[:, None] & (channel < OUT)[None, :]
                 code = tl.load(code_ptr + p * PW - dj + window, mask=mask, other=255).to(tl.int32)
                 grad = load(grad_ptr + p * PW - dj + window, mask)
-                cells = _to_cells(grad, code, BLOCK_M, OUT_PAD)
+                cells = _cells(tf32(grad, PRECISION), code, p, 4 * OUT_PAD, BLOCK_M, OUT_PAD)
                 new = ()
                 for di in tl.static_range(REACH):
                     band = bands[di * REACH + dj]
@@ -479,12 +497,12 @@ def _grad_weight_kernel(
             code = tl.load(codes + r * (ROWS * WINDOWS * PW) + plane, mask=mask, other=255).to(tl.int32)
             grad = load(grads + r * (ROWS * WINDOWS * PW) + plane, mask)
             bias_sum += tl.where(code != 255, grad, 0.0).to(tl.float32)
-            cells = _to_cells(grad, code, BLOCK_M, WIDTH)
+            cells = _cells(tf32(grad, PRECISION), code, r, BLOCK_M, BLOCK_M, WIDTH)
             new = ()
             for start in tl.static_range(0, DEPTH, BLOCK_K):
                 offset = _patch_offsets(start, C, H, W, S, BLOCK_K)[None, :]
                 # Pixels of rows that are not there must be 0 as well: infinity times 0 is not.
-                pixels = load(patch + r * (ROWS * STEP * W) + offset, row_mask[:, None])
+                pixels = tf32(load(patch + r * (ROWS * STEP * W) + offset, row_mask[:, None]), PRECISION)
                 product = tl.dot(
                     tl.trans(pixels), cells.to(pixels.dtype), sums[start // BLOCK_K], input_precision=PRECISION
                 )
@@ -564,10 +582,17 @@ def _shape(input: Tensor, weight: Tensor) -> dict[str, Any]:
 def _options(input: Tensor, configuration: Mapping[str, int]) -> dict[str, Any]:
     """Turn a configuration into launch options."""
     precision = dot_precision(input.dtype, torch.backends.cudnn.conv.fp32_precision)
-    options = {"PRECISION": precision, **configuration}
-    if not INTERPRETED:
-        options |= all_registers()
-    return options
+    registers = {} if INTERPRETED else all_registers()
+    return {"PRECISION": precision, **registers, **configuration}
+
+
+def _programs(configuration: Mapping[str, int]) -> int:
+    """How many programs some 132 multiprocessors hold at once, by the registers that a configuration leaves them.
+
+    With as many, each builds its weight matrices once, and none waits for another to end.
+    """
+    registers = -(-configuration.get("maxnreg", 255) // 8) * 8
+    return 132 * max(1, 65536 // (32 * configuration.get("num_warps", 4) * registers))
 
 
 def _share(tiles: int, rows: int, programs: int) -> tuple[int, int]:
@@ -592,9 +617,7 @@ def forward(
     output = empty((input.shape[0], shape["OUT"], pooled_h, pooled_w), input)
     code = empty(output.shape, output, torch.uint8) if return_code else None
     tiles, rows = triton.cdiv(input.shape[0], configuration["IMAGES"]), pooled_h // configuration["ROWS"]
-    # Two programs for each of some 132 multiprocessors, which hold no more: as few weight matrices to build as keep all
-    # of them busy, and at once.
-    tiles_per_program, rows_per_program = _share(tiles, rows, 264)
+    tiles_per_program, rows_per_program = _share(tiles, rows, _programs(configuration))
     launch(
         _forward_kernel,
         (triton.cdiv(tiles, tiles_per_program), triton.cdiv(rows, rows_per_program)),
@@ -621,7 +644,7 @@ def grad_input(
     """Launch the gradient of the input; all tensors contiguous."""
     result = empty(input.shape, input)
     tiles = triton.cdiv(input.shape[0], configuration["IMAGES"])
-    tiles_per_program, _ = _share(tiles, 1, 264)
+    tiles_per_program, _ = _share(tiles, 1, _programs(configuration))
     launch(
         _grad_input_kernel,
         (triton.cdiv(tiles, tiles_per_program),),
@@ -645,8 +668,7 @@ def grad_weight(
     shape = _shape(input, weight)
     patch_rows = code.shape[2] // configuration["WINDOWS"]
     tiles, rows = triton.cdiv(input.shape[0], configuration["IMAGES"]), patch_rows // configuration["ROWS"]
-    # Eight warps for each of some 132 multiprocessors: registers hold no more.
-    tiles_per_program, rows_per_program = _share(tiles, rows, 132 * 8 // configuration.get("num_warps", 8))
+    tiles_per_program, rows_per_program = _share(tiles, rows, _programs(configuration))
     grid = triton.cdiv(tiles, tiles_per_program), triton.cdiv(rows, rows_per_program)
     entries = weight.numel() + weight.shape[0]
     parts = empty((grid[0] * grid[1], entries), input, torch.float32)

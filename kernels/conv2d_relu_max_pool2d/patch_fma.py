@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvPoolGeometry
-from ..runtime import INTERPRETED, all_registers, empty, index_type, launch, relu, sum_parts
+from ..runtime import INTERPRETED, all_registers, empty, index_type, launch, relu, store, sum_parts
 
 
 @triton.jit
@@ -31,14 +31,14 @@ def _adjacent(pointers, mask, COUNT: tl.constexpr):
     for i in tl.static_range(COUNT // 2):
         pairs = pointers[:, None] + (2 * i + tl.arange(0, 2))[None, :]
         if mask is None:
-            values = values + tl.split(tl.load(pairs))
+            values = values + tl.split(tl.load(pairs).to(tl.float32))
         else:
-            values = values + tl.split(tl.load(pairs, mask=mask[:, None], other=0.0))
+            values = values + tl.split(tl.load(pairs, mask=mask[:, None], other=0.0).to(tl.float32))
     if COUNT % 2 == 1:
         if mask is None:
-            values = values + (tl.load(pointers + (COUNT - 1)),)
+            values = values + (tl.load(pointers + (COUNT - 1)).to(tl.float32),)
         else:
-            values = values + (tl.load(pointers + (COUNT - 1), mask=mask, other=0.0),)
+            values = values + (tl.load(pointers + (COUNT - 1), mask=mask, other=0.0).to(tl.float32),)
     return values
 
 
@@ -120,7 +120,7 @@ def _forward_kernel(
     for o in tl.static_range(CHANNELS):
         start = tl.zeros((BLOCK,), tl.float32)
         if HAS_BIAS:
-            start += tl.load(bias_ptr + first + o)
+            start += tl.load(bias_ptr + first + o).to(tl.float32)
         conv = conv + (start, start, start, start)
     for _ in range(IN_CHANNELS):
         upper = _adjacent(pixels, None, KERNEL_W + 1)
@@ -131,7 +131,7 @@ def _forward_kernel(
             for o in tl.static_range(CHANNELS):
                 a, b, c, d = conv[4 * o], conv[4 * o + 1], conv[4 * o + 2], conv[4 * o + 3]
                 for i in tl.static_range(KERNEL_W):
-                    tap = tl.load(taps + (o * depth + i))
+                    tap = tl.load(taps + (o * depth + i)).to(tl.float32)
                     a = tl.fma(upper[i], tap, a)
                     b = tl.fma(upper[i + 1], tap, b)
                     c = tl.fma(lower[i], tap, c)
@@ -148,7 +148,7 @@ def _forward_kernel(
     codes = code_ptr + offset
     for o in tl.static_range(CHANNELS):
         best, code = _pool(conv[4 * o : 4 * o + 4], RETURN_CODE)
-        tl.store(outputs + o * size, best, mask=mask)
+        store(outputs + o * size, best, mask)
         if RETURN_CODE:
             tl.store(codes + o * size, code, mask=mask)
 
@@ -217,7 +217,7 @@ def _grad_weight_kernel(
         cells = ()
         passed = ()
         for o in tl.static_range(CHANNELS):
-            grad = tl.load(grads + o * size)
+            grad = tl.load(grads + o * size).to(tl.float32)
             code = tl.where(there, tl.load(codes + o * size).to(tl.int32), 255)
             for cell in tl.static_range(4):
                 cells = cells + (tl.where(code == cell, grad, 0.0),)
@@ -362,13 +362,13 @@ def _grad_input_kernel(
     for _ in range(OUT_CHANNELS):
         kernels = ()
         for k in tl.static_range(CHANNELS * taps):
-            kernels = kernels + (tl.load(weights + k),)
+            kernels = kernels + (tl.load(weights + k).to(tl.float32),)
         for u in tl.static_range(above + STRIP):
             # Of a single strip the windows' rows are known when it is compiled.
             if strips > 1 or (u >= above and u < POOLED_H + above):  # noqa: SIM102
                 if strips == 1 or ((top + u >= above) & (top + u < POOLED_H + above)):
                     code = tl.load(codes + u * POOLED_W).to(tl.int32)
-                    grad = tl.load(grads + u * POOLED_W)
+                    grad = tl.load(grads + u * POOLED_W).to(tl.float32)
                     upper = (tl.where(code == 0, grad, 0.0), tl.where(code == 1, grad, 0.0))
                     lower = (tl.where(code == 2, grad, 0.0), tl.where(code == 3, grad, 0.0))
                     sums = _add_window(
@@ -476,7 +476,7 @@ def forward(
         num_stages=1,
         **tile,
         # Three programs of four warps then fit on a multiprocessor; more registers would save few instructions.
-        **_registers(168),
+        **_registers(configuration.get("maxnreg", 168)),
     )
     return output, code
 
@@ -509,7 +509,7 @@ def grad_input(
         num_warps=num_warps,
         num_stages=1,
         # Three programs of four warps on a multiprocessor, as in the forward.
-        **_registers(168),
+        **_registers(configuration.get("maxnreg", 168)),
     )
     return result
 
@@ -521,10 +521,11 @@ def grad_weight(
     (out_channels, in_channels), size = weight.shape[:2], code.shape[2] * code.shape[3]
     channels = _divisor(out_channels, configuration["CHANNELS"])
     tiles = out_channels // channels * in_channels
-    # One warp a program: its lanes are then summed without a barrier. About four for each scheduler of 128
-    # multiprocessors, with four images or more a lane, and at least one lane for each position.
-    block = 1024 if INTERPRETED else 32
-    parts = max(triton.cdiv(size, block), min(triton.cdiv(code.shape[0] * size, 4 * block), 2048 // tiles))
+    # One warp a program: its lanes are then summed without a barrier. As many as some 132 multiprocessors hold at once,
+    # with four images or more a lane, and at least one lane for each position.
+    block, registers = 1024 if INTERPRETED else 32, configuration.get("maxnreg", 168)
+    programs = 132 * (65536 // (32 * registers))
+    parts = max(triton.cdiv(size, block), min(triton.cdiv(code.shape[0] * size, 4 * block), programs // tiles))
     weight_parts = empty((parts, *weight.shape), input, torch.float32)
     bias_parts = empty((parts, out_channels), input, torch.float32)
     launch(
@@ -542,7 +543,7 @@ def grad_weight(
         CHANNELS=channels,
         num_warps=1,
         num_stages=1,
-        **_registers(255),
+        **_registers(registers),
     )
     result, bias = empty(weight.shape, weight), empty((out_channels,), weight)
     return sum_parts(weight_parts, result), sum_parts(bias_parts, bias)

@@ -24,6 +24,7 @@ from .configurations import architecture
 from .runtime import (
     INTERPRETED,
     all_registers,
+    cdiv,
     dot_precision,
     empty,
     index_type,
@@ -527,7 +528,7 @@ def mlp(
     hidden2 = empty((m, q), input) if return_hidden else None
     launch(
         _forward_kernel,
-        (triton.cdiv(m, tile["BLOCK_M"]),),
+        (cdiv(m, tile["BLOCK_M"]),),
         *operands,
         output,
         output if hidden1 is None else hidden1,
@@ -579,7 +580,7 @@ def mlp_backward(
     aligned = _aligned(input, hidden1, hidden2, weight1, weight2, weight3)
     grad1, grad2 = empty((m, p), input), empty((m, q), input)
     layers = _through_layers(input.dtype, p, q, aligned)
-    row_parts = triton.cdiv(m, layers["BLOCK_M"])
+    row_parts = cdiv(m, layers["BLOCK_M"])
     row_sums = empty((row_parts, r * q + p + q + r), input, torch.float32) if need_sums else None
     launch(
         _grad_hidden_kernel,
@@ -603,11 +604,11 @@ def mlp_backward(
         **layers,
     )
     tile = _product(input.dtype)
-    across = triton.cdiv(k, tile["BLOCK_J"])
+    across = cdiv(k, tile["BLOCK_J"])
     grad_input = empty((m, k), input) if need_input else None
-    input_tiles = triton.cdiv(m, tile["BLOCK_I"]) * across if need_input else 0
-    tiles = triton.cdiv(p, tile["BLOCK_I"]) * across
-    tiles += triton.cdiv(q, tile["BLOCK_I"]) * triton.cdiv(p, tile["BLOCK_J"])
+    input_tiles = cdiv(m, tile["BLOCK_I"]) * across if need_input else 0
+    tiles = cdiv(p, tile["BLOCK_I"]) * across
+    tiles += cdiv(q, tile["BLOCK_I"]) * cdiv(p, tile["BLOCK_J"])
     # Half to a third as many parts as for a kernel of their own: the tiles of grad_input keep the device busy too. On
     # matrix units a part's rows then take about as long as all else that a multiprocessor has to do.
     parts, rows_per_part = splits(m, tile["BLOCK_D"], max(1, (2 if layers["EXACT"] else 3) * tiles))
@@ -640,7 +641,7 @@ def mlp_backward(
     block = 1024 if INTERPRETED else 128
     launch(
         _fold_kernel,
-        (sum(triton.cdiv(grad.numel(), block) for grad in grads),),
+        (sum(cdiv(grad.numel(), block) for grad in grads),),
         weight_sums,
         row_sums,
         *grads,

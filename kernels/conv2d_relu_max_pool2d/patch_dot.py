@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvPoolGeometry
-from ..runtime import INTERPRETED, all_registers, dot_precision, empty, index_type, launch, load, store
+from ..runtime import INTERPRETED, all_registers, cdiv, dot_precision, empty, index_type, launch, load, store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -591,13 +591,13 @@ def forward(
     pooled_h, pooled_w = ((shape[side] - shape["KS"] + 1) // 2 for side in "HW")
     output = empty((input.shape[0], shape["OUT"], pooled_h, pooled_w), input)
     code = empty(output.shape, output, torch.uint8) if return_code else None
-    tiles, rows = triton.cdiv(input.shape[0], configuration["IMAGES"]), pooled_h // configuration["ROWS"]
+    tiles, rows = cdiv(input.shape[0], configuration["IMAGES"]), pooled_h // configuration["ROWS"]
     # Two programs for each of some 132 multiprocessors, which hold no more: as few weight matrices to build as keep all
     # of them busy, and at once.
     tiles_per_program, rows_per_program = _share(tiles, rows, 264)
     launch(
         _forward_kernel,
-        (triton.cdiv(tiles, tiles_per_program), triton.cdiv(rows, rows_per_program)),
+        (cdiv(tiles, tiles_per_program), cdiv(rows, rows_per_program)),
         input,
         weight,
         weight if bias is None else bias,
@@ -620,11 +620,11 @@ def grad_input(
 ) -> Tensor:
     """Launch the gradient of the input; all tensors contiguous."""
     result = empty(input.shape, input)
-    tiles = triton.cdiv(input.shape[0], configuration["IMAGES"])
+    tiles = cdiv(input.shape[0], configuration["IMAGES"])
     tiles_per_program, _ = _share(tiles, 1, 264)
     launch(
         _grad_input_kernel,
-        (triton.cdiv(tiles, tiles_per_program),),
+        (cdiv(tiles, tiles_per_program),),
         grad_output,
         code,
         weight,
@@ -644,10 +644,10 @@ def grad_weight(
     """Launch the gradients of the weight and the bias; all tensors contiguous."""
     shape = _shape(input, weight)
     patch_rows = code.shape[2] // configuration["WINDOWS"]
-    tiles, rows = triton.cdiv(input.shape[0], configuration["IMAGES"]), patch_rows // configuration["ROWS"]
+    tiles, rows = cdiv(input.shape[0], configuration["IMAGES"]), patch_rows // configuration["ROWS"]
     # Eight warps for each of some 132 multiprocessors: registers hold no more.
     tiles_per_program, rows_per_program = _share(tiles, rows, 132 * 8 // configuration.get("num_warps", 8))
-    grid = triton.cdiv(tiles, tiles_per_program), triton.cdiv(rows, rows_per_program)
+    grid = cdiv(tiles, tiles_per_program), cdiv(rows, rows_per_program)
     entries = weight.numel() + weight.shape[0]
     parts = empty((grid[0] * grid[1], entries), input, torch.float32)
     launch(
@@ -669,7 +669,7 @@ def grad_weight(
     block = 1024 if INTERPRETED else 64
     launch(
         _fold_kernel,
-        (triton.cdiv(entries, block),),
+        (cdiv(entries, block),),
         parts,
         result,
         bias,

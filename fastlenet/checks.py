@@ -1,11 +1,13 @@
 """What the functional forms refuse, and in which words.
 
 Each check raises what the stock operator raises for the same mistake (the exception's type is tested against stock),
-with a message that names the argument, what it is, and what was expected. Legal calls pay a few comparisons.
+with a message that names the argument, what it is, and what was expected. Of a call whose shapes, types and
+hyper-parameters were found to fit once, only the arguments' Python types are checked again (`is_legal`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import operator as op
 import sys
@@ -15,6 +17,45 @@ import torch
 from torch import Tensor
 
 from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
+
+_legal: set[Any] = set()
+_MOST_CALLS = 4096
+
+
+def call(*tensors: Tensor | None, others: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Describe a call by all that its checks look at, or return None where torch.compile traces it.
+
+    Args:
+        tensors: the operands; after autocast, which changes their types.
+        others: the operator's name, and whatever else decides.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    key = list(others)
+    for tensor in tensors:
+        if tensor is None:
+            key.append(None)
+        else:
+            key += tensor.shape, tensor.dtype, tensor.device
+    return tuple(key)
+
+
+def is_legal(call: tuple[Any, ...] | None) -> bool:
+    """Whether a call like this has passed its checks before."""
+    try:
+        return call in _legal
+    except TypeError:  # symbolic sizes have no hash
+        return False
+
+
+def remember(call: tuple[Any, ...] | None) -> None:
+    """Take a call for legal from now on."""
+    if call is None:
+        return
+    if len(_legal) >= _MOST_CALLS:
+        _legal.clear()
+    with contextlib.suppress(TypeError):
+        _legal.add(call)
 
 
 def tensors(operator: str, *required: tuple[str, Any], **optional: Any) -> None:

@@ -76,19 +76,18 @@ def conv2d_relu_max_pool2d(
     checks.tensors(name, ("input", input), ("weight", weight), bias=bias)
     checks.boolean(name, "ceil_mode", ceil_mode)
     groups = checks.integer(name, "groups", groups)
-    if input.dim() not in (3, 4):
+    batched = input.dim() == 4
+    if not batched and input.dim() != 3:
         raise RuntimeError(
             f"{name}: expected 3D (unbatched) or 4D (batched) input, but got input of size {list(input.shape)}"
         )
-    batched = input.dim() == 4
     if not batched:
         input = input.unsqueeze(0)
     input, weight, bias = _autocast(input, weight, bias)
-    checks.same_type(name, ("input", input), weight=weight, bias=bias)
-    checks.conv_shapes(name, input, weight, bias, groups, batched)
     pool_size = checks.pair(name, "pool_size", pool_size)
     stride, dilation = checks.pair(name, "stride", stride), checks.pair(name, "dilation", dilation)
     if isinstance(padding, str):
+        checks.conv_shapes(name, input, weight, bias, groups, batched)
         input, padding = _named_padding(name, input, weight, padding, stride, dilation)
     geometry = ConvPoolGeometry(
         stride,
@@ -101,8 +100,13 @@ def conv2d_relu_max_pool2d(
         checks.pair(name, "pool_dilation", pool_dilation),
         ceil_mode,
     )
-    checks.geometry(name, geometry)
-    checks.pooled_size(name, input, weight, geometry)
+    call = checks.call(input, weight, bias, others=(name, geometry, batched))
+    if not checks.is_legal(call):
+        checks.same_type(name, ("input", input), weight=weight, bias=bias)
+        checks.conv_shapes(name, input, weight, bias, groups, batched)
+        checks.geometry(name, geometry)
+        checks.pooled_size(name, input, weight, geometry)
+        checks.remember(call)
     output = autograd.conv2d_relu_max_pool2d(input, weight, bias, geometry)
     return output if batched else output.squeeze(0)
 
@@ -232,14 +236,16 @@ def mlp(
         torch.Size([64, 10])
     """
     name = "mlp"
-    names = "weight1", "bias1", "weight2", "bias2", "weight3", "bias3"
-    parameters = dict(zip(names, (weight1, bias1, weight2, bias2, weight3, bias3), strict=True))
-    checks.tensors(name, ("input", input), *parameters.items())
-    input, *cast = _autocast(input, *parameters.values())
-    weight1, bias1, weight2, bias2, weight3, bias3 = cast
-    parameters = dict(zip(names, cast, strict=True))
-    checks.same_type(name, ("input", input), **parameters)
-    checks.mlp_shapes(name, input, parameters)
+    tensors = input, weight1, bias1, weight2, bias2, weight3, bias3
+    names = "input", "weight1", "bias1", "weight2", "bias2", "weight3", "bias3"
+    checks.tensors(name, *zip(names, tensors, strict=True))
+    tensors = input, weight1, bias1, weight2, bias2, weight3, bias3 = _autocast(*tensors)
+    call = checks.call(*tensors, others=(name,))
+    if not checks.is_legal(call):
+        parameters = dict(zip(names[1:], tensors[1:], strict=True))
+        checks.same_type(name, ("input", input), **parameters)
+        checks.mlp_shapes(name, input, parameters)
+        checks.remember(call)
     if autograd.forward_mode() or torch._C._are_functorch_transforms_active():
         return F.linear(linear_relu(linear_relu(input, weight1, bias1), weight2, bias2), weight3, bias3)
     leading = input.shape[:-1]
@@ -250,6 +256,8 @@ def mlp(
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast as autocast casts for F.conv2d and F.linear: floating point other than float64, on the autocast device."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensors
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors

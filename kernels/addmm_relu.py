@@ -18,6 +18,7 @@ from torch import Tensor
 from .runtime import (
     INTERPRETED,
     all_registers,
+    cdiv,
     dot,
     dot_precision,
     empty,
@@ -274,7 +275,7 @@ def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, al
     tile = _tile(mat1.dtype, m, n, k)
     launch(
         _forward_kernel,
-        (triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(n, tile["BLOCK_N"])),
+        (cdiv(m, tile["BLOCK_M"]), cdiv(n, tile["BLOCK_N"])),
         addend,
         mat1,
         mat2,
@@ -337,7 +338,7 @@ def _grad_mat1(grad_output: Tensor, output: Tensor, mat1: Tensor, mat2: Tensor, 
     tile = _tile(mat1.dtype, m, k, n)
     launch(
         _grad_mat1_kernel,
-        (triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(k, tile["BLOCK_N"])),
+        (cdiv(m, tile["BLOCK_M"]), cdiv(k, tile["BLOCK_N"])),
         grad_output,
         output,
         mat2,
@@ -368,9 +369,9 @@ def _grad_mat2(
         return None, None
     (m, k), n = mat1.shape, mat2.shape[1]
     tile = _tile(mat1.dtype, k, n, m)
-    column_tiles = triton.cdiv(n, tile["BLOCK_N"])
+    column_tiles = cdiv(n, tile["BLOCK_N"])
     # A tile of no depth still sums the bias's gradient.
-    tiles = (max(1, triton.cdiv(k, tile["BLOCK_M"])) if need_mat2 else 1) * column_tiles
+    tiles = (max(1, cdiv(k, tile["BLOCK_M"])) if need_mat2 else 1) * column_tiles
     parts, rows_per_part = splits(m, tile["BLOCK_K"], max(1, tiles))
     transposed = mat2.stride(0) == 1 and mat2.stride(1) != 1
     mat2_parts = empty((parts, n, k) if transposed else (parts, k, n), mat1, torch.float32) if need_mat2 else None
@@ -413,7 +414,7 @@ def _grad_input(grad_output: Tensor, output: Tensor, input_size: Sequence[int], 
     block = 4096 if INTERPRETED else 1024
     launch(
         _grad_input_kernel,
-        (triton.cdiv(m * n, block),),
+        (cdiv(m * n, block),),
         grad_output,
         output,
         grad_input,

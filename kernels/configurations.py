@@ -33,12 +33,9 @@ def architecture() -> str:
     The interpreter has entries of its own: its cost is by operation, so it wants large tiles, and no `patch_fma`.
     """
     # Imported here, as the table is read by who must not load triton.
-    import triton
+    from . import runtime
 
-    if triton.knobs.runtime.interpret:
-        return "interpreted"
-    target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+    return runtime.architecture()
 
 
 def find(kernel: str, dtype: torch.dtype, precision: str, shape: Sequence[int]) -> Configuration | None:
@@ -52,6 +49,36 @@ def find(kernel: str, dtype: torch.dtype, precision: str, shape: Sequence[int]) 
     """
     mode = precision if dtype == torch.float32 else str(dtype).removeprefix("torch.")
     return table().get((kernel, architecture(), mode, tuple(shape)))
+
+
+class _OfTable:
+    """What `remembered` gives out, by architecture, and the table that it follows from."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+        self.results: dict[str, dict[Any, Any]] = {}
+
+
+_remembered = _OfTable(None)
+
+
+def remembered() -> dict[Any, Any]:
+    """Return where to keep what follows from the table for the current device, by a key of whatever it follows from.
+
+    It is empty again when another table is in force. Keys start with the name of what they lead to.
+    """
+    global _remembered
+    current, found = table(), _remembered
+    if found.table is not current:
+        found = _remembered = _OfTable(current)
+    results = found.results.setdefault(architecture(), {})
+    if len(results) >= _MOST_RESULTS:
+        results.clear()
+    return results
+
+
+_MOST_RESULTS = 4096
+"""As many as a program's shapes and geometries may have before memory matters."""
 
 
 @functools.cache

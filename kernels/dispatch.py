@@ -17,7 +17,6 @@ Free of triton, but for the name of the current architecture, which is asked for
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,7 +49,7 @@ def why_library(
     direction: str,
     dtype: torch.dtype,
     precision: str,
-    shape: Sequence[int],
+    shape: tuple[int, ...],
     *,
     depth: int,
     columns: int,
@@ -68,6 +67,23 @@ def why_library(
         columns: output channels of a group, or features.
         channels: input channels of a group.
     """
+    key = "why_library", operator, direction, dtype, precision, shape, depth, columns, channels
+    known = configurations.remembered()
+    if key not in known:
+        known[key] = _why_library(operator, direction, dtype, precision, shape, depth, columns, channels)
+    return known[key]
+
+
+def _why_library(
+    operator: str,
+    direction: str,
+    dtype: torch.dtype,
+    precision: str,
+    shape: tuple[int, ...],
+    depth: int,
+    columns: int,
+    channels: int,
+) -> str | None:
     listed = [
         configurations.find(f"{operator}.{name}", dtype, precision, shape)
         for name in ([direction] if direction == "forward" else _BACKWARD[operator])

@@ -24,6 +24,7 @@ from .configurations import architecture
 from .runtime import (
     INTERPRETED,
     all_registers,
+    cdiv,
     dot,
     dot_precision,
     empty,
@@ -488,8 +489,8 @@ def _product(dtype: torch.dtype) -> dict[str, Any]:
     elif _exact(dtype, precision):
         tile = {"BLOCK_I": 128, "BLOCK_J": 32, "BLOCK_D": 16, "num_warps": 2, "num_stages": 1, **all_registers()}
         if architecture() == "sm_90":
-            # Two stages copy past the registers, which spares shared memory's stores. Measured on an H100 at batch 8192,
-            # the whole backward: 102 us; with 128 x 32 by two warps 118.
+            # Two stages copy past the registers, which spares shared memory's stores. On an H100 at batch 8192
+            # the whole backward takes 102 us; with 128 x 32 by two warps 118.
             tile |= {"BLOCK_I": 64, "BLOCK_J": 64, "num_warps": 4, "num_stages": 2}
     else:
         depth = 32 if dtype == torch.float32 else 64
@@ -531,7 +532,7 @@ def mlp(
     hidden2 = empty((m, q), input) if return_hidden else None
     launch(
         _forward_kernel,
-        (triton.cdiv(m, tile["BLOCK_M"]),),
+        (cdiv(m, tile["BLOCK_M"]),),
         *operands,
         output,
         output if hidden1 is None else hidden1,
@@ -583,7 +584,7 @@ def mlp_backward(
     aligned = _aligned(input, hidden1, hidden2, weight1, weight2, weight3)
     grad1, grad2 = empty((m, p), input), empty((m, q), input)
     layers = _through_layers(input.dtype, p, q, aligned)
-    row_parts = triton.cdiv(m, layers["BLOCK_M"])
+    row_parts = cdiv(m, layers["BLOCK_M"])
     row_sums = empty((row_parts, r * q + p + q + r), input, torch.float32) if need_sums else None
     launch(
         _grad_hidden_kernel,
@@ -607,11 +608,11 @@ def mlp_backward(
         **layers,
     )
     tile = _product(input.dtype)
-    across = triton.cdiv(k, tile["BLOCK_J"])
+    across = cdiv(k, tile["BLOCK_J"])
     grad_input = empty((m, k), input) if need_input else None
-    input_tiles = triton.cdiv(m, tile["BLOCK_I"]) * across if need_input else 0
-    tiles = triton.cdiv(p, tile["BLOCK_I"]) * across
-    tiles += triton.cdiv(q, tile["BLOCK_I"]) * triton.cdiv(p, tile["BLOCK_J"])
+    input_tiles = cdiv(m, tile["BLOCK_I"]) * across if need_input else 0
+    tiles = cdiv(p, tile["BLOCK_I"]) * across
+    tiles += cdiv(q, tile["BLOCK_I"]) * cdiv(p, tile["BLOCK_J"])
     # Half to a third as many parts as for a kernel of their own: the tiles of grad_input keep the device busy too. On
     # matrix units a part's rows then take about as long as all else that a multiprocessor has to do.
     parts, rows_per_part = splits(m, tile["BLOCK_D"], max(1, (2 if layers["EXACT"] else 3) * tiles))
@@ -644,7 +645,7 @@ def mlp_backward(
     block = 1024 if INTERPRETED else 128
     launch(
         _fold_kernel,
-        (sum(triton.cdiv(grad.numel(), block) for grad in grads),),
+        (sum(cdiv(grad.numel(), block) for grad in grads),),
         weight_sums,
         row_sums,
         *grads,

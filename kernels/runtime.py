@@ -21,18 +21,148 @@ def empty(
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
     """Allocate what a kernel will fill. Every launcher's outputs and workspaces come from here, so tests can poison."""
+    if memory_format == torch.contiguous_format:  # in a third of the time
+        return like.new_empty(shape, dtype=dtype)
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
 
 
+class _OfDriver:
+    """What is remembered of Triton's active driver. Another driver (`bench.fake_driver`'s, in tests) starts anew.
+
+    Attributes:
+        driver: the driver that all this belongs to.
+        targets: of each device what `target` and `architecture` return, which PyTorch takes microseconds to tell.
+        kernels: by `_key`, what `launch` needs to start a compiled kernel without Triton's binder.
+    """
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+        self.targets: dict[int, tuple[Any, str]] = {}
+        self.kernels: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+_remembered = _OfDriver(None)
+
+
+def _of_driver() -> _OfDriver:
+    global _remembered
+    driver, found = triton.runtime.driver.active, _remembered
+    if found.driver is not driver:
+        found = _remembered = _OfDriver(driver)
+    return found
+
+
+def _of_device() -> tuple[Any, str]:
+    found = _of_driver()
+    device = found.driver.get_current_device()
+    if device not in found.targets:
+        target = found.driver.get_current_target()
+        name = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+        found.targets[device] = target, name
+    return found.targets[device]
+
+
+def target() -> Any:
+    """Return Triton's description of the current device: ``backend`` (``"cuda"`` or ``"hip"``) and ``arch``."""
+    return _of_device()[0]
+
+
+def architecture() -> str:
+    """Name the current device's architecture: ``sm_90``, ``gfx942``, or ``"interpreted"`` in the interpreter."""
+    return "interpreted" if INTERPRETED.value else _of_device()[1]
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Launch `kernel` on the device of its first tensor argument, which need not be the current device.
+    """Launch `kernel` on the device of its first argument, a tensor; it need not be the current device.
 
     An empty grid launches nothing.
+
+    Triton binds and specialises some 25 arguments at every launch, which takes as long as a small kernel runs several
+    times over. Here it does so once for each `_key`; a launch with a known key starts the compiled kernel itself.
     """
     if min(grid) == 0:
         return
-    with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
-        kernel[grid](*args, **constants)
+    if INTERPRETED.value:
+        with torch.cuda.device_of(args[0]):
+            kernel[grid](*args, **constants)
+        return
+    found = _of_driver()
+    device, wanted = found.driver.get_current_device(), args[0].get_device()
+    if wanted in (device, -1):  # -1: on the CPU, where only a driver without a device launches
+        _launch_on(found, device, kernel, grid, args, constants)
+    else:
+        with torch.cuda.device_of(args[0]):
+            _launch_on(found, wanted, kernel, grid, args, constants)
+
+
+_MOST_KEYS = 4096
+"""Launches remembered: each holds a few hundred bytes, and a program whose sizes never repeat would add up."""
+
+
+def _launch_on(
+    found: _OfDriver, device: int, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """Launch on `device`, which is the current one."""
+    key = None if _watched(kernel) else _key(kernel, device, args, constants)
+    known = None if key is None else found.kernels.get(key)
+    if known is not None:
+        # As in `JITFunction.run`, for whom the hooks are empty.
+        compiled, rest = known
+        grid_x, grid_y, grid_z = (*grid, 1, 1)[:3]
+        stream = found.driver.get_current_stream(device)
+        compiled.run(
+            *(grid_x, grid_y, grid_z, stream, compiled.function, compiled.packed_metadata, None, None, None),
+            *args,
+            *rest,
+        )
+        return
+    compiled = kernel[grid](*args, **constants)
+    # AMD's backend also specialises on the size of a tensor's memory, which the key does not tell.
+    if key is None or not isinstance(compiled, triton.compiler.CompiledKernel) or target().backend != "cuda":
+        return
+    if len(found.kernels) >= _MOST_KEYS:
+        found.kernels.clear()
+    names = kernel.signature.parameters
+    bound = kernel.signature.bind(*args, **{name: value for name, value in constants.items() if name in names})
+    bound.apply_defaults()
+    # The kernel itself is kept, as its module is unloaded when it dies.
+    found.kernels[key] = compiled, tuple(bound.arguments.values())[len(args) :]
+
+
+def _watched(kernel: Any) -> bool:
+    """Whether someone wants to see launches or has changed how kernels are compiled: then Triton does it all."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+        or kernel.pre_run_hooks
+        or runtime.debug
+        or runtime.add_stages_inspection_hook
+        or triton.knobs.compilation.instrumentation_mode
+    )
+
+
+def _key(kernel: Any, device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Return what decides which compiled kernel a launch takes, or None where that is not known.
+
+    Finer than what Triton goes by, so that equal keys have one kernel: of a tensor its type and the place of its first
+    byte in a block of 16, of an int its value (which decides width, divisibility and being 1), of a float nothing; of
+    what is compiled in, all. Kernels here use no global variable that changes, which Triton checks and this does not.
+    """
+    key: list[Any] = [id(kernel), device]
+    for arg in args:
+        if isinstance(arg, Tensor):
+            key.append(arg.dtype)
+            key.append(arg.data_ptr() % 16)
+        elif type(arg) is int:
+            key.append(arg)
+        elif type(arg) is float:
+            key.append(float)
+        else:
+            return None
+    # True equals 1, and both equal 1.0.
+    return *key, *constants, *constants.values(), *map(type, constants.values())
 
 
 def all_registers() -> dict[str, int]:
@@ -41,16 +171,25 @@ def all_registers() -> dict[str, int]:
     Left to itself, ptxas aims at a round number of resident programs and spills a few bytes to reach it. The option
     exists on NVIDIA's targets only.
     """
-    return {"maxnreg": 255} if triton.runtime.driver.active.get_current_target().backend == "cuda" else {}
+    return {"maxnreg": 255} if target().backend == "cuda" else {}
+
+
+def cdiv(dividend: int, divisor: int) -> int:
+    """Divide and round up, as ``triton.cdiv`` does in 4 us: it serves kernels too."""
+    return -(-dividend // divisor)
 
 
 def index_type(*tensors: Tensor | None) -> tl.dtype:
     """Return the integer type in which every element of `tensors` can be addressed: int64 only where it is needed."""
     for tensor in tensors:
-        if tensor is not None and tensor.numel() > 0:
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            if max(last, tensor.numel()) >= 2**31 - 2**20:  # a tile may look a block beyond the end before it masks
-                return tl.int64
+        if tensor is None:
+            continue
+        last = tensor.numel()
+        if last > 0 and not tensor.is_contiguous():
+            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            last = max(last, reach)
+        if last >= 2**31 - 2**20:  # a tile may look a block beyond the end before it masks
+            return tl.int64
     return tl.int32
 
 
@@ -191,7 +330,7 @@ def sum_parts(parts: Tensor, output: Tensor, factor: float = 1.0) -> Tensor:
     block = 4096 if INTERPRETED else 32
     launch(
         _sum_parts_kernel,
-        (triton.cdiv(size, block * rows if parts.shape[0] == 1 else block),),
+        (cdiv(size, block * rows if parts.shape[0] == 1 else block),),
         parts,
         output,
         size,

@@ -33,17 +33,28 @@ def _configured(
     A listed design compiles for the shape of the images, never for their number.
     """
     precision = dot_precision(input.dtype, torch.backends.cudnn.conv.fp32_precision)
-    kernel = f"conv2d_relu_max_pool2d.{direction}"
+    known = configurations.remembered()
+    key = "design", direction, geometry, input.dtype, precision, input.shape, weight.shape
+    if key not in known:
+        known[key] = _listed(f"conv2d_relu_max_pool2d.{direction}", geometry, input, weight, precision)
+    design, options = known[key]
+    # What remains is the tensors' places in memory. A patch kernel's loads take neighbours in pairs.
+    if design is not general and (memory_format(input, weight) != torch.contiguous_format or input.data_ptr() % 16):
+        return general, {}
+    return design, options
+
+
+def _listed(
+    kernel: str, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor, precision: str
+) -> tuple[ModuleType, Mapping[str, int]]:
+    """Look the design and the configuration up by types, shapes and geometry."""
     entry = configurations.find(kernel, input.dtype, precision, geometry.key(input, weight))
     # The library may be listed where Triton is forced.
     design = None if entry is None else DESIGNS.get(entry.design)
     if entry is None or design is None:
         return general, {}
-    if design is not general:
-        dense = memory_format(input, weight) == torch.contiguous_format and 0 not in input.shape
-        # Its loads take neighbours in pairs.
-        if not dense or not design.covers(geometry, input, weight) or input.data_ptr() % 16:
-            return general, {}
+    if design is not general and (0 in input.shape or not design.covers(geometry, input, weight)):
+        return general, {}
     return design, entry.options
 
 

@@ -24,6 +24,7 @@ from ..geometry import ConvPoolGeometry, memory_format
 from ..runtime import (
     INTERPRETED,
     all_registers,
+    cdiv,
     dot,
     dot_precision,
     empty,
@@ -561,7 +562,7 @@ def forward(
     weight = weight.contiguous(memory_format=torch.channels_last if wide else torch.contiguous_format)
     launch(
         _forward_kernel,
-        (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(channels, tile["BLOCK_N"]), geometry.groups),
+        (cdiv(rows, tile["BLOCK_M"]), cdiv(channels, tile["BLOCK_N"]), geometry.groups),
         input,
         weight,
         weight if bias is None else bias.contiguous(),
@@ -593,7 +594,7 @@ def grad_input(
     tile = _wide_tile(input.dtype, rows, channels, weight.shape[0] // geometry.groups) | options
     launch(
         _grad_input_kernel,
-        (triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(channels, tile["BLOCK_N"]), geometry.groups),
+        (cdiv(rows, tile["BLOCK_M"]), cdiv(channels, tile["BLOCK_N"]), geometry.groups),
         grad_output,
         code,
         weight.contiguous(memory_format=torch.channels_last),
@@ -632,8 +633,8 @@ def grad_weight(
     else:
         tile = _tile(input.dtype, depth, channels, rows)
     tile |= options
-    channel_tiles = triton.cdiv(channels, tile["BLOCK_N"])
-    tiles = (triton.cdiv(depth // taps, tile["BLOCK_M"]) * taps if need_weight else 1) * channel_tiles
+    channel_tiles = cdiv(channels, tile["BLOCK_N"])
+    tiles = (cdiv(depth // taps, tile["BLOCK_M"]) * taps if need_weight else 1) * channel_tiles
     parts, rows_per_part = splits(rows, tile["BLOCK_K"], tiles * geometry.groups)
     weight_parts = empty((parts, out_channels, depth), input, torch.float32) if need_weight else None
     bias_parts = empty((parts, out_channels), input, torch.float32) if need_bias else None

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvPoolGeometry
-from ..runtime import INTERPRETED, all_registers, dot_precision, empty, index_type, launch, load, store, tf32
+from ..runtime import INTERPRETED, all_registers, cdiv, dot_precision, empty, index_type, launch, load, store, tf32
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -616,11 +616,11 @@ def forward(
     pooled_h, pooled_w = ((shape[side] - shape["KS"] + 1) // 2 for side in "HW")
     output = empty((input.shape[0], shape["OUT"], pooled_h, pooled_w), input)
     code = empty(output.shape, output, torch.uint8) if return_code else None
-    tiles, rows = triton.cdiv(input.shape[0], configuration["IMAGES"]), pooled_h // configuration["ROWS"]
+    tiles, rows = cdiv(input.shape[0], configuration["IMAGES"]), pooled_h // configuration["ROWS"]
     tiles_per_program, rows_per_program = _share(tiles, rows, _programs(configuration))
     launch(
         _forward_kernel,
-        (triton.cdiv(tiles, tiles_per_program), triton.cdiv(rows, rows_per_program)),
+        (cdiv(tiles, tiles_per_program), cdiv(rows, rows_per_program)),
         input,
         weight,
         weight if bias is None else bias,
@@ -643,11 +643,11 @@ def grad_input(
 ) -> Tensor:
     """Launch the gradient of the input; all tensors contiguous."""
     result = empty(input.shape, input)
-    tiles = triton.cdiv(input.shape[0], configuration["IMAGES"])
+    tiles = cdiv(input.shape[0], configuration["IMAGES"])
     tiles_per_program, _ = _share(tiles, 1, _programs(configuration))
     launch(
         _grad_input_kernel,
-        (triton.cdiv(tiles, tiles_per_program),),
+        (cdiv(tiles, tiles_per_program),),
         grad_output,
         code,
         weight,
@@ -667,9 +667,9 @@ def grad_weight(
     """Launch the gradients of the weight and the bias; all tensors contiguous."""
     shape = _shape(input, weight)
     patch_rows = code.shape[2] // configuration["WINDOWS"]
-    tiles, rows = triton.cdiv(input.shape[0], configuration["IMAGES"]), patch_rows // configuration["ROWS"]
+    tiles, rows = cdiv(input.shape[0], configuration["IMAGES"]), patch_rows // configuration["ROWS"]
     tiles_per_program, rows_per_program = _share(tiles, rows, _programs(configuration))
-    grid = triton.cdiv(tiles, tiles_per_program), triton.cdiv(rows, rows_per_program)
+    grid = cdiv(tiles, tiles_per_program), cdiv(rows, rows_per_program)
     entries = weight.numel() + weight.shape[0]
     parts = empty((grid[0] * grid[1], entries), input, torch.float32)
     launch(
@@ -691,7 +691,7 @@ def grad_weight(
     block = 1024 if INTERPRETED else 64
     launch(
         _fold_kernel,
-        (triton.cdiv(entries, block),),
+        (cdiv(entries, block),),
         parts,
         result,
         bias,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvPoolGeometry
-from ..runtime import INTERPRETED, all_registers, empty, index_type, launch, relu, store, sum_parts
+from ..runtime import INTERPRETED, all_registers, cdiv, empty, index_type, launch, relu, store, sum_parts
 
 
 @triton.jit
@@ -434,7 +434,7 @@ def _tile(rows: int, channels: int, limit: int) -> dict[str, int]:
     tile = {}
     for num_warps, at_most in ((4, limit), (1, limit), (1, min(4, limit)), (1, min(2, limit)), (1, 1)):
         tile = {"BLOCK": 64 * num_warps, "CHANNELS": _divisor(channels, at_most), "num_warps": num_warps}
-        if triton.cdiv(rows, tile["BLOCK"]) * channels // tile["CHANNELS"] >= 512:
+        if cdiv(rows, tile["BLOCK"]) * channels // tile["CHANNELS"] >= 512:
             break
     return tile
 
@@ -461,7 +461,7 @@ def forward(
     tile = _tile(rows, channels, configuration["CHANNELS"])
     launch(
         _forward_kernel,
-        (triton.cdiv(rows, tile["BLOCK"]) * (channels // tile["CHANNELS"]),),
+        (cdiv(rows, tile["BLOCK"]) * (channels // tile["CHANNELS"]),),
         input,
         weight,
         weight if bias is None else bias,
@@ -487,15 +487,15 @@ def grad_input(
     """Launch the gradient of the input; all tensors contiguous."""
     result = empty(input.shape, input)
     channels = _divisor(weight.shape[1], configuration["CHANNELS"])
-    tiles = triton.cdiv(input.shape[2], 2 * configuration["STRIP"]) * (weight.shape[1] // channels)
+    tiles = cdiv(input.shape[2], 2 * configuration["STRIP"]) * (weight.shape[1] // channels)
     images, columns = input.shape[0], code.shape[3]
     # Programs of one warp until there are about four of four warps for each of 128 multiprocessors.
-    num_warps = 4 if triton.cdiv(images, max(1, 128 // columns)) * tiles >= 512 else 1
+    num_warps = 4 if cdiv(images, max(1, 128 // columns)) * tiles >= 512 else 1
     lanes = min(4096, images * columns) if INTERPRETED else 32 * num_warps
     block = triton.next_power_of_2(max(lanes, columns))
     launch(
         _grad_input_kernel,
-        (triton.cdiv(images, block // columns) * tiles,),
+        (cdiv(images, block // columns) * tiles,),
         grad_output,
         code,
         weight,
@@ -525,7 +525,7 @@ def grad_weight(
     # with four images or more a lane, and at least one lane for each position.
     block, registers = 1024 if INTERPRETED else 32, configuration.get("maxnreg", 168)
     programs = 132 * (65536 // (32 * registers))
-    parts = max(triton.cdiv(size, block), min(triton.cdiv(code.shape[0] * size, 4 * block), programs // tiles))
+    parts = max(cdiv(size, block), min(cdiv(code.shape[0] * size, 4 * block), programs // tiles))
     weight_parts = empty((parts, *weight.shape), input, torch.float32)
     bias_parts = empty((parts, out_channels), input, torch.float32)
     launch(

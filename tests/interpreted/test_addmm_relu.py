@@ -300,7 +300,8 @@ def test_kernels_are_launched_on_the_tensors_device(monkeypatch, watched):
     second = torch.cuda.device_count() > 1 and not modes.interpreting()
     device = torch.device("cuda:1" if second else modes.kernel_device())
     ADDMM.under(watched).random(SMALL, SMALL.random(torch.float32, device=device))
-    assert len(guarded) == 5  # forward, two gradients, two sums of parts
-    assert {d.type for d in guarded} == {device.type}
+    # Forward, two gradients, two sums of parts; on the current device there is nothing to do.
+    assert len(guarded) == (5 if second or modes.interpreting() else 0)
+    assert {d.type for d in guarded} <= {device.type}
     if second:
         assert {d.index for d in guarded} == {1}

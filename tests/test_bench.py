@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -300,16 +299,18 @@ def test_peak_memory_of_a_step_is_at_least_what_autograd_keeps():
 # ---- the commands
 
 
+# Where the commands run; a GPU has more modes and more rivals than a CPU.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RATES = timing.Rates({2**20: 1e10}, {"ieee": 1e11, "bf16": 1e11}, None)
+TINY = [WORKS[0], Work(LENET, 2, direction=TRAIN_STEP), Work(LENET, 4, direction=TRAIN_STEP)]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The results file of a run of three tiny comparisons, and what the run printed."""
-    works = [replace(WORKS[0], case=CONV), Work(LENET, 2, direction=TRAIN_STEP), Work(LENET, 4, direction=TRAIN_STEP)]
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.setattr(run, "suite", lambda *_: iter(works))
+        patch.setattr(run, "suite", lambda *_: iter(TINY))
         patch.setattr(timing.Rates, "measure", classmethod(lambda *_: RATES))
         assert run.main(["--results", str(folder), "--budget", "0", "--rounds", "2"]) == 0
     [path] = folder.glob("*/*.json")
@@ -326,7 +327,9 @@ def test_bench_writes_what_the_contract_says(tiny):
         about
     )
     assert about["bench"]["not_measured"] == []
-    assert len(results["rows"]) == 9
+    assert [(row["name"], row["batch"], row["impl"]) for row in results["rows"]] == [
+        (some.name, some.batch, rival.name) for some in TINY for rival in rivals.competitors(some, DEVICE)
+    ]
     for row in results["rows"]:
         assert {
             "name", "impl", "batch", "dtype", "precision", "direction", "unit", "median", "iqr", "n", "ns_per_image",
@@ -347,7 +350,9 @@ def test_bench_stops_at_its_limit_and_says_so(monkeypatch, tmp_path, capsys):
     assert run.main(["--results", str(tmp_path), "--limit", "0", "--filter", "lenet train_step 64 "]) == 0
     [path] = tmp_path.glob("*/*.json")
     results = json.loads(path.read_text())
-    assert results["environment"]["bench"]["not_measured"] == ["LeNet train_step 64 ieee"]
+    left = results["environment"]["bench"]["not_measured"]
+    assert "LeNet train_step 64 ieee" in left
+    assert left == [w.label for w in work.suite("quick", DEVICE.type) if "lenet train_step 64 " in w.label.lower()]
     assert results["rows"] == []
     assert "time is up" in capsys.readouterr().out
     assert report.main([str(path)]) == 2
@@ -436,13 +441,18 @@ def test_goals_are_set_against_the_results():
     ]
 
 
+@pytest.mark.parametrize("slug", ["cpu-some", "some-gpu"])
 @pytest.mark.parametrize("rich", [True, False])
-def test_tables_print_with_and_without_rich(tiny, rich, monkeypatch, capsys):
+def test_tables_print_with_and_without_rich(tiny, rich, slug, monkeypatch, capsys):
+    """The goals only where these results say anything about them: all are exact float32, a GPU's goals are tf32's."""
     if not rich:
         monkeypatch.setitem(sys.modules, "rich", None)
-    report.print_tables(json.loads(tiny[0].read_text()))
+    results = json.loads(tiny[0].read_text())
+    results["environment"]["device_slug"] = slug
+    report.print_tables(results)
     out = capsys.readouterr().out
-    assert all(text in out for text in ("Goals", "Networks", "Operators", "channels_last", "12,792 B"))
+    assert all(text in out for text in ("Networks", "Operators", "channels_last", "12,792 B"))
+    assert ("Goals" in out) == (slug == "cpu-some")
     assert "…" not in out
 
 

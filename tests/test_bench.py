@@ -302,6 +302,7 @@ def test_peak_memory_of_a_step_is_at_least_what_autograd_keeps():
 # Where the commands run; a GPU has more modes and more rivals than a CPU.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RATES = timing.Rates({2**20: 1e10}, {"ieee": 1e11, "bf16": 1e11}, None)
+together = pytest.mark.together("bench")
 TINY = [WORKS[0], Work(LENET, 2, direction=TRAIN_STEP), Work(LENET, 4, direction=TRAIN_STEP)]
 
 
@@ -317,6 +318,7 @@ def tiny(tmp_path_factory):
     return path, out.getvalue()
 
 
+@together
 def test_bench_writes_what_the_contract_says(tiny):
     path, out = tiny
     results = json.loads(path.read_text())
@@ -359,6 +361,7 @@ def test_bench_stops_at_its_limit_and_says_so(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@together
 def test_report_makes_a_page_and_a_picture(tiny, tmp_path):
     pytest.importorskip("matplotlib")
     path, _ = tiny
@@ -371,6 +374,7 @@ def test_report_makes_a_page_and_a_picture(tiny, tmp_path):
     assert (tmp_path / "page" / f"{path.stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@together
 def test_report_marks_what_is_modelled(tiny):
     results = json.loads(tiny[0].read_text())
     for row in results["rows"]:
@@ -441,6 +445,7 @@ def test_goals_are_set_against_the_results():
     ]
 
 
+@together
 @pytest.mark.parametrize("slug", ["cpu-some", "some-gpu"])
 @pytest.mark.parametrize("rich", [True, False])
 def test_tables_print_with_and_without_rich(tiny, rich, slug, monkeypatch, capsys):

@@ -32,6 +32,9 @@ pytestmark = pytest.mark.skipif(
     reason="this PyTorch is built without torch.distributed",
 )
 
+# Those that look at what one run of several processes left, which takes long.
+together = pytest.mark.together("distributed")
+
 
 def torchrun(*command: object, processes: int = 3, gpus: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a program in processes of one thread each: in three, because two terms have the same sum in any order.
@@ -141,6 +144,7 @@ def test_one_process_under_torchrun_takes_the_current_gpu(
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
+@together
 @pytest.mark.parametrize("name", ["ddp of 5", "ddp of 1", "fsdp", "fsdp, stepped"])
 def test_gradients_are_those_of_the_joined_batch(worked: Path, name: str) -> None:
     """In float64, where only the order of sums is left; shares of different sizes, and empty ones."""
@@ -199,6 +203,7 @@ def test_fused_models_can_be_wrapped(how: str, fused: bool, alone_in_a_group: No
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
+@together
 def test_a_resumed_run_of_several_is_exact(worked: Path) -> None:
     """Generators of every process included, and every process ends with the same."""
     found = [torch.load(worked / f"resumed-{rank}.pt") for rank in range(3)]
@@ -214,6 +219,7 @@ def test_a_resumed_run_of_several_is_exact(worked: Path) -> None:
     assert {"cpu", "cpu.1", "cpu.2"} == set(checkpoint.load(whole).rng)
 
 
+@together
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(worked: Path, alone: train.TrainResult) -> None:
     """It was killed in its second epoch; the command line takes it to its end."""
     assert checkpoint.load(worked / "killed" / "checkpoint.safetensors").epoch == 1

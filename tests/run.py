@@ -167,7 +167,7 @@ def stop(running: list[Job]) -> None:
     for job in running:
         if job.process is not None:
             try:
-                job.process.wait(timeout=10)
+                job.process.wait(timeout=5)  # whoever ends this program may be impatient, too
             except subprocess.TimeoutExpired:
                 os.killpg(job.process.pid, signal.SIGKILL)
                 job.process.wait()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import memory, report, rivals, run, timing, work  # noqa: E402
+from bench import gpu, memory, report, rivals, run, timing, work  # noqa: E402
 from bench.work import BACKWARD, BOTH, FORWARD, KERNEL, LENET, TRAIN_STEP, ConvCase, LinearCase, Work  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -484,3 +484,50 @@ def test_bad_input_gets_one_line_and_exit_code_2(command, arguments, capsys, mon
         code = stop.code
     assert code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- make gpu
+
+
+def test_make_gpu_names_an_unknown_part(capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--parts", "tests,kernel"])
+    assert stop.value.code == 2
+    assert "unknown part 'kernel'; choose of tests, sanitize, kernels, bench" in capsys.readouterr().err
+
+
+def test_make_gpu_needs_a_gpu(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--results", str(tmp_path / "results")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "sees no GPU" in line
+    assert not (tmp_path / "results").exists()
+
+
+def test_make_gpu_says_of_every_part_how_it_ended(monkeypatch, capsys, tmp_path):
+    """One that fails, cannot be started or takes too long does not stop the others, and none is forgotten."""
+    found = {
+        "tests": {
+            "good": [sys.executable, "-c", "print('all is well')"],
+            "absent": [str(tmp_path / "no such program")],
+        },
+        "sanitize": {"bad": [sys.executable, "-c", "raise SystemExit(3)"]},
+        "kernels": {"slow": [sys.executable, "-c", "import time; time.sleep(60)"]},
+    }
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setattr(gpu, "commands", lambda part, *_: found[part])
+    monkeypatch.setattr(gpu, "CHECKS_SHARE", 0.9)
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 1)
+    monkeypatch.setattr(gpu, "TAIL_SECONDS", 1)
+    assert gpu.main(["--parts", "tests,sanitize,kernels", "--seconds", "8", "--results", str(tmp_path)]) == 1
+    _, summary = capsys.readouterr().out.split("some GPU, torch")
+    verdicts = {line.split()[0]: line.split(maxsplit=1)[1] for line in summary.splitlines()[1:]}
+    assert verdicts["good"].startswith("ok (")
+    assert verdicts["absent"].startswith("did not run: ")
+    assert verdicts["bad"].startswith("exit code 3 (")
+    assert verdicts["slow"].startswith("ran past its ")
+    assert (tmp_path / "gpu-good.log").read_text() == "all is well\n"
+    monkeypatch.setattr(gpu, "TAIL_SECONDS", 9)
+    assert gpu.main(["--parts", "kernels", "--seconds", "8", "--results", str(tmp_path)]) == 1
+    assert "no time was left" in capsys.readouterr().out

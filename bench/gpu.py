@@ -9,6 +9,7 @@ summary, one that fails does not stop the others, and all together end within ``
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +28,8 @@ TOOLS = ("memcheck", "racecheck")
 CHECKS_SHARE, TAIL_SECONDS = 0.45, 25
 # Between being asked to end and being killed, a part may say how far it was.
 GRACE_SECONDS = 10
+# What runs now; each in a session of its own, so that a Ctrl-C does not reach it by itself.
+RUNNING: list[subprocess.Popen[str]] = []
 
 
 def lay_out(folder: Path) -> None:
@@ -56,6 +60,12 @@ def commands(part: str, results: Path, seconds: float) -> dict[str, list[str]]:
     }
 
 
+def end(process: subprocess.Popen[str], how: signal.Signals) -> None:
+    """Send a signal to a command and all its processes, if any is left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, how)
+
+
 def run(name: str, command: list[str], results: Path, environment: dict[str, str], seconds: float) -> str:
     """Run a command, copying its output to the terminal and to a log; return "ok" or what went wrong."""
     begin = time.monotonic()
@@ -69,11 +79,12 @@ def run(name: str, command: list[str], results: Path, environment: dict[str, str
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        # They end the command with all its processes, even where it prints nothing.
+        RUNNING.append(process)
+        # They end the command even where it prints nothing.
         late = max(0.0, seconds - GRACE_SECONDS)
         watchdogs = [
-            threading.Timer(late, os.killpg, (process.pid, signal.SIGTERM)),
-            threading.Timer(late + GRACE_SECONDS, os.killpg, (process.pid, signal.SIGKILL)),
+            threading.Timer(late, end, (process, signal.SIGTERM)),
+            threading.Timer(late + GRACE_SECONDS, end, (process, signal.SIGKILL)),
         ]
         for watchdog in watchdogs:
             watchdog.start()
@@ -84,19 +95,20 @@ def run(name: str, command: list[str], results: Path, environment: dict[str, str
         code = process.wait()
         for watchdog in watchdogs:
             watchdog.cancel()
+        RUNNING.remove(process)
     took = time.monotonic() - begin
     verdict = "ok" if code == 0 else f"ran past its {seconds:.0f} s" if took >= late else f"exit code {code}"
     return f"{verdict} ({took:.0f} s)"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts asked for and print a summary; the exit code is 0 only if all went well."""
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
     known = (*CHECKS, *MEASUREMENTS)
     parser.add_argument("--parts", default=",".join(known), help=f"comma-separated: {', '.join(known)}")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--seconds", type=float, default=540, help="for all parts together (default: 540)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     parts = options.parts.split(",")
     if unknown := set(parts) - set(known):
         parser.error(f"unknown part {sorted(unknown)[0]!r}; choose of {', '.join(known)}")
@@ -108,7 +120,7 @@ def main() -> int:
         return 2
     results = options.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + options.seconds
+    deadline = time.monotonic() + options.seconds
     outcome: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="fastlenet-") as folder:
         lay_out(Path(folder))
@@ -132,7 +144,10 @@ def main() -> int:
                 return []
 
             def follow(name: str, command: list[str]) -> None:
-                outcome[name] = run(name, command, results, own, seconds)
+                try:
+                    outcome[name] = run(name, command, results, own, seconds)
+                except OSError as error:
+                    outcome[name] = f"did not run: {error}"
 
             threads = [threading.Thread(target=follow, args=each) for each in found.items()]
             for thread in threads:
@@ -141,11 +156,20 @@ def main() -> int:
 
         measurements = [part for part in MEASUREMENTS if part in parts]
         checking = options.seconds * (CHECKS_SHARE if measurements else 1)
-        for thread in [t for part in CHECKS if part in parts for t in start(part, checking)]:
-            thread.join()
-        for part in measurements:
-            for thread in start(part, end - time.monotonic()):
+        try:
+            for thread in [t for part in CHECKS if part in parts for t in start(part, checking)]:
                 thread.join()
+            for part in measurements:
+                left = deadline - time.monotonic()
+                if left < TAIL_SECONDS:
+                    outcome[part] = "no time was left"
+                    continue
+                for thread in start(part, left):
+                    thread.join()
+        except KeyboardInterrupt:
+            for process in list(RUNNING):
+                end(process, signal.SIGTERM)
+            raise
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, results in {results}")
     for name, verdict in outcome.items():
         print(f"{name:9} {verdict}")

@@ -95,6 +95,8 @@ def join(device: torch.device) -> Iterator[World]:
         device = _own_gpu(device)
     if ours:
         if device.type == "cuda":
+            # PyTorch does not take a device without a number here, nor does nccl where it has to guess.
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

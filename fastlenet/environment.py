@@ -43,9 +43,10 @@ def collect() -> dict[str, Any]:
 
     Returns:
         A dict with the keys ``device`` (name of the GPU, or of the CPU where there is none), ``device_slug``,
-        ``driver``, ``cuda``, ``hip``, ``torch``, ``triton``, ``fastlenet``, ``python``, ``platform``, ``commit``,
-        ``dirty``, ``precision`` (PyTorch's fp32 switches), ``threads``, ``cpu`` and ``clocks`` (as seen now: MHz, W,
-        degrees Celsius); also ``backend`` (the setting and what a float32 tensor of this device takes, and why),
+        ``driver``, ``cuda``, ``hip``, ``torch``, ``triton``, ``fastlenet``, ``python``, ``platform``, ``commit`` (from
+        the variable ``FASTLENET_COMMIT`` or else git), ``dirty``, ``precision`` (PyTorch's fp32 switches), ``threads``,
+        ``cpu`` and ``clocks`` (as seen now: MHz, W, degrees Celsius); also ``backend`` (the setting and what a float32
+        tensor of this device takes, and why),
         ``gpus`` (each with its architecture and memory), ``cudnn``, ``variables`` (those of the environment that change
         what runs) and ``packages`` (versions of optional ones).
 
@@ -55,10 +56,14 @@ def collect() -> dict[str, Any]:
         True
     """
     smi = _nvidia_smi()
-    # A copy of the files without the repository cannot know its commit, so whoever copies may say it.
-    commit = _git("rev-parse", "HEAD") or os.environ.get("FASTLENET_COMMIT")
-    # Files that git does not track, such as fresh results, do not change what was measured.
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    # A copy of the files may lack the repository, or hold one that was not kept up: whoever copies may say the commit.
+    # What git then tells of changes is against another commit, so that nothing is known of them.
+    commit = os.environ.get("FASTLENET_COMMIT")
+    changes = None
+    if not commit:
+        commit = _git("rev-parse", "HEAD")
+        # Files that git does not track, such as fresh results, do not change what was measured.
+        changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "device": device_name(),
         "device_slug": device_slug(),

@@ -36,13 +36,21 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep every n-th test where the runner splits a suite over processes (``FASTLENET_SHARD=1/2``)."""
+    """Keep every n-th test where the runner splits a suite over processes (``FASTLENET_SHARD=1/2``).
+
+    Tests marked ``together(name)`` count as one: they share what would be dear to make in every process.
+    """
     shard = os.environ.get("FASTLENET_SHARD")
     if not shard:
         return
     number, count = map(int, shard.split("/"))
-    kept = items[number - 1 :: count]
-    config.hook.pytest_deselected(items=[item for index, item in enumerate(items) if index % count != number - 1])
+    places: dict[str, int] = {}
+    kept, left = [], []
+    for item in items:
+        marker = item.get_closest_marker("together")
+        place = places.setdefault(f"together {marker.args[0]}" if marker else item.nodeid, len(places))
+        (kept if place % count == number - 1 else left).append(item)
+    config.hook.pytest_deselected(items=left)
     items[:] = kept
 
 
@@ -70,7 +78,8 @@ class _Progress:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Install the progress report where the runner asks for one."""
+    """Make the marker known, and install the progress report where the runner asks for one."""
+    config.addinivalue_line("markers", "together(name): run by the same process as all others of that name")
     path = os.environ.get("FASTLENET_PROGRESS_FILE")
     if path:
         config.pluginmanager.register(_Progress(path), "fastlenet-progress")

@@ -27,7 +27,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 SUITES = ("plain", "kernels", "compiled")
-MOST_JOBS = 12
+MOST_JOBS, MANY_JOBS = 12, 8
 PROGRESS_SECONDS = 30.0
 NOTHING_COLLECTED = 5
 
@@ -106,7 +106,8 @@ def environment(job: Job, native: bool, jobs: int) -> dict[str, str]:
     if job.shards > 1:
         env["FASTLENET_SHARD"] = f"{job.shard}/{job.shards}"
     threads = str(max(1, cpus() // jobs))
-    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    # The last is torch.compile's, which else starts as many helpers as there are CPUs in every process.
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         env.setdefault(variable, threads)
     env["FASTLENET_PROGRESS_FILE"] = str(job.progress)
     env["PYTHONUNBUFFERED"] = "1"
@@ -166,7 +167,7 @@ def stop(running: list[Job]) -> None:
     for job in running:
         if job.process is not None:
             try:
-                job.process.wait(timeout=10)
+                job.process.wait(timeout=5)  # whoever ends this program may be impatient, too
             except subprocess.TimeoutExpired:
                 os.killpg(job.process.pid, signal.SIGKILL)
                 job.process.wait()
@@ -250,8 +251,9 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="fastlenet-tests-") as folder:
         jobs = []
         for suite in chosen:
-            # Tests of kernels are many and alike; in the plain suite a second start-up pays only where CPUs are many.
-            shards = max(1, known.jobs // 2) if suite == "plain" else known.jobs
+            # Tests of kernels are many and alike; in the plain suite more start-ups pay only where CPUs are many.
+            few = suite == "plain" and known.jobs < MANY_JOBS
+            shards = max(1, known.jobs // 2) if few else known.jobs
             jobs += [Job(suite, shard, shards, Path(folder)) for shard in range(1, shards + 1)]
         run_all(list(jobs), options, native, known.jobs)
         return summary(jobs, bool(options))

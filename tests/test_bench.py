@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import memory, report, rivals, run, timing, work  # noqa: E402
+from bench import gpu, memory, report, rivals, run, timing, work  # noqa: E402
 from bench.work import BACKWARD, BOTH, FORWARD, KERNEL, LENET, TRAIN_STEP, ConvCase, LinearCase, Work  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -300,22 +299,26 @@ def test_peak_memory_of_a_step_is_at_least_what_autograd_keeps():
 # ---- the commands
 
 
+# Where the commands run; a GPU has more modes and more rivals than a CPU.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RATES = timing.Rates({2**20: 1e10}, {"ieee": 1e11, "bf16": 1e11}, None)
+together = pytest.mark.together("bench")
+TINY = [WORKS[0], Work(LENET, 2, direction=TRAIN_STEP), Work(LENET, 4, direction=TRAIN_STEP)]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The results file of a run of three tiny comparisons, and what the run printed."""
-    works = [replace(WORKS[0], case=CONV), Work(LENET, 2, direction=TRAIN_STEP), Work(LENET, 4, direction=TRAIN_STEP)]
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.setattr(run, "suite", lambda *_: iter(works))
+        patch.setattr(run, "suite", lambda *_: iter(TINY))
         patch.setattr(timing.Rates, "measure", classmethod(lambda *_: RATES))
         assert run.main(["--results", str(folder), "--budget", "0", "--rounds", "2"]) == 0
     [path] = folder.glob("*/*.json")
     return path, out.getvalue()
 
 
+@together
 def test_bench_writes_what_the_contract_says(tiny):
     path, out = tiny
     results = json.loads(path.read_text())
@@ -326,7 +329,9 @@ def test_bench_writes_what_the_contract_says(tiny):
         about
     )
     assert about["bench"]["not_measured"] == []
-    assert len(results["rows"]) == 9
+    assert [(row["name"], row["batch"], row["impl"]) for row in results["rows"]] == [
+        (some.name, some.batch, rival.name) for some in TINY for rival in rivals.competitors(some, DEVICE)
+    ]
     for row in results["rows"]:
         assert {
             "name", "impl", "batch", "dtype", "precision", "direction", "unit", "median", "iqr", "n", "ns_per_image",
@@ -347,13 +352,16 @@ def test_bench_stops_at_its_limit_and_says_so(monkeypatch, tmp_path, capsys):
     assert run.main(["--results", str(tmp_path), "--limit", "0", "--filter", "lenet train_step 64 "]) == 0
     [path] = tmp_path.glob("*/*.json")
     results = json.loads(path.read_text())
-    assert results["environment"]["bench"]["not_measured"] == ["LeNet train_step 64 ieee"]
+    left = results["environment"]["bench"]["not_measured"]
+    assert "LeNet train_step 64 ieee" in left
+    assert left == [w.label for w in work.suite("quick", DEVICE.type) if "lenet train_step 64 " in w.label.lower()]
     assert results["rows"] == []
     assert "time is up" in capsys.readouterr().out
     assert report.main([str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@together
 def test_report_makes_a_page_and_a_picture(tiny, tmp_path):
     pytest.importorskip("matplotlib")
     path, _ = tiny
@@ -366,6 +374,7 @@ def test_report_makes_a_page_and_a_picture(tiny, tmp_path):
     assert (tmp_path / "page" / f"{path.stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@together
 def test_report_marks_what_is_modelled(tiny):
     results = json.loads(tiny[0].read_text())
     for row in results["rows"]:
@@ -436,13 +445,19 @@ def test_goals_are_set_against_the_results():
     ]
 
 
+@together
+@pytest.mark.parametrize("slug", ["cpu-some", "some-gpu"])
 @pytest.mark.parametrize("rich", [True, False])
-def test_tables_print_with_and_without_rich(tiny, rich, monkeypatch, capsys):
+def test_tables_print_with_and_without_rich(tiny, rich, slug, monkeypatch, capsys):
+    """The goals only where these results say anything about them: all are exact float32, a GPU's goals are tf32's."""
     if not rich:
         monkeypatch.setitem(sys.modules, "rich", None)
-    report.print_tables(json.loads(tiny[0].read_text()))
+    results = json.loads(tiny[0].read_text())
+    results["environment"]["device_slug"] = slug
+    report.print_tables(results)
     out = capsys.readouterr().out
-    assert all(text in out for text in ("Goals", "Networks", "Operators", "channels_last", "12,792 B"))
+    assert all(text in out for text in ("Networks", "Operators", "channels_last", "12,792 B"))
+    assert ("Goals" in out) == (slug == "cpu-some")
     assert "…" not in out
 
 
@@ -469,3 +484,50 @@ def test_bad_input_gets_one_line_and_exit_code_2(command, arguments, capsys, mon
         code = stop.code
     assert code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- make gpu
+
+
+def test_make_gpu_names_an_unknown_part(capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--parts", "tests,kernel"])
+    assert stop.value.code == 2
+    assert "unknown part 'kernel'; choose of tests, sanitize, kernels, bench" in capsys.readouterr().err
+
+
+def test_make_gpu_needs_a_gpu(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--results", str(tmp_path / "results")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "sees no GPU" in line
+    assert not (tmp_path / "results").exists()
+
+
+def test_make_gpu_says_of_every_part_how_it_ended(monkeypatch, capsys, tmp_path):
+    """One that fails, cannot be started or takes too long does not stop the others, and none is forgotten."""
+    found = {
+        "tests": {
+            "good": [sys.executable, "-c", "print('all is well')"],
+            "absent": [str(tmp_path / "no such program")],
+        },
+        "sanitize": {"bad": [sys.executable, "-c", "raise SystemExit(3)"]},
+        "kernels": {"slow": [sys.executable, "-c", "import time; time.sleep(60)"]},
+    }
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setattr(gpu, "commands", lambda part, *_: found[part])
+    monkeypatch.setattr(gpu, "CHECKS_SHARE", 0.9)
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 1)
+    monkeypatch.setattr(gpu, "TAIL_SECONDS", 1)
+    assert gpu.main(["--parts", "tests,sanitize,kernels", "--seconds", "8", "--results", str(tmp_path)]) == 1
+    _, summary = capsys.readouterr().out.split("some GPU, torch")
+    verdicts = {line.split()[0]: line.split(maxsplit=1)[1] for line in summary.splitlines()[1:]}
+    assert verdicts["good"].startswith("ok (")
+    assert verdicts["absent"].startswith("did not run: ")
+    assert verdicts["bad"].startswith("exit code 3 (")
+    assert verdicts["slow"].startswith("ran past its ")
+    assert (tmp_path / "gpu-good.log").read_text() == "all is well\n"
+    monkeypatch.setattr(gpu, "TAIL_SECONDS", 9)
+    assert gpu.main(["--parts", "kernels", "--seconds", "8", "--results", str(tmp_path)]) == 1
+    assert "no time was left" in capsys.readouterr().out

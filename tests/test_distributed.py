@@ -32,11 +32,19 @@ pytestmark = pytest.mark.skipif(
     reason="this PyTorch is built without torch.distributed",
 )
 
+# Those that look at what one run of several processes left, which takes long.
+together = pytest.mark.together("distributed")
 
-def torchrun(*command: object, processes: int = 3) -> subprocess.CompletedProcess[str]:
-    """Run a program in processes of one thread each: in three, because two terms have the same sum in any order."""
+
+def torchrun(*command: object, processes: int = 3, gpus: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a program in processes of one thread each: in three, because two terms have the same sum in any order.
+
+    They see no GPU unless asked to: a machine may have fewer than processes, and PyTorch's defaults take what is there.
+    """
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    if not gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run(
         [*line, *map(str, command)], capture_output=True, text=True, check=False, env=environment, timeout=500
     )
@@ -115,9 +123,28 @@ def test_gpus_are_given_out_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed._own_gpu(torch.device("cuda"))
 
 
+@pytest.mark.parametrize(("name", "number"), [("cuda", 3), ("cuda:1", 1)])
+def test_one_process_under_torchrun_takes_the_current_gpu(
+    name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the one that was chosen; and says its number to PyTorch, which demands one."""
+    told = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    for function, value in (("is_torchelastic_launched", True), ("get_rank", 0), ("get_world_size", 1)):
+        monkeypatch.setattr(torch.distributed, function, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", told.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with distributed.join(torch.device(name)) as world:
+        assert world.device == torch.device("cuda", number)
+    assert told == [torch.device("cuda", number), "nccl"]
+
+
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
+@together
 @pytest.mark.parametrize("name", ["ddp of 5", "ddp of 1", "fsdp", "fsdp, stepped"])
 def test_gradients_are_those_of_the_joined_batch(worked: Path, name: str) -> None:
     """In float64, where only the order of sums is left; shares of different sizes, and empty ones."""
@@ -142,13 +169,16 @@ def alone_in_a_group():
 
 
 def wrapped(how: str, model: torch.nn.Module) -> torch.nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     if how == "ddp":
         return torch.nn.parallel.DistributedDataParallel(model)
+    # Left to itself, FSDP moves a model to the GPU where there is one.
+    mesh = init_device_mesh("cpu", (1,))
     for layer in model.children() if how == "fsdp by layer" else ():
-        fully_shard(layer)
-    return fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 @pytest.mark.parametrize(("how", "fused"), [("ddp", True), ("fsdp", True), ("fsdp by layer", False)])
@@ -173,6 +203,7 @@ def test_fused_models_can_be_wrapped(how: str, fused: bool, alone_in_a_group: No
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
+@together
 def test_a_resumed_run_of_several_is_exact(worked: Path) -> None:
     """Generators of every process included, and every process ends with the same."""
     found = [torch.load(worked / f"resumed-{rank}.pt") for rank in range(3)]
@@ -188,6 +219,7 @@ def test_a_resumed_run_of_several_is_exact(worked: Path) -> None:
     assert {"cpu", "cpu.1", "cpu.2"} == set(checkpoint.load(whole).rng)
 
 
+@together
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(worked: Path, alone: train.TrainResult) -> None:
     """It was killed in its second epoch; the command line takes it to its end."""
     assert checkpoint.load(worked / "killed" / "checkpoint.safetensors").epoch == 1
@@ -213,7 +245,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(worked: Path, alone: tr
 def test_every_gpu_trains(folder: Path) -> None:
     """Over nccl, with as many processes as there are GPUs, and no GPU named."""
     command = ["-m", "fastlenet", "train", "--data", folder / "digits", "--epochs", 2, "--output", folder / "gpus"]
-    done = torchrun(*command, processes=torch.cuda.device_count())
+    done = torchrun(*command, processes=torch.cuda.device_count(), gpus=True)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((folder / "gpus" / "metrics.json").read_text())
     assert metrics["processes"] == torch.cuda.device_count()

@@ -48,3 +48,14 @@ def test_gpus_and_packages_are_listed():
     assert set(record["packages"]) <= set(environment._PACKAGES)
     assert "pytest" in record["packages"]
     assert record["cpu"]["vectors"] == torch.backends.cpu.get_cpu_capability()
+
+
+def test_whoever_copied_the_files_knows_their_commit_best(monkeypatch):
+    """A copy's repository may stand at another commit, so that git's word on changes means nothing either."""
+    monkeypatch.setattr(environment, "_git", lambda command, *_: {"rev-parse": "stale", "status": ""}[command])
+    monkeypatch.delenv("FASTLENET_COMMIT", raising=False)
+    record = environment.collect()
+    assert (record["commit"], record["dirty"]) == ("stale", False)
+    monkeypatch.setenv("FASTLENET_COMMIT", "fresh")
+    record = environment.collect()
+    assert (record["commit"], record["dirty"]) == ("fresh", None)

@@ -216,15 +216,25 @@ def test_onnx_with_a_dynamic_batch(plain, networks, tmp_path):
 
 
 def test_aot_inductor_package_runs_our_operators(tmp_path):
-    """Compiled ahead of time, loaded back, with fastlenet's operators called from inside, for several batches."""
+    """Compiled ahead of time, and loaded where only fastlenet's operators are, which it calls; for several batches."""
     model = torch.nn.Sequential(
         fastlenet.ConvReLUMaxPool2d(1, 3, 3), torch.nn.Flatten(), fastlenet.LinearReLU(75, 4)
     ).requires_grad_(False)
     batch = Dim("batch", min=1, max=64)
     program = torch.export.export(model, (torch.randn(3, 1, 12, 12),), dynamic_shapes=({0: batch},))
     assert operators(program.graph) == {"aten", "fastlenet"}
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    package = torch._inductor.aoti_load_package(path)
-    for size in (1, 3, 64):
-        images = torch.randn(size, 1, 12, 12)
-        torch.testing.assert_close(package(images), model(images))
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    images = [torch.randn(size, 1, 12, 12) for size in (1, 3, 64)]
+    torch.save(images, tmp_path / "images.pt")
+    # In a process of its own: machine code gone wrong dies of a signal, which is then a failure like any other.
+    code = (
+        "import torch, fastlenet\n"
+        "torch._C._set_print_stack_traces_on_fatal_signal(True)\n"
+        "torch.set_num_threads(1)\n"
+        "package = torch._inductor.aoti_load_package('model.pt2')\n"
+        "assert package.get_metadata()['AOTI_DEVICE_KEY'] == 'cpu', package.get_metadata()\n"
+        "torch.save([package(images) for images in torch.load('images.pt')], 'outputs.pt')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"ended with {done.returncode}\n{done.stderr}"
+    torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), [model(some) for some in images])

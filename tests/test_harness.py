@@ -479,6 +479,28 @@ def test_runner_notices_suites_without_tests(sample):
     assert lines[-2:] == ["no tests were collected in: compiled", "0 passed, 0 failed, 0 skipped"]
 
 
+def test_shards_share_all_tests_and_keep_together_what_belongs_together(sample):
+    (sample.tests / "test_plain.py").write_text(
+        "import pytest\n\n\n@pytest.mark.parametrize('n', range(5))\ndef test_single(n): pass\n\n\n"
+        "@pytest.mark.together('some')\n@pytest.mark.parametrize('n', range(4))\ndef test_group(n): pass\n"
+    )
+    shards = []
+    for shard in ("1/2", "2/2"):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "tests/test_plain.py", "--collect-only", "-q", "-p", "no:cacheprovider"],
+            cwd=sample.tests.parent,
+            env=os.environ | {"FASTLENET_SHARD": shard},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        shards.append([line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line])
+    assert shards == [
+        ["test_single[0]", "test_single[2]", "test_single[4]"],
+        ["test_single[1]", "test_single[3]", *(f"test_group[{n}]" for n in range(4))],
+    ]
+
+
 def test_wrong_folder_for_the_process_is_explained(sample):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/compiled", "-p", "no:cacheprovider"],

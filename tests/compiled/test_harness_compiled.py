@@ -13,8 +13,10 @@ from harness.fake_driver import (
     TARGETS,
     OutOfResources,
     assert_no_spills,
+    assert_shipped_without_spills,
     compiling_for,
     opcodes,
+    pinned_triton,
     sass,
     table,
 )
@@ -82,6 +84,19 @@ def test_a_spilling_kernel_is_caught(name):
         assert_no_spills(records)
     with pytest.raises(AssertionError, match="no kernel was launched"):
         assert_no_spills([])
+
+
+def test_what_ships_must_not_spill_with_the_pinned_triton(monkeypatch):
+    with compiling_for("sm_90") as records:
+        toy.product(128, 32, num_warps=1)
+    monkeypatch.setattr(triton, "__version__", pinned_triton())
+    with pytest.raises(AssertionError, match="1 of 1 kernels spill"):
+        assert_shipped_without_spills(records)
+    monkeypatch.setattr(triton, "__version__", "0.0")
+    with pytest.warns(UserWarning, match="triton 0.0 is not the pinned one"):
+        assert_shipped_without_spills(records)
+    with pytest.raises(AssertionError, match="no kernel was launched"):
+        assert_shipped_without_spills([])
 
 
 @every_target

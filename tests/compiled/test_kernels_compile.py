@@ -13,7 +13,7 @@ from fastlenet.kernels import addmm_relu as addmm
 from fastlenet.kernels import configurations, mlp, runtime
 from fastlenet.kernels import conv2d_relu_max_pool2d as conv
 from harness.cases import conv_case
-from harness.fake_driver import TARGETS, CompiledKernelRecord, assert_no_spills, compiling_for, opcodes
+from harness.fake_driver import TARGETS, CompiledKernelRecord, assert_shipped_without_spills, compiling_for, opcodes
 from harness.operators import far_apart, fp32_precision
 
 from bench import tune
@@ -130,7 +130,7 @@ def compiled():
 
 def check(records):
     """No spills (OutOfResources has told of too much shared memory already), and no atomics of any kind."""
-    assert_no_spills(records)
+    assert_shipped_without_spills(records)
     for record in records:
         pattern = r"\b(atom|red)\." if record.target.backend == "cuda" else r"atomic"
         assert record.count(pattern) == 0, f"{record} uses atomics"

@@ -14,7 +14,7 @@ from harness.cases import BIG_WINDOW, SHIPPED_CONV, conv_case, conv_cases, dtype
 from harness.draw import conv_calls
 from harness.fuzz import examples, given, settings
 from harness.judge import assert_bitwise_equal, assert_same_values, exact_grid
-from harness.operators import CONV, far_apart, fp32_precision, run, upstream
+from harness.operators import CONV, by_definition, far_apart, fp32_precision, run, upstream
 from harness.poison import assert_writes_everything
 from harness.strides import awkward, kinds_for
 from torch._subclasses import FakeTensorMode
@@ -142,7 +142,7 @@ def test_nan_and_infinities_in_the_weight(value, watched, device):
     """
     tensors = COVERED.exact(torch.float32, device=device)
     tensors["weight"][1, 0, 1, 1] = value
-    stock = run(CONV.stock, tensors, COVERED.keywords)
+    stock = by_definition(CONV.stock, tensors, COVERED.keywords)
     result = watched(CONV.fused, tensors, COVERED.keywords)
     assert_same_values(result.output, stock.output)
     assert_same_values(result.grads["weight"], stock.grads["weight"])

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import triton
+from fastlenet.kernels.runtime import launch
 from harness import toy
 from harness.fake_driver import compiling_for
 from triton.runtime.jit import JITFunction
-
-from fastlenet.kernels.runtime import launch
 
 
 @pytest.fixture

@@ -114,9 +114,12 @@ def _dispatcher_matters(args: tuple[Any, ...]) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return True
-    for arg in args:  # noqa: SIM110 (a generator takes longer)
-        # torch.autograd.grad(is_grads_batched=True) maps by another kind of tensor, whose type does not tell.
-        if isinstance(arg, Tensor) and (type(arg) not in _PLAIN_TENSORS or _is_batched(arg)):
+    for arg in args:  # a generator takes longer
+        if type(arg) in _PLAIN_TENSORS:
+            # torch.autograd.grad(is_grads_batched=True) maps by another kind of tensor, whose type does not tell.
+            if _is_batched(arg):
+                return True
+        elif isinstance(arg, Tensor):
             return True
     return False
 
@@ -138,21 +141,26 @@ def _implementation(
     if reason is None and library is not None and backend() == "auto":
         reason = library()
     if reason is None:
-        # Imported here so that triton is imported only when a kernel is first needed.
-        if operator == "addmm_relu":
-            from fastlenet.kernels import addmm_relu
-
-            return addmm_relu
-        if operator == "mlp":
-            from fastlenet.kernels import mlp
-
-            return mlp
-        from fastlenet.kernels import conv2d_relu_max_pool2d
-
-        return conv2d_relu_max_pool2d
+        return _launchers(operator)
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("%s of %s %s runs on ATen: %s", operator, tuple(input.shape), input.dtype, reason)
     return aten
+
+
+@functools.cache
+def _launchers(operator: str) -> ModuleType:
+    """Import an operator's launchers: only when a kernel is first needed, for they import triton."""
+    if operator == "addmm_relu":
+        from fastlenet.kernels import addmm_relu
+
+        return addmm_relu
+    if operator == "mlp":
+        from fastlenet.kernels import mlp
+
+        return mlp
+    from fastlenet.kernels import conv2d_relu_max_pool2d
+
+    return conv2d_relu_max_pool2d
 
 
 @contextlib.contextmanager
@@ -225,11 +233,10 @@ def conv2d_relu_max_pool2d_backward(
         library=lambda: dispatch.convolution("backward", input, weight, geometry),
     )
     args = grad_output, input, weight, code, geometry, output_mask
-    if module is aten and input.is_cuda:
-        with _deterministic():
-            first, second, third = aten.conv2d_relu_max_pool2d_backward(*args)
-    else:
-        first, second, third = module.conv2d_relu_max_pool2d_backward(*args)
+    if module is not aten:
+        return _or_empty(input, *module.conv2d_relu_max_pool2d_backward(*args))
+    with _deterministic() if input.is_cuda else contextlib.nullcontext():
+        first, second, third = aten.conv2d_relu_max_pool2d_backward(*args)
     # ATen's convolutions choose layouts of their own; the shape function promises these.
     layout = memory_format(input, weight)
     first = first if first is None else first.contiguous(memory_format=layout)

@@ -33,9 +33,9 @@ def architecture() -> str:
     The interpreter has entries of its own: its cost is by operation, so it wants large tiles, and no `patch_fma`.
     """
     # Imported here, as the table is read by who must not load triton.
-    from . import runtime
+    from .runtime import architecture as of_device
 
-    return runtime.architecture()
+    return of_device()
 
 
 def find(kernel: str, dtype: torch.dtype, precision: str, shape: Sequence[int]) -> Configuration | None:

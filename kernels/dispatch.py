@@ -17,6 +17,7 @@ Free of triton, but for the name of the current architecture, which is asked for
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def why_library(
     direction: str,
     dtype: torch.dtype,
     precision: str,
-    shape: tuple[int, ...],
+    shape: Sequence[int],
     *,
     depth: int,
     columns: int,
@@ -67,23 +68,6 @@ def why_library(
         columns: output channels of a group, or features.
         channels: input channels of a group.
     """
-    key = "why_library", operator, direction, dtype, precision, shape, depth, columns, channels
-    known = configurations.remembered()
-    if key not in known:
-        known[key] = _why_library(operator, direction, dtype, precision, shape, depth, columns, channels)
-    return known[key]
-
-
-def _why_library(
-    operator: str,
-    direction: str,
-    dtype: torch.dtype,
-    precision: str,
-    shape: tuple[int, ...],
-    depth: int,
-    columns: int,
-    channels: int,
-) -> str | None:
     listed = [
         configurations.find(f"{operator}.{name}", dtype, precision, shape)
         for name in ([direction] if direction == "forward" else _BACKWARD[operator])
@@ -108,16 +92,27 @@ _BACKWARD = {CONV: ("backward", "grad_input", "grad_weight"), ADDMM: ("backward"
 def convolution(direction: str, input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> str | None:
     """Say why cuDNN computes a convolution with its pool, or None if a Triton kernel does; see `why_library`."""
     precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
-    sizes = {
-        "depth": math.prod(weight.shape[1:]),
-        "columns": weight.shape[0] // geometry.groups,
-        "channels": weight.shape[1],
-    }
-    return why_library(CONV, direction, input.dtype, precision, geometry.key(input, weight), **sizes)
+    known, key = (
+        configurations.remembered(),
+        (CONV, direction, input.dtype, precision, input.shape, weight.shape, geometry),
+    )
+    if key not in known:
+        sizes = {
+            "depth": math.prod(weight.shape[1:]),
+            "columns": weight.shape[0] // geometry.groups,
+            "channels": weight.shape[1],
+        }
+        known[key] = why_library(CONV, direction, input.dtype, precision, geometry.key(input, weight), **sizes)
+    return known[key]
 
 
 def product(direction: str, mat1: Tensor, mat2: Tensor) -> str | None:
     """Say why cuBLAS computes a matrix product with its relu, or None if a Triton kernel does; see `why_library`."""
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    depth, columns = mat2.shape
-    return why_library(ADDMM, direction, mat1.dtype, precision, (depth, columns), depth=depth, columns=columns)
+    known, key = configurations.remembered(), (ADDMM, direction, mat1.dtype, precision, mat2.shape)
+    if key not in known:
+        depth, columns = mat2.shape
+        known[key] = why_library(
+            ADDMM, direction, mat1.dtype, precision, (depth, columns), depth=depth, columns=columns
+        )
+    return known[key]

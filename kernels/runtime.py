@@ -21,8 +21,8 @@ def empty(
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
     """Allocate what a kernel will fill. Every launcher's outputs and workspaces come from here, so tests can poison."""
-    if memory_format == torch.contiguous_format:  # in a third of the time
-        return like.new_empty(shape, dtype=dtype)
+    if memory_format is torch.contiguous_format:  # in a third of the time
+        return like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=dtype)
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
 
 
@@ -153,8 +153,7 @@ def _key(kernel: Any, device: int, args: tuple[Any, ...], constants: dict[str, A
     key: list[Any] = [id(kernel), device]
     for arg in args:
         if isinstance(arg, Tensor):
-            key.append(arg.dtype)
-            key.append(arg.data_ptr() % 16)
+            key += arg.dtype, arg.data_ptr() % 16
         elif type(arg) is int:
             key.append(arg)
         elif type(arg) is float:
@@ -171,12 +170,17 @@ def all_registers() -> dict[str, int]:
     Left to itself, ptxas aims at a round number of resident programs and spills a few bytes to reach it. The option
     exists on NVIDIA's targets only.
     """
-    return {"maxnreg": 255} if target().backend == "cuda" else {}
+    return {"maxnreg": 255} if _of_device()[0].backend == "cuda" else {}
 
 
 def cdiv(dividend: int, divisor: int) -> int:
     """Divide and round up, as ``triton.cdiv`` does in 4 us: it serves kernels too."""
     return -(-dividend // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """Return the least power of two that is not less than a positive number; as `cdiv`, for launchers alone."""
+    return 1 << (number - 1).bit_length()
 
 
 def index_type(*tensors: Tensor | None) -> tl.dtype:

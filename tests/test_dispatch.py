@@ -122,3 +122,13 @@ def test_the_committed_table_can_be_read():
     for entry in json.loads(configurations._COMMITTED.read_text(encoding="utf-8")):
         assert entry["evidence"]
         assert entry["design"] in ("general", "patch_dot", "patch_fma", dispatch.LIBRARY)
+
+
+def test_another_table_is_noticed(monkeypatch):
+    """What follows from the table is remembered, until another one is in force; so tuning and tests see their own."""
+    mat1, mat2 = torch.empty(7, 5, device="meta"), torch.empty(5, 4, device="meta")
+    assert dispatch.product("forward", mat1, mat2) is None
+    listed(monkeypatch, dispatch.LIBRARY, "addmm_relu.forward", (5, 4))
+    assert "measured on a test" in str(dispatch.product("forward", mat1, mat2))
+    listed(monkeypatch, "general", "addmm_relu.forward", (5, 4))
+    assert dispatch.product("forward", mat1, mat2) is None

@@ -311,3 +311,25 @@ def test_explain_shows_what_a_forced_backend_would_raise(monkeypatch):
     with fastlenet.use_backend("triton"):
         table = fastlenet.explain(fastlenet.LeNet())
     assert {site.implementation for site in table.sites} == {"none"}
+
+
+@pytest.mark.parametrize("wrong", [(True, 1), (1.0, 1), True, 1.0])
+def test_what_equals_a_legal_argument_is_checked_all_the_same(wrong):
+    """Legal calls are remembered by what they were given, and True and 1.0 equal 1."""
+    for stride in (1, (1, 1)):
+        conv(functional.conv2d_relu_max_pool2d, stride=stride)
+    with pytest.raises(TypeError, match="stride"):
+        conv(functional.conv2d_relu_max_pool2d, stride=wrong)
+
+
+def test_what_autocast_makes_legal_is_refused_outside():
+    shapes = (2, 6), (5, 6), (5,), (4, 5), (4,), (3, 4), (3,)
+    input, *parameters = (randn(shape) for shape in shapes)
+    images, weight = randn(2, 3, 8, 8), randn(4, 3, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        functional.mlp(input.bfloat16(), *parameters)
+        functional.conv2d_relu_max_pool2d(images.bfloat16(), weight)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        functional.mlp(input.bfloat16(), *parameters)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        functional.conv2d_relu_max_pool2d(images.bfloat16(), weight)

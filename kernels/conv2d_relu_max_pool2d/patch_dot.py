@@ -27,7 +27,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvPoolGeometry
-from ..runtime import INTERPRETED, all_registers, cdiv, dot_precision, empty, index_type, launch, load, store, tf32
+from ..runtime import (
+    INTERPRETED,
+    all_registers,
+    cdiv,
+    dot_precision,
+    empty,
+    index_type,
+    launch,
+    load,
+    next_power_of_2,
+    store,
+    tf32,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -684,7 +696,7 @@ def grad_weight(
         rows_per_program,
         **shape,
         INDEX=index_type(input, grad_output, parts),
-        BLOCK_T=triton.next_power_of_2(weight[0].numel()),
+        BLOCK_T=next_power_of_2(weight.numel() // weight.shape[0]),
         **_options(input, configuration),
     )
     result, bias = empty(weight.shape, weight), empty(weight.shape[:1], weight)

@@ -459,6 +459,18 @@ def test_goals_are_set_against_the_results():
     ]
 
 
+def test_graphs_are_set_against_graphs():
+    """On a GPU a goal may be of CUDA graphs, where ours and eager's stand for themselves and not for calls from Python."""
+    medians = {"fastlenet": 100.0, "fastlenet graphed": 10.0, "eager": 150.0, "eager graphed": 31.0}
+    medians |= {"compiled reduce-overhead": 40.0, "compiled max-autotune": 24.0}
+    row = {"name": "LeNet", "level": "module", "direction": "train_step", "batch": 64, "dtype": "float32"}
+    row |= {"precision": "tf32", "ok": True, "saved_bytes_per_image": None, "peak_bytes": None}
+    rows = [row | {"impl": name, "median": median} for name, median in medians.items()]
+    _, line, *_ = report.goals({"environment": {"device_slug": "some-gpu"}, "rows": rows})
+    title = "LeNet training step, batch 64, as CUDA graphs"
+    assert line == [title, "3.10x, goal >= 3x: met", "2.40x, goal >= 2.5x: missed"]
+
+
 @together
 @pytest.mark.parametrize("slug", ["cpu-some", "some-gpu"])
 @pytest.mark.parametrize("rich", [True, False])

@@ -460,7 +460,7 @@ def test_goals_are_set_against_the_results():
 
 
 def test_graphs_are_set_against_graphs():
-    """On a GPU a goal may be of CUDA graphs, where ours and eager's stand for themselves and not for calls from Python."""
+    """On a GPU a goal may be of CUDA graphs, where Python's part of a call does not count."""
     medians = {"fastlenet": 100.0, "fastlenet graphed": 10.0, "eager": 150.0, "eager graphed": 31.0}
     medians |= {"compiled reduce-overhead": 40.0, "compiled max-autotune": 24.0}
     row = {"name": "LeNet", "level": "module", "direction": "train_step", "batch": 64, "dtype": "float32"}

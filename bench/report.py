@@ -352,8 +352,18 @@ def heading(about: dict[str, Any]) -> str:
     return f"{about['device']}, {threads}{', '.join(versions)}; {about.get('date', 'date unknown')}, {commit}."
 
 
-COLOURS = {OURS: "#c1272d", EAGER: "#555555", "channels_last": "#0072b2", "compiled": "#009e73"}
-OTHER_COLOURS = ("#e69f00", "#56b4e9", "#cc79a7", "#8c6d31", "#7b4173", "#3182bd", "#31a354")
+COLOURS = {
+    OURS: "#c1272d",
+    EAGER: "#555555",
+    "channels_last": "#0072b2",
+    "compiled": "#009e73",
+    "compiled reduce-overhead": "#e69f00",
+    "compiled max-autotune": "#8c6d31",
+    "library": "#cc79a7",
+    "library channels_last": "#7b4173",
+}
+GRAPHED = " graphed"
+"""Ends the name of what replays CUDA graphs, drawn dotted in the colour of what was captured."""
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -386,8 +396,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     height = (4.6 if panels else 0) + (0.9 + 0.23 * len(operators) if operators else 0) + 1.1
     figure = pyplot.figure(figsize=(11, height), layout="constrained")
     about = results["environment"]
-    figure.suptitle(f"fastlenet on {about['device']}: how many times as fast as stock PyTorch", fontweight="bold")
-    note = "\nNoisy: the machine was busy with other work." if noise(results["rows"]) else ""
+    figure.suptitle(
+        f"fastlenet on {about['device']}: how many times as fast as stock PyTorch", fontweight="bold", x=0.01, ha="left"
+    )
+    note = "\nNoisy: many ranges are wide, so repeat it before believing it." if noise(results["rows"]) else ""
     figure.supxlabel(heading(about) + note, fontsize=7.5, color="#444444")
     grid = figure.add_gridspec(
         int(bool(panels)) + int(bool(operators)),
@@ -396,6 +408,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     )
     for column, (title, some) in enumerate(panels):
         _draw_lines(figure.add_subplot(grid[0, column]), f"{title} ({shown})", some)
+    _name_lines(figure)
     if operators:
         _draw_bars(figure.add_subplot(grid[-1, :]), operators)
     try:
@@ -415,32 +428,36 @@ def _batch(comparison: Comparison) -> int:
 def _draw_lines(axes: Any, title: str, some: list[Comparison]) -> None:
     """Speed against eager by batch."""
     names = list(dict.fromkeys(name for comparison in some for name in comparison.rows))
-    spare = iter(OTHER_COLOURS)
-    top, bottom = 1.0, 1.0
-    ends = []
+    speeds_seen = [1.0]
     for name in [*(name for name in names if name != OURS), OURS]:
         points = [(i, c.median(EAGER) / c.median(name)) for i, c in enumerate(some) if c.median(name)]
         if not points:
             continue
         positions, speeds = zip(*points, strict=True)
-        top, bottom = max(top, *speeds), min(bottom, *speeds)
-        colour = COLOURS.get(name) or next(spare, "#999999")
-        ours = name == OURS
-        axes.plot(positions, speeds, "o-", color=colour, linewidth=3 if ours else 1.6, markersize=7 if ours else 4)
-        ends.append((speeds[-1], name, colour))
-        if ours:
+        speeds_seen += speeds
+        base = name.removesuffix(GRAPHED)
+        axes.plot(
+            positions,
+            speeds,
+            "o-" if base == name else "o:",
+            color=COLOURS.get(base, "#999999"),
+            linewidth=3 if base == OURS else 1.6,
+            markersize=7 if base == OURS else 4,
+            label=name,
+        )
+        if base == OURS:
             for position, speed in points:
                 text = axes.annotate(
-                    f"{speed:.2g}x", (position, speed), (0, 9), textcoords="offset points", ha="center", color=colour,
-                    fontweight="bold", zorder=5,
+                    f"{speed:.2g}x", (position, speed), (0, 9), textcoords="offset points", ha="center",
+                    color=COLOURS[OURS], fontweight="bold", zorder=5,
                 )  # fmt: skip
                 text.set_path_effects([import_extra("matplotlib.patheffects").withStroke(linewidth=3, foreground="w")])
     floors = [c.median(EAGER) * 1e3 / c.first["batch"] / c.rows[OURS]["floor_ns_per_image"] for c in some]
     # The floor of a batch of one is far out of reach, and of the picture: there calls cost more than work.
+    top = max(speeds_seen)
     upper = max(top * 1.6, 2.0, min(max(floors), 12 * top) * 1.3)
-    lower = bottom / 1.35
-    axes.plot(range(len(some)), floors, "--", color="black", linewidth=1.2)
-    ends.append((min(floors[-1], upper / 1.1), "floor of this device", "black"))
+    lower = min(speeds_seen) / 1.35
+    axes.plot(range(len(some)), floors, "--", color="black", linewidth=1.2, label="floor of this device")
     axes.set_yscale("log")
     axes.set_ylim(lower, upper)
     axes.axhspan(lower, 1, color="#000000", alpha=0.06, zorder=0)
@@ -449,25 +466,22 @@ def _draw_lines(axes: Any, title: str, some: list[Comparison]) -> None:
     axes.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.minorticks_off()
     axes.set_xticks(range(len(some)), [f"{_batch(c):,}" for c in some])
-    axes.set_xlim(-0.3, len(some) - 0.5 + 0.16 * max(len(name) for _, name, _ in ends) * len(some) / 10)
+    axes.set_xlim(-0.3, len(some) - 0.7)
     axes.grid(axis="y", alpha=0.3)
     axes.set_xlabel("images a batch")
     axes.set_ylabel("speed, stock eager = 1 (higher is faster)")
     axes.set_title(title, fontsize=11)
-    _name_ends(axes, len(some) - 1, ends, upper / lower)
 
 
-def _name_ends(axes: Any, position: int, ends: list[tuple[float, str, str]], span: float) -> None:
-    """Write each line's name at its right end, moved apart where they would overlap."""
-    gap = span**0.055
-    last = 0.0
-    for value, name, colour in sorted(ends):
-        height = max(value, last * gap)
-        last = height
-        axes.annotate(
-            name, (position, height), (9, 0), textcoords="offset points", va="center", color=colour, fontsize=9,
-            fontweight="bold" if name == OURS else "normal",
-        )  # fmt: skip
+def _name_lines(figure: Any) -> None:
+    """Name the lines of all panels once, at the right: ours first, then in the order of drawing, the floor last."""
+    found = {}
+    for axes in figure.axes:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    names = sorted(found, key=lambda name: (name.removesuffix(GRAPHED) != OURS, name.startswith("floor"), name != OURS))
+    handles = [found[name] for name in names]
+    figure.legend(handles, names, loc="outside right upper", fontsize=8, frameon=False)
 
 
 def _draw_bars(axes: Any, operators: list[Comparison]) -> None:

@@ -469,7 +469,9 @@ def _through_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[s
         tile["num_warps"] = 4 if aligned and not (paired and wide) else 8
     else:
         # Four slices of hidden2 leave registers for half as wide a block of hidden1. AMD's lanes have 256: less still.
-        block_p = min(max(32, triton.next_power_of_2(p)), 64 if wide else 128) if aligned else 32
+        # On sm_80, which multiplies out of registers, rounding tf32 operands there takes the rest.
+        narrow = wide or (dtype == torch.float32 and architecture() == "sm_80")
+        block_p = min(max(32, triton.next_power_of_2(p)), 64 if narrow else 128) if aligned else 32
         rows = 64
         if wide and dtype == torch.float32 and not registers:
             rows, block_p = 32, 32

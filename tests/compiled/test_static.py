@@ -7,6 +7,7 @@ multiply-adds its matrix products take. None of that knows of unrolling, remaind
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ import triton
 import triton.language as tl
 from harness.fake_driver import CompiledKernelRecord, assert_shipped_without_spills, compiling_for
 
-from bench import sass, static
+from bench import kernels, sass, static
+from bench.work import LENET, TRAIN_STEP, Work
 
 every_arch = pytest.mark.parametrize("arch", static.DEVICES)
 
@@ -438,3 +440,26 @@ def test_measurements_are_found_and_modelled(tmp_path):
     assert both == pytest.approx(forward + backward)
     assert static.model_of(row | {"name": "something else"}, "sm_90") is None
     assert static.model_of(row | {"precision": "int8"}, "sm_90") is None
+
+
+def test_profiled_kernels_find_their_model(monkeypatch):
+    """The n-th launch of a name is its n-th row: LeNet has three forwards, of conv1, conv2 and the head."""
+    step = Work(LENET, static.BATCH, torch.bfloat16, "bf16", TRAIN_STEP)
+    forward = "_forward_kernel"
+    launched = [forward, "softmax", forward, forward, "_product_kernel", forward]
+    assert static.modelled_kernels(step, launched) == {}  # this machine has no GPU, so the rows are not of it
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    found = static.modelled_kernels(step, launched)
+    assert found.keys() == {0, 2, 3, 4}
+    newest = sorted((static.RESULTS / "static").glob("*.json"))[-1]
+    rows = json.loads(newest.read_text())["rows"]
+    rows = [row for row in rows if row["arch"] == "sm_90" and row["precision"] == "bf16"]
+    rows = [row for row in rows if static.STEP in row["used_by"] and row["kernel"].endswith("._forward_kernel")]
+    assert [found[i] for i in (0, 2, 3)] == [row["modelled_ns_per_image"] for row in rows]
+    assert static.modelled_kernels(replace(step, batch=64), launched) == {}
+
+
+def test_kernels_are_profiled_on_a_gpu_only(capsys):
+    assert kernels.main([]) == 2
+    assert capsys.readouterr().err == "bench.kernels: PyTorch sees no GPU\n"

@@ -91,14 +91,19 @@ def competitors(work: Work, device: torch.device) -> list[Implementation]:
 
 @contextmanager
 def precision_mode(precision: str) -> Iterator[None]:
-    """Set PyTorch's fp32 precision switches for everybody, and put them back afterwards."""
-    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    """Set PyTorch's fp32 precision switches for everybody, and put them back afterwards.
+
+    The older switch of matrix products goes first and says the same: torch.compile's max-autotune reads it, and PyTorch
+    refuses to answer where the two differ. It sets oneDNN's, too.
+    """
+    switches = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [switch.fp32_precision for switch in switches]
     try:
-        for switch in switches:
-            switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         yield
     finally:
+        torch.set_float32_matmul_precision("high" if before[1] == "tf32" else "highest")
         for switch, value in zip(switches, before, strict=True):
             switch.fp32_precision = value
 

@@ -91,7 +91,7 @@ def check(work: Work, device: torch.device) -> tuple[dict[str, Call], dict[str, 
         try:
             call, row["compile_seconds"] = bind(work, implementation, data, device)
             factor = PROMISED if implementation is FASTLENET else SAME_THING
-            wrong = parity([call.results(number) for number in sets], stock, reference, work.epsilon, factor)
+            wrong = parity([call.results(number) for number in sets], stock, reference, work.step, factor)
             row |= _memory(work, implementation, call, device)
         except Exception as error:  # an implementation that cannot run must not end the others' comparison
             wrong = in_short(error)

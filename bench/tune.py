@@ -163,7 +163,7 @@ class Bench:
         """Bind fastlenet as it is configured now, and say what is wrong with its results, or None."""
         call = Call(self.work, FASTLENET, self.data)
         results = [call.results(number) for number in self.sets]
-        wrong = parity(results, self.stock, self.reference, self.work.epsilon)
+        wrong = parity(results, self.stock, self.reference, self.work.step)
         if wrong is None:
             clock.prepare(call)
         return call, wrong

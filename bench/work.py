@@ -295,6 +295,18 @@ class Work:
         """One rounding step of the products or of the result, whichever is coarser."""
         return 2.0**-10 if self.precision == "tf32" else torch.finfo(self.dtype).eps
 
+    @property
+    def step(self) -> float:
+        """What the rounding of products allows a result: a step for each product of the longest chain that leads to it.
+
+        0 where results themselves are rounded as coarsely. A network's five products follow each other, those of its
+        backward come after.
+        """
+        if self.precision != "tf32":
+            return 0.0
+        chain = {FORWARD: 5, TRAIN_STEP: 10}[self.direction] if isinstance(self.case, LeNetCase) else 1
+        return chain * self.epsilon
+
 
 @dataclass(frozen=True)
 class Data:

@@ -10,6 +10,7 @@ map becomes a batched matrix product in ATen.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from fastlenet import ops
 from fastlenet.aten import Grads, column_major, max_gather, max_scatter, requested
 from fastlenet.backend import runs_plain
+from fastlenet.kernels import dispatch
 from fastlenet.kernels.geometry import ConvPoolGeometry
 
 
@@ -54,7 +56,8 @@ def _compiled_transform() -> bool:
 
 def conv2d_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry) -> Tensor:
     """Return the pooled output for a batched input, differentiable."""
-    if _compiled_transform():
+    library = functools.partial(dispatch.convolution, "forward", input, weight, geometry)
+    if _compiled_transform() or ops.takes_stock("conv2d_relu_max_pool2d", input, library, geometry.cells):
         return F.max_pool2d(F.relu(F.conv2d(input, weight, bias, *geometry[:4])), *geometry[4:])
     if forward_mode():
         output, _ = ConvReLUMaxPool2dForwardAD.apply(input, weight, bias, tuple(geometry))
@@ -67,7 +70,8 @@ def conv2d_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, g
 
 def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
     """Return relu(beta * input + alpha * (mat1 @ mat2)) of matrices, differentiable."""
-    if _compiled_transform():
+    library = functools.partial(dispatch.product, "forward", mat1, mat2)
+    if _compiled_transform() or ops.takes_stock("addmm_relu", mat1, library):
         if input is None:
             return F.relu(torch.mm(mat1, mat2) * alpha)
         return F.relu(torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha))

@@ -137,14 +137,34 @@ def _implementation(
     """
     if runs_plain(input):
         return aten
-    reason = why_aten(input, cells, width)
-    if reason is None and library is not None and backend() == "auto":
-        reason = library()
+    reason = _why_aten(input, cells, width, library)
     if reason is None:
         return _launchers(operator)
+    _log(operator, input, reason)
+    return aten
+
+
+def _log(operator: str, input: Tensor, reason: str) -> None:
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("%s of %s %s runs on ATen: %s", operator, tuple(input.shape), input.dtype, reason)
-    return aten
+
+
+def _why_aten(input: Tensor, cells: int, width: int, library: Callable[[], str | None] | None) -> str | None:
+    reason = why_aten(input, cells, width)
+    return library() if reason is None and library is not None and backend() == "auto" else reason
+
+
+def takes_stock(operator: str, input: Tensor, library: Callable[[], str | None], cells: int = 1) -> bool:
+    """Whether stock's own operators and derivatives compute a call: ATen was chosen on a GPU, and nobody forced it.
+
+    The formulations of `fastlenet.aten` are a CPU's: on an H100 they took up to twice stock's time.
+    """
+    if not input.is_cuda or backend() != "auto" or torch.compiler.is_compiling():
+        return False
+    reason = _why_aten(input, cells, 1, library)
+    if reason is not None:
+        _log(operator, input, reason)
+    return reason is not None
 
 
 @functools.cache
@@ -313,12 +333,13 @@ def mlp(
     return_hidden: bool,
 ) -> tuple[Tensor, ...]:
     """Return three linear layers with relu between them, and what relu gave."""
-    module = _mlp_implementation(input, weight1, weight2, weight3)
+    module = _mlp_implementation("forward", input, weight1, weight2, weight3)
     return _or_empty(input, *module.mlp(input, weight1, bias1, weight2, bias2, weight3, bias3, return_hidden))
 
 
-def _mlp_implementation(input: Tensor, *weights: Tensor) -> ModuleType:
-    return _implementation("mlp", input, width=max(weight.shape[0] for weight in weights))
+def _mlp_implementation(direction: str, input: Tensor, *weights: Tensor) -> ModuleType:
+    width = max(weight.shape[0] for weight in weights)
+    return _implementation("mlp", input, width=width, library=lambda: dispatch.head(direction, input.dtype))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::mlp", lib=library)
@@ -348,7 +369,7 @@ def mlp_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of input, and of weight and bias of each layer."""
-    module = _mlp_implementation(input, weight1, weight2, weight3)
+    module = _mlp_implementation("backward", input, weight1, weight2, weight3)
     grads = module.mlp_backward(grad_output, input, hidden1, hidden2, weight1, weight2, weight3, output_mask)
     return _or_empty(input, *grads)
 

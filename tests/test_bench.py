@@ -140,12 +140,13 @@ def test_precision_mode_is_put_back():
 
     def fail():
         with rivals.precision_mode("tf32"):
-            inside.append(torch.backends.cuda.matmul.fp32_precision)
+            # The older interface must say the same: torch.compile's max-autotune asks it.
+            inside.append((torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()))
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert inside == ["tf32"]
+    assert inside == [("tf32", "high")]
     assert before == (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
 
 
@@ -200,6 +201,19 @@ def test_parity_sees_single_wrong_values(spoil, generator):
     else:
         actual[0]["bias"][3] *= 1.001
     assert timing.parity(actual, stock, _results(reference, bias=small)) is not None
+
+
+@pytest.mark.parametrize(("error", "fine"), [(0.9, True), (1.2, False)])
+def test_parity_allows_a_rounding_step_of_the_products(error, fine, generator):
+    """Stock may compute exactly in tf32's mode, too; a step of tf32 is then all that is allowed."""
+    reference = torch.randn(2000, dtype=torch.float64, generator=generator)
+    step = Work(LINEAR, 3, precision="tf32").step
+    assert step == 2.0**-10
+    assert Work(LENET, 3, precision="tf32", direction=TRAIN_STEP).step == 10 * step
+    assert Work(LENET, 3, precision="ieee").step == Work(LENET, 3, torch.bfloat16, "bf16").step == 0
+    actual = (reference * (1 + error * step)).float()
+    verdict = timing.parity(_results(actual), _results(reference.float()), _results(reference), step)
+    assert (verdict is None) == fine
 
 
 def test_a_red_check_prints_no_time(monkeypatch):
@@ -443,6 +457,18 @@ def test_goals_are_set_against_the_results():
         ["saved for backward, bytes per image", "12,792 B, goal <= 12,800 B: met", ""],
         ["worst operator: VGG forward, batch 1024, float32 ieee", "0.90x, goal >= 0.95x: missed", ""],
     ]
+
+
+def test_graphs_are_set_against_graphs():
+    """On a GPU a goal may be of CUDA graphs, where Python's part of a call does not count."""
+    medians = {"fastlenet": 100.0, "fastlenet graphed": 10.0, "eager": 150.0, "eager graphed": 31.0}
+    medians |= {"compiled reduce-overhead": 40.0, "compiled max-autotune": 24.0}
+    row = {"name": "LeNet", "level": "module", "direction": "train_step", "batch": 64, "dtype": "float32"}
+    row |= {"precision": "tf32", "ok": True, "saved_bytes_per_image": None, "peak_bytes": None}
+    rows = [row | {"impl": name, "median": median} for name, median in medians.items()]
+    _, line, *_ = report.goals({"environment": {"device_slug": "some-gpu"}, "rows": rows})
+    title = "LeNet training step, batch 64, as CUDA graphs"
+    assert line == [title, "3.10x, goal >= 3x: met", "2.40x, goal >= 2.5x: missed"]
 
 
 @together

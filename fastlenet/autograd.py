@@ -37,7 +37,12 @@ def apply(function: Any, *args: Any) -> Any:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*torch._functorch.utils.unwrap_dead_wrappers(args))
+    return super(torch.autograd.Function, function).apply(
+        *[_unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args]
+    )
+
+
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
 def _needs_function(*tensors: Tensor | None) -> bool:
@@ -146,7 +151,7 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> tuple[Any, ...]:
         """Take a batched input and the fields of a `ConvPoolGeometry`; return the pooled output and the codes."""
         return ops.conv2d_relu_max_pool2d(input, weight, bias, ConvPoolGeometry(*geometry), True)
 
@@ -518,7 +523,7 @@ class MLPFunction(torch.autograd.Function):
         bias2: Tensor,
         weight3: Tensor,
         bias3: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         """Take a matrix (N, in_features); return (N, out_features) and both hidden layers."""
         return ops.mlp(input, weight1, bias1, weight2, bias2, weight3, bias3, True)
 

@@ -238,7 +238,9 @@ def mlp(
     name = "mlp"
     tensors = input, weight1, bias1, weight2, bias2, weight3, bias3
     names = "input", "weight1", "bias1", "weight2", "bias2", "weight3", "bias3"
-    checks.tensors(name, *zip(names, tensors, strict=True))
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            checks.tensors(name, *zip(names, tensors, strict=True))
     tensors = input, weight1, bias1, weight2, bias2, weight3, bias3 = _autocast(*tensors)
     call = checks.call(*tensors, others=(name,))
     if not checks.is_legal(call):

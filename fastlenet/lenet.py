@@ -79,10 +79,12 @@ class LeNet(nn.Module):
 def _is_plain(layer: nn.Module, kind: type[nn.Linear]) -> bool:
     """Whether a layer is what LeNet made it, narrow enough for the fused head, and without hooks."""
     # A parametrized layer is of another type; one made by older means has a hook.
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     return (
         type(layer) is kind
-        and layer.bias is not None
-        and layer.weight.shape[0] <= WIDEST_LAYER
+        and bias is not None
+        and weight is not None
+        and weight.shape[0] <= WIDEST_LAYER
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
         and "forward" not in layer.__dict__
     )

@@ -62,7 +62,9 @@ library.define(
 )
 
 
-def _implements(name: str, geometry_at: int | None = None) -> Callable[[Implementation], Implementation]:
+def _implements(
+    name: str, geometry_at: int | None = None, finish: Callable[..., Any] | None = None
+) -> Callable[[Implementation], Implementation]:
     """Register a function as the operator `name` on every device, with autograd and autocast off inside.
 
     Both have acted before: autograd is `fastlenet.autograd`'s, and `fastlenet.functional` has cast; a second cast
@@ -71,6 +73,8 @@ def _implements(name: str, geometry_at: int | None = None) -> Callable[[Implemen
     Args:
         name: of the operator.
         geometry_at: which argument is a `ConvPoolGeometry`, the last but one; the operator takes its fields one by one.
+        finish: makes the operator's result of the function's and its arguments: an operator must return tensors, while
+            who is called past the dispatcher need not allocate what nobody asked for.
     """
 
     def register(function: Implementation) -> Implementation:
@@ -79,11 +83,11 @@ def _implements(name: str, geometry_at: int | None = None) -> Callable[[Implemen
             if geometry_at is not None:
                 args = *args[:geometry_at], _geometry(args[geometry_at:-1]), args[-1]
             device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+            autocast = torch.is_autocast_enabled(device)
             with torch._C._AutoDispatchBelowAutograd():
-                if torch.is_autocast_enabled(device):
-                    with torch.autocast(device, enabled=False):
-                        return function(*args)
-                return function(*args)
+                with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+                    result = function(*args)
+                return result if finish is None else finish(result, *args)
 
         library.impl(name, below_autograd, "CompositeExplicitAutograd")
         operator = getattr(operators, name).default
@@ -107,11 +111,11 @@ def _dispatcher_matters(args: tuple[Any, ...]) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
+        or _is_any_autocast_enabled()
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
     ):
         return True
     for arg in args:  # a generator takes longer
@@ -125,7 +129,13 @@ def _dispatcher_matters(args: tuple[Any, ...]) -> bool:
 
 
 _PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
+# Named here, as looking them up through `torch` takes as long as they do.
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_get_tracing_state = torch._C._get_tracing_state
+_profiler_enabled = torch._C._autograd._profiler_enabled
 
 
 def _implementation(
@@ -204,10 +214,17 @@ def _or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
-@_implements("conv2d_relu_max_pool2d", geometry_at=3)
+def _with_code(
+    result: tuple[Tensor, Tensor | None], input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor]:
+    (output, code), (geometry, _) = result, args
+    return output, input.new_empty(0, dtype=geometry.code_dtype) if code is None else code
+
+
+@_implements("conv2d_relu_max_pool2d", geometry_at=3, finish=_with_code)
 def conv2d_relu_max_pool2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_code: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Return the pooled output and, if asked for, its codes."""
     module = _implementation(
         "conv2d_relu_max_pool2d",
@@ -215,8 +232,7 @@ def conv2d_relu_max_pool2d(
         geometry.cells,
         library=lambda: dispatch.convolution("forward", input, weight, geometry),
     )
-    output, code = module.conv2d_relu_max_pool2d(input, weight, bias, geometry, return_code)
-    return output, input.new_empty(0, dtype=geometry.code_dtype) if code is None else code
+    return module.conv2d_relu_max_pool2d(input, weight, bias, geometry, return_code)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::conv2d_relu_max_pool2d", lib=library)
@@ -321,7 +337,7 @@ def _addmm_relu_backward_fake(
     )
 
 
-@_implements("mlp")
+@_implements("mlp", finish=lambda result, input, *_: _or_empty(input, *result))
 def mlp(
     input: Tensor,
     weight1: Tensor,
@@ -331,10 +347,10 @@ def mlp(
     weight3: Tensor,
     bias3: Tensor,
     return_hidden: bool,
-) -> tuple[Tensor, ...]:
-    """Return three linear layers with relu between them, and what relu gave."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return three linear layers with relu between them and, if asked for, what relu gave."""
     module = _mlp_implementation("forward", input, weight1, weight2, weight3)
-    return _or_empty(input, *module.mlp(input, weight1, bias1, weight2, bias2, weight3, bias3, return_hidden))
+    return module.mlp(input, weight1, bias1, weight2, bias2, weight3, bias3, return_hidden)
 
 
 def _mlp_implementation(direction: str, input: Tensor, *weights: Tensor) -> ModuleType:

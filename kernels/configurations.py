@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +32,15 @@ def architecture() -> str:
 
     The interpreter has entries of its own: its cost is by operation, so it wants large tiles, and no `patch_fma`.
     """
-    # Imported here, as the table is read by who must not load triton.
+    return _ask_device()()
+
+
+@functools.cache
+def _ask_device() -> Callable[[], str]:
+    """Import what knows the architecture: only when asked for, as the table is read by who must not load triton."""
     from .runtime import architecture as of_device
 
-    return of_device()
+    return of_device
 
 
 def find(kernel: str, dtype: torch.dtype, precision: str, shape: Sequence[int]) -> Configuration | None:

@@ -21,16 +21,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .configurations import architecture
+from .plans import planned
 from .runtime import (
     INTERPRETED,
     all_registers,
     cdiv,
+    contiguous,
     dot,
     dot_precision,
     empty,
     index_type,
     launch,
     load,
+    next_power_of_2,
     operand,
     relu,
     splits,
@@ -464,14 +467,14 @@ def _through_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[s
         # Operands come through shared memory: the more outputs a lane has, the fewer loads a product takes, so that all
         # of hidden1 is one block. Addresses of single elements leave room for half, sm_100's pairs of registers too.
         paired = architecture() == "sm_100"
-        block_p = min(max(32, triton.next_power_of_2(p)), 64 if paired else 128)
+        block_p = min(max(32, next_power_of_2(p)), 64 if paired else 128)
         tile = {"BLOCK_M": 64, "BLOCK_K": 16, "BLOCK_P": block_p, "BLOCK_Q": 32, "num_stages": 1, **registers}
         tile["num_warps"] = 4 if aligned and not (paired and wide) else 8
     else:
         # Four slices of hidden2 leave registers for half as wide a block of hidden1. AMD's lanes have 256: less still.
         # On sm_80, which multiplies out of registers, rounding tf32 operands there takes the rest.
         narrow = wide or (dtype == torch.float32 and architecture() == "sm_80")
-        block_p = min(max(32, triton.next_power_of_2(p)), 64 if narrow else 128) if aligned else 32
+        block_p = min(max(32, next_power_of_2(p)), 64 if narrow else 128) if aligned else 32
         rows = 64
         if wide and dtype == torch.float32 and not registers:
             rows, block_p = 32, 32
@@ -479,7 +482,7 @@ def _through_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[s
         stages = 1 if wide else 3 if architecture() == "sm_90" else 2
         tile = {"BLOCK_M": rows, "BLOCK_K": 32, "BLOCK_P": block_p, "BLOCK_Q": 32, "num_warps": 8, "num_stages": stages}
         tile |= registers
-    slices = max(1, triton.cdiv(q, tile["BLOCK_Q"]))
+    slices = max(1, cdiv(q, tile["BLOCK_Q"]))
     return {"PRECISION": precision, "SLICES_Q": slices, "BLOCK_R": 16, "EXACT": exact, **tile}
 
 
@@ -500,6 +503,7 @@ def _product(dtype: torch.dtype) -> dict[str, Any]:
     return {"PRECISION": precision, **tile}
 
 
+@planned(torch.backends.cuda.matmul)
 def mlp(
     input: Tensor,
     weight1: Tensor,
@@ -526,7 +530,7 @@ def mlp(
         The output (M, R), and hidden1 (M, P) and hidden2 (M, Q), or None for both.
     """
     (m, k), p, q, r = input.shape, weight1.shape[0], weight2.shape[0], weight3.shape[0]
-    operands = [t.contiguous() for t in (input, weight1, bias1, weight2, bias2, weight3, bias3)]
+    operands = [contiguous(t) for t in (input, weight1, bias1, weight2, bias2, weight3, bias3)]
     output = empty((m, r), input)
     aligned = _aligned(operands[0], operands[1], operands[3], operands[5])
     tile = _through_layers(input.dtype, p, q, aligned)
@@ -552,6 +556,7 @@ def mlp(
     return output, hidden1 if return_hidden else None, hidden2
 
 
+@planned(torch.backends.cuda.matmul)
 def mlp_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -579,7 +584,7 @@ def mlp_backward(
     """
     (m, k), p, q, r = input.shape, weight1.shape[0], weight2.shape[0], weight3.shape[0]
     input, hidden1, hidden2, weight1, weight2, weight3 = (
-        t.contiguous() for t in (input, hidden1, hidden2, weight1, weight2, weight3)
+        contiguous(t) for t in (input, hidden1, hidden2, weight1, weight2, weight3)
     )
     # The parameters' gradients come from the same sums, whichever are asked for.
     need_input, need_sums = output_mask[0], any(output_mask[1:])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +24,39 @@ def empty(
 ) -> Tensor:
     """Allocate what a kernel will fill. Every launcher's outputs and workspaces come from here, so tests can poison."""
     if memory_format is torch.contiguous_format:  # in a third of the time
-        return like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=dtype)
-    return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
+        tensor = like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=dtype)
+    else:
+        tensor = torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
+    if (recording := _of_thread.recording) is not None:
+        recording.allocated(tensor)
+    return tensor
+
+
+def contiguous(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Lay an operand out as a kernel wants it: a copy, unless it is so already. Launchers' copies come from here."""
+    laid_out = tensor.contiguous(memory_format=memory_format)
+    if laid_out is not tensor and (recording := _of_thread.recording) is not None:
+        recording.copied(tensor, laid_out, memory_format)
+    return laid_out
+
+
+class _OfThread(threading.local):
+    """Who notes what is allocated and launched in this thread: a `plans.Recording` or nobody."""
+
+    recording: Any = None
+
+
+_of_thread = _OfThread()
+
+
+@contextlib.contextmanager
+def reporting_to(recording: Any) -> Iterator[None]:
+    """Let a `plans.Recording` note what is allocated and launched in this thread."""
+    before, _of_thread.recording = _of_thread.recording, recording
+    try:
+        yield
+    finally:
+        _of_thread.recording = before
 
 
 class _OfDriver:
@@ -33,18 +66,22 @@ class _OfDriver:
         driver: the driver that all this belongs to.
         targets: of each device what `target` and `architecture` return, which PyTorch takes microseconds to tell.
         kernels: by `_key`, what `launch` needs to start a compiled kernel without Triton's binder.
+        plans: of `plans.planned` launchers, by all that decides, for the table of configurations `table`.
     """
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
         self.targets: dict[int, tuple[Any, str]] = {}
         self.kernels: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+        self.plans: dict[tuple[Any, ...], Any] = {}
+        self.table: Any = None
 
 
 _remembered = _OfDriver(None)
 
 
-def _of_driver() -> _OfDriver:
+def of_driver() -> _OfDriver:
+    """Return what belongs to the driver that is active."""
     global _remembered
     driver, found = triton.runtime.driver.active, _remembered
     if found.driver is not driver:
@@ -53,7 +90,7 @@ def _of_driver() -> _OfDriver:
 
 
 def _of_device() -> tuple[Any, str]:
-    found = _of_driver()
+    found = of_driver()
     device = found.driver.get_current_device()
     if device not in found.targets:
         target = found.driver.get_current_target()
@@ -86,7 +123,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         with torch.cuda.device_of(args[0]):
             kernel[grid](*args, **constants)
         return
-    found = _of_driver()
+    found = of_driver()
     device, wanted = found.driver.get_current_device(), args[0].get_device()
     if wanted in (device, -1):  # -1: on the CPU, where only a driver without a device launches
         _launch_on(found, device, kernel, grid, args, constants)
@@ -105,20 +142,24 @@ def _launch_on(
     """Launch on `device`, which is the current one."""
     key = None if _watched(kernel) else _key(kernel, device, args, constants)
     known = None if key is None else found.kernels.get(key)
+    recording, wide_grid = _of_thread.recording, (*grid, 1, 1)[:3]
     if known is not None:
         # As in `JITFunction.run`, for whom the hooks are empty.
         compiled, rest = known
-        grid_x, grid_y, grid_z = (*grid, 1, 1)[:3]
         stream = found.driver.get_current_stream(device)
         compiled.run(
-            *(grid_x, grid_y, grid_z, stream, compiled.function, compiled.packed_metadata, None, None, None),
+            *(*wide_grid, stream, compiled.function, compiled.packed_metadata, None, None, None),
             *args,
             *rest,
         )
+        if recording is not None:
+            recording.launched(kernel, compiled, wide_grid, args, rest)
         return
     compiled = kernel[grid](*args, **constants)
     # AMD's backend also specialises on the size of a tensor's memory, which the key does not tell.
     if key is None or not isinstance(compiled, triton.compiler.CompiledKernel) or target().backend != "cuda":
+        if recording is not None:
+            recording.went_past()
         return
     if len(found.kernels) >= _MOST_KEYS:
         found.kernels.clear()
@@ -126,17 +167,24 @@ def _launch_on(
     bound = kernel.signature.bind(*args, **{name: value for name, value in constants.items() if name in names})
     bound.apply_defaults()
     # The kernel itself is kept, as its module is unloaded when it dies.
-    found.kernels[key] = compiled, tuple(bound.arguments.values())[len(args) :]
+    rest = tuple(bound.arguments.values())[len(args) :]
+    found.kernels[key] = compiled, rest
+    if recording is not None:
+        recording.launched(kernel, compiled, wide_grid, args, rest)
 
 
 def _watched(kernel: Any) -> bool:
+    """Whether someone wants to see this kernel's launches, or all launches; see `observed`."""
+    return bool(kernel.pre_run_hooks) or observed()
+
+
+def observed() -> bool:
     """Whether someone wants to see launches or has changed how kernels are compiled: then Triton does it all."""
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
         getattr(enter, "calls", enter)
         or getattr(leave, "calls", leave)
-        or kernel.pre_run_hooks
         or runtime.debug
         or runtime.add_stages_inspection_hook
         or triton.knobs.compilation.instrumentation_mode

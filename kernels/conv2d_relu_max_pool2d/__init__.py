@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .. import configurations
 from ..geometry import ConvPoolGeometry, memory_format
-from ..runtime import dot_precision
+from ..plans import planned
+from ..runtime import contiguous, dot_precision
 from . import general, patch_dot, patch_fma
 
 DESIGNS = {"general": general, "patch_dot": patch_dot, "patch_fma": patch_fma}
@@ -58,6 +59,7 @@ def _listed(
     return design, entry.options
 
 
+@planned(torch.backends.cudnn.conv)
 def conv2d_relu_max_pool2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_code: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -76,10 +78,11 @@ def conv2d_relu_max_pool2d(
     design, options = _configured("forward", geometry, input, weight)
     if design is general:
         return general.forward(input, weight, bias, geometry, return_code, options)
-    bias = None if bias is None else bias.contiguous()
-    return design.forward(input.contiguous(), weight.contiguous(), bias, return_code, options)
+    bias = None if bias is None else contiguous(bias)
+    return design.forward(contiguous(input), contiguous(weight), bias, return_code, options)
 
 
+@planned(torch.backends.cudnn.conv)
 def conv2d_relu_max_pool2d_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -108,13 +111,13 @@ def conv2d_relu_max_pool2d_backward(
         if design is general:
             grad_input = general.grad_input(grad_output, input, weight, code, geometry, options)
         else:
-            tensors = (tensor.contiguous() for tensor in (grad_output, input, weight, code))
+            tensors = (contiguous(tensor) for tensor in (grad_output, input, weight, code))
             grad_input = design.grad_input(*tensors, options)
     if need_weight or need_bias:
         design, options = _configured("grad_weight", geometry, input, weight)
         if design is general:
             operands = grad_output, input, weight, code, geometry, options
             return grad_input, *general.grad_weight(*operands, need_weight, need_bias)
-        tensors = (tensor.contiguous() for tensor in (grad_output, input, weight, code))
+        tensors = (contiguous(tensor) for tensor in (grad_output, input, weight, code))
         grad_weight, grad_bias = design.grad_weight(*tensors, options)
     return grad_input, grad_weight if need_weight else None, grad_bias if need_bias else None

@@ -25,6 +25,7 @@ from ..runtime import (
     INTERPRETED,
     all_registers,
     cdiv,
+    contiguous,
     dot,
     dot_precision,
     empty,
@@ -562,13 +563,13 @@ def forward(
     else:
         tile = _tile(input.dtype, rows, channels, weight[0].numel())
     tile |= options
-    weight = weight.contiguous(memory_format=torch.channels_last if wide else torch.contiguous_format)
+    weight = contiguous(weight, torch.channels_last if wide else torch.contiguous_format)
     launch(
         _forward_kernel,
         (cdiv(rows, tile["BLOCK_M"]), cdiv(channels, tile["BLOCK_N"]), geometry.groups),
         input,
         weight,
-        weight if bias is None else bias.contiguous(),
+        weight if bias is None else contiguous(bias),
         output,
         output if code is None else code,
         *_sizes(input, weight, shape[2:], rows, geometry),
@@ -600,7 +601,7 @@ def grad_input(
         (cdiv(rows, tile["BLOCK_M"]), cdiv(channels, tile["BLOCK_N"]), geometry.groups),
         grad_output,
         code,
-        weight.contiguous(memory_format=torch.channels_last),
+        contiguous(weight, torch.channels_last),
         result,
         *_sizes(input, weight, code.shape[2:], rows, geometry),
         *grad_output.stride(),
@@ -663,7 +664,7 @@ def grad_weight(
     result = grad_bias = None
     if weight_parts is not None:
         result = sum_parts(weight_parts, empty(weight.shape, weight))
-        result = result.contiguous(memory_format=memory_format(input, weight))
+        result = contiguous(result, memory_format(input, weight))
     if bias_parts is not None:
         grad_bias = sum_parts(bias_parts, empty((out_channels,), weight))
     return result, grad_bias

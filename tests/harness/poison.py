@@ -1,9 +1,10 @@
 """Outputs filled with a recognisable pattern before each launch.
 
-Every launcher of ``fastlenet.kernels`` allocates through one helper, ``fastlenet.kernels.runtime.empty``. Inside
-`poisoned_outputs` that helper hands out memory full of poison (a NaN with a payload of its own for floats, a repeated
-byte for integers) with a guard zone on either side. An element that no kernel writes keeps the poison; a write outside
-the tensor damages the guard, on a real GPU too, and is reported when the context ends.
+Every launcher of ``fastlenet.kernels`` allocates through one helper, ``fastlenet.kernels.runtime.empty``, and every
+plan through ``fastlenet.kernels.plans.empty_strided``. Inside `poisoned_outputs` these hand out memory full of poison
+(a NaN with a payload of its own for floats, a repeated byte for integers) with a guard zone on either side. An element
+that no kernel writes keeps the poison; a write outside the tensor damages the guard, on a real GPU too, and is reported
+when the context ends.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = [
     "poisoned_outputs",
 ]
 
-ALLOCATOR = "fastlenet.kernels.runtime:empty"
+ALLOCATORS = "fastlenet.kernels.runtime:empty", "fastlenet.kernels.plans:empty_strided"
 _GUARD_BYTES = 512
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BYTE = 0xAB
@@ -111,12 +112,12 @@ def poisoned_outputs(
     *,
     byte: int = _BYTE,
     guard_bytes: int = _GUARD_BYTES,
-    allocators: Sequence[str] = (ALLOCATOR,),
+    allocators: Sequence[str] = ALLOCATORS,
     check_guards: bool = True,
 ) -> Iterator[Poison]:
     """Poison and guard every tensor that launchers allocate in this context.
 
-    The allocation helper is replaced under whatever name any loaded module of its package knows it by, so
+    An allocation helper is replaced under whatever name any loaded module of its package knows it by, so
     ``from .runtime import empty`` is covered.
 
     Args:
@@ -171,7 +172,7 @@ def assert_fully_written(tensor: torch.Tensor, *, byte: int = _BYTE, name: str =
 
 
 def assert_writes_everything(
-    function: Callable[[], Any], *, allocators: Sequence[str] = (ALLOCATOR,), require_allocation: bool = True
+    function: Callable[[], Any], *, allocators: Sequence[str] = ALLOCATORS, require_allocation: bool = True
 ) -> None:
     """Assert that ``function`` writes every element of everything it allocates, whatever the dtype.
 

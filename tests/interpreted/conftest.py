@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fastlenet.kernels import addmm_relu, runtime
+from fastlenet.kernels import addmm_relu, plans, runtime
 from fastlenet.kernels.conv2d_relu_max_pool2d import general, patch_dot, patch_fma
 from harness import modes
 from harness.bounds import sanitized
@@ -47,7 +47,13 @@ def shipped_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run launchers as they are written: a plan, on a GPU, would go past what a test puts in place of their parts."""
+    monkeypatch.setattr(plans, "ENABLED", False)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch, unplanned: None) -> list[tuple[str, dict[str, Any]]]:
     """The kernels launched, each by name with its constants."""
     log: list[tuple[str, dict[str, Any]]] = []
     launch = runtime.launch

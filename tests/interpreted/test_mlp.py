@@ -145,7 +145,7 @@ def shipped(shipped_tiles, monkeypatch):
 
 
 @pytest.fixture
-def launched(monkeypatch):
+def launched(monkeypatch, unplanned):
     """Names and constants of the kernels launched."""
     log: list[tuple[str, dict[str, Any]]] = []
     launch = kernels.launch
@@ -291,7 +291,7 @@ def test_bitwise_reproducible_from_run_to_run(dtype, device, shipped):
         assert_bitwise_equal(one, other, name=name)
 
 
-def test_several_parts_do_occur(device, shipped, monkeypatch):
+def test_several_parts_do_occur(device, shipped, monkeypatch, unplanned):
     """Guards the test above: its shape must give both two-stage sums more than one part."""
     empty, parts = kernels.empty, []
 

@@ -85,7 +85,7 @@ def _small_shapes_are_listed(monkeypatch):
 
 
 @pytest.fixture
-def several_tiles_a_program(monkeypatch):
+def several_tiles_a_program(monkeypatch, unplanned):
     """Share the work as a large batch does: a few programs, each with several groups of images."""
     share = patch_dot._share
     monkeypatch.setattr(patch_dot, "_share", lambda tiles, rows, _: share(tiles, rows, 2))

@@ -1,0 +1,297 @@
+"""Calls that follow a plan: the same launches as the launcher's own, with the tensors of the call at hand."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+import triton
+from fastlenet.kernels import configurations, plans, runtime
+from fastlenet.kernels import conv2d_relu_max_pool2d as conv
+from fastlenet.kernels import mlp as head
+from fastlenet.kernels.geometry import ConvPoolGeometry
+from harness.fake_driver import compiling_for
+from harness.operators import fp32_precision
+
+from bench import fake_driver
+
+PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
+PADDED = PLAIN._replace(padding=(2, 1), pool_size=(3, 3), pool_stride=(2, 2))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """All launches in their order: kernel, grid and arguments."""
+    log, record_launch = [], fake_driver._Launcher.__call__
+
+    def logged(self, *args):
+        record_launch(self, *args)
+        log.append((self._record, self._record.calls[-1]))
+
+    monkeypatch.setattr(fake_driver._Launcher, "__call__", logged)
+    return log
+
+
+@pytest.fixture
+def reasoned(monkeypatch):
+    """The kernels that launchers launched themselves."""
+    log, launch = [], runtime._launch_on
+    monkeypatch.setattr(runtime, "_launch_on", lambda *args: (log.append(args[2]), launch(*args)))
+    return log
+
+
+def conv_tensors(images=3, channels=1, size=32, features=6, dtype=torch.float32):
+    input, weight = torch.zeros(images, channels, size, size), torch.zeros(features, channels, 5, 5)
+    return [tensor.to(dtype) for tensor in (input, weight, torch.zeros(features))]
+
+
+def conv_step(input, weight, bias, geometry=PLAIN, mask=(True, True, True)):
+    output, code = conv.conv2d_relu_max_pool2d(input, weight, bias, geometry, True)
+    grad = torch.zeros_like(output)
+    return grad, output, code, *conv.conv2d_relu_max_pool2d_backward(grad, input, weight, code, geometry, mask)
+
+
+def head_tensors(rows=3, widths=(400, 120, 84, 10), dtype=torch.float32):
+    layers = [
+        torch.zeros(shape, dtype=dtype)
+        for inner, outer in itertools.pairwise(widths)
+        for shape in ((outer, inner), (outer,))
+    ]
+    return [torch.zeros(rows, widths[0], dtype=dtype), *layers]
+
+
+def head_step(input, *parameters, mask=(True,) * 7):
+    output, *hidden = head.mlp(input, *parameters, True)
+    grad = torch.zeros_like(output)
+    return grad, output, *hidden, *head.mlp_backward(grad, input, *hidden, *parameters[::2], mask)
+
+
+CALLS = {
+    "conv1": lambda dtype: (conv_tensors(dtype=dtype), conv_step),
+    "conv2": lambda dtype: (conv_tensors(channels=6, size=14, features=16, dtype=dtype), conv_step),
+    "no gradient of the input": lambda dtype: (
+        conv_tensors(dtype=dtype),
+        lambda *args: conv_step(*args, mask=(False, True, True)),
+    ),
+    "no bias": lambda dtype: ([*conv_tensors(dtype=dtype)[:2], None], conv_step),
+    "general": lambda dtype: (conv_tensors(channels=3, dtype=dtype), lambda *args: conv_step(*args, PADDED)),
+    "head": lambda dtype: (head_tensors(dtype=dtype), head_step),
+    "head of odd widths": lambda dtype: (head_tensors(widths=(33, 17, 9, 5), dtype=dtype), head_step),
+    "gradient of the head's input alone": lambda dtype: (
+        head_tensors(dtype=dtype),
+        lambda *args: head_step(*args, mask=(True, *[False] * 6)),
+    ),
+}
+
+
+def told(launches, tensors):
+    """Launches in words that do not depend on where memory was found: `tensors` by their number, others by shape."""
+    # Memory of a workspace that has gone may be a result's by now, so the address alone does not tell.
+    places = {(t.data_ptr(), t.shape, t.stride()): i for i, t in enumerate(tensors) if t is not None}
+
+    def of(argument):
+        if argument.shape is None:
+            return argument.name, argument.type, argument.value
+        form = argument.shape, argument.strides
+        return argument.name, argument.type, places.get((argument.value, *form)), form
+
+    return [(str(record), record.hash, call.grid, [*map(of, call.arguments)]) for record, call in launches]
+
+
+def forms(results):
+    return [None if r is None else (r.shape, r.stride(), r.dtype, r.requires_grad) for r in results]
+
+
+@pytest.mark.parametrize("mode", ["ieee", "tf32", "float16"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_plan_does_what_its_launcher_does(call, mode, launched, reasoned, monkeypatch):
+    dtype = torch.float16 if mode == "float16" else torch.float32
+    with compiling_for("sm_90"), fp32_precision("ieee" if mode == "float16" else mode):
+        tensors, function = CALLS[call](dtype)
+        function(*tensors)
+        launched.clear()
+        reasoned.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(plans, "ENABLED", False)
+            results = function(*tensors)
+        expected = told(launched, [*tensors, *results])
+        assert len(expected) == len(reasoned) > 1
+        for _ in range(2):
+            # Other memory each time.
+            others, _ = CALLS[call](dtype)
+            launched.clear()
+            reasoned.clear()
+            found = function(*others)
+            assert reasoned == []
+            assert told(launched, [*others, *found]) == expected
+            assert forms(found) == forms(results)
+            pointers = [t.data_ptr() for t in (*others, *found) if t is not None]
+            assert len(set(pointers)) == len(pointers)
+
+
+def different_calls():
+    """Calls that a plan must tell apart, by what is special about each."""
+    input, weight, bias = conv_tensors(channels=4, features=8)
+    unaligned = torch.zeros(input.numel() + 1)[1:].view(input.shape)
+    images_last = input.to(memory_format=torch.channels_last)
+    spread = torch.zeros(2 * input.shape[0], *input.shape[1:])[::2]
+    run = conv.conv2d_relu_max_pool2d
+    return {
+        "plain": lambda: run(input, weight, bias, PADDED, True),
+        "no codes": lambda: run(input, weight, bias, PADDED, False),
+        "no bias": lambda: run(input, weight, None, PADDED, True),
+        "unaligned": lambda: run(unaligned, weight, bias, PADDED, True),
+        "channels_last": lambda: run(images_last, weight, bias, PADDED, True),
+        "every second image": lambda: run(spread, weight, bias, PADDED, True),
+        "fewer images": lambda: run(input[:2], weight, bias, PADDED, True),
+        "another stride": lambda: run(input, weight, bias, PADDED._replace(stride=(2, 1)), True),
+        "float16": lambda: run(input.half(), weight.half(), bias.half(), PADDED, True),
+    }
+
+
+def test_calls_that_differ_have_plans_of_their_own(launched, reasoned, monkeypatch):
+    with compiling_for("sm_90"), fp32_precision("ieee"):
+        with monkeypatch.context() as patch:
+            patch.setattr(plans, "ENABLED", False)
+            expected = {}
+            for name, call in different_calls().items():
+                launched.clear()
+                expected[name] = (forms(call()), told(launched, ()))
+        assert len({str(found) for found in expected.values()}) == len(expected) - 1  # alignment shows in no number
+        for _ in range(2):
+            reasoned.clear()
+            for name, call in different_calls().items():
+                launched.clear()
+                found = forms(call())
+                assert (found, told(launched, ())) == expected[name], name
+        assert reasoned == []
+
+
+def test_precision_table_and_driver_have_plans_of_their_own(launched, monkeypatch):
+    tensors = conv_tensors(channels=6, size=14, features=16)
+
+    def kernels():
+        launched.clear()
+        for _ in range(2):
+            conv.conv2d_relu_max_pool2d(*tensors, PLAIN, False)
+        (first, _), (second, _) = launched
+        assert first is second
+        return first.module.rpartition(".")[2], first.constexprs.get("PRECISION"), first.target.arch
+
+    with compiling_for("sm_90"):
+        with fp32_precision("tf32"):
+            assert kernels()[1] == "tf32"
+        with fp32_precision("ieee"):
+            assert kernels()[0] == "patch_fma"
+            with monkeypatch.context() as patch:
+                patch.setattr(configurations, "table", functools.cache(dict))
+                assert kernels() == ("general", "ieee", 90)
+            assert kernels()[0] == "patch_fma"
+    with compiling_for("sm_80"), fp32_precision("ieee"):
+        assert kernels()[2] == 80
+
+
+def test_an_operand_is_copied_each_time_anew(monkeypatch, reasoned):
+    seen = []
+    monkeypatch.setattr(fake_driver._Launcher, "__call__", lambda _, *args: seen.append(args))
+    with compiling_for("sm_90"):
+        _, *parameters = head_tensors()
+        for number in range(3):
+            input = torch.full((3, 800), float(number))[:, ::2]
+            head.mlp(input, *parameters, False)
+            copy = next(arg for arg in seen.pop() if isinstance(arg, torch.Tensor))
+            assert copy.is_contiguous()
+            assert copy.shape == input.shape
+            assert bool((copy == number).all())
+    assert len(reasoned) == 1
+
+
+def test_what_a_kernel_wrote_is_copied_after_it(reasoned):
+    """A plan copies before it launches, so a call whose result is laid out anew has none."""
+    with compiling_for("sm_90"), fp32_precision("ieee"):
+        input, weight, bias = conv_tensors(channels=4, features=8)
+        input = input.to(memory_format=torch.channels_last)
+        for _ in range(2):
+            *_, grad_weight, _ = conv_step(input, weight, bias, PADDED, (False, True, True))
+            assert grad_weight.is_contiguous(memory_format=torch.channels_last)
+    # The forward, and three launches of each backward.
+    assert len(reasoned) == 1 + 2 * 3
+
+
+def test_a_tensor_that_is_two_operands_has_no_plan(launched, reasoned):
+    with compiling_for("sm_90"):
+        square = head_tensors(widths=(16, 16, 16, 16))
+        square[3] = square[1]
+        for _ in range(2):
+            head.mlp(*square, False)
+        assert len(reasoned) == 2
+        # The same call with tensors of their own must not follow what was noted of that one.
+        apart = head_tensors(widths=(16, 16, 16, 16))
+        head.mlp(*apart, False)
+        (*_, (_, call)) = launched
+        assert [argument.value for argument in call.arguments[:7]] == [tensor.data_ptr() for tensor in apart]
+
+
+def test_whoever_watches_launches_is_told_of_a_plans(reasoned):
+    tensors = head_tensors()
+    hooks = triton.knobs.runtime.launch_enter_hook
+    with compiling_for("sm_90"):
+        for _ in range(3):
+            head.mlp(*tensors, False)
+        assert len(reasoned) == 1
+        hooks.add(print)
+        try:
+            head.mlp(*tensors, False)
+        finally:
+            hooks.remove(print)
+        assert len(reasoned) == 2
+        seen = []
+        head._forward_kernel.add_pre_run_hook(lambda *_, **__: seen.append(True))
+        try:
+            head.mlp(*tensors, False)
+        finally:
+            head._forward_kernel.pre_run_hooks.clear()
+        assert (len(reasoned), len(seen)) == (3, 1)
+        head.mlp(*tensors, False)
+        assert len(reasoned) == 3
+
+
+def test_memory_at_odd_places_is_no_part_of_a_plan(reasoned, monkeypatch):
+    """A user's allocator may return it, and the kernels of a plan were compiled for multiples of 16 bytes."""
+    tensors = head_tensors()
+    with compiling_for("sm_90"):
+        for _ in range(2):
+            head.mlp(*tensors, True)
+        assert len(reasoned) == 1
+
+        def unaligned(shape, strides, **options):
+            size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+            return torch.empty(size + 1, **options)[1:].as_strided(shape, strides)
+
+        monkeypatch.setattr(plans, "empty_strided", unaligned)
+        head.mlp(*tensors, True)
+        assert len(reasoned) == 2
+
+
+def test_amds_launches_are_never_planned(reasoned):
+    """Its backend also specialises on the size of a tensor's memory."""
+    with compiling_for("gfx942"):
+        for _ in range(3):
+            head.mlp(*head_tensors(), False)
+        assert len(reasoned) == 3
+
+
+def test_a_call_that_failed_leaves_no_plan(reasoned, monkeypatch):
+    with compiling_for("sm_90"):
+        tensors = head_tensors()
+        with monkeypatch.context() as patch:
+            patch.setattr(head, "index_type", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                head.mlp(*tensors, False)
+        # What the caller allocates afterwards is nobody's.
+        assert runtime._of_thread.recording is None
+        head.mlp(*tensors, False)
+        head.mlp(*tensors, False)
+        assert len(reasoned) == 1

@@ -556,8 +556,8 @@ def forward(
     rows, channels = shape[0] * shape[2] * shape[3], shape[1] // geometry.groups
     wide = weight.shape[1] >= _WIDE
     if wide:
-        # sm_80 multiplies out of registers, in which tf32 operands are rounded: deeper steps spill.
-        rounds = input.dtype == torch.float32 and not _exact(input.dtype) and architecture() == "sm_80"
+        # Where products are taken out of registers, in which tf32 operands are rounded, deeper steps spill.
+        rounds = input.dtype == torch.float32 and not _exact(input.dtype) and architecture() not in ("sm_90", "sm_100")
         step = _block(weight.shape[1], 16 if rounds else 32)
         tile = _wide_tile(input.dtype, rows, channels, weight.shape[1], widest=64, step=step)
     else:

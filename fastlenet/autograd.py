@@ -59,10 +59,22 @@ def _compiled_transform() -> bool:
     return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def _takes_stock(operator: str, input: Tensor, weight: Tensor, geometry: ConvPoolGeometry | None = None) -> bool:
+    """Whether stock's own operators and derivatives compute a call: the library was chosen for it on a GPU.
+
+    A compiler keeps the operator whole, and shall not trace how it is chosen.
+    """
+    if torch.compiler.is_compiling() or not input.is_cuda:
+        return False
+    if geometry is None:
+        return ops.takes_stock(operator, input, functools.partial(dispatch.product, "forward", input, weight))
+    library = functools.partial(dispatch.convolution, "forward", input, weight, geometry)
+    return ops.takes_stock(operator, input, library, geometry.cells)
+
+
 def conv2d_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry) -> Tensor:
     """Return the pooled output for a batched input, differentiable."""
-    library = functools.partial(dispatch.convolution, "forward", input, weight, geometry)
-    if _compiled_transform() or ops.takes_stock("conv2d_relu_max_pool2d", input, library, geometry.cells):
+    if _compiled_transform() or _takes_stock("conv2d_relu_max_pool2d", input, weight, geometry):
         return F.max_pool2d(F.relu(F.conv2d(input, weight, bias, *geometry[:4])), *geometry[4:])
     if forward_mode():
         output, _ = ConvReLUMaxPool2dForwardAD.apply(input, weight, bias, tuple(geometry))
@@ -75,8 +87,7 @@ def conv2d_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, g
 
 def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
     """Return relu(beta * input + alpha * (mat1 @ mat2)) of matrices, differentiable."""
-    library = functools.partial(dispatch.product, "forward", mat1, mat2)
-    if _compiled_transform() or ops.takes_stock("addmm_relu", mat1, library):
+    if _compiled_transform() or _takes_stock("addmm_relu", mat1, mat2):
         if input is None:
             return F.relu(torch.mm(mat1, mat2) * alpha)
         return F.relu(torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha))

@@ -169,7 +169,7 @@ def takes_stock(operator: str, input: Tensor, library: Callable[[], str | None],
 
     The formulations of `fastlenet.aten` are a CPU's: on an H100 they took up to twice stock's time.
     """
-    if not input.is_cuda or backend() != "auto" or torch.compiler.is_compiling():
+    if not input.is_cuda or backend() != "auto":
         return False
     reason = _why_aten(input, cells, 1, library)
     if reason is not None:

@@ -4,10 +4,12 @@ A space is wider than what fits: a configuration that spills, needs too much sha
 dropped by the tuner, which checks all three.
 
 - `general`: its own rule, then one constant of it changed at a time.
-- `patch_dot`: tiles of 64 and 128 rows, filled by as many whole images, or rows of pooled cells, as they hold; two
-  depths of a step, four or eight warps; in the forward one or two stages of loads, in the weight's gradient one window
-  or two by two in a patch.
-- `patch_fma`: channels that a lane computes at a time, and block rows of a program where it has them.
+- `patch_dot`: tiles of 32 to 128 rows, filled by as many whole images, or rows of pooled cells, as they hold; two
+  depths of a step, four or eight warps, all registers or 128 a thread; in the forward one or two stages of loads, in
+  the weight's gradient one window or two by two in a patch.
+- `patch_fma`: channels that a lane computes at a time, block rows of a program where it has them, and registers.
+
+Products of tf32 and 16 bits may take either: few of them leave matrix units waiting.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
+import torch
 import triton
 from torch import Tensor
 
@@ -37,10 +40,12 @@ def candidates(
         exact: whether products are of exact float32, which `patch_dot` leaves to `patch_fma`.
     """
     found: list[Candidate] = [("general", options) for options in _GENERAL]
-    design = "patch_fma" if exact else "patch_dot"
-    if DESIGNS[design].covers(geometry, input, weight):
-        space = _patch_fma(direction) if exact else _patch_dot(direction, geometry, input, weight)
-        found += [(design, options) for options in space]
+    if not exact and DESIGNS["patch_dot"].covers(geometry, input, weight):
+        found += [("patch_dot", options) for options in _patch_dot(direction, geometry, input, weight)]
+    # The input's gradient meets in memory, which must hold sums in full.
+    whole = direction != "grad_input" or input.dtype == torch.float32
+    if whole and DESIGNS["patch_fma"].covers(geometry, input, weight):
+        found += [("patch_fma", options) for options in _patch_fma(direction, input)]
     return found
 
 
@@ -57,16 +62,17 @@ def _patch_dot(direction: str, geometry: ConvPoolGeometry, input: Tensor, weight
     out_channels, in_channels = weight.shape[:2]
     pads = {"OUT_PAD": max(8, triton.next_power_of_2(out_channels))}
     height, width = geometry.output_shape(input, weight)[2:]
-    for block_m, num_warps in product((64, 128), (4, 8)):
+    for block_m, num_warps, registers in product((32, 64, 128), (4, 8), ({}, {"maxnreg": 128})):
         if direction == "grad_input":
             pads["IN_PAD"] = max(8, triton.next_power_of_2(in_channels))
             images = block_m // -(-input.shape[3] // 2)
             if images:
-                yield {"IMAGES": images, **pads, "BLOCK_M": block_m, "num_warps": num_warps}
+                yield {"IMAGES": images, **pads, "BLOCK_M": block_m, "num_warps": num_warps, **registers}
             continue
         if direction == "forward":
             for rows, block_k, stages in product((1, height), (16, 32), (1, 2)):
                 constants = {"BLOCK_M": block_m, "BLOCK_K": block_k, "STAGES": stages, "num_warps": num_warps}
+                constants |= registers
                 if images := block_m // (rows * width):
                     yield {"IMAGES": images, "ROWS": rows, **pads, **constants}
             continue
@@ -74,13 +80,16 @@ def _patch_dot(direction: str, geometry: ConvPoolGeometry, input: Tensor, weight
             if height % windows or width % windows:
                 continue
             for rows in (1, height // windows):
-                constants = {"BLOCK_M": block_m, "BLOCK_K": block_k, "STAGES": 1, "num_warps": num_warps}
+                constants = {"BLOCK_M": block_m, "BLOCK_K": block_k, "STAGES": 1, "num_warps": num_warps, **registers}
                 if images := block_m // (rows * width // windows):
                     yield {"IMAGES": images, "ROWS": rows, "WINDOWS": windows, **pads, **constants}
 
 
-def _patch_fma(direction: str) -> Iterator[dict[str, int]]:
+def _patch_fma(direction: str, input: Tensor) -> Iterator[dict[str, int]]:
     if direction == "grad_input":
-        yield from ({"CHANNELS": channels, "STRIP": strip} for channels, strip in product((2, 3, 4, 6), (1, 2)))
+        strips = (1, 2, -(-input.shape[2] // 2))
+        spaces = product((1, 2, 3), strips, ({}, {"maxnreg": 128}))
+        yield from ({"CHANNELS": channels, "STRIP": strip, **registers} for channels, strip, registers in spaces)
     else:
-        yield from ({"CHANNELS": channels} for channels in (2, 4, 8, 16))
+        spaces = product((2, 3, 4, 6, 8), ({}, {"maxnreg": 128}, {"maxnreg": 255}))
+        yield from ({"CHANNELS": channels, **registers} for channels, registers in spaces)

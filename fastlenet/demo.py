@@ -16,6 +16,7 @@ are.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import io
@@ -24,7 +25,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -411,6 +412,17 @@ def run_kernels(output: Path, config: TrainConfig, console: Console) -> bool:
     return agreement.ok
 
 
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Multiply whole numbers: losses are judged to the last digits, and by default convolutions may round to tf32."""
+    switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, switch.fp32_precision = switch.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
 def run_kernels_apart(arguments: Sequence[str], config: TrainConfig, console: Console) -> bool:
     """Run `run_kernels` in a process of its own.
 
@@ -587,8 +599,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             # wait for each other. One thread also makes the run the same whatever the number of cores.
             torch.set_num_threads(1)
         if options.part == "kernels":
-            return OK if run_kernels(output, config, console) else FAILED
-        ok = run_training(output, config, console)
+            with exact_convolutions():
+                return OK if run_kernels(output, config, console) else FAILED
+        with exact_convolutions() if config.torch_device().type == "cuda" else contextlib.nullcontext():
+            ok = run_training(output, config, console)
         if options.part == "all":
             arguments = ["--output", str(output), "--seed", str(config.seed), "--device", config.device]
             ok = run_kernels_apart(arguments, config, console) and ok

@@ -46,9 +46,8 @@ def collect() -> dict[str, Any]:
         ``driver``, ``cuda``, ``hip``, ``torch``, ``triton``, ``fastlenet``, ``python``, ``platform``, ``commit`` (from
         the variable ``FASTLENET_COMMIT`` or else git), ``dirty``, ``precision`` (PyTorch's fp32 switches), ``threads``,
         ``cpu`` and ``clocks`` (as seen now: MHz, W, degrees Celsius); also ``backend`` (the setting and what a float32
-        tensor of this device takes, and why),
-        ``gpus`` (each with its architecture and memory), ``cudnn``, ``variables`` (those of the environment that change
-        what runs) and ``packages`` (versions of optional ones).
+        tensor of this device takes, and why), ``gpus`` (each with its architecture and memory), ``cudnn``,
+        ``variables`` (those of the environment that change what runs) and ``packages`` (versions of optional ones).
 
     Example:
         >>> import fastlenet.environment

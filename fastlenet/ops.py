@@ -167,7 +167,7 @@ def _why_aten(input: Tensor, cells: int, width: int, library: Callable[[], str |
 def takes_stock(operator: str, input: Tensor, library: Callable[[], str | None], cells: int = 1) -> bool:
     """Whether stock's own operators and derivatives compute a call: ATen was chosen on a GPU, and nobody forced it.
 
-    The formulations of `fastlenet.aten` are a CPU's: on an H100 they took up to twice stock's time.
+    The formulations of `fastlenet.aten` are a CPU's: on an H100 they took up to 2.2 times stock's time.
     """
     if not input.is_cuda or backend() != "auto":
         return False

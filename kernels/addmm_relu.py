@@ -26,6 +26,7 @@ from .runtime import (
     interpreted_tile,
     launch,
     load,
+    next_power_of_2,
     relu,
     splits,
     store,
@@ -251,7 +252,7 @@ def _tile(dtype: torch.dtype, rows: int, columns: int, depth: int) -> dict[str, 
         return {"PRECISION": precision, **interpreted_tile(rows, columns, depth)}
     # Exact float32 runs on the FMA units with both operands in registers: a wider tile spills.
     widest = 32 if dtype == torch.float32 and precision == "ieee" else 64
-    block_n = min(widest, max(16, triton.next_power_of_2(columns)))
+    block_n = min(widest, max(16, next_power_of_2(columns)))
     blocks = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 16}
     return {"PRECISION": precision, **blocks, "num_warps": 4, "num_stages": 2, **all_registers()}
 

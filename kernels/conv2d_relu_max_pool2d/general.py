@@ -33,6 +33,7 @@ from ..runtime import (
     interpreted_tile,
     launch,
     load,
+    next_power_of_2,
     relu,
     splits,
     store,
@@ -521,7 +522,7 @@ def _exact(dtype: torch.dtype) -> bool:
 
 def _block(size: int, most: int) -> int:
     """Side of a tile that covers `size`, or as much of it as `most` allows."""
-    return min(most, max(16, triton.next_power_of_2(size)))
+    return min(most, max(16, next_power_of_2(size)))
 
 
 def _is_unit(geometry: ConvPoolGeometry) -> bool:

@@ -20,16 +20,20 @@ from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
 
 _legal: set[Any] = set()
 _MOST_CALLS = 4096
+# Named here, as looking it up through `torch` takes as long as it does.
+_get_tracing_state = torch._C._get_tracing_state
 
 
 def call(*tensors: Tensor | None, others: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Describe a call by all that its checks look at, or return None where torch.compile traces it.
+    """Describe a call by all that its checks look at, or return None where somebody traces it.
+
+    A compiler shall not trace how calls are remembered; and for torch.jit.trace, sizes are tensors.
 
     Args:
         tensors: the operands; after autocast, which changes their types.
         others: the operator's name, and whatever else decides.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _get_tracing_state() is not None:
         return None
     key = list(others)
     for tensor in tensors:
@@ -42,6 +46,8 @@ def call(*tensors: Tensor | None, others: tuple[Any, ...]) -> tuple[Any, ...] | 
 
 def is_legal(call: tuple[Any, ...] | None) -> bool:
     """Whether a call like this has passed its checks before."""
+    if call is None:
+        return False
     try:
         return call in _legal
     except TypeError:  # symbolic sizes have no hash

@@ -352,6 +352,8 @@ def test_jit_trace_of_frozen_networks(networks, images, tmp_path):
     assert "fastlenet::conv2d_relu_max_pool2d" in str(traced.inlined_graph)
     traced.save(tmp_path / "traced.pt")
     assert torch.equal(torch.jit.load(tmp_path / "traced.pt")(images), fused(images))
+    # Sizes are tensors while torch.jit.trace runs: nothing of such a call may be there for who traces next.
+    torch.export.export(fused, (images,), strict=True)
 
 
 # --- linear layers on a CPU: stock's operators and derivatives ------------------------------------------------------

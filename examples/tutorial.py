@@ -39,8 +39,9 @@ def main() -> None:
     loss = criterion(network(image), target)
     print(loss)
 
-    print("\nIts graph leads back through the fused operators to the parameters:")
-    node, depth = loss.grad_fn, 0
+    print("\nThe graph of a whole batch's loss leads back through the fused operators to the parameters:")
+    loss_of_batch = criterion(network(image.expand(64, -1, -1, -1)), target.expand(64, -1))
+    node, depth = loss_of_batch.grad_fn, 0
     while node is not None:
         print(f"{'  ' * depth}{type(node).__name__}")
         # The first input that leads on; weights and biases end in AccumulateGrad, the image needs no gradient.

@@ -14,8 +14,9 @@ gained over stock's conv2d, relu and max_pool2d, each in the layout of its input
 - A convolution with few output channels becomes one with `cells` times as many, whose output is the planes
   (`_phases`): no copy then, and vector lanes are full. The gradient of the weight alone is served likewise
   (`_by_phases`); LeNet's conv1 takes two thirds to three quarters of the time so.
-- A few images are multiplied as matrices: oneDNN takes longer to set a convolution up than to compute it. There the
-  number of calls counts for more than how fast each is.
+- A small call is stock's own operators with stock's derivatives, relu last (`small_conv2d_relu_max_pool2d`): a Function
+  and its calls from Python take longer than they save. LeNet's step of one image takes 0.7 of its time so.
+- A few images are multiplied as matrices: oneDNN takes longer to set a convolution up than to compute it.
 - relu and its mask see pooled cells only, and the int64 indices of max_pool2d become bytes at once.
 - A linear layer with relu has nothing to gain here: it is stock's two calls, relu in place; on a CPU with stock's own
   derivatives (`fastlenet.autograd.plain_linear_relu`).
@@ -39,11 +40,18 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 _SLICE_BYTES = 6 << 20
 """Size that the convolution of a slice of the batch may have: small enough for a CPU's caches and for reused memory."""
 
-_FEW_PRODUCTS = 1 << 20
-"""Multiply-adds up to which a convolution is a matrix product; twice as many for its gradients.
+_FEW_PRODUCTS, _FEW_IMAGES = 1 << 22, 16
+"""Multiply-adds, and images, up to which a convolution is a matrix product for each image.
 
 Below, oneDNN's set-up costs more than the work: LeNet's convolutions of one image take 0.6 of its time as products,
 their gradients half or less.
+"""
+
+_LITTLE_TO_KEEP, _LITTLE_TO_COMPUTE = 5 << 16, 1 << 18
+"""Bytes of a convolution up to which stock's operators, in a better order, win: with derivatives, and without.
+
+They take little beside a `torch.autograd.Function` and all that it calls one by one. With derivatives they win up to
+some 2 MB in most shapes; but they keep the convolution, and from LeNet's batches of 64 on that is given up for memory.
 """
 
 _SMALL = 1 << 12
@@ -55,6 +63,7 @@ _unfold_and_multiply_backward = torch.ops.aten._slow_conv2d_backward.output_mask
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _threshold_backward = torch.ops.aten.threshold_backward.default
 _threshold_backward_out = torch.ops.aten.threshold_backward.grad_input
+_thnn_conv2d = torch._C._nn.thnn_conv2d  # type: ignore[attr-defined]
 _max_pool2d = torch.ops.aten.max_pool2d_with_indices.default
 _max_pool2d_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
 
@@ -109,6 +118,25 @@ def conv2d_relu_max_pool2d(
     return output, code
 
 
+def small_conv2d_relu_max_pool2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, differentiable: bool
+) -> Tensor | None:
+    """Return the pooled output by stock's operators and with their derivatives, or None where that does not pay.
+
+    relu comes last, on as many values as are left, which changes nothing: it lets no gradient pass where the largest
+    cell is not above 0. As a threshold it keeps its input for that, so that the output may be modified in place.
+    """
+    plan = _plan(input.shape, weight.shape, input.dtype, input.device.type, memory_format(input, weight), geometry)
+    if not (plan.small if differentiable else plan.tiny):
+        return None
+    if plan.matrix_product:
+        operands = input.contiguous(), weight.contiguous(), plan.kernel_size, bias
+        conv = _thnn_conv2d(*operands, geometry.stride, geometry.padding)
+    else:
+        conv = torch.conv2d(input, weight, bias, *geometry[:4])
+    return torch.threshold(torch.max_pool2d(conv, *_pool_args(geometry)), 0, 0)
+
+
 def conv2d_relu_max_pool2d_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -119,7 +147,7 @@ def conv2d_relu_max_pool2d_backward(
 ) -> Grads:
     """Return grad_input, grad_weight and grad_bias, None where `output_mask` does not ask for one."""
     plan = _plan(input.shape, weight.shape, input.dtype, input.device.type, memory_format(input, weight), geometry)
-    if plan.matrix_backward:
+    if plan.matrix_product:
         grad_conv = _unpool_by_index(_passing(grad_output, code, geometry), code, plan.conv_size, geometry, _PLAIN)
         # The operator takes its operands to be contiguous without a look.
         operands = grad_conv, input.contiguous(), weight.contiguous(), plan.kernel_size
@@ -222,8 +250,8 @@ class _Plan(NamedTuple):
     """How calls of one shape are computed.
 
     Attributes:
-        matrix_product: one product per image, of the kernel and the unfolded image.
-        matrix_backward: its gradients likewise.
+        small: by stock's operators and derivatives; and `tiny`, without derivatives.
+        matrix_product: one product per image, of the kernel and the unfolded image; its gradients likewise.
         phases: one convolution with the kernel once per window cell; and the weight's gradient alone likewise.
         side_by_side: pool by planes, one per window cell, taken apart by one copy.
         by_index: pool by stock's max_pool2d; else by one view per window cell.
@@ -236,8 +264,9 @@ class _Plan(NamedTuple):
         slices: of the batch.
     """
 
+    small: bool
+    tiny: bool
     matrix_product: bool
-    matrix_backward: bool
     phases: bool
     side_by_side: bool
     by_index: bool
@@ -272,12 +301,14 @@ def _plan(
     # Few output channels gain less than laying the operands out takes.
     last = by_index and geometry.groups == 1 and weight[0] >= 32 and _short_chain(weight[1], weight)
     for_input, for_weight = _backward_layouts(weight, geometry) if device == "cpu" else (_ANY, _ANY)
-    products = _products(input, weight, geometry) if plain and dtype == torch.float32 else math.inf
-    matrix_product = products <= _FEW_PRODUCTS
+    few = plain and dtype == torch.float32 and input[0] <= _FEW_IMAGES
+    conv_bytes = input[0] * weight[0] * conv_size[0] * conv_size[1] * computed_in.itemsize
+    stock = device == "cpu" and dtype == torch.float32 and not _window_may_be_empty(geometry)
     phases = plain and weight[0] < 16 and _phases_pay(weight, geometry)
     return _Plan(
-        matrix_product=matrix_product,
-        matrix_backward=products <= 2 * _FEW_PRODUCTS,
+        small=stock and conv_bytes <= _LITTLE_TO_KEEP,
+        tiny=stock and conv_bytes <= _LITTLE_TO_COMPUTE,
+        matrix_product=few and _products(input, weight, geometry) <= _FEW_PRODUCTS,
         phases=phases,
         side_by_side=plain and not last and _side_by_side(conv_size, geometry),
         by_index=by_index,

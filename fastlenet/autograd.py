@@ -19,7 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlenet import ops
-from fastlenet.aten import Grads, column_major, max_gather, max_scatter, requested
+from fastlenet.aten import (
+    Grads,
+    column_major,
+    max_gather,
+    max_scatter,
+    requested,
+    small_conv2d_relu_max_pool2d,
+)
 from fastlenet.backend import runs_plain
 from fastlenet.kernels import dispatch
 from fastlenet.kernels.geometry import ConvPoolGeometry
@@ -78,7 +85,13 @@ def conv2d_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, g
         return F.max_pool2d(F.relu(F.conv2d(input, weight, bias, *geometry[:4])), *geometry[4:])
     if forward_mode():
         output, _ = ConvReLUMaxPool2dForwardAD.apply(input, weight, bias, tuple(geometry))
-    elif _needs_function(input, weight, bias):
+        return output
+    differentiable = _needs_function(input, weight, bias)
+    if not ops.is_traced((input, weight, bias)) and runs_plain(input):
+        plain = small_conv2d_relu_max_pool2d(input, weight, bias, geometry, differentiable)
+        if plain is not None:
+            return plain
+    if differentiable:
         output, _ = apply(ConvReLUMaxPool2dFunction, input, weight, bias, tuple(geometry))
     else:
         output, _ = ops.conv2d_relu_max_pool2d(input, weight, bias, geometry, False)

@@ -106,16 +106,21 @@ def _implements(
 def _dispatcher_matters(args: tuple[Any, ...]) -> bool:
     """Whether calling the registered operator differs from calling its function, which saves some 30 us.
 
-    It does for whoever watches or replaces operators (compilers, tracers, profilers, dispatch modes, transforms, tensor
-    subclasses), and under autocast, which must be off inside.
+    It does for tracers and profilers, and under autocast, which must be off inside.
+    """
+    return is_traced(args) or _is_any_autocast_enabled() or _profiler_enabled()
+
+
+def is_traced(args: tuple[Any, ...]) -> bool:
+    """Whether somebody records, maps or replaces operators.
+
+    Compilers do, tracers, dispatch modes, transforms, tensor subclasses.
     """
     if (
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack() > 0
         or _are_functorch_transforms_active()
-        or _is_any_autocast_enabled()
         or _get_tracing_state() is not None
-        or _profiler_enabled()
     ):
         return True
     for arg in args:  # a generator takes longer

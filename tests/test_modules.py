@@ -165,10 +165,10 @@ def test_nothing_is_saved_for_frozen_networks(networks, images):
     assert saved == []
 
 
-def test_saved_tensors_can_be_packed_away(networks, images):
+def test_saved_tensors_can_be_packed_away(networks):
     """What autograd keeps goes through the hooks, can live elsewhere, and is as little as the README says."""
     fused = networks[0].float()
-    images = images.float()
+    images = torch.randn(64, 1, 32, 32)
     packed: list[torch.Tensor] = []
 
     def pack(tensor):
@@ -190,13 +190,13 @@ def test_saved_tensors_can_be_packed_away(networks, images):
     weights = {parameter.shape for parameter in fused.parameters()} | {p.shape[::-1] for p in fused.parameters()}
     activations = [tensor for tensor in packed if tensor.shape not in weights]
     assert sorted(tensor.shape for tensor in activations) == sorted(
-        torch.Size([3, *shape])
+        torch.Size([64, *shape])
         for shape in [
             (1, 32, 32), (6, 14, 14), (6, 14, 14), (16, 5, 5), (400,), (120,), (120,), (84,), (84,)
         ]
     )  # fmt: skip
     codes = [tensor for tensor in activations if tensor.dtype == torch.uint8]
-    assert sorted(code.shape for code in codes) == [torch.Size([3, 6, 14, 14]), torch.Size([3, 16, 5, 5])]
+    assert sorted(code.shape for code in codes) == [torch.Size([64, 6, 14, 14]), torch.Size([64, 16, 5, 5])]
 
 
 def test_saved_tensors_on_the_cpu(networks, images):

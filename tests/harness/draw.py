@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,13 +52,15 @@ def _pairs(low: int, high: int) -> Any:
     return st.one_of(number, st.tuples(number, number))
 
 
-def _drawn(draw: Any, case: ConvCase | AddmmCase, names: tuple[str, ...]) -> Drawn:
+def _drawn(
+    draw: Any, case: ConvCase | AddmmCase, names: tuple[str, ...], dtypes: Sequence[torch.dtype] = DTYPES
+) -> Drawn:
     exact = draw(st.booleans())
     # A tensor that repeats one number leaves the exact grid: its sums have no random signs.
     kinds = st.sampled_from(SAME_VALUES if exact else KINDS)
     return Drawn(
         case,
-        draw(st.sampled_from(DTYPES)),
+        draw(st.sampled_from(dtypes)),
         {name: draw(kinds) for name in (*names, "grad")},
         exact,
         draw(st.integers(0, 2**16)),
@@ -67,7 +70,7 @@ def _drawn(draw: Any, case: ConvCase | AddmmCase, names: tuple[str, ...]) -> Dra
 if hasattr(st, "composite"):
 
     @st.composite
-    def conv_calls(draw: Any) -> Drawn:
+    def conv_calls(draw: Any, dtypes: Sequence[torch.dtype] = DTYPES) -> Drawn:
         """Any legal call of conv2d_relu_max_pool2d at small sizes."""
         groups = draw(st.integers(1, 3))
         kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
@@ -104,7 +107,7 @@ if hasattr(st, "composite"):
             bias=draw(st.booleans()),
             **keywords,
         )
-        return _drawn(draw, case, ("input", "weight", "bias"))
+        return _drawn(draw, case, ("input", "weight", "bias"), dtypes)
 
     @st.composite
     def addmm_calls(draw: Any) -> Drawn:

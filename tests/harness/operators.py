@@ -94,11 +94,15 @@ def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, *, beta: float 
 
 @dataclass
 class Result:
-    """What one call gave: the output, the gradients by argument name, and the argmax codes where it saved some."""
+    """What one call gave: the output, the gradients by argument name, and the argmax that it saved.
+
+    That is the codes, or the indices of stock's max_pool2d where that computed the call.
+    """
 
     output: Tensor
     grads: dict[str, Tensor | None]
     code: Tensor | None = None
+    index: Tensor | None = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The output and the gradients, with names."""
@@ -122,8 +126,12 @@ def saved_for_backward() -> Iterator[list[Tensor]]:
 
 
 def double(tensors: Tensors) -> Tensors:
-    """The same tensors in float64."""
-    return {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
+    """The same tensors in float64, laid out plainly.
+
+    Stock's float64 convolutions give wrong gradients for some strides (torch 2.13: a single image in channels_last
+    between two groups).
+    """
+    return {name: None if tensor is None else tensor.double().contiguous() for name, tensor in tensors.items()}
 
 
 def upstream(like: Tensor, kind: str = "contiguous", generator: torch.Generator | None = None) -> Tensor:
@@ -160,10 +168,12 @@ def run(
         grad = grad_output(output.detach()) if callable(grad_output) else grad_output
         output.backward(grad)
     codes = [tensor for tensor in saved if tensor.dtype in (torch.uint8, torch.int32)]
+    indices = [tensor for tensor in saved if tensor.dtype == torch.int64]
     return Result(
         output.detach(),
         {name: leaf.grad for name, leaf in leaves.items() if leaf is not None},
         codes[0] if codes else None,
+        indices[0] if indices else None,
     )
 
 
@@ -262,8 +272,6 @@ def judge_conv(
     wanted = [name for name, grad in result.grads.items() if grad is not None]
     if not wanted:
         return
-    assert result.code is not None
-    code = result.code if result.output.dim() == 4 else result.code.squeeze(0)
 
     def conv_and_gradients(tensors: Tensors, routed: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         leaves = {name: None if t is None else t.detach().requires_grad_() for name, t in tensors.items()}
@@ -277,10 +285,14 @@ def judge_conv(
         )
 
     conv, _ = conv_and_gradients(exact, None)
-    cell, passes = _cells(case, code, (conv.shape[-2], conv.shape[-1]))
+    if result.code is None:
+        assert result.index is not None
+        cell, passes = result.index.view(result.output.shape), ~(result.output <= 0)
+    else:
+        cell, passes = _cells(case, result.code.view(result.output.shape), (conv.shape[-2], conv.shape[-1]))
     chosen = conv.flatten(-2).gather(-1, cell.flatten(-2)).view_as(cell)
     chosen = torch.where(passes, chosen, 0.0).to(dtype)
-    assert_as_accurate(chosen, stock, reference, magnitude=magnitude, name="cell named by the code", **options)
+    assert_as_accurate(chosen, stock, reference, magnitude=magnitude, name="cell that the argmax names", **options)
 
     routed = torch.zeros_like(conv).flatten(-2)
     routed.scatter_add_(-1, cell.flatten(-2), torch.where(passes, grad_output.double(), 0.0).flatten(-2))

@@ -191,19 +191,24 @@ def _backward_of_slice(
     need_input, need_weight, need_bias = output_mask
     if plan.phases and need_weight and not need_input:
         return None, *_by_phases(grad_output, input, weight, code, geometry)
-    passing = _passing(grad_output, code, geometry)
     for_input, for_weight = plan.for_input, plan.for_weight
-    # Of pooled values, a quarter of the work, where oneDNN would not add as stock does.
-    exact = torch.promote_types(passing.dtype, torch.float32)
-    apart = need_bias and not (need_weight and for_weight == _PLAIN)
-    grad_bias = passing.sum((0, 2, 3), dtype=exact) if apart else None
-    if not (need_input or need_weight):
-        return None, None, grad_bias
     layout = for_input if need_input else for_weight
-    if plan.by_index:
-        grad_conv = _unpool_by_index(passing, code, plan.conv_size, geometry, layout)
+    # Where oneDNN would not add as stock does.
+    apart = need_bias and not (need_weight and for_weight == _PLAIN)
+    exact = torch.promote_types(grad_output.dtype, torch.float32)
+    if plan.tiled and layout == _LAST and (need_input or need_weight):
+        grad_conv = _unpool_by_cells(grad_output, code, geometry)
+        grad_bias = grad_conv.permute(0, 2, 3, 1).flatten(0, 2).sum(0, dtype=exact) if apart else None
     else:
-        grad_conv = _unpool_by_planes(passing, code, plan.conv_size, geometry)
+        passing = _passing(grad_output, code, geometry)
+        # Of pooled values, a quarter of the work.
+        grad_bias = passing.sum((0, 2, 3), dtype=exact) if apart else None
+        if not (need_input or need_weight):
+            return None, None, grad_bias
+        if plan.by_index:
+            grad_conv = _unpool_by_index(passing, code, plan.conv_size, geometry, layout)
+        else:
+            grad_conv = _unpool_by_planes(passing, code, plan.conv_size, geometry)
 
     def backward(layout: torch.memory_format, *mask: bool) -> Grads:
         grads = _convolution_backward(
@@ -254,6 +259,7 @@ class _Plan(NamedTuple):
         matrix_product: one product per image, of the kernel and the unfolded image; its gradients likewise.
         phases: one convolution with the kernel once per window cell; and the weight's gradient alone likewise.
         side_by_side: pool by planes, one per window cell, taken apart by one copy.
+        tiled: windows side by side leave no cell over.
         by_index: pool by stock's max_pool2d; else by one view per window cell.
         convolved_in: layout of the convolution's operands; likewise `for_input` and `for_weight` for its gradients.
         dtype: the type to compute in.
@@ -269,6 +275,7 @@ class _Plan(NamedTuple):
     matrix_product: bool
     phases: bool
     side_by_side: bool
+    tiled: bool
     by_index: bool
     convolved_in: torch.memory_format
     for_input: torch.memory_format
@@ -311,6 +318,7 @@ def _plan(
         matrix_product=few and _products(input, weight, geometry) <= _FEW_PRODUCTS,
         phases=phases,
         side_by_side=plain and not last and _side_by_side(conv_size, geometry),
+        tiled=floating and _tiled(conv_size, geometry),
         by_index=by_index,
         convolved_in=_LAST if last else _ANY,
         for_input=for_input,
@@ -377,6 +385,12 @@ def _side_by_side(conv_size: Pair, geometry: ConvPoolGeometry) -> bool:
         and geometry.cells <= 255
         and all(pooled[i] * geometry.pool_size[i] <= conv_size[i] for i in (0, 1))
     )
+
+
+def _tiled(conv_size: Pair, geometry: ConvPoolGeometry) -> bool:
+    """Whether each cell of the convolution is in exactly one window."""
+    pooled = geometry.pooled_size(conv_size)
+    return _side_by_side(conv_size, geometry) and all(pooled[i] * geometry.pool_size[i] == conv_size[i] for i in (0, 1))
 
 
 def _backward_layouts(
@@ -472,6 +486,26 @@ def _pool_by_cells(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) 
     planes.select(1, 0).zero_()
     planes.narrow(1, 1, geometry.cells).view(cells.shape).copy_(cells)
     return _largest(planes, return_code)
+
+
+def _unpool_by_cells(grad_output: Tensor, code: Tensor, geometry: ConvPoolGeometry) -> Tensor:
+    """Gradient at the resolution of a convolution that windows tile, in channels_last.
+
+    Each cell compares its number with the code, as in `_spread`, but where the convolution has it. Fewer passes than by
+    index, none of them over int64: 0.7 to 0.95 of the time.
+    """
+    (rows, columns), (images, channels, height, width) = geometry.pool_size, code.shape
+    size = images, height, rows, width, columns, channels
+    # Pooled cells with the window's cells between them.
+    grad, number = (
+        tensor.permute(0, 2, 3, 1).contiguous().view(images, height, 1, width, 1, channels)
+        for tensor in (grad_output, code)
+    )
+    number = number.to(grad.dtype)
+    cells = _cell_numbers(geometry.cells, number.dtype).view(1, rows, 1, columns, 1)
+    here = torch.eq(number, cells, out=number.new_empty(size))
+    _threshold_backward_out(grad.expand(size), here, 0.5, grad_input=here)
+    return here.view(images, height * rows, width * columns, channels).permute(0, 3, 1, 2)
 
 
 # --- pooling by index: stock's max_pool2d, with a byte for an int64 ------------------------------------------------

@@ -87,7 +87,7 @@ def conv2d_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, g
         output, _ = ConvReLUMaxPool2dForwardAD.apply(input, weight, bias, tuple(geometry))
         return output
     differentiable = _needs_function(input, weight, bias)
-    if not ops.is_traced((input, weight, bias)) and runs_plain(input):
+    if input.is_cpu and not ops.is_traced((input, weight, bias)) and runs_plain(input):
         plain = small_conv2d_relu_max_pool2d(input, weight, bias, geometry, differentiable)
         if plain is not None:
             return plain

@@ -495,6 +495,38 @@ def test_windows_that_do_not_stand_side_by_side(case):
     CONV.exact(case, case.exact(torch.float32))
 
 
+@special
+@parametrize_dtypes(torch.float32, torch.bfloat16, torch.float64)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_of_tiles_are_those_by_index(layout, dtype, value):
+    """To the bit, infinities and NaN where they pass, and none where they do not; in channels_last."""
+    case = conv_case("tiled", (3, 4, 6, 9), (5, 4, 1, 1), pool_size=(2, 3))
+    geometry, generator = case.geometry, torch.Generator().manual_seed(0)
+    code = torch.randint(0, geometry.cells + 1, (3, 5, 3, 3), generator=generator).to(torch.uint8)
+    code[code == geometry.cells] = geometry.dropped
+    code = code.contiguous(memory_format=layout)
+    grad = torch.randn(code.shape, generator=generator).to(dtype).contiguous(memory_format=layout)
+    grad[0] = value
+    assert aten._plan(
+        torch.Size(case.input), torch.Size(case.weight), dtype, "cpu", torch.contiguous_format, geometry
+    ).tiled
+    expected = aten._unpool_by_index(aten._passing(grad, code, geometry), code, (6, 9), geometry, torch.channels_last)
+    actual = aten._unpool_by_cells(grad, code, geometry)
+    assert actual.stride() == expected.stride()
+    assert_bitwise_equal(actual, expected)
+
+
+@conv_cases(
+    [
+        conv_case("a row left over", (2, 4, 7, 6), (5, 4, 1, 1)),
+        conv_case("overlapping windows", (2, 4, 6, 6), (5, 4, 1, 1), pool_size=2, pool_stride=1),
+    ]
+)
+def test_windows_that_leave_cells_over_do_not_tile(case):
+    assert not plan_of(case).tiled
+    CONV.exact(case, case.exact(torch.float32))
+
+
 FEW = [
     conv_case("LeNet conv1", (1, 1, 32, 32), (6, 1, 5, 5)),
     conv_case("LeNet conv2", (2, 6, 14, 14), (16, 6, 5, 5)),

@@ -309,12 +309,12 @@ def _plan(
     last = by_index and geometry.groups == 1 and weight[0] >= 32 and _short_chain(weight[1], weight)
     for_input, for_weight = _backward_layouts(weight, geometry) if device == "cpu" else (_ANY, _ANY)
     few = plain and dtype == torch.float32 and input[0] <= _FEW_IMAGES
-    conv_bytes = input[0] * weight[0] * conv_size[0] * conv_size[1] * computed_in.itemsize
+    bytes_per_image = weight[0] * conv_size[0] * conv_size[1] * computed_in.itemsize
     stock = device == "cpu" and dtype == torch.float32 and not _window_may_be_empty(geometry)
     phases = plain and weight[0] < 16 and _phases_pay(weight, geometry)
     return _Plan(
-        small=stock and conv_bytes <= _LITTLE_TO_KEEP,
-        tiny=stock and conv_bytes <= _LITTLE_TO_COMPUTE,
+        small=stock and input[0] * bytes_per_image <= _LITTLE_TO_KEEP,
+        tiny=stock and input[0] * bytes_per_image <= _LITTLE_TO_COMPUTE,
         matrix_product=few and _products(input, weight, geometry) <= _FEW_PRODUCTS,
         phases=phases,
         side_by_side=plain and not last and _side_by_side(conv_size, geometry),
@@ -328,7 +328,7 @@ def _plan(
         kernel_size=(weight[2], weight[3]),
         conv_size=conv_size,
         output_shape=(input[0], weight[0], *pooled_size),
-        slices=_slices(input[0], weight[0] * conv_size[0] * conv_size[1] * computed_in.itemsize, device),
+        slices=_slices(input[0], bytes_per_image, device),
     )
 
 

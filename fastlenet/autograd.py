@@ -19,14 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlenet import ops
-from fastlenet.aten import (
-    Grads,
-    column_major,
-    max_gather,
-    max_scatter,
-    requested,
-    small_conv2d_relu_max_pool2d,
-)
+from fastlenet.aten import Grads, column_major, max_gather, max_scatter, requested, small_conv2d_relu_max_pool2d
 from fastlenet.backend import runs_plain
 from fastlenet.kernels import dispatch
 from fastlenet.kernels.geometry import ConvPoolGeometry

@@ -57,9 +57,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
     from rich.console import Console
 
-# Reaches 98.1 to 98.4% of the held-out digits over several seeds: far enough above what is required that another
-# machine's rounding does not decide.
-RECIPE = TrainConfig(epochs=20, batch_size=32, optimiser="nesterov", lr=0.03, lr_decay=0.85, max_shift=2)
+# Reaches 97.9 to 98.2% of the held-out digits over several seeds: far enough above what is required that another
+# machine's rounding does not decide. Batches of 100 are where fusing begins to save memory and time on a CPU, too.
+RECIPE = TrainConfig(epochs=40, batch_size=100, optimiser="nesterov", lr=0.05, lr_decay=0.93, max_shift=2)
 REQUIRED_ACCURACY = 0.97
 
 JUDGED_STEPS = 20

@@ -57,9 +57,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
     from rich.console import Console
 
-# Reaches 97.9 to 98.2% of the held-out digits over several seeds: far enough above what is required that another
+# Reaches 97.8 to 98.2% of the held-out digits over several seeds: far enough above what is required that another
 # machine's rounding does not decide. Batches of 100 are where fusing begins to save memory and time on a CPU, too.
-RECIPE = TrainConfig(epochs=40, batch_size=100, optimiser="nesterov", lr=0.05, lr_decay=0.93, max_shift=2)
+RECIPE = TrainConfig(epochs=50, batch_size=100, optimiser="nesterov", lr=0.04, lr_decay=0.94, max_shift=2)
 REQUIRED_ACCURACY = 0.97
 
 JUDGED_STEPS = 20

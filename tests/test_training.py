@@ -991,13 +991,13 @@ def test_running_mean() -> None:
 def test_demo_fails_where_the_networks_have_not_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mlxtend")
     pytest.importorskip("matplotlib")
-    arguments = ["--output", tmp_path, "--epochs", 2, "--device", "cpu", "--part", "training"]
+    arguments = ["--output", tmp_path, "--epochs", 3, "--device", "cpu", "--part", "training"]
     assert demo.main([str(argument) for argument in arguments]) == 1
     printed = capsys.readouterr().out
     assert "FAILED" in printed
     assert len(printed.splitlines()) < 40, "progress bars stay out of logs"
     record = json.loads((tmp_path / "demo.json").read_text())
-    assert record["steps"] == 80
+    assert record["steps"] == 120
     assert record["agreement"]["ok"]
     assert 0.5 < record["accuracy"][0] < 0.97
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG\r\n")

@@ -58,12 +58,11 @@ _SMALL = 1 << 12
 """Pooled values up to which the number of calls counts for more than how fast each is."""
 
 # Bound once: looking an operator up takes as long as a small one runs.
-_unfold_and_multiply = torch.ops.aten._slow_conv2d_forward.default
+_unfold_and_multiply = torch._C._nn.thnn_conv2d  # type: ignore[attr-defined]
 _unfold_and_multiply_backward = torch.ops.aten._slow_conv2d_backward.output_mask
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _threshold_backward = torch.ops.aten.threshold_backward.default
 _threshold_backward_out = torch.ops.aten.threshold_backward.grad_input
-_thnn_conv2d = torch._C._nn.thnn_conv2d  # type: ignore[attr-defined]
 _max_pool2d = torch.ops.aten.max_pool2d_with_indices.default
 _max_pool2d_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
 
@@ -131,7 +130,7 @@ def small_conv2d_relu_max_pool2d(
         return None
     if plan.matrix_product:
         operands = input.contiguous(), weight.contiguous(), plan.kernel_size, bias
-        conv = _thnn_conv2d(*operands, geometry.stride, geometry.padding)
+        conv = _unfold_and_multiply(*operands, geometry.stride, geometry.padding)
     else:
         conv = torch.conv2d(input, weight, bias, *geometry[:4])
     return torch.threshold(torch.max_pool2d(conv, *_pool_args(geometry)), 0, 0)

@@ -42,7 +42,7 @@ def conv2d_relu_max_pool2d(
     cell in scan order, and no gradient passes where every cell of a window is <= 0.
 
     For the backward it keeps the input, the weight and one byte per pooled cell, nothing at the convolution's
-    resolution; but a convolution of at most 320 KiB on a CPU, where nothing is saved by that, is kept as in stock.
+    resolution; but a float32 convolution of at most 320 KiB on a CPU, where that saves nothing, is kept as in stock.
 
     Args:
         input: (N, C, H, W) or, unbatched, (C, H, W); any strides; float32, float16, bfloat16 or float64. N may be 0.

@@ -7,7 +7,7 @@ comparison gets.
 How cost is counted. FLOPs: two per multiply-add of convolutions and matrix products; a convolution only where a pooling
 window looks. Bytes: each tensor an operator must read or write, once; parameters once a batch. Between operators
 everything goes through memory, except inside the three linear layers of LeNet, which count as one operator. A backward
-pass counts convolution gradients at the argmax cells alone (`dense=True`: at all of them), one byte of argmax code a
+pass counts convolution gradients at the argmax cells alone (`dense=True`: at all of them), one byte of argmax a
 pooled cell, and reads its operands once for all its gradients. So LeNet's forward is 833,040 FLOP and 16,744 bytes an
 image, its training step 1,367,520 FLOP (2,263,920 dense); a layer-wise step without a fused head, and with separate
 kernels for input and weight gradients, moves about 53 KB instead of the 44.6 KB counted here. No implementation can
@@ -126,12 +126,12 @@ class ConvCase:
         fixed = (self.out_channels * taps + self.out_channels) * itemsize
         [conv_h, conv_w] = self.geometry.conv_size((self.size, self.size), (self.kernel, self.kernel))
         covered = self._covered(conv_h) * self._covered(conv_w) * self.out_channels
-        code = 0 if direction == FORWARD else pooled
-        forward = Cost(2.0 * covered * taps, (image + pooled) * itemsize + code, fixed)
+        argmax = 0 if direction == FORWARD else pooled
+        forward = Cost(2.0 * covered * taps, (image + pooled) * itemsize + argmax, fixed)
         gradients = 2 if self.input_grad else 1
         backward = Cost(
             2.0 * gradients * (covered if dense else min(pooled, covered)) * taps,
-            (pooled + image * gradients) * itemsize + code,
+            (pooled + image * gradients) * itemsize + argmax,
             fixed * gradients,
         )
         return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[direction]

@@ -10,7 +10,7 @@ gained over stock's conv2d, relu and max_pool2d, each in the layout of its input
   ever allocated for the whole batch, and stock's cost per image, which grows with the batch, does not.
 - No pool runs in the plain layout, where stock's max_pool2d is two to eight times slower. Windows that stand side by
   side are taken apart into planes, one per window cell, by one copy; one max_pool2d over the planes, in disguise, gives
-  values, relu and codes (`_largest`). Other windows are pooled in channels_last. Only pooled values are laid out again.
+  values, relu and argmax (`_largest`). Other windows are pooled in channels_last. Pooled values alone are laid out.
 - A convolution with few output channels becomes one with `cells` times as many, whose output is the planes
   (`_phases`): no copy then, and vector lanes are full. The gradient of the weight alone is served likewise
   (`_by_phases`); LeNet's conv1 takes two thirds to three quarters of the time so.
@@ -78,14 +78,14 @@ _ANY, _PLAIN, _LAST = torch.preserve_format, torch.contiguous_format, torch.chan
 
 
 def conv2d_relu_max_pool2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_code: bool
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_argmax: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the pooled output and, if asked for, its argmax codes (see `ConvPoolGeometry.code_dtype`)."""
+    """Return the pooled output and, if asked for, its argmax (see `ConvPoolGeometry.argmax_dtype`)."""
     plan = _plan(input.shape, weight.shape, input.dtype, input.device.type, memory_format(input, weight), geometry)
     if plan.matrix_product:
         operands = input.contiguous(), weight.contiguous(), plan.kernel_size, bias
         conv = _unfold_and_multiply(*operands, geometry.stride, geometry.padding)
-        return _pool_by_index(conv, geometry, return_code)
+        return _pool_by_index(conv, geometry, return_argmax)
     weight, bias = weight.to(plan.dtype), None if bias is None else bias.to(plan.dtype)
     phases = _phases(weight, bias, geometry.pool_size) if plan.phases else None
     kernel = _laid_out(weight, plan.convolved_in)
@@ -94,27 +94,27 @@ def conv2d_relu_max_pool2d(
         part = part.to(plan.dtype)
         if phases is not None:
             conv = F.conv2d(part, *phases, geometry.pool_stride, geometry.padding)
-            found = _pool_phases(conv, geometry, return_code)
+            found = _pool_phases(conv, geometry, return_argmax)
             # The zeros around a shifted kernel turn an infinite input into NaN, so that needs the plain way.
             if found is not None:
                 return found
         part = _laid_out(part, plan.convolved_in)
         conv = F.conv2d(part, kernel, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-        return _pool(conv, geometry, plan, return_code)
+        return _pool(conv, geometry, plan, return_argmax)
 
     if len(plan.slices) == 1:
-        output, code = of_slice(input)
+        output, argmax = of_slice(input)
         layout = plan.layout
-        code = None if code is None else code.contiguous(memory_format=layout)
-        return output.to(input.dtype).contiguous(memory_format=layout), code
+        argmax = None if argmax is None else argmax.contiguous(memory_format=layout)
+        return output.to(input.dtype).contiguous(memory_format=layout), argmax
     output = torch.empty(plan.output_shape, dtype=input.dtype, device=input.device, memory_format=plan.layout)
-    code = torch.empty_like(output, dtype=geometry.code_dtype) if return_code else None
+    argmax = torch.empty_like(output, dtype=geometry.argmax_dtype) if return_argmax else None
     for images in plan.slices:
-        pooled, codes = of_slice(input[images])
+        pooled, argmax = of_slice(input[images])
         output[images].copy_(pooled)
-        if code is not None and codes is not None:
-            code[images].copy_(codes)
-    return output, code
+        if argmax is not None and argmax is not None:
+            argmax[images].copy_(argmax)
+    return output, argmax
 
 
 def small_conv2d_relu_max_pool2d(
@@ -140,14 +140,14 @@ def conv2d_relu_max_pool2d_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
-    code: Tensor,
+    argmax: Tensor,
     geometry: ConvPoolGeometry,
     output_mask: Sequence[bool],
 ) -> Grads:
     """Return grad_input, grad_weight and grad_bias, None where `output_mask` does not ask for one."""
     plan = _plan(input.shape, weight.shape, input.dtype, input.device.type, memory_format(input, weight), geometry)
     if plan.matrix_product:
-        grad_conv = _unpool_by_index(_passing(grad_output, code, geometry), code, plan.conv_size, geometry, _PLAIN)
+        grad_conv = _unpool_by_index(_passing(grad_output, argmax, geometry), argmax, plan.conv_size, geometry, _PLAIN)
         # The operator takes its operands to be contiguous without a look.
         operands = grad_conv, input.contiguous(), weight.contiguous(), plan.kernel_size
         grads = _unfold_and_multiply_backward(*operands, geometry.stride, geometry.padding, output_mask)
@@ -155,7 +155,7 @@ def conv2d_relu_max_pool2d_backward(
     kernel = weight.to(plan.dtype)
 
     def of_slice(images: slice) -> Grads:
-        tensors = grad_output[images].to(plan.dtype), input[images].to(plan.dtype), kernel, code[images]
+        tensors = grad_output[images].to(plan.dtype), input[images].to(plan.dtype), kernel, argmax[images]
         return _backward_of_slice(*tensors, geometry, plan, output_mask)
 
     if len(plan.slices) == 1:
@@ -182,32 +182,32 @@ def _backward_of_slice(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
-    code: Tensor,
+    argmax: Tensor,
     geometry: ConvPoolGeometry,
     plan: _Plan,
     output_mask: Sequence[bool],
 ) -> Grads:
     need_input, need_weight, need_bias = output_mask
     if plan.phases and need_weight and not need_input:
-        return None, *_by_phases(grad_output, input, weight, code, geometry)
+        return None, *_by_phases(grad_output, input, weight, argmax, geometry)
     for_input, for_weight = plan.for_input, plan.for_weight
     layout = for_input if need_input else for_weight
     # Where oneDNN would not add as stock does.
     apart = need_bias and not (need_weight and for_weight == _PLAIN)
     exact = torch.promote_types(grad_output.dtype, torch.float32)
     if plan.tiled and layout == _LAST and (need_input or need_weight):
-        grad_conv = _unpool_by_cells(grad_output, code, geometry)
+        grad_conv = _unpool_by_cells(grad_output, argmax, geometry)
         grad_bias = grad_conv.permute(0, 2, 3, 1).flatten(0, 2).sum(0, dtype=exact) if apart else None
     else:
-        passing = _passing(grad_output, code, geometry)
+        passing = _passing(grad_output, argmax, geometry)
         # Of pooled values, a quarter of the work.
         grad_bias = passing.sum((0, 2, 3), dtype=exact) if apart else None
         if not (need_input or need_weight):
             return None, None, grad_bias
         if plan.by_index:
-            grad_conv = _unpool_by_index(passing, code, plan.conv_size, geometry, layout)
+            grad_conv = _unpool_by_index(passing, argmax, plan.conv_size, geometry, layout)
         else:
-            grad_conv = _unpool_by_planes(passing, code, plan.conv_size, geometry)
+            grad_conv = _unpool_by_planes(passing, argmax, plan.conv_size, geometry)
 
     def backward(layout: torch.memory_format, *mask: bool) -> Grads:
         grads = _convolution_backward(
@@ -232,13 +232,13 @@ def _backward_of_slice(
     return grad_input, grad_weight, grad_bias if apart else bias
 
 
-def _pool(conv: Tensor, geometry: ConvPoolGeometry, plan: _Plan, return_code: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the pooled output and, if asked for, its codes, as `plan` says."""
+def _pool(conv: Tensor, geometry: ConvPoolGeometry, plan: _Plan, return_argmax: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the pooled output and, if asked for, its argmax, as `plan` says."""
     if plan.side_by_side:
-        return _pool_by_cells(conv, geometry, return_code)
+        return _pool_by_cells(conv, geometry, return_argmax)
     if plan.by_index:
-        return _pool_by_index(_channels_last(conv), geometry, return_code)
-    return _pool_by_planes(conv, geometry, return_code)
+        return _pool_by_index(_channels_last(conv), geometry, return_argmax)
+    return _pool_by_planes(conv, geometry, return_argmax)
 
 
 def requested(grads: Sequence[Tensor | None], output_mask: Sequence[bool]) -> Grads:
@@ -360,7 +360,7 @@ def _phases_pay(weight: torch.Size, geometry: ConvPoolGeometry) -> bool:
         and geometry.groups == 1
         and not geometry.ceil_mode
         and geometry.pool_padding == (0, 0)
-        and 1 < geometry.cells <= 255
+        and 1 < geometry.window_size <= 255
         and larger <= 1.5 * weight[2] * weight[3]
     )
 
@@ -368,7 +368,7 @@ def _phases_pay(weight: torch.Size, geometry: ConvPoolGeometry) -> bool:
 def _index_tells(conv_size: Pair, geometry: ConvPoolGeometry) -> bool:
     """Whether an index tells the cell: not where a window may be empty, and not where it is wider than the image."""
     return (
-        geometry.cells <= 255
+        geometry.window_size <= 255
         and not _window_may_be_empty(geometry)
         and (geometry.pool_size[1] - 1) * geometry.pool_dilation[1] < conv_size[1]
     )
@@ -381,7 +381,7 @@ def _side_by_side(conv_size: Pair, geometry: ConvPoolGeometry) -> bool:
         geometry.pool_stride == geometry.pool_size
         and geometry.pool_dilation == (1, 1)
         and geometry.pool_padding == (0, 0)
-        and geometry.cells <= 255
+        and geometry.window_size <= 255
         and all(pooled[i] * geometry.pool_size[i] <= conv_size[i] for i in (0, 1))
     )
 
@@ -400,7 +400,7 @@ def _backward_layouts(
     oneDNN is faster in channels_last (the weight of LeNet's conv2: twice), except for an input of fewer channels than a
     vector has lanes, and for strided convolutions. Where the input's gradient stays plain to be exact, that of a weight
     of many channels does, too: two layouts take more copies than they save. Large kernels stay as they are: not every
-    CPU has fast code for their weight in channels_last.
+    CPU has fast argmax for their weight in channels_last.
     """
     if geometry.groups > 1 or max(weight[2:]) > 8:
         return _PLAIN, _PLAIN
@@ -461,13 +461,13 @@ def _channels_last(tensor: Tensor) -> Tensor:
 # --- pooling windows that stand side by side: the convolution taken apart into planes, one per window cell ----------
 
 
-def _largest(planes: Tensor, return_code: bool) -> tuple[Tensor, Tensor | None]:
-    """Reduce contiguous planes (N, 1 + cells, ...), the first of zeros, to the largest values and their codes.
+def _largest(planes: Tensor, return_argmax: bool) -> tuple[Tensor, Tensor | None]:
+    """Reduce contiguous planes (N, 1 + cells, ...), the first of zeros, to the largest values and their argmax.
 
     As an image of one column, a row for each plane and all else as channels, stock's max_pool2d runs vectorised: the
-    zeros are relu's, and its index is the plane, whose number less one is the code and, for the zeros, the byte 255.
+    zeros are relu's, and its index is the plane, whose number less one is the argmax and, for the zeros, the byte 255.
     """
-    if not return_code:
+    if not return_argmax:
         return planes.amax(1), None
     images, rows, *shape = planes.shape
     size = math.prod(shape)
@@ -476,32 +476,32 @@ def _largest(planes: Tensor, return_code: bool) -> tuple[Tensor, Tensor | None]:
     return output.view(images, *shape), plane.to(torch.uint8).sub_(1).view(images, *shape)
 
 
-def _pool_by_cells(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) -> tuple[Tensor, Tensor | None]:
+def _pool_by_cells(conv: Tensor, geometry: ConvPoolGeometry, return_argmax: bool) -> tuple[Tensor, Tensor | None]:
     """Pool a convolution laid out plainly."""
     (height, width), (over_n, over_c, down, right) = geometry.pool_size, conv.stride()
     size = *conv.shape[:1], height, width, conv.shape[1], conv.shape[2] // height, conv.shape[3] // width
     cells = conv.as_strided(size, (over_n, down, right, over_c, height * down, width * right))
-    planes = conv.new_empty((cells.shape[0], 1 + geometry.cells, *cells.shape[3:]))
+    planes = conv.new_empty((cells.shape[0], 1 + geometry.window_size, *cells.shape[3:]))
     planes.select(1, 0).zero_()
-    planes.narrow(1, 1, geometry.cells).view(cells.shape).copy_(cells)
-    return _largest(planes, return_code)
+    planes.narrow(1, 1, geometry.window_size).view(cells.shape).copy_(cells)
+    return _largest(planes, return_argmax)
 
 
-def _unpool_by_cells(grad_output: Tensor, code: Tensor, geometry: ConvPoolGeometry) -> Tensor:
+def _unpool_by_cells(grad_output: Tensor, argmax: Tensor, geometry: ConvPoolGeometry) -> Tensor:
     """Gradient at the resolution of a convolution that windows tile, in channels_last.
 
-    Each cell compares its number with the code, as in `_spread`, but where the convolution has it. Fewer passes than by
-    index, none of them over int64: 0.7 to 0.95 of the time.
+    Each cell compares its number with the argmax, as in `_spread`, but where the convolution has it. Fewer passes than
+    by index, none of them over int64: 0.7 to 0.95 of the time.
     """
-    (rows, columns), (images, channels, height, width) = geometry.pool_size, code.shape
+    (rows, columns), (images, channels, height, width) = geometry.pool_size, argmax.shape
     size = images, height, rows, width, columns, channels
     # Pooled cells with the window's cells between them.
     grad, number = (
         tensor.permute(0, 2, 3, 1).contiguous().view(images, height, 1, width, 1, channels)
-        for tensor in (grad_output, code)
+        for tensor in (grad_output, argmax)
     )
     number = number.to(grad.dtype)
-    cells = _cell_numbers(geometry.cells, number.dtype).view(1, rows, 1, columns, 1)
+    cells = _cell_numbers(geometry.window_size, number.dtype).view(1, rows, 1, columns, 1)
     here = torch.eq(number, cells, out=number.new_empty(size))
     _threshold_backward_out(grad.expand(size), here, 0.5, grad_input=here)
     return here.view(images, height * rows, width * columns, channels).permute(0, 3, 1, 2)
@@ -517,11 +517,11 @@ def _pool_args(geometry: ConvPoolGeometry) -> tuple[Pair, Pair, Pair, Pair, bool
 
 @functools.lru_cache(maxsize=64)
 def _windows(conv_size: Pair, pooled_size: Pair, geometry: ConvPoolGeometry) -> tuple[Tensor, Tensor, Tensor]:
-    """Tables between indices, flat positions in the convolution's output, and codes.
+    """Tables between indices, flat positions in the convolution's output, and argmax.
 
     Returns:
-        By pooled cell, the position of its window's first cell, (PH, PW); by code, how far behind it the cell's
-        position is; and the other way round, by distance, the code.
+        By pooled cell, the position of its window's first cell, (PH, PW); by argmax, how far behind it the cell's
+        position is; and the other way round, by distance, the argmax.
     """
     with torch.inference_mode(False):
         rows, columns = (
@@ -531,10 +531,10 @@ def _windows(conv_size: Pair, pooled_size: Pair, geometry: ConvPoolGeometry) -> 
         down, right = (torch.arange(geometry.pool_size[i], device="cpu") * geometry.pool_dilation[i] for i in (0, 1))
         first = rows[:, None] * conv_size[1] + columns
         distance = (down[:, None] * conv_size[1] + right).flatten()
-        code = torch.zeros(int(distance[-1]) + 1, dtype=geometry.code_dtype, device="cpu")
-        code[distance] = torch.arange(geometry.cells, dtype=geometry.code_dtype, device="cpu")
-        # Every byte may be looked up, `dropped` too; what that gives is not used.
-        return first, F.pad(distance, (0, 256 - geometry.cells)), code
+        argmax = torch.zeros(int(distance[-1]) + 1, dtype=geometry.argmax_dtype, device="cpu")
+        argmax[distance] = torch.arange(geometry.window_size, dtype=geometry.argmax_dtype, device="cpu")
+        # Every byte may be looked up, `no_winner` too; what that gives is not used.
+        return first, F.pad(distance, (0, 256 - geometry.window_size)), argmax
 
 
 def _looked_up(table: Tensor, index: Tensor) -> Tensor:
@@ -546,47 +546,47 @@ def _looked_up(table: Tensor, index: Tensor) -> Tensor:
     return table.index_select(0, index.view(-1)).view(index.shape)
 
 
-def _pool_by_index(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) -> tuple[Tensor, Tensor | None]:
+def _pool_by_index(conv: Tensor, geometry: ConvPoolGeometry, return_argmax: bool) -> tuple[Tensor, Tensor | None]:
     """Pool a convolution in its own layout; relu after it, on as many values as are left."""
     output, index = _max_pool2d(conv, *_pool_args(geometry))
     output.relu_()
-    if not return_code:
+    if not return_argmax:
         return output, None
-    first, _, codes = _windows(tuple(conv.shape[2:]), tuple(output.shape[2:]), geometry)
+    first, _, argmax = _windows(tuple(conv.shape[2:]), tuple(output.shape[2:]), geometry)
     if output.is_contiguous():
-        code = _looked_up(codes, index.sub_(first))
+        argmax = _looked_up(argmax, index.sub_(first))
     else:
-        code = _looked_up(codes, index.permute(0, 2, 3, 1).sub_(first.unsqueeze(2))).permute(0, 3, 1, 2)
+        argmax = _looked_up(argmax, index.permute(0, 2, 3, 1).sub_(first.unsqueeze(2))).permute(0, 3, 1, 2)
     closed = output <= 0
-    if code.numel() <= _SMALL:
-        return output, code.masked_fill_(closed, geometry.dropped)
-    # What masked_fill_ does, but vectorised: minus one is the byte 255, of which an "or" makes 255 of any code.
-    return output, code.bitwise_or_(closed.view(torch.uint8).neg_())
+    if argmax.numel() <= _SMALL:
+        return output, argmax.masked_fill_(closed, geometry.no_winner)
+    # What masked_fill_ does, but vectorised: minus one is the byte 255, of which an "or" makes 255 of any argmax.
+    return output, argmax.bitwise_or_(closed.view(torch.uint8).neg_())
 
 
-def _passing(grad_output: Tensor, code: Tensor, geometry: ConvPoolGeometry) -> Tensor:
-    """Pooled gradients, zero where the code says that none passes, and no NaN where one was infinite."""
-    if code.numel() <= _SMALL or code.dtype != torch.uint8 or not grad_output.is_floating_point():
-        return grad_output.masked_fill(code == geometry.dropped, 0)
+def _passing(grad_output: Tensor, argmax: Tensor, geometry: ConvPoolGeometry) -> Tensor:
+    """Pooled gradients, zero where the argmax says that none passes, and no NaN where one was infinite."""
+    if argmax.numel() <= _SMALL or argmax.dtype != torch.uint8 or not grad_output.is_floating_point():
+        return grad_output.masked_fill(argmax == geometry.no_winner, 0)
     # What masked_fill does, but vectorised.
-    return _threshold_backward(grad_output, code.to(grad_output.dtype).neg_(), -geometry.dropped)
+    return _threshold_backward(grad_output, argmax.to(grad_output.dtype).neg_(), -geometry.no_winner)
 
 
 def _unpool_by_index(
-    passing: Tensor, code: Tensor, conv_size: Pair, geometry: ConvPoolGeometry, layout: torch.memory_format
+    passing: Tensor, argmax: Tensor, conv_size: Pair, geometry: ConvPoolGeometry, layout: torch.memory_format
 ) -> Tensor:
-    """Gradient at the convolution's resolution, in `layout`: each pooled gradient at the cell that its code names."""
-    first, distances, _ = _windows(conv_size, tuple(code.shape[2:]), geometry)
-    passing, code = passing.contiguous(memory_format=layout), code.contiguous(memory_format=layout)
+    """Gradient at the convolution's resolution, in `layout`: each pooled gradient at the cell that its argmax names."""
+    first, distances, _ = _windows(conv_size, tuple(argmax.shape[2:]), geometry)
+    passing, argmax = passing.contiguous(memory_format=layout), argmax.contiguous(memory_format=layout)
     if layout == _LAST:
-        index = _looked_up(distances, code.permute(0, 2, 3, 1)).add_(first.unsqueeze(2)).permute(0, 3, 1, 2)
+        index = _looked_up(distances, argmax.permute(0, 2, 3, 1)).add_(first.unsqueeze(2)).permute(0, 3, 1, 2)
     else:
-        index = _looked_up(distances, code).add_(first)
+        index = _looked_up(distances, argmax).add_(first)
     if any(geometry.pool_padding):
         # Where nothing passes, the window's first cell stands in, which may lie in the padding, before the image.
         index.clamp_(min=0)
     # Of the convolution's output, sizes and layout are read, not the values.
-    like = torch.empty((*code.shape[:2], *conv_size), dtype=passing.dtype, memory_format=layout)
+    like = torch.empty((*argmax.shape[:2], *conv_size), dtype=passing.dtype, memory_format=layout)
     return _max_pool2d_backward(passing, like, *_pool_args(geometry), index)
 
 
@@ -646,22 +646,22 @@ def _cell_numbers(cells: int, dtype: torch.dtype) -> Tensor:
         return torch.arange(cells, dtype=dtype, device="cpu").view(-1, 1, 1, 1)
 
 
-def _spread(grad_output: Tensor, code: Tensor, cells: int) -> Tensor:
-    """Gradients as a window's planes, (N, cells, C, PH, PW): each where its code is, 0 elsewhere.
+def _spread(grad_output: Tensor, argmax: Tensor, cells: int) -> Tensor:
+    """Gradients as a window's planes, (N, cells, C, PH, PW): each where its argmax is, 0 elsewhere.
 
     threshold_backward selects without arithmetic, so that an infinite gradient leaves no NaN behind, and vectorised.
     """
-    number = code.to(grad_output.dtype).unsqueeze(1)
-    size = code.shape[0], cells, *code.shape[1:]
+    number = argmax.to(grad_output.dtype).unsqueeze(1)
+    size = argmax.shape[0], cells, *argmax.shape[1:]
     here = torch.eq(number, _cell_numbers(cells, number.dtype), out=number.new_empty(size))
     return _threshold_backward_out(grad_output.unsqueeze(1).expand(size), here, 0.5, grad_input=here)
 
 
 def _by_phases(
-    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, geometry: ConvPoolGeometry
+    grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, geometry: ConvPoolGeometry
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias without the convolution's resolution."""
-    planes = _spread(grad_output, code, geometry.cells).flatten(1, 2)
+    planes = _spread(grad_output, argmax, geometry.window_size).flatten(1, 2)
     stack = weight.new_empty(_stacked_shape(weight.shape, geometry.pool_size))
     layout = _PLAIN if weight.shape[1] == 1 else _LAST
     _, kernels, biases = _convolution_backward(
@@ -675,31 +675,31 @@ def _by_phases(
         1,
         [False, True, True],
     )
-    return _fold_phases(kernels, weight.shape, geometry.pool_size), biases.view(geometry.cells, -1).sum(0)
+    return _fold_phases(kernels, weight.shape, geometry.pool_size), biases.view(geometry.window_size, -1).sum(0)
 
 
-def _pool_phases(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) -> tuple[Tensor, Tensor | None] | None:
+def _pool_phases(conv: Tensor, geometry: ConvPoolGeometry, return_argmax: bool) -> tuple[Tensor, Tensor | None] | None:
     """Pool a plane of zeros and a window's planes, (N, (1 + cells) * O, PH, PW); None where there is any NaN."""
     # An image of one channel may pass for channels_last, and its convolution be laid out so.
-    output, code = _largest(conv.contiguous().unflatten(1, (1 + geometry.cells, -1)), return_code)
-    return None if math.isnan(output.sum().item()) else (output, code)
+    output, argmax = _largest(conv.contiguous().unflatten(1, (1 + geometry.window_size, -1)), return_argmax)
+    return None if math.isnan(output.sum().item()) else (output, argmax)
 
 
-def _pool_by_planes(conv: Tensor, geometry: ConvPoolGeometry, return_code: bool) -> tuple[Tensor, Tensor | None]:
+def _pool_by_planes(conv: Tensor, geometry: ConvPoolGeometry, return_argmax: bool) -> tuple[Tensor, Tensor | None]:
     """Pool any type on any device, empty windows and NaN included: the last NaN of a window has its argmax."""
     pooled = geometry.pooled_size(tuple(conv.shape[2:]))
     planes = _planes(conv, pooled, geometry)
     output = next(planes).clone()
-    code = torch.zeros_like(output, dtype=geometry.code_dtype) if return_code else None
+    argmax = torch.zeros_like(output, dtype=geometry.argmax_dtype) if return_argmax else None
     for cell, plane in enumerate(planes, start=1):
-        if code is not None:
-            code.masked_fill_((plane > output).logical_or_(plane != plane), cell)
+        if argmax is not None:
+            argmax.masked_fill_((plane > output).logical_or_(plane != plane), cell)
         torch.maximum(output, plane, out=output)
     if not _window_may_be_empty(geometry):
         output.relu_()
-    if code is not None:
-        code.masked_fill_(output <= 0, geometry.dropped)
-    return output, code
+    if argmax is not None:
+        argmax.masked_fill_(output <= 0, geometry.no_winner)
+    return output, argmax
 
 
 def _window_may_be_empty(geometry: ConvPoolGeometry) -> bool:
@@ -737,40 +737,40 @@ def _window_views(padded: Tensor, pooled: Sequence[int], geometry: ConvPoolGeome
             yield padded[:, :, top : top + height : stride_h, left : left + width : stride_w]
 
 
-def _unpool_by_planes(passing: Tensor, code: Tensor, conv_size: Pair, geometry: ConvPoolGeometry) -> Tensor:
+def _unpool_by_planes(passing: Tensor, argmax: Tensor, conv_size: Pair, geometry: ConvPoolGeometry) -> Tensor:
     """Gradient at the convolution's resolution: each cell's gradients where its plane was taken from."""
-    top, bottom, left, right = _overhang(conv_size, code.shape[2:], geometry)
-    size = *code.shape[:2], conv_size[0] + top + bottom, conv_size[1] + left + right
+    top, bottom, left, right = _overhang(conv_size, argmax.shape[2:], geometry)
+    size = *argmax.shape[:2], conv_size[0] + top + bottom, conv_size[1] + left + right
     padded = passing.new_zeros(size)
-    for cell, view in enumerate(_window_views(padded, code.shape[2:], geometry)):
+    for cell, view in enumerate(_window_views(padded, argmax.shape[2:], geometry)):
         # `where` selects without arithmetic, so that an infinite gradient leaves no NaN behind.
-        view += torch.where(code == cell, passing, 0)
+        view += torch.where(argmax == cell, passing, 0)
     return padded[:, :, top : top + conv_size[0], left : left + conv_size[1]]
 
 
 # --- the argmax as differentiable operators: for derivatives of any order ------------------------------------------
 
 
-def _argmax_index(code: Tensor, conv_size: Sequence[int], geometry: ConvPoolGeometry) -> tuple[Tensor, Tensor]:
-    """Turn codes into flat int64 positions in the convolution's output, and tell which pooled cells have one."""
-    kept = code != geometry.dropped
-    cell = torch.where(kept, code, 0).long()
-    rows, columns = (torch.arange(code.shape[2 + i], device=code.device) * geometry.pool_stride[i] for i in (0, 1))
+def _argmax_index(argmax: Tensor, conv_size: Sequence[int], geometry: ConvPoolGeometry) -> tuple[Tensor, Tensor]:
+    """Turn argmax into flat int64 positions in the convolution's output, and tell which pooled cells have one."""
+    kept = argmax != geometry.no_winner
+    cell = torch.where(kept, argmax, 0).long()
+    rows, columns = (torch.arange(argmax.shape[2 + i], device=argmax.device) * geometry.pool_stride[i] for i in (0, 1))
     row = rows[:, None] - geometry.pool_padding[0] + cell // geometry.pool_size[1] * geometry.pool_dilation[0]
     column = columns - geometry.pool_padding[1] + cell % geometry.pool_size[1] * geometry.pool_dilation[1]
     return torch.where(kept, row * conv_size[1] + column, 0).flatten(2), kept
 
 
-def max_gather(conv: Tensor, code: Tensor, geometry: ConvPoolGeometry) -> Tensor:
-    """Take from `conv` the cell that each code names, zero where it names none; differentiable to any order."""
-    index, kept = _argmax_index(code, conv.shape[2:], geometry)
-    return torch.where(kept, conv.flatten(2).gather(2, index).view(code.shape), 0.0)
+def max_gather(conv: Tensor, argmax: Tensor, geometry: ConvPoolGeometry) -> Tensor:
+    """Take from `conv` the cell that each argmax names, zero where it names none; differentiable to any order."""
+    index, kept = _argmax_index(argmax, conv.shape[2:], geometry)
+    return torch.where(kept, conv.flatten(2).gather(2, index).view(argmax.shape), 0.0)
 
 
-def max_scatter(grad_output: Tensor, code: Tensor, conv_size: Sequence[int], geometry: ConvPoolGeometry) -> Tensor:
-    """Transpose of `max_gather`: add each pooled gradient to the cell that its code names; differentiable too."""
-    index, kept = _argmax_index(code, conv_size, geometry)
-    zeros = grad_output.new_zeros(*code.shape[:2], conv_size[0] * conv_size[1])
+def max_scatter(grad_output: Tensor, argmax: Tensor, conv_size: Sequence[int], geometry: ConvPoolGeometry) -> Tensor:
+    """Transpose of `max_gather`: add each pooled gradient to the cell that its argmax names; differentiable too."""
+    index, kept = _argmax_index(argmax, conv_size, geometry)
+    zeros = grad_output.new_zeros(*argmax.shape[:2], conv_size[0] * conv_size[1])
     chosen = torch.where(kept, grad_output, 0.0).flatten(2)
     return zeros.scatter_add(2, index, chosen).unflatten(2, tuple(conv_size))
 

@@ -69,7 +69,7 @@ def _takes_stock(operator: str, input: Tensor, weight: Tensor, geometry: ConvPoo
     if geometry is None:
         return ops.takes_stock(operator, input, functools.partial(dispatch.product, "forward", input, weight))
     library = functools.partial(dispatch.convolution, "forward", input, weight, geometry)
-    return ops.takes_stock(operator, input, library, geometry.cells)
+    return ops.takes_stock(operator, input, library, geometry.window_size)
 
 
 def conv2d_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry) -> Tensor:
@@ -163,13 +163,13 @@ def _to_front(tensor: Any, dim: int | None, size: int) -> Any:
 class ConvReLUMaxPool2dFunction(torch.autograd.Function):
     """``max_pool2d(relu(conv2d(input, weight, bias)))``.
 
-    Saves the input, the weight and the argmax codes, of which `ConvPoolGeometry.dropped` tells where relu was off:
+    Saves the input, the weight and the argmax, of which `ConvPoolGeometry.no_winner` tells where relu was off:
     nothing at the convolution's resolution, and not the output, which its user may therefore modify in place.
     """
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Take a batched input and the fields of a `ConvPoolGeometry`; return the pooled output and the codes."""
+        """Take a batched input and the fields of a `ConvPoolGeometry`; return the pooled output and the argmax."""
         return ops.conv2d_relu_max_pool2d(input, weight, bias, ConvPoolGeometry(*geometry), True)
 
     @staticmethod
@@ -197,16 +197,16 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
         function = ConvReLUMaxPool2dForwardAD if forward_mode() else ConvReLUMaxPool2dFunction
         if in_dims[1] is None and in_dims[2] is None:
             input = _to_front(input, in_dims[0], size)
-            output, code = function.apply(input.flatten(0, 1), weight, bias, geometry)
-            return (output.unflatten(0, (size, -1)), code.unflatten(0, (size, -1))), (0, 0)
+            output, argmax = function.apply(input.flatten(0, 1), weight, bias, geometry)
+            return (output.unflatten(0, (size, -1)), argmax.unflatten(0, (size, -1))), (0, 0)
         input, weight, bias = (_to_front(arg, dim, size) for arg, dim in zip(args[:3], in_dims[:3], strict=True))
-        output, code = function.apply(
+        output, argmax = function.apply(
             input.movedim(0, 1).flatten(1, 2),
             weight.flatten(0, 1),
             None if bias is None else bias.flatten(),
             _grouped(geometry, size),
         )
-        return (output.unflatten(1, (size, -1)), code.unflatten(1, (size, -1))), (1, 1)
+        return (output.unflatten(1, (size, -1)), argmax.unflatten(1, (size, -1))), (1, 1)
 
 
 class ConvReLUMaxPool2dForwardAD(ConvReLUMaxPool2dFunction):
@@ -221,8 +221,8 @@ class ConvReLUMaxPool2dForwardAD(ConvReLUMaxPool2dFunction):
     @staticmethod
     def jvp(ctx: Any, input_tangent: Any, weight_tangent: Any, bias_tangent: Any, _: None) -> tuple[Any, None]:
         """Push tangents through the cells that won."""
-        input, weight, code = ctx.saved_tensors
-        return _conv_tangent(input, weight, code, ctx.geometry, input_tangent, weight_tangent, bias_tangent), None
+        input, weight, argmax = ctx.saved_tensors
+        return _conv_tangent(input, weight, argmax, ctx.geometry, input_tangent, weight_tangent, bias_tangent), None
 
 
 class ConvReLUMaxPool2dBackward(torch.autograd.Function):
@@ -230,10 +230,12 @@ class ConvReLUMaxPool2dBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, geometry: tuple[Any, ...], needs: Any
+        grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, geometry: tuple[Any, ...], needs: Any
     ) -> tuple[Tensor, ...]:
         """Return grad_input, grad_weight and grad_bias, empty where not needed."""
-        return ops.conv2d_relu_max_pool2d_backward(grad_output, input, weight, code, ConvPoolGeometry(*geometry), needs)
+        return ops.conv2d_relu_max_pool2d_backward(
+            grad_output, input, weight, argmax, ConvPoolGeometry(*geometry), needs
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -245,15 +247,15 @@ class ConvReLUMaxPool2dBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate the gradients by grad_output, input and weight."""
-        grad_output, input, weight, code = ctx.saved_tensors
+        grad_output, input, weight, argmax = ctx.saved_tensors
         to_input, to_weight, to_bias = requested(cotangents, ctx.needs)
         grad_grad = by_input = by_weight = None
         if ctx.needs_input_grad[0]:
-            grad_grad = _conv_tangent(input, weight, code, ctx.geometry, to_input, to_weight, to_bias)
+            grad_grad = _conv_tangent(input, weight, argmax, ctx.geometry, to_input, to_weight, to_bias)
         if ctx.needs_input_grad[1] and to_weight is not None:
-            by_input = _conv_grads(grad_output, input, to_weight, code, ctx.geometry, (True, False, False))[0]
+            by_input = _conv_grads(grad_output, input, to_weight, argmax, ctx.geometry, (True, False, False))[0]
         if ctx.needs_input_grad[2] and to_input is not None:
-            by_weight = _conv_grads(grad_output, to_input, weight, code, ctx.geometry, (False, True, False))[1]
+            by_weight = _conv_grads(grad_output, to_input, weight, argmax, ctx.geometry, (False, True, False))[1]
         return grad_grad, by_input, by_weight, None, None, None
 
     @staticmethod
@@ -261,14 +263,14 @@ class ConvReLUMaxPool2dBackward(torch.autograd.Function):
         """Fold the mapped dimension into the groups: each sample then has weight gradients of its own."""
         *tensors, geometry, needs = args
         size = info.batch_size
-        grad_output, input, weight, code = (
+        grad_output, input, weight, argmax = (
             _to_front(arg, dim, size) for arg, dim in zip(tensors, in_dims[:4], strict=True)
         )
         function = ConvReLUMaxPool2dBackwardForwardAD if forward_mode() else ConvReLUMaxPool2dBackward
         grad_input, grad_weight, grad_bias = function.apply(
             *(tensor.movedim(0, 1).flatten(1, 2) for tensor in (grad_output, input)),
             weight.flatten(0, 1),
-            code.movedim(0, 1).flatten(1, 2),
+            argmax.movedim(0, 1).flatten(1, 2),
             _grouped(geometry, size),
             needs,
         )
@@ -292,12 +294,12 @@ class ConvReLUMaxPool2dBackwardForwardAD(ConvReLUMaxPool2dBackward):
     @staticmethod
     def jvp(ctx: Any, grad_tangent: Any, input_tangent: Any, weight_tangent: Any, *_: None) -> tuple[Any, ...]:
         """Differentiate each gradient along the tangents: it is linear in each of the three."""
-        grad_output, input, weight, code = ctx.saved_tensors
+        grad_output, input, weight, argmax = ctx.saved_tensors
 
         def grads(grad: Any, image: Any, kernel: Any, mask: tuple[bool, ...]) -> Grads:
             if grad is None or image is None or kernel is None:
                 return None, None, None
-            return _conv_grads(grad, image, kernel, code, ctx.geometry, mask)
+            return _conv_grads(grad, image, kernel, argmax, ctx.geometry, mask)
 
         needs = tuple(ctx.needs)
         by_grad = grads(grad_tangent, input, weight, needs)
@@ -314,13 +316,13 @@ def _grouped(geometry: tuple[Any, ...], size: int) -> tuple[Any, ...]:
 
 
 def _conv_grads(
-    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, fields: tuple[Any, ...], mask: tuple[bool, ...]
+    grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, fields: tuple[Any, ...], mask: tuple[bool, ...]
 ) -> Grads:
-    """Gradients of the operator for given codes, in differentiable ATen."""
+    """Gradients of the operator for given argmax, in differentiable ATen."""
     geometry = ConvPoolGeometry(*fields)
     size = geometry.conv_size((input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3]))
     grads = torch.ops.aten.convolution_backward(
-        max_scatter(grad_output, code, size, geometry),
+        max_scatter(grad_output, argmax, size, geometry),
         input,
         weight,
         [weight.shape[0]],
@@ -338,7 +340,7 @@ def _conv_grads(
 def _conv_tangent(
     input: Tensor,
     weight: Tensor,
-    code: Tensor,
+    argmax: Tensor,
     fields: tuple[Any, ...],
     input_tangent: Tensor | None,
     weight_tangent: Tensor | None,
@@ -355,7 +357,7 @@ def _conv_tangent(
     if bias_tangent is not None:
         by_bias = bias_tangent.reshape(1, -1, 1, 1).expand(input.shape[0], -1, *size)
         tangent = by_bias if tangent is None else tangent + by_bias
-    return None if tangent is None else max_gather(tangent, code, geometry)
+    return None if tangent is None else max_gather(tangent, argmax, geometry)
 
 
 class AddmmReLUFunction(torch.autograd.Function):

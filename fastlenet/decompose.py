@@ -31,7 +31,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     decomposition_table=...)`` too. On its own it leaves every other operator as it is; to take those apart as well, add
     it to PyTorch's: ``table = torch.export.default_decompositions(); table.update(fastlenet.decompositions())``.
 
-    The decomposed graph computes what stock PyTorch computes, codes and gradients included, with stock's memory: it is
+    The decomposed graph computes what stock PyTorch computes, argmax and gradients included, with stock's memory: it is
     for running elsewhere, not for speed. Shapes may be symbolic.
 
     Returns:
@@ -54,7 +54,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
 
 
 def _conv2d_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    *fields, return_code = args
+    *fields, return_argmax = args
     geometry = ConvPoolGeometry(*fields)
     conv = torch.ops.aten.convolution(
         input, weight, bias, geometry.stride, geometry.padding, geometry.dilation, False, [0, 0], geometry.groups
@@ -67,13 +67,13 @@ def _conv2d_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, 
         geometry.pool_dilation,
         geometry.ceil_mode,
     )
-    if not return_code:
-        return output, output.new_empty(0, dtype=geometry.code_dtype)
-    return output, _code(output, index, conv.shape[3], geometry)
+    if not return_argmax:
+        return output, output.new_empty(0, dtype=geometry.argmax_dtype)
+    return output, _argmax(output, index, conv.shape[3], geometry)
 
 
-def _code(output: Tensor, index: Tensor, width: Any, geometry: ConvPoolGeometry) -> Tensor:
-    """Turn stock's flat positions in a convolution's output of this width into argmax codes."""
+def _argmax(output: Tensor, index: Tensor, width: Any, geometry: ConvPoolGeometry) -> Tensor:
+    """Turn stock's flat positions in a convolution's output of this width into argmax."""
     rows, columns = (
         torch.arange(output.shape[2 + i], device=output.device) * geometry.pool_stride[i] - geometry.pool_padding[i]
         for i in (0, 1)
@@ -85,14 +85,14 @@ def _code(output: Tensor, index: Tensor, width: Any, geometry: ConvPoolGeometry)
         for offset, dilation in zip((down, right), geometry.pool_dilation, strict=True)
     )
     cell = row * geometry.pool_size[1] + column
-    return torch.where(output <= 0, geometry.dropped, cell).to(geometry.code_dtype)
+    return torch.where(output <= 0, geometry.no_winner, cell).to(geometry.argmax_dtype)
 
 
 def _conv2d_relu_max_pool2d_backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, *args: Any
+    grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     *fields, output_mask = args
-    grads = autograd._conv_grads(grad_output, input, weight, code, tuple(fields), tuple(output_mask))
+    grads = autograd._conv_grads(grad_output, input, weight, argmax, tuple(fields), tuple(output_mask))
     return ops._or_empty(input, *grads)
 
 

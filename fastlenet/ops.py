@@ -3,7 +3,7 @@
 They know nothing of autograd; `fastlenet.autograd` wraps them. Each is opaque to torch.compile, so that a Triton
 kernel is launched by its own launcher whatever surrounds it.
 
-``conv2d_relu_max_pool2d`` returns the pooled output and its argmax codes (an empty tensor unless `return_code`);
+``conv2d_relu_max_pool2d`` returns the pooled output and its argmax (an empty tensor unless `return_argmax`);
 ``mlp`` its output and what relu gave of both hidden layers (empty tensors unless `return_hidden`).
 A backward operator returns one gradient per differentiable input, an empty tensor where `output_mask` asks for none.
 """
@@ -39,11 +39,11 @@ NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
 library = torch.library.Library(NAMESPACE, "DEF")
 operators = getattr(torch.ops, NAMESPACE)
 library.define(
-    f"conv2d_relu_max_pool2d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, bool return_code)"
-    " -> (Tensor output, Tensor code)"
+    f"conv2d_relu_max_pool2d(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, bool return_argmax)"
+    " -> (Tensor output, Tensor argmax)"
 )
 library.define(
-    f"conv2d_relu_max_pool2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor code, {_GEOMETRY},"
+    f"conv2d_relu_max_pool2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor argmax, {_GEOMETRY},"
     " bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
 )
 library.define("addmm_relu(Tensor? input, Tensor mat1, Tensor mat2, Scalar beta, Scalar alpha) -> Tensor")
@@ -219,32 +219,32 @@ def _or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
-def _with_code(
+def _with_argmax(
     result: tuple[Tensor, Tensor | None], input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    (output, code), (geometry, _) = result, args
-    return output, input.new_empty(0, dtype=geometry.code_dtype) if code is None else code
+    (output, argmax), (geometry, _) = result, args
+    return output, input.new_empty(0, dtype=geometry.argmax_dtype) if argmax is None else argmax
 
 
-@_implements("conv2d_relu_max_pool2d", geometry_at=3, finish=_with_code)
+@_implements("conv2d_relu_max_pool2d", geometry_at=3, finish=_with_argmax)
 def conv2d_relu_max_pool2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_code: bool
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_argmax: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the pooled output and, if asked for, its codes."""
+    """Return the pooled output and, if asked for, its argmax."""
     module = _implementation(
         "conv2d_relu_max_pool2d",
         input,
-        geometry.cells,
+        geometry.window_size,
         library=lambda: dispatch.convolution("forward", input, weight, geometry),
     )
-    return module.conv2d_relu_max_pool2d(input, weight, bias, geometry, return_code)
+    return module.conv2d_relu_max_pool2d(input, weight, bias, geometry, return_argmax)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::conv2d_relu_max_pool2d", lib=library)
 def _conv2d_relu_max_pool2d_fake(
     input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    *fields, return_code = args
+    *fields, return_argmax = args
     geometry = ConvPoolGeometry(*fields)
     output = torch.empty(
         geometry.output_shape(input, weight),
@@ -252,8 +252,8 @@ def _conv2d_relu_max_pool2d_fake(
         device=input.device,
         memory_format=memory_format(input, weight),
     )
-    return output, torch.empty_like(output, dtype=geometry.code_dtype) if return_code else output.new_empty(
-        0, dtype=geometry.code_dtype
+    return output, torch.empty_like(output, dtype=geometry.argmax_dtype) if return_argmax else output.new_empty(
+        0, dtype=geometry.argmax_dtype
     )
 
 
@@ -262,7 +262,7 @@ def conv2d_relu_max_pool2d_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
-    code: Tensor,
+    argmax: Tensor,
     geometry: ConvPoolGeometry,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
@@ -270,10 +270,10 @@ def conv2d_relu_max_pool2d_backward(
     module = _implementation(
         "conv2d_relu_max_pool2d",
         input,
-        geometry.cells,
+        geometry.window_size,
         library=lambda: dispatch.convolution("backward", input, weight, geometry),
     )
-    args = grad_output, input, weight, code, geometry, output_mask
+    args = grad_output, input, weight, argmax, geometry, output_mask
     if module is not aten:
         return _or_empty(input, *module.conv2d_relu_max_pool2d_backward(*args))
     with _deterministic() if input.is_cuda else contextlib.nullcontext():
@@ -287,7 +287,7 @@ def conv2d_relu_max_pool2d_backward(
 
 @torch.library.register_fake(f"{NAMESPACE}::conv2d_relu_max_pool2d_backward", lib=library)
 def _conv2d_relu_max_pool2d_backward_fake(
-    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, *args: Any
+    grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     layout = memory_format(input, weight)
     shapes = (input.shape, weight.shape, weight.shape[:1])

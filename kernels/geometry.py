@@ -30,23 +30,23 @@ class ConvPoolGeometry(NamedTuple):
     ceil_mode: bool
 
     @property
-    def cells(self) -> int:
+    def window_size(self) -> int:
         """Number of cells of a pooling window."""
         return self.pool_size[0] * self.pool_size[1]
 
     @property
-    def code_dtype(self) -> torch.dtype:
-        """Type of the argmax codes: one byte for windows of up to 255 cells.
+    def argmax_dtype(self) -> torch.dtype:
+        """Type of the argmax: one byte for windows of up to 255 cells.
 
-        A code is the window cell, in scan order, that won the maximum, or `dropped` of this type where relu closed the
-        cell, so that no gradient passes.
+        An argmax is the window cell, in scan order, that won the maximum, or `no_winner` of this type where relu closed
+        the cell, so that no gradient passes.
         """
-        return torch.uint8 if self.cells <= 255 else torch.int32
+        return torch.uint8 if self.window_size <= 255 else torch.int32
 
     @property
-    def dropped(self) -> int:
-        """The code of a pooled cell through which no gradient passes."""
-        return torch.iinfo(self.code_dtype).max
+    def no_winner(self) -> int:
+        """The argmax of a pooled cell through which no gradient passes."""
+        return torch.iinfo(self.argmax_dtype).max
 
     def key(self, input: torch.Tensor, weight: torch.Tensor) -> tuple[int, ...]:
         """Sizes by which the table of configurations knows a call: all but the number of images.

@@ -151,12 +151,12 @@ def test_stocks_operators_keep_stocks_derivatives(monkeypatch):
 
 
 def test_choosing_loads_no_triton():
-    code = (
+    argmax = (
         "import sys, torch; from fastlenet.kernels import configurations, dispatch; "
         "configurations.architecture = lambda: 'sm_90'; "
         "print(dispatch.product('forward', torch.empty(2, 4096), torch.empty(4096, 4096)), 'triton' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", argmax], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.startswith("the library is expected to be faster")
     assert done.stdout.endswith("False\n")
 

@@ -73,13 +73,13 @@ def test_decomposed_convolution_equals_the_operator(case, layout, generator):
     input, weight, bias = tensors["input"], tensors["weight"], tensors["bias"]
     input = (input if input.dim() == 4 else input[None]).contiguous(memory_format=layout)
     forward, backward = OPERATORS.conv2d_relu_max_pool2d.default, OPERATORS.conv2d_relu_max_pool2d_backward.default
-    for return_code in (False, True):
-        args = (input, weight, bias, *case.geometry, return_code)
+    for return_argmax in (False, True):
+        args = (input, weight, bias, *case.geometry, return_argmax)
         assert_same(TABLE[forward](*args), forward, *args)
-    output, code = forward(*args)
+    output, argmax = forward(*args)
     grad = torch.randint(-3, 4, output.shape, generator=generator).to(output)
     for mask in ([True, True, True], [True, False, False], [False, True, False], [False, False, True]):
-        args = (grad, input, weight, code, *case.geometry, mask)
+        args = (grad, input, weight, argmax, *case.geometry, mask)
         for mine, wanted in zip(TABLE[backward](*args), backward(*args), strict=True):
             torch.testing.assert_close(mine, wanted, rtol=0, atol=0)
 
@@ -116,8 +116,8 @@ def test_decomposed_mlp_equals_the_operator(rows, generator):
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
-def test_decomposed_codes_of_special_numbers(special, generator):
-    """NaN and infinities win or lose as in the operator: outputs and codes are the same."""
+def test_decomposed_argmax_of_special_numbers(special, generator):
+    """NaN and infinities win or lose as in the operator: outputs and argmax are the same."""
     input = torch.randint(-3, 4, (2, 2, 9, 8), generator=generator).float()
     input[0, 0, 3, 3] = input[1, 1, 0, 5] = special
     weight = torch.ones(3, 2, 2, 2)
@@ -160,7 +160,7 @@ def test_decompositions_leave_every_other_operator_alone(program, plain, network
     assert operators(plain.graph) == {"aten"}
     targets = [str(node.target) for node in plain.graph.nodes if node.op == "call_function"]
     assert "aten.linear.default" in targets, "fc3 is stock's business"
-    assert not [target for target in targets if "div" in target or "where" in target], "nobody asked for codes"
+    assert not [target for target in targets if "div" in target or "where" in target], "nobody asked for argmax"
     images = torch.randn(7, 1, 32, 32)
     assert torch.equal(plain.module()(images), networks[1](images)), "it is stock's network, to the bit"
 
@@ -170,7 +170,7 @@ def test_a_decomposed_program_runs_without_fastlenet(program, plain, networks, t
     torch.export.save(program, tmp_path / "ours.pt2")
     torch.export.save(plain, tmp_path / "plain.pt2")
     torch.save(images, tmp_path / "images.pt")
-    code = (
+    argmax = (
         "import sys, torch\n"
         "sys.modules['fastlenet'] = None  # importing it fails, as where it is not installed\n"
         "torch.set_num_threads(1)\n"
@@ -182,7 +182,7 @@ def test_a_decomposed_program_runs_without_fastlenet(program, plain, networks, t
         "    sys.exit(0)\n"
         "sys.exit('the program with our operators loaded too: fastlenet was not out of reach')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", argmax], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), networks[1](images))
 
@@ -227,7 +227,7 @@ def test_aot_inductor_package_runs_our_operators(tmp_path):
     images = [torch.randn(size, 1, 12, 12) for size in (1, 3, 64)]
     torch.save(images, tmp_path / "images.pt")
     # In a process of its own: machine code gone wrong dies of a signal, which is then a failure like any other.
-    code = (
+    argmax = (
         "import torch, fastlenet\n"
         "torch._C._set_print_stack_traces_on_fatal_signal(True)\n"
         "torch.set_num_threads(1)\n"
@@ -235,6 +235,6 @@ def test_aot_inductor_package_runs_our_operators(tmp_path):
         "assert package.get_metadata()['AOTI_DEVICE_KEY'] == 'cpu', package.get_metadata()\n"
         "torch.save([package(images) for images in torch.load('images.pt')], 'outputs.pt')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", argmax], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"ended with {done.returncode}\n{done.stderr}"
     torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), [model(some) for some in images])

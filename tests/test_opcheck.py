@@ -35,15 +35,15 @@ MASKS = [list(mask) for mask in itertools.product((True, False), repeat=3)]
 
 
 def check_conv(case, tensors, checks, masks=MASKS):
-    """Both operators on the same tensors; the forward also without codes, the backward for these masks."""
+    """Both operators on the same tensors; the forward also without argmax, the backward for these masks."""
     input, weight, bias = tensors["input"], tensors["weight"], tensors["bias"]
     input = input if input.dim() == 4 else input[None]
     forward = OPERATORS.conv2d_relu_max_pool2d.default
     opcheck(forward, (input, weight, bias, *case.geometry, True), test_utils=checks)
     opcheck(forward, (input, weight, bias, *case.geometry, False), test_utils=QUICK)
-    output, code = forward(input, weight, bias, *case.geometry, True)
+    output, argmax = forward(input, weight, bias, *case.geometry, True)
     for mask in masks:
-        args = (torch.ones_like(output), input, weight, code, *case.geometry, mask)
+        args = (torch.ones_like(output), input, weight, argmax, *case.geometry, mask)
         opcheck(OPERATORS.conv2d_relu_max_pool2d_backward.default, args, test_utils=checks)
 
 

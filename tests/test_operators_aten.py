@@ -331,9 +331,9 @@ def test_ties_go_to_the_first_cell_in_scan_order():
     case = conv_case("ties", (1, 1, 6, 6), (2, 1, 1, 1), pool_size=3, pool_stride=2, pool_padding=1)
     tensors = {name: torch.ones(shape) for name, shape in case.shapes.items()}
     first = torch.tensor([[4, 3, 3], [1, 0, 0], [1, 0, 0]], dtype=torch.uint8)
-    assert_same_values(CONV.equal(case, tensors, None).code[0, 0], first)
+    assert_same_values(CONV.equal(case, tensors, None).argmax[0, 0], first)
     tensors["input"].fill_(float("nan"))
-    assert (CONV.equal(case, tensors, None).code == 8).all()
+    assert (CONV.equal(case, tensors, None).argmax == 8).all()
 
 
 @either_way
@@ -345,7 +345,7 @@ def test_a_window_without_a_cell():
     assert stock.isinf().any()
     result = run(CONV.fused, tensors, keywords, torch.ones_like(stock))
     assert_same_values(result.output, stock)
-    assert (result.code[stock.isinf()] == 255).all()
+    assert (result.argmax[stock.isinf()] == 255).all()
 
 
 # --- the two ideas that make it fast -------------------------------------------------------------------------------
@@ -392,10 +392,10 @@ def test_sums_over_many_slices_do_not_lose_accuracy(channels, dtype, slices):
 
 
 @pytest.mark.parametrize("case", [BIG_WINDOW, TOO_BIG_WINDOW], ids=lambda case: case.name)
-def test_the_type_of_the_codes_follows_the_window(case):
+def test_the_type_of_argmax_follows_the_window(case):
     """One byte up to 255 cells, more beyond."""
     result = run(CONV.fused, case.random(torch.float32), case.keywords)
-    assert result.code.dtype == (torch.uint8 if case is BIG_WINDOW else torch.int32)
+    assert result.argmax.dtype == (torch.uint8 if case is BIG_WINDOW else torch.int32)
 
 
 @conv_cases(PHASED)
@@ -502,16 +502,18 @@ def test_gradients_of_tiles_are_those_by_index(layout, dtype, value):
     """To the bit, infinities and NaN where they pass, and none where they do not; in channels_last."""
     case = conv_case("tiled", (3, 4, 6, 9), (5, 4, 1, 1), pool_size=(2, 3))
     geometry, generator = case.geometry, torch.Generator().manual_seed(0)
-    code = torch.randint(0, geometry.cells + 1, (3, 5, 3, 3), generator=generator).to(torch.uint8)
-    code[code == geometry.cells] = geometry.dropped
-    code = code.contiguous(memory_format=layout)
-    grad = torch.randn(code.shape, generator=generator).to(dtype).contiguous(memory_format=layout)
+    argmax = torch.randint(0, geometry.window_size + 1, (3, 5, 3, 3), generator=generator).to(torch.uint8)
+    argmax[argmax == geometry.window_size] = geometry.no_winner
+    argmax = argmax.contiguous(memory_format=layout)
+    grad = torch.randn(argmax.shape, generator=generator).to(dtype).contiguous(memory_format=layout)
     grad[0] = value
     assert aten._plan(
         torch.Size(case.input), torch.Size(case.weight), dtype, "cpu", torch.contiguous_format, geometry
     ).tiled
-    expected = aten._unpool_by_index(aten._passing(grad, code, geometry), code, (6, 9), geometry, torch.channels_last)
-    actual = aten._unpool_by_cells(grad, code, geometry)
+    expected = aten._unpool_by_index(
+        aten._passing(grad, argmax, geometry), argmax, (6, 9), geometry, torch.channels_last
+    )
+    actual = aten._unpool_by_cells(grad, argmax, geometry)
     assert actual.stride() == expected.stride()
     assert_bitwise_equal(actual, expected)
 
@@ -626,7 +628,7 @@ def test_small_calls_in_derivatives_that_stock_lacks():
             lambda f: torch.func.grad(lambda *args: f(*args).sum(), argnums=(0, 1, 2))(*arguments),
         ):
             torch.testing.assert_close(transform(call), transform(stock), rtol=0, atol=0)
-        graph = make_fx(call)(*arguments).code
+        graph = make_fx(call)(*arguments).argmax
     assert "fastlenet.conv2d_relu_max_pool2d" in graph
 
 
@@ -653,10 +655,10 @@ def test_closed_windows_in_the_padding_stay_inside_the_image():
 
     geometry = conv_case("", (2, 8, 5, 5), (8, 8, 1, 1), pool_size=3, pool_stride=2, pool_padding=1).geometry
     for layout in (torch.contiguous_format, torch.channels_last):
-        code = torch.full((2, 8, 3, 3), geometry.dropped, dtype=torch.uint8)
+        argmax = torch.full((2, 8, 3, 3), geometry.no_winner, dtype=torch.uint8)
         with Watch():
-            passing = aten._passing(torch.ones(2, 8, 3, 3), code, geometry)
-            grad = aten._unpool_by_index(passing, code, (5, 5), geometry, layout)
+            passing = aten._passing(torch.ones(2, 8, 3, 3), argmax, geometry)
+            grad = aten._unpool_by_index(passing, argmax, (5, 5), geometry, layout)
         assert not grad.any()
     assert len(seen) == 2
     assert all(int(index.min()) >= 0 and int(index.max()) < 25 for index in seen)
@@ -759,12 +761,12 @@ def test_parts_of_channels_last_have_stocks_strides(part, images, channels, dtyp
     case = conv_case("plain", input.shape, (5, channels, 3, 3), pool_size=2)
     weight = torch.randn(5, channels, 3, 3, dtype=dtype)
     forward, backward = torch.ops.fastlenet.conv2d_relu_max_pool2d, torch.ops.fastlenet.conv2d_relu_max_pool2d_backward
-    output, code = forward(input, weight, None, *case.geometry, True)
+    output, argmax = forward(input, weight, None, *case.geometry, True)
     assert output.stride() == stock_conv2d_relu_max_pool2d(input, weight, pool_size=2).stride()
     assert output.is_contiguous(memory_format=torch.channels_last)
     for operator, args in (
         (forward, (input, weight, None, *case.geometry, True)),
-        (backward, (output, input, weight, code, *case.geometry, [True, True, True])),
+        (backward, (output, input, weight, argmax, *case.geometry, [True, True, True])),
     ):
         torch.library.opcheck(operator.default, args, test_utils="test_faketensor")
 
@@ -843,7 +845,7 @@ def test_lenet_saves_at_most_12800_bytes_an_image(batch):
             storages.pop(parameter.untyped_storage().data_ptr(), None)
         return [size // batch for size in storages.values()]
 
-    # Input, pooled outputs as the next layer's inputs, codes and hidden activations.
+    # Input, pooled outputs as the next layer's inputs, argmax and hidden activations.
     assert sorted(kept(network)) == sorted([4096, 1176, 4704, 400, 1600, 480, 336])
     assert sum(kept(network)) <= 12_800 < sum(kept(stock))
 

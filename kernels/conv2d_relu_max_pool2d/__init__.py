@@ -61,7 +61,7 @@ def _listed(
 
 @planned(torch.backends.cudnn.conv)
 def conv2d_relu_max_pool2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_code: bool
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_argmax: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the forward.
 
@@ -70,16 +70,16 @@ def conv2d_relu_max_pool2d(
         weight: (G * O, C, KH, KW).
         bias: (G * O,) or None.
         geometry: of the convolution and the pool; windows of up to 255 cells.
-        return_code: whether to return what a backward needs.
+        return_argmax: whether to return what a backward needs.
 
     Returns:
-        The pooled output (N, G * O, PH, PW), channels_last if input or weight is, and its argmax codes or None.
+        The pooled output (N, G * O, PH, PW), channels_last if input or weight is, and its argmax or None.
     """
     design, options = _configured("forward", geometry, input, weight)
     if design is general:
-        return general.forward(input, weight, bias, geometry, return_code, options)
+        return general.forward(input, weight, bias, geometry, return_argmax, options)
     bias = None if bias is None else contiguous(bias)
-    return design.forward(contiguous(input), contiguous(weight), bias, return_code, options)
+    return design.forward(contiguous(input), contiguous(weight), bias, return_argmax, options)
 
 
 @planned(torch.backends.cudnn.conv)
@@ -87,7 +87,7 @@ def conv2d_relu_max_pool2d_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
-    code: Tensor,
+    argmax: Tensor,
     geometry: ConvPoolGeometry,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -97,7 +97,7 @@ def conv2d_relu_max_pool2d_backward(
         grad_output: (N, G * O, PH, PW), any strides.
         input: the forward's.
         weight: the forward's.
-        code: the forward's argmax codes.
+        argmax: the forward's argmax.
         geometry: the forward's.
         output_mask: whether to compute grad_input, grad_weight and grad_bias.
 
@@ -109,15 +109,15 @@ def conv2d_relu_max_pool2d_backward(
     if need_input:
         design, options = _configured("grad_input", geometry, input, weight)
         if design is general:
-            grad_input = general.grad_input(grad_output, input, weight, code, geometry, options)
+            grad_input = general.grad_input(grad_output, input, weight, argmax, geometry, options)
         else:
-            tensors = (contiguous(tensor) for tensor in (grad_output, input, weight, code))
+            tensors = (contiguous(tensor) for tensor in (grad_output, input, weight, argmax))
             grad_input = design.grad_input(*tensors, options)
     if need_weight or need_bias:
         design, options = _configured("grad_weight", geometry, input, weight)
         if design is general:
-            operands = grad_output, input, weight, code, geometry, options
+            operands = grad_output, input, weight, argmax, geometry, options
             return grad_input, *general.grad_weight(*operands, need_weight, need_bias)
-        tensors = (contiguous(tensor) for tensor in (grad_output, input, weight, code))
+        tensors = (contiguous(tensor) for tensor in (grad_output, input, weight, argmax))
         grad_weight, grad_bias = design.grad_weight(*tensors, options)
     return grad_input, grad_weight if need_weight else None, grad_bias if need_bias else None

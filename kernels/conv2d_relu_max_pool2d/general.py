@@ -49,8 +49,8 @@ _GEOMETRY = [
     *("pool_h", "pool_w", "pool_stride_h", "pool_stride_w"),
     *("pool_padding_h", "pool_padding_w", "pool_dilation_h", "pool_dilation_w"),
 ]
-_STRIDES = [f"{tensor}_stride_{axis}" for tensor in ("input", "output", "grad", "code") for axis in "nchw"]
-_POINTERS = [f"{tensor}_ptr" for tensor in ("input", "weight", "bias", "output", "code", "grad", "weight_parts")]
+_STRIDES = [f"{tensor}_stride_{axis}" for tensor in ("input", "output", "grad", "argmax") for axis in "nchw"]
+_POINTERS = [f"{tensor}_ptr" for tensor in ("input", "weight", "bias", "output", "argmax", "grad", "weight_parts")]
 _GENERAL = [*_POINTERS, *_GEOMETRY, *_STRIDES, "rows_per_part", "bias_parts_ptr"]
 
 
@@ -66,7 +66,7 @@ def _forward_kernel(
     weight_ptr,
     bias_ptr,
     output_ptr,
-    code_ptr,
+    argmax_ptr,
     in_channels,
     out_channels,
     input_h,
@@ -109,10 +109,10 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Pooled output and argmax codes.
+    """Pooled output and argmax.
 
     Maths: ``output[n, o, p] = max over cells t of relu(bias[o] + sum_k patch[n, p, t, k] * weight[o, k])``, where k
-    runs over (channel, kernel row, kernel column); code is the first t, in scan order, that attains the maximum (the
+    runs over (channel, kernel row, kernel column); argmax is the first t, in scan order, that attains the maximum (the
     last NaN, as in PyTorch), or 255 where the output is <= 0.
 
     Tile: BLOCK_N output channels of one group x BLOCK_M pooled cells (columns, of N * PH * PW). Per window cell a
@@ -121,12 +121,12 @@ def _forward_kernel(
     which leaves no arithmetic on indices to the products.
 
     Shapes and strides: input (N, G * C, H, W), any strides; weight (G * O, C * KH * KW) contiguous, if WIDE
-    (G * O, KH * KW * C); bias (G * O) contiguous; output and code (N, G * O, PH, PW), any strides, the same for both.
+    (G * O, KH * KW * C); bias (G * O) contiguous; output and argmax (N, G * O, PH, PW), any strides, the same for both.
 
-    Saves: one byte of code per pooled cell, nothing else.
+    Saves: one byte of argmax per pooled cell, nothing else.
 
     Cost per image: 2 * T * PH * PW * G * O * C * KH * KW FLOP; reads G * C * H * W input elements once from memory
-    (overlapping patches come from cache), writes G * O * PH * PW outputs and as many bytes of code.
+    (overlapping patches come from cache), writes G * O * PH * PW outputs and as many bytes of argmax.
     """
     row = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -147,7 +147,7 @@ def _forward_kernel(
         bias = tl.load(bias_ptr + out_channel, mask=channel_mask, other=0.0).to(tl.float32)
 
     best = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
-    code = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    argmax = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for cell in range(pool_h * pool_w):
         conv_row = top + (cell // pool_w) * pool_dilation_h
         conv_column = left + (cell % pool_w) * pool_dilation_w
@@ -187,7 +187,7 @@ def _forward_kernel(
         value = relu(conv)
         wins = ((value > best) | (value != value)) & inside[None, :]
         best = tl.where(wins, value, best)
-        code = tl.where(wins, cell, code)
+        argmax = tl.where(wins, cell, argmax)
 
     offset = image * output_stride_n
     offset += pooled_row.to(INDEX) * output_stride_h + pooled_column.to(INDEX) * output_stride_w
@@ -195,13 +195,13 @@ def _forward_kernel(
     mask = channel_mask[:, None] & row_mask[None, :]
     store(output_ptr + offset, best, mask)
     if RETURN_CODE:
-        tl.store(code_ptr + offset, tl.where(best <= 0, 255, code).to(tl.uint8), mask=mask)
+        tl.store(argmax_ptr + offset, tl.where(best <= 0, 255, argmax).to(tl.uint8), mask=mask)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
 def _grad_input_kernel(
     grad_ptr,
-    code_ptr,
+    argmax_ptr,
     weight_ptr,
     output_ptr,
     in_channels,
@@ -233,10 +233,10 @@ def _grad_input_kernel(
     grad_stride_c,
     grad_stride_h,
     grad_stride_w,
-    code_stride_n,
-    code_stride_c,
-    code_stride_h,
-    code_stride_w,
+    argmax_stride_n,
+    argmax_stride_c,
+    argmax_stride_h,
+    argmax_stride_w,
     output_stride_n,
     output_stride_c,
     output_stride_h,
@@ -252,19 +252,19 @@ def _grad_input_kernel(
 
     Maths: ``grad_input[n, c, h, w] = sum over (kh, kw, o) of grad_conv[n, o, oh, ow] * weight[o, c, kh, kw]``, where
     (oh, ow) is the convolution cell whose tap (kh, kw) lies on (h, w), and ``grad_conv[n, o, oh, ow]`` is the sum of
-    grad_output over the windows that cover the cell and whose code names it.
+    grad_output over the windows that cover the cell and whose argmax names it.
 
     Tile: BLOCK_N input channels of one group x BLOCK_M input positions (columns, of N * H * W). Taps are the loops
     outside, so that which cell and window a position belongs to is worked out per position and not per product; the
     depth of the products is output channels, BLOCK_K at a time. Positions lie along a tile's last dimension, where
     neighbouring threads read neighbouring elements of NCHW tensors.
 
-    Shapes and strides: grad (N, G * O, PH, PW) and code, any strides (0 too); weight (G * O, KH * KW, C) contiguous,
+    Shapes and strides: grad (N, G * O, PH, PW) and argmax, any strides (0 too); weight (G * O, KH * KW, C) contiguous,
     that is, channels_last; output (N, G * C, H, W), any strides. UNIT says that the convolution has stride 1 and the
     pool 2x2 windows side by side: then one window covers a cell, and nothing is divided by a run-time value.
 
     Cost per image: 2 * H * W * C * G * O * KH * KW FLOP, of which stride 1 needs all; reads PH * PW * G * O gradients
-    and codes, writes G * C * H * W elements.
+    and argmax, writes G * C * H * W elements.
     """
     if UNIT:
         stride_h, stride_w, pool_dilation_h, pool_dilation_w = 1, 1, 1, 1
@@ -308,15 +308,15 @@ def _grad_input_kernel(
                     mask &= (cell_row * pool_dilation_h == from_top) & (cell_column * pool_dilation_w == from_left)
                     cell = cell_row * pool_w + cell_column
                     both = k_mask[:, None] & mask[None, :]
-                    offset = image * code_stride_n + pooled_row.to(INDEX) * code_stride_h
-                    offset += pooled_column.to(INDEX) * code_stride_w
-                    pointers = code_ptr + ((out_channel * code_stride_c)[:, None] + offset[None, :])
-                    code = tl.load(pointers, mask=both, other=255).to(tl.int32)
+                    offset = image * argmax_stride_n + pooled_row.to(INDEX) * argmax_stride_h
+                    offset += pooled_column.to(INDEX) * argmax_stride_w
+                    pointers = argmax_ptr + ((out_channel * argmax_stride_c)[:, None] + offset[None, :])
+                    argmax = tl.load(pointers, mask=both, other=255).to(tl.int32)
                     offset = image * grad_stride_n + pooled_row.to(INDEX) * grad_stride_h
                     offset += pooled_column.to(INDEX) * grad_stride_w
-                    # Loaded whatever the code, so that one load does not wait for the other.
+                    # Loaded whatever the argmax, so that one load does not wait for the other.
                     grad = load(grad_ptr + ((out_channel * grad_stride_c)[:, None] + offset[None, :]), both)
-                    grad_conv += tl.where(code == cell[None, :], grad, 0.0).to(tl.float32)
+                    grad_conv += tl.where(argmax == cell[None, :], grad, 0.0).to(tl.float32)
                 tap = (out_channel * kernel_h + tap_h) * kernel_w + tap_w
                 pointers = weight_ptr + ((tap * in_channels)[None, :] + channel[:, None])
                 weight = load(pointers, channel_mask[:, None] & k_mask[None, :])
@@ -330,7 +330,7 @@ def _grad_input_kernel(
 @triton.jit(do_not_specialize=_GENERAL)
 def _grad_weight_kernel(
     grad_ptr,
-    code_ptr,
+    argmax_ptr,
     input_ptr,
     weight_parts_ptr,
     bias_parts_ptr,
@@ -363,10 +363,10 @@ def _grad_weight_kernel(
     grad_stride_c,
     grad_stride_h,
     grad_stride_w,
-    code_stride_n,
-    code_stride_c,
-    code_stride_h,
-    code_stride_w,
+    argmax_stride_n,
+    argmax_stride_c,
+    argmax_stride_h,
+    argmax_stride_w,
     input_stride_n,
     input_stride_c,
     input_stride_h,
@@ -383,17 +383,17 @@ def _grad_weight_kernel(
 ):
     """Gradients of the weight and the bias: one part of each sum, which `sum_parts` completes in a fixed order.
 
-    Maths: ``grad_weight[o, k] = sum over (n, p, t) of where(code[n, o, p] == t, grad[n, o, p], 0) * patch[n, p, t, k]``
-    with k = (channel, kernel row, kernel column), and ``grad_bias[o] = sum where(code != 255, grad, 0)``.
+    Maths: ``grad_weight[o, k] = sum over (n, p, t) of where(argmax[n, o, p] == t, grad[n, o, p], 0) *
+    patch[n, p, t, k]`` with k = (channel, kernel row, kernel column), and ``grad_bias[o] = sum where(argmax != 255, grad, 0)``.
 
     Tile: BLOCK_N output channels x BLOCK_M weight entries k of one group: successive ones or, if WIDE, one tap's for
     successive input channels, which leaves no arithmetic on indices to the products. The sum runs over the
     `rows_per_part` pooled cells of one part, BLOCK_K at a time.
 
-    Shapes and strides: grad and code (N, G * O, PH, PW), any strides (0 too); input (N, G * C, H, W), any strides;
+    Shapes and strides: grad and argmax (N, G * O, PH, PW), any strides (0 too); input (N, G * C, H, W), any strides;
     weight_parts (parts, G * O, C * KH * KW) and bias_parts (parts, G * O) float32, contiguous.
 
-    Cost per image: as the forward; reads input, gradients and codes once per tile of k.
+    Cost per image: as the forward; reads input, gradients and argmax once per tile of k.
     """
     taps = kernel_h * kernel_w
     depth = in_channels * taps
@@ -425,14 +425,14 @@ def _grad_weight_kernel(
         pooled_row = (row // pooled_w % pooled_h).to(tl.int32)
         pooled_column = (row % pooled_w).to(tl.int32)
         mask = channel_mask[:, None] & row_mask[None, :]
-        offset = image * code_stride_n
-        offset += pooled_row.to(INDEX) * code_stride_h + pooled_column.to(INDEX) * code_stride_w
-        code = tl.load(code_ptr + offset[None, :] + (out_channel * code_stride_c)[:, None], mask=mask, other=255).to(
-            tl.int32
-        )
+        offset = image * argmax_stride_n
+        offset += pooled_row.to(INDEX) * argmax_stride_h + pooled_column.to(INDEX) * argmax_stride_w
+        argmax = tl.load(
+            argmax_ptr + offset[None, :] + (out_channel * argmax_stride_c)[:, None], mask=mask, other=255
+        ).to(tl.int32)
         offset = image * grad_stride_n
         offset += pooled_row.to(INDEX) * grad_stride_h + pooled_column.to(INDEX) * grad_stride_w
-        grad = load(grad_ptr + offset[None, :] + (out_channel * grad_stride_c)[:, None], mask & (code != 255))
+        grad = load(grad_ptr + offset[None, :] + (out_channel * grad_stride_c)[:, None], mask & (argmax != 255))
         # Every tile of k would have the same sum; the first takes it.
         if NEED_BIAS and tile == 0:
             grad_bias += tl.sum(grad.to(tl.float32), axis=1)
@@ -455,7 +455,7 @@ def _grad_weight_kernel(
                     position = (in_channel * input_stride_c)[:, None] + (image * input_stride_n)[None, :]
                     position += h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w
                     patch = load(input_ptr + position, on_input)
-                chosen = tl.where(code == cell, grad, 0.0).to(patch.dtype)
+                chosen = tl.where(argmax == cell, grad, 0.0).to(patch.dtype)
                 grad_weight = dot(chosen, tl.trans(patch), grad_weight, PRECISION)
 
     channels = tl.num_programs(2) * out_channels
@@ -547,13 +547,13 @@ def forward(
     weight: Tensor,
     bias: Tensor | None,
     geometry: ConvPoolGeometry,
-    return_code: bool,
+    return_argmax: bool,
     options: Mapping[str, int] = _AS_RULED,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the forward; arguments and results as in `conv2d_relu_max_pool2d`, `options` in place of the rule's."""
     shape = geometry.output_shape(input, weight)
     output = empty(shape, input, memory_format=memory_format(input, weight))
-    code = empty(shape, output, geometry.code_dtype, memory_format(input, weight)) if return_code else None
+    argmax = empty(shape, output, geometry.argmax_dtype, memory_format(input, weight)) if return_argmax else None
     rows, channels = shape[0] * shape[2] * shape[3], shape[1] // geometry.groups
     wide = weight.shape[1] >= _WIDE
     if wide:
@@ -572,24 +572,24 @@ def forward(
         weight,
         weight if bias is None else contiguous(bias),
         output,
-        output if code is None else code,
+        output if argmax is None else argmax,
         *_sizes(input, weight, shape[2:], rows, geometry),
         *input.stride(),
         *output.stride(),
         HAS_BIAS=bias is not None,
-        RETURN_CODE=return_code,
+        RETURN_CODE=return_argmax,
         WIDE=wide,
         INDEX=index_type(input, weight, output),
         **tile,
     )
-    return output, code
+    return output, argmax
 
 
 def grad_input(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
-    code: Tensor,
+    argmax: Tensor,
     geometry: ConvPoolGeometry,
     options: Mapping[str, int] = _AS_RULED,
 ) -> Tensor:
@@ -601,15 +601,15 @@ def grad_input(
         _grad_input_kernel,
         (cdiv(rows, tile["BLOCK_M"]), cdiv(channels, tile["BLOCK_N"]), geometry.groups),
         grad_output,
-        code,
+        argmax,
         contiguous(weight, torch.channels_last),
         result,
-        *_sizes(input, weight, code.shape[2:], rows, geometry),
+        *_sizes(input, weight, argmax.shape[2:], rows, geometry),
         *grad_output.stride(),
-        *code.stride(),
+        *argmax.stride(),
         *result.stride(),
         UNIT=_is_unit(geometry),
-        INDEX=index_type(grad_output, code, weight, result),
+        INDEX=index_type(grad_output, argmax, weight, result),
         **tile,
     )
     return result
@@ -619,7 +619,7 @@ def grad_weight(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
-    code: Tensor,
+    argmax: Tensor,
     geometry: ConvPoolGeometry,
     options: Mapping[str, int] = _AS_RULED,
     need_weight: bool = True,
@@ -628,11 +628,11 @@ def grad_weight(
     """Launch the gradients of the weight, in its layout, and of the bias; None where not needed."""
     out_channels, depth = weight.shape[0], weight[0].numel()
     channels = out_channels // geometry.groups
-    rows = code.shape[0] * code.shape[2] * code.shape[3]
+    rows = argmax.shape[0] * argmax.shape[2] * argmax.shape[3]
     wide = weight.shape[1] >= _WIDE
     taps = weight[0, 0].numel() if wide else 1
     if wide:
-        roomy = _roomy(input.dtype) and index_type(grad_output, code, input) == tl.int32
+        roomy = _roomy(input.dtype) and index_type(grad_output, argmax, input) == tl.int32
         tall, step = _block(weight.shape[1], 128), 32 if roomy else 16
         tile = _wide_tile(input.dtype, weight.shape[1], channels, rows, tall=tall, step=step)
     else:
@@ -647,19 +647,19 @@ def grad_weight(
         _grad_weight_kernel,
         (tiles, parts, geometry.groups),
         grad_output,
-        code,
+        argmax,
         input,
-        code if weight_parts is None else weight_parts,
-        code if bias_parts is None else bias_parts,
-        *_sizes(input, weight, code.shape[2:], rows, geometry),
+        argmax if weight_parts is None else weight_parts,
+        argmax if bias_parts is None else bias_parts,
+        *_sizes(input, weight, argmax.shape[2:], rows, geometry),
         *grad_output.stride(),
-        *code.stride(),
+        *argmax.stride(),
         *input.stride(),
         rows_per_part,
         NEED_WEIGHT=need_weight,
         NEED_BIAS=need_bias,
         WIDE=wide,
-        INDEX=index_type(grad_output, code, input, weight_parts),
+        INDEX=index_type(grad_output, argmax, input, weight_parts),
         **tile,
     )
     result = grad_bias = None

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _COUNTS = ["images", "tiles_per_program", "rows_per_program"]
-_SMALL = ["weight_ptr", "bias_ptr", "code_ptr", "grad_ptr"]
+_SMALL = ["weight_ptr", "bias_ptr", "argmax_ptr", "grad_ptr"]
 
 
 @triton.jit
@@ -113,29 +113,29 @@ def _input_band(
 
 
 @triton.jit
-def _to_cells(grad, code, BLOCK_M: tl.constexpr, OUT_PAD: tl.constexpr):
+def _to_cells(grad, argmax, BLOCK_M: tl.constexpr, OUT_PAD: tl.constexpr):
     """Spread gradients (rows, channels) over their windows' cells: (rows, (cell, channel)), 0 where a cell lost."""
     bits = grad.to(tl.int32 if grad.dtype.primitive_bitwidth == 32 else tl.int16, bitcast=True)
-    top = tl.join(tl.where(code == 0, bits, 0), tl.where(code == 1, bits, 0))
-    bottom = tl.join(tl.where(code == 2, bits, 0), tl.where(code == 3, bits, 0))
+    top = tl.join(tl.where(argmax == 0, bits, 0), tl.where(argmax == 1, bits, 0))
+    bottom = tl.join(tl.where(argmax == 2, bits, 0), tl.where(argmax == 3, bits, 0))
     cells = tl.join(top, bottom).permute(0, 3, 2, 1)  # from (row, channel, column of the window, its row)
     return cells.reshape(BLOCK_M, 4 * OUT_PAD).to(grad.dtype, bitcast=True)
 
 
 @triton.jit
-def _cells(grad, code, number, DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, OUT_PAD: tl.constexpr):
+def _cells(grad, argmax, number, DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, OUT_PAD: tl.constexpr):
     """Return `_to_cells`, safe as an operand of a product of depth DEPTH; `number` counts something from 0.
 
-    Triton up to 3.7 lays an operand out by the narrowest type it was loaded from, here the codes' 8 bits, joined twice:
+    Triton up to 3.7 lays an operand out by the narrowest type it was loaded from, here argmax's 8 bits, joined twice:
     64 deep. It adds up a shorter product more than once (triton#11691, seen on an H100). It does not look through a
     branch, so there the cells come out of one, which is always taken. Deep products took up to 1.7 times as long so.
     """
     if DEPTH >= 64:
-        return _to_cells(grad, code, BLOCK_M, OUT_PAD)
+        return _to_cells(grad, argmax, BLOCK_M, OUT_PAD)
     else:  # noqa: RET505  (Triton compiles what follows a return)
         cells = tl.zeros((BLOCK_M, 4 * OUT_PAD), grad.dtype)
         if number >= 0:
-            cells = _to_cells(grad, code, BLOCK_M, OUT_PAD)
+            cells = _to_cells(grad, argmax, BLOCK_M, OUT_PAD)
         return cells
 
 
@@ -164,7 +164,7 @@ def _forward_kernel(
     weight_ptr,
     bias_ptr,
     output_ptr,
-    code_ptr,
+    argmax_ptr,
     images,
     tiles_per_program,
     rows_per_program,
@@ -184,20 +184,20 @@ def _forward_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Pooled output and argmax codes.
+    """Pooled output and argmax.
 
     Maths: ``conv[n, p, (t, o)] = sum_k patch[n, p, k] * band[k, (t, o)]``, ``output[n, o, p] = max over the four cells
-    t of relu(bias[o] + conv[n, p, (t, o)])``; codes as in `general`.
+    t of relu(bias[o] + conv[n, p, (t, o)])``; argmax as in `general`.
 
     Tile: IMAGES images x ROWS pooled rows x all pooled columns (BLOCK_M rows, nearly all used) x 4 * OUT_PAD columns.
     A program takes `tiles_per_program` groups of images and, of each, `rows_per_program` row blocks.
 
-    Shapes and strides: input (N, C, H, W), weight (O, C, KS, KW), bias (O), output and code (N, O, PH, PW), contiguous.
+    Shapes and strides: input (N, C, H, W), weight (O, C, KS, KW), bias (O), output and argmax (N, O, PH, PW), all dense.
 
-    Saves: one byte of code per pooled cell.
+    Saves: one byte of argmax per pooled cell.
 
     Cost per image: 2 * PH * PW * C * S * S * 4 * O FLOP, of which (KS / S)^2 are useful; reads the input, whose
-    overlapping patches come from cache, and writes output and codes once.
+    overlapping patches come from cache, and writes output and argmax once.
     """
     PH: tl.constexpr = (H - KS + 1) // 2
     PW: tl.constexpr = (W - KS + 1) // 2
@@ -227,7 +227,7 @@ def _forward_kernel(
         patch = input_ptr + tl.multiple_of(corner, 2)[:, None]
         window = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None]
         outputs = output_ptr + window
-        codes = code_ptr + window
+        argmax = argmax_ptr + window
         for r in tl.range(first_row, last_row, num_stages=STAGES):
             conv = tl.zeros((BLOCK_M, 4 * OUT_PAD), tl.float32)
             for start in tl.static_range(0, DEPTH, BLOCK_K):
@@ -245,9 +245,9 @@ def _forward_kernel(
                 # Added to the largest cell it gives what the largest of its sums with all four would be.
                 best += bias[None, :]
             if RETURN_CODE:
-                code = tl.where(bottom > top, tl.where(cell3 > cell2, 3, 2), tl.where(cell1 > cell0, 1, 0))
-                code = tl.where(best <= 0, 255, code)
-                tl.store(codes + r * (ROWS * PW) + plane, code.to(tl.uint8), mask=mask)
+                argmax = tl.where(bottom > top, tl.where(cell3 > cell2, 3, 2), tl.where(cell1 > cell0, 1, 0))
+                argmax = tl.where(best <= 0, 255, argmax)
+                tl.store(argmax + r * (ROWS * PW) + plane, argmax.to(tl.uint8), mask=mask)
             best = tl.maximum(best, 0.0, propagate_nan=tl.PropagateNan.ALL)
             store(outputs + r * (ROWS * PW) + plane, best, mask)
             finite += _lane_sums(best, BLOCK_M, OUT_PAD)
@@ -265,7 +265,7 @@ def _forward_kernel(
                     weight_ptr + channel * (C * KS * KS),
                     bias_ptr + channel,
                     output_ptr + r * (ROWS * PW) + window,
-                    code_ptr + r * (ROWS * PW) + window,
+                    argmax_ptr + r * (ROWS * PW) + window,
                     mask,
                     C,
                     H * W,
@@ -285,7 +285,7 @@ def _replace_not_finite(
     weight_ptrs,
     bias_ptrs,
     output_ptrs,
-    code_ptrs,
+    argmax_ptrs,
     mask,
     C: tl.constexpr,
     PLANE: tl.constexpr,
@@ -301,7 +301,7 @@ def _replace_not_finite(
     row_mask = tl.max(mask.to(tl.int32), axis=1) > 0
     channel_mask = tl.arange(0, OUT_PAD) < OUT
     best = tl.full((BLOCK_M, OUT_PAD), float("-inf"), tl.float32)
-    code = tl.zeros((BLOCK_M, OUT_PAD), tl.int32)
+    argmax = tl.zeros((BLOCK_M, OUT_PAD), tl.int32)
     for cell in tl.range(4, num_stages=1):
         conv = tl.zeros((BLOCK_M, OUT_PAD), tl.float32)
         for k in tl.range(C * KS * KS, num_stages=1):
@@ -314,18 +314,18 @@ def _replace_not_finite(
         conv = tl.maximum(conv, 0.0, propagate_nan=tl.PropagateNan.ALL)
         wins = (conv > best) | (conv != conv)
         best = tl.where(wins, conv, best)
-        code = tl.where(wins, cell, code)
+        argmax = tl.where(wins, cell, argmax)
     old = tl.load(output_ptrs, mask=mask, other=0.0).to(tl.float32)
     mask &= (old == float("inf")) | (old != old)
     store(output_ptrs, best, mask)
     if RETURN_CODE:
-        tl.store(code_ptrs, tl.where(best <= 0, 255, code).to(tl.uint8), mask=mask)
+        tl.store(argmax_ptrs, tl.where(best <= 0, 255, argmax).to(tl.uint8), mask=mask)
 
 
 @triton.jit(do_not_specialize=[*_COUNTS, *_SMALL])
 def _grad_input_kernel(
     grad_ptr,
-    code_ptr,
+    argmax_ptr,
     weight_ptr,
     output_ptr,
     images,
@@ -351,9 +351,9 @@ def _grad_input_kernel(
     slides over the pooled rows and keeps the KS // 2 + 1 rows of blocks that a pooled row reaches in registers; each
     gradient is spread once for every dj and serves all di.
 
-    Shapes and strides: grad (N, O, PH, PW), code, weight (O, C, KS, KS), output (N, C, H, W), contiguous.
+    Shapes and strides: grad (N, O, PH, PW), argmax, weight (O, C, KS, KS), output (N, C, H, W), contiguous.
 
-    Cost per image: 2 * PH * W / 2 * (KS // 2 + 1)^2 * 4 * O * 4 * C FLOP; reads gradients and codes, from cache
+    Cost per image: 2 * PH * W / 2 * (KS // 2 + 1)^2 * 4 * O * 4 * C FLOP; reads gradients and argmax, from cache
     KS // 2 + 1 times, and writes C * H * W elements.
     """
     PH: tl.constexpr = (H - KS + 1) // 2
@@ -384,9 +384,9 @@ def _grad_input_kernel(
         for p in tl.range(PH, num_stages=1):
             for dj in tl.static_range(REACH):
                 mask = (row_mask & (j >= dj) & (j - dj < PW))[:, None] & (channel < OUT)[None, :]
-                code = tl.load(code_ptr + p * PW - dj + window, mask=mask, other=255).to(tl.int32)
+                argmax = tl.load(argmax_ptr + p * PW - dj + window, mask=mask, other=255).to(tl.int32)
                 grad = load(grad_ptr + p * PW - dj + window, mask)
-                cells = _cells(tf32(grad, PRECISION), code, p, 4 * OUT_PAD, BLOCK_M, OUT_PAD)
+                cells = _cells(tf32(grad, PRECISION), argmax, p, 4 * OUT_PAD, BLOCK_M, OUT_PAD)
                 new = ()
                 for di in tl.static_range(REACH):
                     band = bands[di * REACH + dj]
@@ -416,9 +416,9 @@ def _grad_input_kernel(
                         inside = row_mask & (y >= 0) & (y < 2 * PH) & (x >= 0) & (x < 2 * PW)
                         window = image * (OUT * PH * PW) + y // 2 * PW + x // 2
                         for o in tl.range(OUT, num_stages=1):
-                            code = tl.load(code_ptr + window + o * (PH * PW), mask=inside, other=255).to(tl.int32)
+                            argmax = tl.load(argmax_ptr + window + o * (PH * PW), mask=inside, other=255).to(tl.int32)
                             grad = tl.load(grad_ptr + window + o * (PH * PW), mask=inside, other=0.0).to(tl.float32)
-                            grad = tl.where(code == y % 2 * 2 + x % 2, grad, 0.0)
+                            grad = tl.where(argmax == y % 2 * 2 + x % 2, grad, 0.0)
                             offset = o * (C * KS * KS) + input_channel * (KS * KS) + tap
                             weight = tl.load(weight_ptr + offset, mask=input_channel < C, other=0.0).to(tl.float32)
                             # As in stock, a gradient of 0 inside the convolution still meets its weight.
@@ -433,7 +433,7 @@ def _grad_input_kernel(
 @triton.jit(do_not_specialize=_COUNTS)
 def _grad_weight_kernel(
     grad_ptr,
-    code_ptr,
+    argmax_ptr,
     input_ptr,
     parts_ptr,
     images,
@@ -460,14 +460,14 @@ def _grad_weight_kernel(
     Maths: WINDOWS x WINDOWS windows w share a patch of S = KS + 2 * WINDOWS - 1 pixels a side. ``sums[k, (t, w, o)] =
     sum over the part's (n, p) of patch[n, p, k] * cells[n, p, (t, w, o)]`` with cells t as `_to_cells` spreads them;
     ``weight_part[o, (c, tap)] = sum over t, w of sums[(c, tap + t + 2 * w), (t, w, o)]``: the band's entries, shifted
-    onto each other; the others are never read. ``bias_part[o] = sum where(code != 255, grad, 0)``, in float32.
+    onto each other; the others are never read. ``bias_part[o] = sum where(argmax != 255, grad, 0)``, in float32.
 
     Tile: IMAGES images x ROWS rows of patches x all their columns (BLOCK_M rows), times the whole matrix of patch and
     (cell, window, channel), in accumulators of BLOCK_K rows; the sum runs over the images and row blocks of a program,
     as in the forward. The wider the patches, the less often a pixel is loaded: (S / (2 * WINDOWS))^2 times.
 
-    Shapes and strides: grad and code (N, O, PH, PW), input (N, C, H, W), all contiguous; parts (parts, O * C * KS * KS
-    + O) float32, first the weight's part, then the bias'.
+    Shapes and strides: grad and argmax (N, O, PH, PW), input (N, C, H, W), all contiguous; parts (parts, O * C * KS *
+    KS + O) float32, first the weight's part, then the bias'.
 
     Cost per image: 2 * PH * PW * C * S * S * 4 * O FLOP.
     """
@@ -504,12 +504,12 @@ def _grad_weight_kernel(
         window = image * (OUT * PH * PW) + patch_row * (WINDOWS * PW) + patch_column * WINDOWS
         window = tl.multiple_of(window, WINDOWS)[:, None]
         grads = grad_ptr + window
-        codes = code_ptr + window
+        argmax = argmax_ptr + window
         for r in tl.range(first_row, last_row, num_stages=STAGES):
-            code = tl.load(codes + r * (ROWS * WINDOWS * PW) + plane, mask=mask, other=255).to(tl.int32)
+            argmax = tl.load(argmax + r * (ROWS * WINDOWS * PW) + plane, mask=mask, other=255).to(tl.int32)
             grad = load(grads + r * (ROWS * WINDOWS * PW) + plane, mask)
-            bias_sum += tl.where(code != 255, grad, 0.0).to(tl.float32)
-            cells = _cells(tf32(grad, PRECISION), code, r, BLOCK_M, BLOCK_M, WIDTH)
+            bias_sum += tl.where(argmax != 255, grad, 0.0).to(tl.float32)
+            cells = _cells(tf32(grad, PRECISION), argmax, r, BLOCK_M, BLOCK_M, WIDTH)
             new = ()
             for start in tl.static_range(0, DEPTH, BLOCK_K):
                 offset = _patch_offsets(start, C, H, W, S, BLOCK_K)[None, :]
@@ -621,13 +621,13 @@ def _share(tiles: int, rows: int, programs: int) -> tuple[int, int]:
 
 
 def forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, return_code: bool, configuration: Mapping[str, int]
+    input: Tensor, weight: Tensor, bias: Tensor | None, return_argmax: bool, configuration: Mapping[str, int]
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the forward; arguments and results as in `conv2d_relu_max_pool2d`, tensors contiguous."""
     shape = _shape(input, weight)
     pooled_h, pooled_w = ((shape[side] - shape["KS"] + 1) // 2 for side in "HW")
     output = empty((input.shape[0], shape["OUT"], pooled_h, pooled_w), input)
-    code = empty(output.shape, output, torch.uint8) if return_code else None
+    argmax = empty(output.shape, output, torch.uint8) if return_argmax else None
     tiles, rows = cdiv(input.shape[0], configuration["IMAGES"]), pooled_h // configuration["ROWS"]
     tiles_per_program, rows_per_program = _share(tiles, rows, _programs(configuration))
     launch(
@@ -637,21 +637,21 @@ def forward(
         weight,
         weight if bias is None else bias,
         output,
-        output if code is None else code,
+        output if argmax is None else argmax,
         input.shape[0],
         tiles_per_program,
         rows_per_program,
         **shape,
         HAS_BIAS=bias is not None,
-        RETURN_CODE=return_code,
+        RETURN_CODE=return_argmax,
         INDEX=index_type(input, output),
         **_options(input, configuration),
     )
-    return output, code
+    return output, argmax
 
 
 def grad_input(
-    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, configuration: Mapping[str, int]
+    grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, configuration: Mapping[str, int]
 ) -> Tensor:
     """Launch the gradient of the input; all tensors contiguous."""
     result = empty(input.shape, input)
@@ -661,7 +661,7 @@ def grad_input(
         _grad_input_kernel,
         (cdiv(tiles, tiles_per_program),),
         grad_output,
-        code,
+        argmax,
         weight,
         result,
         input.shape[0],
@@ -674,11 +674,11 @@ def grad_input(
 
 
 def grad_weight(
-    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, configuration: Mapping[str, int]
+    grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, configuration: Mapping[str, int]
 ) -> tuple[Tensor, Tensor]:
     """Launch the gradients of the weight and the bias; all tensors contiguous."""
     shape = _shape(input, weight)
-    patch_rows = code.shape[2] // configuration["WINDOWS"]
+    patch_rows = argmax.shape[2] // configuration["WINDOWS"]
     tiles, rows = cdiv(input.shape[0], configuration["IMAGES"]), patch_rows // configuration["ROWS"]
     tiles_per_program, rows_per_program = _share(tiles, rows, _programs(configuration))
     grid = cdiv(tiles, tiles_per_program), cdiv(rows, rows_per_program)
@@ -688,7 +688,7 @@ def grad_weight(
         _grad_weight_kernel,
         grid,
         grad_output,
-        code,
+        argmax,
         input,
         parts,
         input.shape[0],

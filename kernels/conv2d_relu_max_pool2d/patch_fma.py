@@ -44,18 +44,18 @@ def _adjacent(pointers, mask, COUNT: tl.constexpr):
 
 @triton.jit
 def _pool(cells, RETURN_CODE: tl.constexpr):
-    """Maximum and argmax code of a window's four cells, in scan order, after relu."""
+    """Maximum and argmax of a window's four cells, in scan order, after relu."""
     best = cells[0]
     if RETURN_CODE:
         # In float32, which one instruction selects; integers become masks and shifts. Adding 2**23 moves a small number
         # into the last bits.
-        code = tl.zeros(best.shape, tl.float32)
+        argmax = tl.zeros(best.shape, tl.float32)
         for cell in tl.static_range(1, 4):
             wins = (cells[cell] > best) | (cells[cell] != cells[cell])
             best = tl.where(wins, cells[cell], best)
-            code = tl.where(wins, 1.0 * cell, code)
-        code = tl.where(best <= 0, 255.0, code) + 8388608.0
-        return relu(best), code.to(tl.int32, bitcast=True).to(tl.uint8)
+            argmax = tl.where(wins, 1.0 * cell, argmax)
+        argmax = tl.where(best <= 0, 255.0, argmax) + 8388608.0
+        return relu(best), argmax.to(tl.int32, bitcast=True).to(tl.uint8)
     else:  # noqa: RET505  (Triton compiles what follows a return)
         for cell in tl.static_range(1, 4):
             best = tl.maximum(best, cells[cell], propagate_nan=tl.PropagateNan.ALL)
@@ -68,7 +68,7 @@ def _forward_kernel(
     weight_ptr,
     bias_ptr,
     output_ptr,
-    code_ptr,
+    argmax_ptr,
     rows,
     IN_CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
@@ -85,7 +85,7 @@ def _forward_kernel(
     CHANNELS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Pooled output and argmax codes, in exact float32.
+    """Pooled output and argmax, in exact float32.
 
     Maths: as in `general`. Each convolution cell is one chain of fused multiply-adds, from the bias through
     (channel, kernel row, kernel column) in order, whatever the tile: no result depends on it.
@@ -95,13 +95,13 @@ def _forward_kernel(
     channel. Per input channel it slides down its (KH + 1) x (KW + 1) patch with two rows in registers; weights are
     scalars that all lanes share, loaded once for the eight products of two positions.
 
-    Shapes and strides: input (N, C, H, W), weight (O, C, KH, KW), bias (O), output and code (N, O, PH, PW), all
+    Shapes and strides: input (N, C, H, W), weight (O, C, KH, KW), bias (O), output and argmax (N, O, PH, PW), all
     contiguous.
 
-    Saves: one byte of code per pooled cell, nothing else.
+    Saves: one byte of argmax per pooled cell, nothing else.
 
     Cost per image: 8 * P * O * C * KH * KW FLOP; reads the input once per tile of channels, writes O * P outputs and as
-    many bytes of code. For every 8 multiply-adds one weight is loaded.
+    many bytes of argmax. For every 8 multiply-adds one weight is loaded.
     """
     tiles: tl.constexpr = OUT_CHANNELS // CHANNELS
     row = (tl.program_id(0) // tiles).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
@@ -145,18 +145,18 @@ def _forward_kernel(
     size: tl.constexpr = POOLED_H * POOLED_W
     offset = image * (OUT_CHANNELS * size) + (position + first * size)
     outputs = output_ptr + offset
-    codes = code_ptr + offset
+    argmax = argmax_ptr + offset
     for o in tl.static_range(CHANNELS):
-        best, code = _pool(conv[4 * o : 4 * o + 4], RETURN_CODE)
+        best, argmax = _pool(conv[4 * o : 4 * o + 4], RETURN_CODE)
         store(outputs + o * size, best, mask)
         if RETURN_CODE:
-            tl.store(codes + o * size, code, mask=mask)
+            tl.store(argmax + o * size, argmax, mask=mask)
 
 
 @triton.jit(do_not_specialize=["images"])
 def _grad_weight_kernel(
     grad_ptr,
-    code_ptr,
+    argmax_ptr,
     input_ptr,
     weight_parts_ptr,
     bias_parts_ptr,
@@ -175,7 +175,7 @@ def _grad_weight_kernel(
 ):
     """Gradients of the weight and the bias in exact float32: one part of each sum, which `sum_parts` completes.
 
-    Maths: as in `general`: ``grad_weight[o, c, i, j] = sum over (n, p, cell) of where(code[n, o, p] == cell,
+    Maths: as in `general`: ``grad_weight[o, c, i, j] = sum over (n, p, cell) of where(argmax[n, o, p] == cell,
     grad[n, o, p], 0) * input[n, c, h(p, cell) + i, w(p, cell) + j]``. All four cells are multiplied, zero or not, so
     that NaN and infinities in the input go where PyTorch's go.
 
@@ -183,11 +183,11 @@ def _grad_weight_kernel(
     up CHANNELS * KH * KW weights of one input channel (and, in the first input channel's programs, the biases) in
     registers. At the end lanes are summed by a tree. Lanes beyond a multiple of P idle.
 
-    Shapes and strides: grad and code (N, O, PH, PW) and input (N, C, H, W) contiguous; weight_parts (parts, O, C, KH,
+    Shapes and strides: grad and argmax (N, O, PH, PW) and input (N, C, H, W) contiguous; weight_parts (parts, O, C, KH,
     KW) and bias_parts (parts, O) float32, contiguous.
 
-    Cost per image: as the forward; reads the input once per tile of output channels, gradients and codes once per input
-    channel.
+    Cost per image: as the forward; reads the input once per tile of output channels, gradients and argmax once per
+    input channel.
     """
     size: tl.constexpr = POOLED_H * POOLED_W
     taps: tl.constexpr = KERNEL_H * KERNEL_W
@@ -213,15 +213,15 @@ def _grad_weight_kernel(
         row = tl.minimum(image, images - 1).to(INDEX)
         image += step
         grads = grad_ptr + (row * (OUT_CHANNELS * size) + position)
-        codes = code_ptr + (row * (OUT_CHANNELS * size) + position)
+        argmax = argmax_ptr + (row * (OUT_CHANNELS * size) + position)
         cells = ()
         passed = ()
         for o in tl.static_range(CHANNELS):
             grad = tl.load(grads + o * size).to(tl.float32)
-            code = tl.where(there, tl.load(codes + o * size).to(tl.int32), 255)
+            argmax = tl.where(there, tl.load(argmax + o * size).to(tl.int32), 255)
             for cell in tl.static_range(4):
-                cells = cells + (tl.where(code == cell, grad, 0.0),)
-            passed = passed + (tl.where(code == 255, 0.0, grad),)
+                cells = cells + (tl.where(argmax == cell, grad, 0.0),)
+            passed = passed + (tl.where(argmax == 255, 0.0, grad),)
         if in_channel == 0:
             done = ()
             for o in tl.static_range(CHANNELS):
@@ -302,7 +302,7 @@ def _add_window(
 @triton.jit(do_not_specialize=["images"])
 def _grad_input_kernel(
     grad_ptr,
-    code_ptr,
+    argmax_ptr,
     weight_ptr,
     output_ptr,
     images,
@@ -326,14 +326,14 @@ def _grad_input_kernel(
 
     Tile: BLOCK // PW images x STRIP rows of 2x2 blocks of pixels x CHANNELS input channels. A lane owns a column of
     windows and adds up what these send to the KW + 1 columns of pixels below them, so that no product is wasted on
-    windows beside the image. A window's gradient is spread over its four cells by code, once for all pixels and
+    windows beside the image. A window's gradient is spread over its four cells by argmax, once for all pixels and
     channels that it reaches; windows that do not reach the strip are skipped. At the end a pixel's sums meet in memory:
     each lane stores its own two columns, then adds in the two after them, and so on, with a barrier between.
     A program's number counts the tiles of one group of images first, so that neighbours read the same gradients.
 
-    Shapes and strides: grad and code (N, O, PH, PW), weight (O, C, KH, KW), output (N, C, H, W), all contiguous.
+    Shapes and strides: grad and argmax (N, O, PH, PW), weight (O, C, KH, KW), output (N, C, H, W), all contiguous.
 
-    Cost per image: 8 * P * O * C * KH * KW FLOP; reads gradients and codes once per tile of channels, and those of
+    Cost per image: 8 * P * O * C * KH * KW FLOP; reads gradients and argmax once per tile of channels, and those of
     KH // 2 rows again per strip; writes C * H * W elements, and reads and writes them KW // 2 times more in cache.
     """
     size: tl.constexpr = POOLED_H * POOLED_W
@@ -353,7 +353,7 @@ def _grad_input_kernel(
     image = tl.minimum(image, images - 1)
     window = image * (OUT_CHANNELS * size) + ((top - above) * POOLED_W + column)
     grads = grad_ptr + window
-    codes = code_ptr + window
+    argmax = argmax_ptr + window
     weights = weight_ptr + first * taps
 
     sums = ()
@@ -367,15 +367,15 @@ def _grad_input_kernel(
             # Of a single strip the windows' rows are known when it is compiled.
             if strips > 1 or (u >= above and u < POOLED_H + above):  # noqa: SIM102
                 if strips == 1 or ((top + u >= above) & (top + u < POOLED_H + above)):
-                    code = tl.load(codes + u * POOLED_W).to(tl.int32)
+                    argmax = tl.load(argmax + u * POOLED_W).to(tl.int32)
                     grad = tl.load(grads + u * POOLED_W).to(tl.float32)
-                    upper = (tl.where(code == 0, grad, 0.0), tl.where(code == 1, grad, 0.0))
-                    lower = (tl.where(code == 2, grad, 0.0), tl.where(code == 3, grad, 0.0))
+                    upper = (tl.where(argmax == 0, grad, 0.0), tl.where(argmax == 1, grad, 0.0))
+                    lower = (tl.where(argmax == 2, grad, 0.0), tl.where(argmax == 3, grad, 0.0))
                     sums = _add_window(
                         sums, upper, lower, kernels, 2 * (u - above), 2 * STRIP, CHANNELS, KERNEL_H, KERNEL_W
                     )
         grads += size
-        codes += size
+        argmax += size
         weights += IN_CHANNELS * taps
 
     corner = image * (IN_CHANNELS * INPUT_H * INPUT_W) + (top * (2 * INPUT_W) + column * 2)
@@ -451,12 +451,12 @@ def _sizes(input: Tensor, weight: Tensor, pooled: Tensor) -> dict[str, int]:
 
 
 def forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, return_code: bool, configuration: Mapping[str, int]
+    input: Tensor, weight: Tensor, bias: Tensor | None, return_argmax: bool, configuration: Mapping[str, int]
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the forward; arguments and results as in `conv2d_relu_max_pool2d`, tensors contiguous."""
     pooled = ((size - kernel + 1) // 2 for size, kernel in zip(input.shape[2:], weight.shape[2:], strict=True))
     output = empty((input.shape[0], weight.shape[0], *pooled), input)
-    code = empty(output.shape, output, torch.uint8) if return_code else None
+    argmax = empty(output.shape, output, torch.uint8) if return_argmax else None
     rows, channels = input.shape[0] * output.shape[2] * output.shape[3], weight.shape[0]
     tile = _tile(rows, channels, configuration["CHANNELS"])
     launch(
@@ -466,11 +466,11 @@ def forward(
         weight,
         weight if bias is None else bias,
         output,
-        output if code is None else code,
+        output if argmax is None else argmax,
         rows,
         **_sizes(input, weight, output),
         HAS_BIAS=bias is not None,
-        RETURN_CODE=return_code,
+        RETURN_CODE=return_argmax,
         INDEX=index_type(input, output),
         UNROLL=weight.shape[2] if tile["CHANNELS"] * weight[0, 0].numel() <= 200 else 1,
         num_stages=1,
@@ -478,17 +478,17 @@ def forward(
         # Three programs of four warps then fit on a multiprocessor; more registers would save few instructions.
         **_registers(configuration.get("maxnreg", 168)),
     )
-    return output, code
+    return output, argmax
 
 
 def grad_input(
-    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, configuration: Mapping[str, int]
+    grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, configuration: Mapping[str, int]
 ) -> Tensor:
     """Launch the gradient of the input; all tensors contiguous."""
     result = empty(input.shape, input)
     channels = _divisor(weight.shape[1], configuration["CHANNELS"])
     tiles = cdiv(input.shape[2], 2 * configuration["STRIP"]) * (weight.shape[1] // channels)
-    images, columns = input.shape[0], code.shape[3]
+    images, columns = input.shape[0], argmax.shape[3]
     # Programs of one warp until there are about four of four warps for each of 128 multiprocessors.
     num_warps = 4 if cdiv(images, max(1, 128 // columns)) * tiles >= 512 else 1
     lanes = min(4096, images * columns) if INTERPRETED else 32 * num_warps
@@ -497,11 +497,11 @@ def grad_input(
         _grad_input_kernel,
         (cdiv(images, block // columns) * tiles,),
         grad_output,
-        code,
+        argmax,
         weight,
         result,
         images,
-        **_sizes(input, weight, code),
+        **_sizes(input, weight, argmax),
         INDEX=index_type(grad_output, result),
         BLOCK=block,
         CHANNELS=channels,
@@ -515,29 +515,29 @@ def grad_input(
 
 
 def grad_weight(
-    grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, configuration: Mapping[str, int]
+    grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, configuration: Mapping[str, int]
 ) -> tuple[Tensor, Tensor]:
     """Launch the gradients of the weight and the bias; all tensors contiguous."""
-    (out_channels, in_channels), size = weight.shape[:2], code.shape[2] * code.shape[3]
+    (out_channels, in_channels), size = weight.shape[:2], argmax.shape[2] * argmax.shape[3]
     channels = _divisor(out_channels, configuration["CHANNELS"])
     tiles = out_channels // channels * in_channels
     # One warp a program: its lanes are then summed without a barrier. As many as some 132 multiprocessors hold at once,
     # with four images or more a lane, and at least one lane for each position.
     block, registers = 1024 if INTERPRETED else 32, configuration.get("maxnreg", 168)
     programs = 132 * (65536 // (32 * registers))
-    parts = max(cdiv(size, block), min(cdiv(code.shape[0] * size, 4 * block), programs // tiles))
+    parts = max(cdiv(size, block), min(cdiv(argmax.shape[0] * size, 4 * block), programs // tiles))
     weight_parts = empty((parts, *weight.shape), input, torch.float32)
     bias_parts = empty((parts, out_channels), input, torch.float32)
     launch(
         _grad_weight_kernel,
         (tiles, parts),
         grad_output,
-        code,
+        argmax,
         input,
         weight_parts,
         bias_parts,
         input.shape[0],
-        **_sizes(input, weight, code),
+        **_sizes(input, weight, argmax),
         INDEX=index_type(input, grad_output, weight_parts),
         BLOCK=block,
         CHANNELS=channels,

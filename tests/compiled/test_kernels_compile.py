@@ -72,19 +72,19 @@ class Launchers:
         return records[0] if records else None
 
     def conv(
-        self, case, dtype, *, bias=True, code=True, masks=((True, False, False), (False, True, True)), tensors=None
+        self, case, dtype, *, bias=True, argmax=True, masks=((True, False, False), (False, True, True)), tensors=None
     ):
         """Forward, then a backward for each mask; yields the product kernel of each."""
         tensors = tensors or case.random(dtype)
-        output, codes = conv.conv2d_relu_max_pool2d(
-            tensors["input"], tensors["weight"], tensors["bias"] if bias else None, case.geometry, code
+        output, argmax = conv.conv2d_relu_max_pool2d(
+            tensors["input"], tensors["weight"], tensors["bias"] if bias else None, case.geometry, argmax
         )
         yield self.product()
-        if codes is None:
-            codes = torch.empty_like(output, dtype=torch.uint8)
+        if argmax is None:
+            argmax = torch.empty_like(output, dtype=torch.uint8)
         for mask in masks:
             conv.conv2d_relu_max_pool2d_backward(
-                output, tensors["input"], tensors["weight"], codes, case.geometry, mask
+                output, tensors["input"], tensors["weight"], argmax, case.geometry, mask
             )
             yield self.product()
 
@@ -190,18 +190,18 @@ def test_any_stride_and_any_window(target, mode):
 @every_target
 @modes(IEEE, Mode(torch.bfloat16))
 def test_every_form_of_each_launcher(target, mode):
-    """With and without bias, code and addend, and each set of gradients that a caller may ask for."""
+    """With and without bias, argmax and addend, and each set of gradients that a caller may ask for."""
     case = channels(128)
     with compiling_for(target) as records:
         launchers = Launchers(records)
         only = [(False, True, False), (False, False, True)]
-        bare, weight, bias = launchers.conv(case, mode.dtype, bias=False, code=False, masks=only)
+        bare, weight, bias = launchers.conv(case, mode.dtype, bias=False, argmax=False, masks=only)
         assert (bare.constexprs["HAS_BIAS"], bare.constexprs["RETURN_CODE"]) == (False, False)
         needs = [(r.constexprs["NEED_WEIGHT"], r.constexprs["NEED_BIAS"]) for r in (weight, bias)]
         assert needs == [(True, False), (False, True)]
-        (with_bias,) = launchers.conv(case, mode.dtype, code=False, masks=())
-        (with_code,) = launchers.conv(case, mode.dtype, bias=False, masks=())
-        assert (with_bias.constexprs["HAS_BIAS"], with_code.constexprs["RETURN_CODE"]) == (True, True)
+        (with_bias,) = launchers.conv(case, mode.dtype, argmax=False, masks=())
+        (with_argmax,) = launchers.conv(case, mode.dtype, bias=False, masks=())
+        assert (with_bias.constexprs["HAS_BIAS"], with_argmax.constexprs["RETURN_CODE"]) == (True, True)
         # A bias, an addend of the output's size and one of another size have kernels of their own.
         product, mat2 = launchers.addmm(64, 128, mode.dtype, addend=None, masks=[(False, False, True)])
         assert product.constexprs["HAS_INPUT"] is False
@@ -284,9 +284,9 @@ def test_new_shapes_compile_nothing_new():
                 tensors = case.random(torch.float16)
                 if awkward:  # shift every pointer by one element and widen every stride
                     tensors = {name: _unaligned(tensor) for name, tensor in tensors.items()}
-                output, code = conv.conv2d_relu_max_pool2d(*tensors.values(), case.geometry, True)
+                output, argmax = conv.conv2d_relu_max_pool2d(*tensors.values(), case.geometry, True)
                 grad = _unaligned(output) if awkward else output.sum().expand_as(output)
-                arguments = (tensors["input"], tensors["weight"], code, case.geometry)
+                arguments = (tensors["input"], tensors["weight"], argmax, case.geometry)
                 conv.conv2d_relu_max_pool2d_backward(grad, *arguments, everything[0])
                 counts.append(len(records))
         # Forward, two gradients and sum_parts; then the wide forms of forward and weight gradient; and, from the first
@@ -384,7 +384,7 @@ def test_new_shapes_of_mlp_compile_nothing_new():
 
 @pytest.mark.parametrize("architecture", [*TARGETS])
 def test_listed_configurations_spill_nothing(architecture):
-    """Every entry for the architecture, with and without codes, in each of its modes."""
+    """Every entry for the architecture, with and without argmax, in each of its modes."""
     entries = {key: entry for key, entry in configurations.table().items() if key[1] == architecture}
     assert entries
     for (kernel, _, mode, shape), entry in entries.items():
@@ -392,15 +392,15 @@ def test_listed_configurations_spill_nothing(architecture):
         case = conv_case("listed", (64, *shape[:3]), shape[3:])
         tensors = case.random(dtype)
         pooled = case.geometry.output_shape(tensors["input"], tensors["weight"])
-        grad, code = torch.empty(pooled, dtype=dtype), torch.empty(pooled, dtype=torch.uint8)
+        grad, argmax = torch.empty(pooled, dtype=dtype), torch.empty(pooled, dtype=torch.uint8)
         design = {"patch_dot": conv.patch_dot, "patch_fma": conv.patch_fma}[entry.design]
         with fp32_precision("tf32" if mode == "tf32" else "ieee"), compiling_for(architecture) as records:
             if kernel.endswith("forward"):
-                for return_code in (True, False):
-                    design.forward(*tensors.values(), return_code, entry.options)
+                for return_argmax in (True, False):
+                    design.forward(*tensors.values(), return_argmax, entry.options)
             else:
                 launcher = getattr(design, kernel.rpartition(".")[2])
-                launcher(grad, tensors["input"], tensors["weight"], code, entry.options)
+                launcher(grad, tensors["input"], tensors["weight"], argmax, entry.options)
             check(records)
 
 

@@ -48,9 +48,9 @@ def conv_tensors(images=3, channels=1, size=32, features=6, dtype=torch.float32)
 
 
 def conv_step(input, weight, bias, geometry=PLAIN, mask=(True, True, True)):
-    output, code = conv.conv2d_relu_max_pool2d(input, weight, bias, geometry, True)
+    output, argmax = conv.conv2d_relu_max_pool2d(input, weight, bias, geometry, True)
     grad = torch.zeros_like(output)
-    return grad, output, code, *conv.conv2d_relu_max_pool2d_backward(grad, input, weight, code, geometry, mask)
+    return grad, output, argmax, *conv.conv2d_relu_max_pool2d_backward(grad, input, weight, argmax, geometry, mask)
 
 
 def head_tensors(rows=3, widths=(400, 120, 84, 10), dtype=torch.float32):
@@ -140,7 +140,7 @@ def different_calls():
     run = conv.conv2d_relu_max_pool2d
     return {
         "plain": lambda: run(input, weight, bias, PADDED, True),
-        "no codes": lambda: run(input, weight, bias, PADDED, False),
+        "no argmax": lambda: run(input, weight, bias, PADDED, False),
         "no bias": lambda: run(input, weight, None, PADDED, True),
         "unaligned": lambda: run(unaligned, weight, bias, PADDED, True),
         "channels_last": lambda: run(images_last, weight, bias, PADDED, True),

@@ -130,7 +130,7 @@ class ConvCase(_Case):
         out_channels, in_channels, *kernel = self.weight
         batch = self.input[0] if len(self.input) == 4 else 1
         taps, size = kernel[0] * kernel[1], self.input[-1] * self.input[-2]
-        cover = self.geometry.cells  # overlapping windows can all choose one cell
+        cover = self.geometry.window_size  # overlapping windows can all choose one cell
         return max(in_channels * taps + 1, cover * taps * out_channels // self.geometry.groups, batch * size)
 
 

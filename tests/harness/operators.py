@@ -2,7 +2,7 @@
 
 Where a maximum is nearly tied, or a sum nearly zero, rounding decides which way a gradient goes: two correct
 implementations may differ there without bound. So results on random numbers are judged in two steps. First the
-decisions: the cell that each argmax code names must hold the maximum, as exactly as stock computes it. Then the rest,
+decisions: the cell that each argmax names must hold the maximum, as exactly as stock computes it. Then the rest,
 which is linear: given those decisions, every gradient must be as accurate as stock's. On the exact grid there is no
 rounding, and everything must simply be equal to stock.
 """
@@ -96,12 +96,12 @@ def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, *, beta: float 
 class Result:
     """What one call gave: the output, the gradients by argument name, and the argmax that it saved.
 
-    That is the codes, or the indices of stock's max_pool2d where that computed the call.
+    That is the argmax, or the indices of stock's max_pool2d where that computed the call.
     """
 
     output: Tensor
     grads: dict[str, Tensor | None]
-    code: Tensor | None = None
+    argmax: Tensor | None = None
     index: Tensor | None = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -167,12 +167,12 @@ def run(
     elif names:
         grad = grad_output(output.detach()) if callable(grad_output) else grad_output
         output.backward(grad)
-    codes = [tensor for tensor in saved if tensor.dtype in (torch.uint8, torch.int32)]
+    argmax = [tensor for tensor in saved if tensor.dtype in (torch.uint8, torch.int32)]
     indices = [tensor for tensor in saved if tensor.dtype == torch.int64]
     return Result(
         output.detach(),
         {name: leaf.grad for name, leaf in leaves.items() if leaf is not None},
-        codes[0] if codes else None,
+        argmax[0] if argmax else None,
         indices[0] if indices else None,
     )
 
@@ -226,19 +226,19 @@ def precision(tensor: Tensor, switch: str) -> str:
 # --- judging -------------------------------------------------------------------------------------------------------
 
 
-def _cells(case: ConvCase, code: Tensor, conv_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Flat position in the convolution's output of the cell that each code names, and where a gradient passes."""
-    geometry, code = case.geometry, code.long()
-    passes = code != geometry.dropped
-    cell = torch.where(passes, code, 0)
-    assert bool((cell < geometry.cells).all()), "a code names a cell beyond the window"
-    steps = [torch.arange(size, device=code.device) for size in code.shape[-2:]]
+def _cells(case: ConvCase, argmax: Tensor, conv_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Flat position in the convolution's output of the cell that each argmax names, and where a gradient passes."""
+    geometry, argmax = case.geometry, argmax.long()
+    passes = argmax != geometry.no_winner
+    cell = torch.where(passes, argmax, 0)
+    assert bool((cell < geometry.window_size).all()), "an argmax names a cell beyond the window"
+    steps = [torch.arange(size, device=argmax.device) for size in argmax.shape[-2:]]
     position = []
     for i, part in enumerate((cell // geometry.pool_size[1], cell % geometry.pool_size[1])):
         first = steps[i] * geometry.pool_stride[i] - geometry.pool_padding[i]
         place = (first[:, None] if i == 0 else first) + part * geometry.pool_dilation[i]
         inside = (place >= 0) & (place < conv_size[i])
-        assert bool(inside[passes].all()), "a code names a cell outside the convolution's output"
+        assert bool(inside[passes].all()), "an argmax names a cell outside the convolution's output"
         position.append(torch.where(passes, place, 0))
     return position[0] * conv_size[1] + position[1], passes
 
@@ -246,7 +246,7 @@ def _cells(case: ConvCase, code: Tensor, conv_size: tuple[int, int]) -> tuple[Te
 def judge_conv(
     case: ConvCase, tensors: Tensors, grad_output: Tensor, result: Result, *, allow_zero: bool = False
 ) -> None:
-    """Judge an output, its argmax codes and its gradients, by the rule of the contract."""
+    """Judge an output, its argmax and its gradients, by the rule of the contract."""
     dtype = result.output.dtype
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -285,11 +285,11 @@ def judge_conv(
         )
 
     conv, _ = conv_and_gradients(exact, None)
-    if result.code is None:
+    if result.argmax is None:
         assert result.index is not None
         cell, passes = result.index.view(result.output.shape), ~(result.output <= 0)
     else:
-        cell, passes = _cells(case, result.code.view(result.output.shape), (conv.shape[-2], conv.shape[-1]))
+        cell, passes = _cells(case, result.argmax.view(result.output.shape), (conv.shape[-2], conv.shape[-1]))
     chosen = conv.flatten(-2).gather(-1, cell.flatten(-2)).view_as(cell)
     chosen = torch.where(passes, chosen, 0.0).to(dtype)
     assert_as_accurate(chosen, stock, reference, magnitude=magnitude, name="cell that the argmax names", **options)

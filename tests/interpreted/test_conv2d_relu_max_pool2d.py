@@ -188,7 +188,7 @@ def test_no_gradient_where_every_cell_is_closed(conv, device):
         result = conv.exact(SMALL, tensors)
         for _, tensor in result.tensors():
             assert_bitwise_equal(tensor, torch.zeros_like(tensor))
-        assert (result.code == 255).all()
+        assert (result.argmax == 255).all()
 
 
 def test_ties_go_to_the_first_cell_in_scan_order(conv, device):
@@ -197,7 +197,7 @@ def test_ties_go_to_the_first_cell_in_scan_order(conv, device):
     tensors = {name: torch.ones(shape, device=device) for name, shape in case.shapes.items()}
     result = conv.equal(case, tensors, None)
     expected = torch.tensor([[4, 3, 3], [1, 0, 0], [1, 0, 0]], dtype=torch.uint8)
-    assert_same_values(result.code[0, 0], expected)
+    assert_same_values(result.argmax[0, 0], expected)
 
 
 def test_a_window_without_a_cell(watched, device):
@@ -208,7 +208,7 @@ def test_a_window_without_a_cell(watched, device):
     assert stock.isinf().any()
     result = watched(CONV.fused, tensors, keywords, torch.ones_like(stock))
     assert_same_values(result.output, stock)
-    assert (result.code[stock.isinf()] == 255).all()
+    assert (result.argmax[stock.isinf()] == 255).all()
 
 
 # --- what is computed, and what is not -----------------------------------------------------------------------------
@@ -235,21 +235,21 @@ def test_only_requested_gradients_are_computed(wanted, launches, watched, device
             assert result.grads[name] is None
 
 
-def test_without_gradients_no_code_is_written(launches, conv, device):
-    """Inference skips the codes, and gives the same bits."""
+def test_without_gradients_no_argmax_is_written(launches, conv, device):
+    """Inference skips the argmax, and gives the same bits."""
     tensors = LENET.random(torch.float32, device=device)
-    with_code = run(CONV.fused, tensors, LENET.keywords, upstream, ["weight"])
+    with_argmax = run(CONV.fused, tensors, LENET.keywords, upstream, ["weight"])
     launches.clear()
     with sanitized() as (poison, _):
         output = CONV.fused(**tensors, **LENET.keywords)
         poison.assert_all_written()
         assert [t.dtype for t in poison.tensors] == [torch.float32]
     assert [(name, constants["RETURN_CODE"]) for name, constants in launches] == [("_forward_kernel", False)]
-    assert_bitwise_equal(output, with_code.output)
+    assert_bitwise_equal(output, with_argmax.output)
 
 
 def test_every_element_is_written(device):
-    """Codes included, whose poison could be taken for a code."""
+    """The argmax included, whose poison could be taken for an argmax."""
     tensors = BIG_WINDOW.random(torch.float16, device=device)
     forward = torch.ops.fastlenet.conv2d_relu_max_pool2d
     assert_writes_everything(lambda: forward(*tensors.values(), *BIG_WINDOW.geometry, True))
@@ -273,13 +273,13 @@ def test_layouts_are_stocks_and_as_the_shape_functions_promise(input_kind, weigh
     tensors = SMALL.random(torch.float32, device=device)
     tensors["input"], tensors["weight"] = awkward(tensors["input"], input_kind), awkward(tensors["weight"], weight_kind)
     forward, backward = torch.ops.fastlenet.conv2d_relu_max_pool2d, torch.ops.fastlenet.conv2d_relu_max_pool2d_backward
-    output, code = forward(*tensors.values(), *SMALL.geometry, True)
-    grads = backward(output, tensors["input"], tensors["weight"], code, *SMALL.geometry, [True] * 3)
+    output, argmax = forward(*tensors.values(), *SMALL.geometry, True)
+    grads = backward(output, tensors["input"], tensors["weight"], argmax, *SMALL.geometry, [True] * 3)
     with FakeTensorMode() as mode:
         fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
-        promised, fake_code = forward(*fakes.values(), *SMALL.geometry, True)
-        fake_grads = backward(promised, fakes["input"], fakes["weight"], fake_code, *SMALL.geometry, [True] * 3)
-    for actual, fake in zip((output, code, *grads), (promised, fake_code, *fake_grads), strict=True):
+        promised, fake_argmax = forward(*fakes.values(), *SMALL.geometry, True)
+        fake_grads = backward(promised, fakes["input"], fakes["weight"], fake_argmax, *SMALL.geometry, [True] * 3)
+    for actual, fake in zip((output, argmax, *grads), (promised, fake_argmax, *fake_grads), strict=True):
         assert (actual.shape, actual.stride(), actual.dtype) == (fake.shape, fake.stride(), fake.dtype)
     assert output.is_contiguous(memory_format=torch.channels_last) == ("channels_last" in (input_kind, weight_kind))
 

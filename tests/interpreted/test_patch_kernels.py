@@ -277,10 +277,10 @@ def test_ties_go_to_the_first_cell_and_closed_cells_get_nothing(mode, conv, devi
     case = conv_case("ties", (3, *SMALL.input[1:]), SMALL.weight)
     tensors = {name: torch.ones(shape, dtype=mode.dtype, device=device) for name, shape in case.shapes.items()}
     with fp32_precision(mode.precision):
-        assert (conv.equal(case, tensors, None).code == 0).all()
+        assert (conv.equal(case, tensors, None).argmax == 0).all()
         tensors["bias"] = torch.full_like(tensors["bias"], -1000.0)
         result = conv.equal(case, tensors, None)
-    assert (result.code == 255).all()
+    assert (result.argmax == 255).all()
     for _, tensor in result.tensors():
         assert_bitwise_equal(tensor, torch.zeros_like(tensor))
 

@@ -110,10 +110,10 @@ def conv2d_relu_max_pool2d(
     output = torch.empty(plan.output_shape, dtype=input.dtype, device=input.device, memory_format=plan.layout)
     argmax = torch.empty_like(output, dtype=geometry.argmax_dtype) if return_argmax else None
     for images in plan.slices:
-        pooled, argmax = of_slice(input[images])
+        pooled, part = of_slice(input[images])
         output[images].copy_(pooled)
-        if argmax is not None and argmax is not None:
-            argmax[images].copy_(argmax)
+        if argmax is not None and part is not None:
+            argmax[images].copy_(part)
     return output, argmax
 
 
@@ -400,7 +400,7 @@ def _backward_layouts(
     oneDNN is faster in channels_last (the weight of LeNet's conv2: twice), except for an input of fewer channels than a
     vector has lanes, and for strided convolutions. Where the input's gradient stays plain to be exact, that of a weight
     of many channels does, too: two layouts take more copies than they save. Large kernels stay as they are: not every
-    CPU has fast argmax for their weight in channels_last.
+    CPU has fast code for their weight in channels_last.
     """
     if geometry.groups > 1 or max(weight[2:]) > 8:
         return _PLAIN, _PLAIN

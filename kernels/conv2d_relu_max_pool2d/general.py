@@ -101,7 +101,7 @@ def _forward_kernel(
     output_stride_h,
     output_stride_w,
     HAS_BIAS: tl.constexpr,
-    RETURN_CODE: tl.constexpr,
+    RETURN_ARGMAX: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
@@ -194,7 +194,7 @@ def _forward_kernel(
     offset = (out_channel * output_stride_c)[:, None] + offset[None, :]
     mask = channel_mask[:, None] & row_mask[None, :]
     store(output_ptr + offset, best, mask)
-    if RETURN_CODE:
+    if RETURN_ARGMAX:
         tl.store(argmax_ptr + offset, tl.where(best <= 0, 255, argmax).to(tl.uint8), mask=mask)
 
 
@@ -384,7 +384,8 @@ def _grad_weight_kernel(
     """Gradients of the weight and the bias: one part of each sum, which `sum_parts` completes in a fixed order.
 
     Maths: ``grad_weight[o, k] = sum over (n, p, t) of where(argmax[n, o, p] == t, grad[n, o, p], 0) *
-    patch[n, p, t, k]`` with k = (channel, kernel row, kernel column), and ``grad_bias[o] = sum where(argmax != 255, grad, 0)``.
+    patch[n, p, t, k]`` with k = (channel, kernel row, kernel column), and
+    ``grad_bias[o] = sum where(argmax != 255, grad, 0)``.
 
     Tile: BLOCK_N output channels x BLOCK_M weight entries k of one group: successive ones or, if WIDE, one tap's for
     successive input channels, which leaves no arithmetic on indices to the products. The sum runs over the
@@ -577,7 +578,7 @@ def forward(
         *input.stride(),
         *output.stride(),
         HAS_BIAS=bias is not None,
-        RETURN_CODE=return_argmax,
+        RETURN_ARGMAX=return_argmax,
         WIDE=wide,
         INDEX=index_type(input, weight, output),
         **tile,

@@ -174,7 +174,7 @@ def _forward_kernel(
     W: tl.constexpr,
     KS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    RETURN_CODE: tl.constexpr,
+    RETURN_ARGMAX: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     IMAGES: tl.constexpr,
@@ -192,7 +192,7 @@ def _forward_kernel(
     Tile: IMAGES images x ROWS pooled rows x all pooled columns (BLOCK_M rows, nearly all used) x 4 * OUT_PAD columns.
     A program takes `tiles_per_program` groups of images and, of each, `rows_per_program` row blocks.
 
-    Shapes and strides: input (N, C, H, W), weight (O, C, KS, KW), bias (O), output and argmax (N, O, PH, PW), all dense.
+    Shapes and strides: input (N, C, H, W), weight (O, C, KS, KW), bias (O), output and argmax (N, O, PH, PW), dense.
 
     Saves: one byte of argmax per pooled cell.
 
@@ -227,7 +227,7 @@ def _forward_kernel(
         patch = input_ptr + tl.multiple_of(corner, 2)[:, None]
         window = (image * (OUT * PH * PW) + pooled_row * PW + pooled_column)[:, None]
         outputs = output_ptr + window
-        argmax = argmax_ptr + window
+        argmax_ptrs = argmax_ptr + window
         for r in tl.range(first_row, last_row, num_stages=STAGES):
             conv = tl.zeros((BLOCK_M, 4 * OUT_PAD), tl.float32)
             for start in tl.static_range(0, DEPTH, BLOCK_K):
@@ -244,10 +244,10 @@ def _forward_kernel(
             if HAS_BIAS:
                 # Added to the largest cell it gives what the largest of its sums with all four would be.
                 best += bias[None, :]
-            if RETURN_CODE:
+            if RETURN_ARGMAX:
                 argmax = tl.where(bottom > top, tl.where(cell3 > cell2, 3, 2), tl.where(cell1 > cell0, 1, 0))
                 argmax = tl.where(best <= 0, 255, argmax)
-                tl.store(argmax + r * (ROWS * PW) + plane, argmax.to(tl.uint8), mask=mask)
+                tl.store(argmax_ptrs + r * (ROWS * PW) + plane, argmax.to(tl.uint8), mask=mask)
             best = tl.maximum(best, 0.0, propagate_nan=tl.PropagateNan.ALL)
             store(outputs + r * (ROWS * PW) + plane, best, mask)
             finite += _lane_sums(best, BLOCK_M, OUT_PAD)
@@ -272,7 +272,7 @@ def _forward_kernel(
                     W,
                     KS,
                     HAS_BIAS,
-                    RETURN_CODE,
+                    RETURN_ARGMAX,
                     BLOCK_M,
                     OUT_PAD,
                     OUT,
@@ -292,7 +292,7 @@ def _replace_not_finite(
     W: tl.constexpr,
     KS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    RETURN_CODE: tl.constexpr,
+    RETURN_ARGMAX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     OUT_PAD: tl.constexpr,
     OUT: tl.constexpr,
@@ -318,7 +318,7 @@ def _replace_not_finite(
     old = tl.load(output_ptrs, mask=mask, other=0.0).to(tl.float32)
     mask &= (old == float("inf")) | (old != old)
     store(output_ptrs, best, mask)
-    if RETURN_CODE:
+    if RETURN_ARGMAX:
         tl.store(argmax_ptrs, tl.where(best <= 0, 255, argmax).to(tl.uint8), mask=mask)
 
 
@@ -504,9 +504,9 @@ def _grad_weight_kernel(
         window = image * (OUT * PH * PW) + patch_row * (WINDOWS * PW) + patch_column * WINDOWS
         window = tl.multiple_of(window, WINDOWS)[:, None]
         grads = grad_ptr + window
-        argmax = argmax_ptr + window
+        argmax_ptrs = argmax_ptr + window
         for r in tl.range(first_row, last_row, num_stages=STAGES):
-            argmax = tl.load(argmax + r * (ROWS * WINDOWS * PW) + plane, mask=mask, other=255).to(tl.int32)
+            argmax = tl.load(argmax_ptrs + r * (ROWS * WINDOWS * PW) + plane, mask=mask, other=255).to(tl.int32)
             grad = load(grads + r * (ROWS * WINDOWS * PW) + plane, mask)
             bias_sum += tl.where(argmax != 255, grad, 0.0).to(tl.float32)
             cells = _cells(tf32(grad, PRECISION), argmax, r, BLOCK_M, BLOCK_M, WIDTH)
@@ -643,7 +643,7 @@ def forward(
         rows_per_program,
         **shape,
         HAS_BIAS=bias is not None,
-        RETURN_CODE=return_argmax,
+        RETURN_ARGMAX=return_argmax,
         INDEX=index_type(input, output),
         **_options(input, configuration),
     )

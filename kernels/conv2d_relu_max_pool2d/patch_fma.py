@@ -43,10 +43,10 @@ def _adjacent(pointers, mask, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _pool(cells, RETURN_CODE: tl.constexpr):
+def _pool(cells, RETURN_ARGMAX: tl.constexpr):
     """Maximum and argmax of a window's four cells, in scan order, after relu."""
     best = cells[0]
-    if RETURN_CODE:
+    if RETURN_ARGMAX:
         # In float32, which one instruction selects; integers become masks and shifts. Adding 2**23 moves a small number
         # into the last bits.
         argmax = tl.zeros(best.shape, tl.float32)
@@ -79,7 +79,7 @@ def _forward_kernel(
     POOLED_H: tl.constexpr,
     POOLED_W: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    RETURN_CODE: tl.constexpr,
+    RETURN_ARGMAX: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -145,12 +145,12 @@ def _forward_kernel(
     size: tl.constexpr = POOLED_H * POOLED_W
     offset = image * (OUT_CHANNELS * size) + (position + first * size)
     outputs = output_ptr + offset
-    argmax = argmax_ptr + offset
+    argmax_ptrs = argmax_ptr + offset
     for o in tl.static_range(CHANNELS):
-        best, argmax = _pool(conv[4 * o : 4 * o + 4], RETURN_CODE)
+        best, argmax = _pool(conv[4 * o : 4 * o + 4], RETURN_ARGMAX)
         store(outputs + o * size, best, mask)
-        if RETURN_CODE:
-            tl.store(argmax + o * size, argmax, mask=mask)
+        if RETURN_ARGMAX:
+            tl.store(argmax_ptrs + o * size, argmax, mask=mask)
 
 
 @triton.jit(do_not_specialize=["images"])
@@ -213,12 +213,12 @@ def _grad_weight_kernel(
         row = tl.minimum(image, images - 1).to(INDEX)
         image += step
         grads = grad_ptr + (row * (OUT_CHANNELS * size) + position)
-        argmax = argmax_ptr + (row * (OUT_CHANNELS * size) + position)
+        argmax_ptrs = argmax_ptr + (row * (OUT_CHANNELS * size) + position)
         cells = ()
         passed = ()
         for o in tl.static_range(CHANNELS):
             grad = tl.load(grads + o * size).to(tl.float32)
-            argmax = tl.where(there, tl.load(argmax + o * size).to(tl.int32), 255)
+            argmax = tl.where(there, tl.load(argmax_ptrs + o * size).to(tl.int32), 255)
             for cell in tl.static_range(4):
                 cells = cells + (tl.where(argmax == cell, grad, 0.0),)
             passed = passed + (tl.where(argmax == 255, 0.0, grad),)
@@ -353,7 +353,7 @@ def _grad_input_kernel(
     image = tl.minimum(image, images - 1)
     window = image * (OUT_CHANNELS * size) + ((top - above) * POOLED_W + column)
     grads = grad_ptr + window
-    argmax = argmax_ptr + window
+    argmax_ptrs = argmax_ptr + window
     weights = weight_ptr + first * taps
 
     sums = ()
@@ -367,7 +367,7 @@ def _grad_input_kernel(
             # Of a single strip the windows' rows are known when it is compiled.
             if strips > 1 or (u >= above and u < POOLED_H + above):  # noqa: SIM102
                 if strips == 1 or ((top + u >= above) & (top + u < POOLED_H + above)):
-                    argmax = tl.load(argmax + u * POOLED_W).to(tl.int32)
+                    argmax = tl.load(argmax_ptrs + u * POOLED_W).to(tl.int32)
                     grad = tl.load(grads + u * POOLED_W).to(tl.float32)
                     upper = (tl.where(argmax == 0, grad, 0.0), tl.where(argmax == 1, grad, 0.0))
                     lower = (tl.where(argmax == 2, grad, 0.0), tl.where(argmax == 3, grad, 0.0))
@@ -375,7 +375,7 @@ def _grad_input_kernel(
                         sums, upper, lower, kernels, 2 * (u - above), 2 * STRIP, CHANNELS, KERNEL_H, KERNEL_W
                     )
         grads += size
-        argmax += size
+        argmax_ptrs += size
         weights += IN_CHANNELS * taps
 
     corner = image * (IN_CHANNELS * INPUT_H * INPUT_W) + (top * (2 * INPUT_W) + column * 2)
@@ -470,7 +470,7 @@ def forward(
         rows,
         **_sizes(input, weight, output),
         HAS_BIAS=bias is not None,
-        RETURN_CODE=return_argmax,
+        RETURN_ARGMAX=return_argmax,
         INDEX=index_type(input, output),
         UNROLL=weight.shape[2] if tile["CHANNELS"] * weight[0, 0].numel() <= 200 else 1,
         num_stages=1,

@@ -196,12 +196,12 @@ def test_every_form_of_each_launcher(target, mode):
         launchers = Launchers(records)
         only = [(False, True, False), (False, False, True)]
         bare, weight, bias = launchers.conv(case, mode.dtype, bias=False, argmax=False, masks=only)
-        assert (bare.constexprs["HAS_BIAS"], bare.constexprs["RETURN_CODE"]) == (False, False)
+        assert (bare.constexprs["HAS_BIAS"], bare.constexprs["RETURN_ARGMAX"]) == (False, False)
         needs = [(r.constexprs["NEED_WEIGHT"], r.constexprs["NEED_BIAS"]) for r in (weight, bias)]
         assert needs == [(True, False), (False, True)]
         (with_bias,) = launchers.conv(case, mode.dtype, argmax=False, masks=())
         (with_argmax,) = launchers.conv(case, mode.dtype, bias=False, masks=())
-        assert (with_bias.constexprs["HAS_BIAS"], with_argmax.constexprs["RETURN_CODE"]) == (True, True)
+        assert (with_bias.constexprs["HAS_BIAS"], with_argmax.constexprs["RETURN_ARGMAX"]) == (True, True)
         # A bias, an addend of the output's size and one of another size have kernels of their own.
         product, mat2 = launchers.addmm(64, 128, mode.dtype, addend=None, masks=[(False, False, True)])
         assert product.constexprs["HAS_INPUT"] is False

@@ -244,7 +244,7 @@ def test_without_gradients_no_argmax_is_written(launches, conv, device):
         output = CONV.fused(**tensors, **LENET.keywords)
         poison.assert_all_written()
         assert [t.dtype for t in poison.tensors] == [torch.float32]
-    assert [(name, constants["RETURN_CODE"]) for name, constants in launches] == [("_forward_kernel", False)]
+    assert [(name, constants["RETURN_ARGMAX"]) for name, constants in launches] == [("_forward_kernel", False)]
     assert_bitwise_equal(output, with_argmax.output)
 
 

@@ -25,7 +25,7 @@ from bench.run import ROOT, cache_bytes, in_short
 from bench.static import RESULTS, modelled_kernels
 from bench.work import FORWARD, LENET, TRAIN_STEP, Work, setup
 from fastlenet import environment
-from fastlenet.support import write_json
+from fastlenet.files import write_json
 
 MODES = ((torch.float32, "tf32"), (torch.float32, "ieee"), (torch.bfloat16, "bf16"))
 STEPS = 20

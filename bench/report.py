@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastlenet import environment
-from fastlenet.__main__ import Parser, complain
-from fastlenet.support import InputError, MissingPackageError, atomic_write, import_extra
+from fastlenet.cli import Parser, complain
+from fastlenet.errors import InputError, MissingPackageError, import_extra
+from fastlenet.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, EAGER = "fastlenet", "eager"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fastlenet
 from bench.work import BACKWARD, BOTH, FORWARD, KERNEL, TRAIN_STEP, ConvCase, Data, LeNetCase, LinearCase, Work
-from fastlenet.train import classification_loss
+from fastlenet.training.loop import classification_loss
 
 FUSED, STOCK, LIBRARY = "fused", "stock", "library"
 
@@ -203,7 +203,7 @@ class Call:
             self._forward = torch.compile(self._forward, mode=mode, dynamic=False)
         self._marks_steps = mode not in (None, "default")
         if work.direction == TRAIN_STEP:
-            self._optimiser = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE, fused=True)
+            self._optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE, fused=True)
         self._capturing = False
         # Captured graphs: how to replay each, and what it computes for each of its sets.
         self._graphs: list[tuple[Callable[[], None], dict[int, dict[str, Tensor]]]] = []
@@ -235,10 +235,10 @@ class Call:
         if direction == BOTH:
             output = self._forward(input)
             return output, *self._gradients(output, input, target)
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
         loss = self._forward(input, target)
         loss.backward()
-        self._optimiser.step()
+        self._optimizer.step()
         return loss
 
     def _gradients(self, output: Tensor, input: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:

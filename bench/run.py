@@ -23,8 +23,9 @@ from bench.rivals import EAGER, FASTLENET, Call, Implementation, competitors, pr
 from bench.timing import PROMISED, SAME_THING, Bystanders, Rates, Results, Timing, interleave, parity
 from bench.work import FORWARD, KERNEL, TRAIN_STEP, Data, LeNetCase, Work, parity_sets, setup, suite
 from fastlenet import environment
-from fastlenet.__main__ import Parser, complain
-from fastlenet.support import InputError, write_json
+from fastlenet.cli import Parser, complain
+from fastlenet.errors import InputError
+from fastlenet.files import write_json
 from fastlenet.trial import synchronize
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -31,7 +31,7 @@ from bench.rivals import EAGER, FASTLENET, Call, precision_mode
 from bench.timing import interleave, parity
 from bench.work import BACKWARD, FORWARD, KERNEL, Case, ConvCase, Data, Work, parity_sets, setup
 from fastlenet import environment
-from fastlenet.support import atomic_write
+from fastlenet.files import atomic_write
 from fastlenet.trial import MARGIN
 
 Say = Callable[[str], None]

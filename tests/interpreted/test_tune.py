@@ -18,7 +18,7 @@ import fastlenet
 from bench import tune
 from bench.work import ConvCase, LinearCase
 from fastlenet import functional
-from fastlenet.support import InputError
+from fastlenet.errors import InputError
 
 pytestmark = pytest.mark.skipif(not modes.interpreting(), reason="a GPU's clock is not injected")
 CASE = ConvCase("tiny", 2, 6, 3, 3, padding=1)

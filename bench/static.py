@@ -34,14 +34,14 @@ from torch import Tensor
 
 import fastlenet
 from bench import sass
+from bench.baselines import precision_mode
 from bench.fake_driver import TARGETS, CompiledKernelRecord, Launch, compiling_for
 from bench.fake_driver import sass as disassemble
-from bench.rivals import precision_mode
-from bench.work import BACKWARD, FORWARD, LENET_OPERATORS, OTHER_OPERATORS, TRAIN_STEP, ConvCase, LinearCase, Work
+from bench.workloads import BACKWARD, FORWARD, LENET_OPERATORS, OTHER_OPERATORS, TRAIN_STEP, ConvCase, LinearCase, Work
 from fastlenet import environment, functional
-from fastlenet.cli import BAD_INPUT, Parser, complain
 from fastlenet.errors import InputError, import_extra
 from fastlenet.files import write_json
+from fastlenet.terminal import BAD_INPUT, Parser, print_error
 
 __all__ = ["Cost", "Device", "compare", "cost", "report"]
 
@@ -866,7 +866,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if committed is None:
             raise InputError(f"no committed figures for triton {triton.__version__}: {path.name} is not there")
     except InputError as error:
-        return complain("bench.static", error, BAD_INPUT)
+        return print_error("bench.static", error, BAD_INPUT)
     if options.only:
         committed["rows"] = [r for r in committed["rows"] if options.only in f"{r['kernel']} {r['shape']}"]
         document["totals"] = []

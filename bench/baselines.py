@@ -19,7 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlenet
-from bench.work import BACKWARD, BOTH, FORWARD, KERNEL, TRAIN_STEP, ConvCase, Data, LeNetCase, LinearCase, Work
+from bench.workloads import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    KERNEL,
+    TRAIN_STEP,
+    ConvCase,
+    Data,
+    LeNetCase,
+    LinearCase,
+    Results,
+    Work,
+    parity_sets,
+)
 from fastlenet.training.loop import classification_loss
 
 FUSED, STOCK, LIBRARY = "fused", "stock", "library"
@@ -323,3 +336,20 @@ class Call:
 
 def _replay(graph: torch.cuda.CUDAGraph, *_kept: Any) -> None:
     graph.replay()
+
+
+# Images of one float64 inference: a whole large batch would need gigabytes.
+REFERENCE_IMAGES = 8192
+
+
+def reference_results(work: Work, data: Data) -> list[Results]:
+    """Compute what the results should be: stock eager in float64, from the very same values."""
+    exact = data.to(torch.float64)
+    if work.direction != FORWARD:
+        call = Call(work, EAGER, exact)
+        return [call.results(number) for number in range(parity_sets(work))]
+    outputs = []
+    for input, target in exact.sets[: parity_sets(work)]:
+        parts = [Data(exact.parameters, [(part, target)]) for part in input.split(REFERENCE_IMAGES)]
+        outputs.append({"output": torch.cat([Call(work, EAGER, part).results(0)["output"] for part in parts])})
+    return outputs

@@ -323,7 +323,7 @@ def test_peak_memory_of_a_step_is_at_least_what_autograd_keeps():
 # Where the commands run; a GPU has more modes and more rivals than a CPU.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RATES = timing.Rates({2**20: 1e10}, {"ieee": 1e11, "bf16": 1e11}, None)
-together = pytest.mark.together("bench")
+together = pytest.mark.xdist_group("bench")
 TINY = [WORKS[0], Work(LENET, 2, direction=TRAIN_STEP), Work(LENET, 4, direction=TRAIN_STEP)]
 
 

@@ -47,11 +47,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     if not config.getoption("--quick"):
         return
-    seen: set[tuple[str, str, object]] = set()
+    seen: set[tuple[str, int, str]] = set()
     kept, left = [], []
     for item in items:
-        indices = getattr(getattr(item, "callspec", None), "indices", {})
-        values = {(item.nodeid.partition("[")[0], name, index) for name, index in indices.items()}
+        # One id for each parametrisation of the test; pytest has no public name for them.
+        ids = getattr(getattr(item, "callspec", None), "_idlist", ())
+        values = {(item.nodeid.partition("[")[0], place, name) for place, name in enumerate(ids)}
         chosen = item.get_closest_marker("thorough") is None and (not values or not values <= seen)
         seen |= values if chosen else set()
         (kept if chosen else left).append(item)

@@ -25,7 +25,7 @@ from bench.work import FORWARD, KERNEL, TRAIN_STEP, Data, LeNetCase, Work, parit
 from fastlenet import environment
 from fastlenet.__main__ import Parser, complain
 from fastlenet.support import InputError, write_json
-from fastlenet.trial import synchronize
+from fastlenet.timing import synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("quick", "full")

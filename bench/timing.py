@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.rivals import Call, precision_mode
 from bench.work import Cost
-from fastlenet.trial import synchronize
+from fastlenet.timing import synchronize
 
 Results = dict[str, Tensor]
 

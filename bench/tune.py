@@ -32,7 +32,7 @@ from bench.timing import interleave, parity
 from bench.work import BACKWARD, FORWARD, KERNEL, Case, ConvCase, Data, Work, parity_sets, setup
 from fastlenet import environment
 from fastlenet.support import atomic_write
-from fastlenet.trial import MARGIN
+from fastlenet.timing import MARGIN
 
 Say = Callable[[str], None]
 Entry = dict[str, Any]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import fastlenet
 from fastlenet import data, environment
 from fastlenet.graphs import GraphedTrainStep
-from fastlenet.trial import synchronize
+from fastlenet.timing import synchronize
 
 IMPLEMENTATIONS = ("fastlenet", "stock", "compiled")
 """fastlenet's LeNet and stock's, each step one graph replay on a GPU; and stock compiled in the best mode."""

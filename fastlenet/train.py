@@ -34,7 +34,7 @@ from fastlenet.backend import backend
 from fastlenet.distributed import ALONE, World
 from fastlenet.lenet import LeNet
 from fastlenet.support import InputError, import_extra, write_json
-from fastlenet.trial import synchronize
+from fastlenet.timing import synchronize
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -86,6 +86,7 @@ class Backend:
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph."""
+        _guard_hooks()
         mode = "training" if torch.is_grad_enabled() else "inference"
         kinds = {
             node: type(value)
@@ -158,6 +159,22 @@ def compile_graph(
     if unknown:
         raise ValueError(f"fastlenet: the options are 'inner' and 'measure', but got {', '.join(map(repr, unknown))}")
     return Backend(**given)(graph_module, example_inputs)
+
+
+def _guard_hooks() -> None:
+    """Let the graph be captured anew once a hook is registered on one of its modules.
+
+    Dynamo notes that a module has no hooks, but skips that guard unless it is configured otherwise.
+    """
+    from torch._dynamo.guards import GuardBuilder
+
+    context = torch._guards.TracingContext.try_get()
+    if context is None:  # the backend was called by hand
+        return
+    guards = context.guards_context.dynamo_guards
+    for guard in list(guards):
+        if guard.create_fn is GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT:
+            guards.add(guard.originating_source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
 
 
 def measure(match: Match) -> timing.Comparison | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as hooked
 from torch.utils._pytree import tree_map
 
 from fastlenet import timing
@@ -62,10 +63,11 @@ class Fused:
         compiled = torch.compile(_caller(model), backend=self.backend, **_isolation())
         plain = model._call_impl
         modes = [mode in self.modes for mode in MODES]
-        tracing, recording = torch._C._get_tracing_state, torch.is_grad_enabled
+        recording, tracing = torch.is_grad_enabled, torch._C._get_tracing_state
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not modes[0 if recording() else 1] or self.refused is not None or tracing() is not None:
+            # Dynamo does not guard hooks on all modules, and torch.jit.trace does not take what it has compiled.
+            if not modes[0 if recording() else 1] or self.refused is not None or hooked() or tracing() is not None:
                 return plain(*args, **kwargs)
             try:
                 return compiled(*args, **kwargs)

@@ -65,6 +65,7 @@ class Backend:
         measure: whether to keep only sites that are clearly faster fused, measured at their shapes.
         decisions: what was measured before; sites that are found there are not measured again.
         records: what was found before.
+        faithful: whether to refuse a graph that Dynamo itself does not keep true to the model.
     """
 
     __name__ = "fastlenet"
@@ -75,17 +76,23 @@ class Backend:
         measure: bool = False,
         decisions: Mapping[Key, timing.Comparison] | None = None,
         records: Mapping[tuple[str, str, str], Record] | None = None,
+        *,
+        faithful: bool = False,
     ) -> None:
         if inner not in INNER:
             raise ValueError(f"fastlenet: option 'inner' must be one of {INNER}, but got {inner!r}")
         if not isinstance(measure, bool):
             raise ValueError(f"fastlenet: option 'measure' must be True or False, but got {measure!r}")
-        self.inner, self.measure = inner, measure
+        self.inner, self.measure, self.faithful = inner, measure, faithful
         self.decisions = dict(decisions or {})
         self.records = dict(records or {})
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph."""
+        parts = [part.graph for part in graph_module.modules() if isinstance(part, fx.GraphModule)]
+        function = torch.ops.higher_order.autograd_function_apply
+        if self.faithful and any(node.target is function for graph in parts for node in graph.nodes):
+            raise NotImplementedError("it holds a torch.autograd.Function, whose second derivatives would be lost")
         _guard_hooks()
         mode = "training" if torch.is_grad_enabled() else "inference"
         kinds = {

@@ -147,8 +147,7 @@ def explain(model: nn.Module, example_input: Any = None) -> Explanation:
     if handle is not None:
         notes += handle.notes
         records = list(handle.backend.records.values())
-        if handle.refused is not None:
-            notes.append(f"the model runs as it is: {handle.refused}")
+        notes += [f"in {mode} the model runs as it is: {why}" for mode, why in handle.refused.items()]
     if reason is not None:
         if not layers:
             notes.append(f"cannot be fused: {reason}")
@@ -187,7 +186,7 @@ def _traced(model: nn.Module, handle: Fused | None, example: tuple[Any, ...]) ->
 
     trial = copies.apart(model)
     known = {} if handle is None else handle.backend.decisions
-    compiler = Backend(measure=handle is not None and handle.backend.measure, decisions=known)
+    compiler = Backend(None, handle is not None and handle.backend.measure, known, faithful=True)
     fused = Fused(trial, compiler)
     fused.install()
     mode = MODES[0 if model.training else 1]
@@ -204,7 +203,7 @@ def _traced(model: nn.Module, handle: Fused | None, example: tuple[Any, ...]) ->
             replace(record, fused=False, reason=kept[record.key].reason if record.key in kept else "not fused")
             for record in found
         ]
-    notes = [] if fused.refused is None else [f"cannot be fused: {fused.refused}"]
+    notes = [f"cannot be fused: {why}" for why in fused.refused.values()]
     return found, notes
 
 

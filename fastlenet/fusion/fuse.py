@@ -33,7 +33,7 @@ class Fused:
         backend: compiles the model's graphs, and remembers what it found.
         modes: the modes in which the model is compiled at all.
         notes: remarks for `explain`.
-        refused: why TorchDynamo does not take the model, if it does not.
+        refused: why the model runs as it is in a mode, though it was to be fused.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Fused:
     ) -> None:
         self.model = weakref.ref(model)
         self.backend, self.modes, self.notes = backend, tuple(modes), tuple(notes)
-        self.refused: str | None = None
+        self.refused: dict[str, str] = {}
 
     def install(self) -> None:
         """Let the model's ``__call__`` run the compiled model."""
@@ -62,12 +62,12 @@ class Fused:
 
         compiled = torch.compile(_caller(model), backend=self.backend, **_isolation())
         plain = model._call_impl
-        modes = [mode in self.modes for mode in MODES]
+        active = {training: mode in self.modes for training, mode in zip((True, False), MODES, strict=True)}
         recording, tracing = torch.is_grad_enabled, torch._C._get_tracing_state
 
         def call(*args: Any, **kwargs: Any) -> Any:
             # Dynamo does not guard hooks on all modules, and torch.jit.trace does not take what it has compiled.
-            if not modes[0 if recording() else 1] or self.refused is not None or hooked() or tracing() is not None:
+            if not active[recording()] or hooked() or tracing() is not None:
                 return plain(*args, **kwargs)
             try:
                 return compiled(*args, **kwargs)
@@ -75,8 +75,10 @@ class Fused:
                 reason = first_line(error)
             # What the model raises by itself, a wrong shape for one, Dynamo reports as an error of its own.
             result = plain(*args, **kwargs)
-            self.refused = f"TorchDynamo refuses it: {reason}"
-            logger.warning("fuse leaves %s as it is: %s", type(model).__name__, self.refused)
+            active[recording()] = False
+            mode = MODES[0 if recording() else 1]
+            self.refused[mode] = f"TorchDynamo's graph cannot be used: {reason}"
+            logger.warning("fuse leaves %s as it is in %s: %s", type(model).__name__, mode, self.refused[mode])
             return result
 
         return call
@@ -99,7 +101,7 @@ def _restored(model: nn.Module, options: tuple[Any, ...], *rest: Any) -> Fused:
     from fastlenet.fusion.backend import Backend
 
     measure, decisions, records = options
-    fused = Fused(model, Backend(None, measure, decisions, records), *rest)
+    fused = Fused(model, Backend(None, measure, decisions, records, faithful=True), *rest)
     fused.install()
     return fused
 
@@ -195,7 +197,7 @@ def fuse(model: nn.Module, example_input: Any = None, *, inplace: bool = False) 
     from fastlenet.fusion.backend import Backend
 
     if example_input is None:
-        Fused(model, Backend()).install()
+        Fused(model, Backend(faithful=True)).install()
         return model
     model.__dict__.pop("_compiled_call_impl", None)
     judged = Judge(model, arguments(example_input))
@@ -222,7 +224,7 @@ class Judge:
         from fastlenet.fusion.backend import Backend
 
         self.model, self.example = model, example
-        self.backend = Backend(measure=True)
+        self.backend = Backend(measure=True, faithful=True)
         self.modes: list[str] = []
         self.notes: list[str] = []
         errors = []
@@ -243,14 +245,14 @@ class Judge:
                 copy.train(mode == "training")
         from fastlenet.fusion.backend import Backend
 
-        trial = Fused(fused, Backend(measure=True, decisions=self.backend.decisions))
+        trial = Fused(fused, Backend(measure=True, decisions=self.backend.decisions, faithful=True))
         trial.install()
         device = next((tensor.device for tensor in timing.tensors(self.example)), torch.device("cpu"))
         with undisturbed(device), torch.set_grad_enabled(mode == "training"):
             expected = self._outputs(stock)
             actual = self._outputs(fused)
             records = [record for record in trial.backend.records.values() if record.mode == mode]
-            reason, note = trial.refused, None
+            reason, note = trial.refused.get(mode), None
             self.backend.records.update((record.key, record) for record in records)
             if reason is None and not any(record.fused for record in records):
                 return

@@ -48,6 +48,11 @@ _STAGES: dict[Any, str] = {
 _CONVS = (torch.conv2d,)
 _LINEARS = (F.linear, torch._C._nn.linear)
 _ADDMMS = (torch.addmm, "addmm")
+_VIEWS = (
+    torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.permute, torch.transpose, operator.getitem,
+    "flatten", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "view", "view_as", "expand", "t", "unflatten",
+    "narrow", "select", "unbind", "chunk", "split", "detach",
+)  # fmt: skip
 _FLATTENS = (torch.flatten, "flatten", "view", "reshape", torch.reshape)
 
 
@@ -241,6 +246,8 @@ def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node,
     # The call stands where the first node stood, so that only what is read later can have changed until then.
     late = () if norm is None else [operand for operand in norm[:4] if operand is not None]
     problems += [*_operand_problems(match, kinds), _disturbed(match, late, order)]
+    if start.operator == CONV and _changed(result, match.nodes):
+        problems.append("its result is changed in place, and the fused operator's may be a view")
     return replace(match, refusal=next((problem for problem in problems if problem), None))
 
 
@@ -358,6 +365,9 @@ def _switches(node: fx.Node) -> bool:
 def _mutates(node: fx.Node) -> bool:
     """Whether a node may change a tensor that it is given."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    stage = _STAGES.get(node.target) if node.op != "get_attr" else None
+    if stage in (_RELU, _NOTHING) and _in_place(node, _given(node, stage)):
+        return True
     spelled = (name.endswith("_") and not name.endswith("__")) or name in ("setitem", "__setitem__")
     written = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
     in_place = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i") and name != "index"
@@ -365,6 +375,13 @@ def _mutates(node: fx.Node) -> bool:
         node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
     )
     return node.op != "get_attr" and (spelled or written or in_place or opaque)
+
+
+def _changed(node: fx.Node, apart: Sequence[fx.Node]) -> bool:
+    """Whether other nodes than `apart` change a result in place, or a view of it."""
+    return any(
+        _mutates(user) or (user.target in _VIEWS and _changed(user, ())) for user in node.users if user not in apart
+    )
 
 
 def _value(node: Any) -> Any:

@@ -2,9 +2,8 @@
 
 Two figures of plain PyTorch's LeNet on a CPU, with one image and without gradients, where the operators are smallest:
 
-- what a call of the fused model takes beyond the plain one's, in microseconds. It is measured twice: with every site left
-  to stock, which is what guards and bookkeeping cost, and with every site fused. The networks take
-  turns in each round;
+- what a call of the fused model takes beyond the plain one's, in microseconds. It is measured with every site left to
+  stock, which is what guards and bookkeeping cost, and with every site fused. The networks take turns in each round;
 - what the first call takes, in seconds, once TorchDynamo is imported. Each sample is a process of its own. The first
   graph that a process captures is dearer than later ones, so that a second model's first call is shown beside it.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as hooked
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_map
 
 from fastlenet import timing
@@ -64,10 +65,11 @@ class Fused:
         plain = model._call_impl
         active = {training: mode in self.modes for training, mode in zip((True, False), MODES, strict=True)}
         recording, tracing = torch.is_grad_enabled, torch._C._get_tracing_state
+        modes = torch._C._len_torch_function_stack
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            # Dynamo does not guard hooks on all modules, and torch.jit.trace does not take what it has compiled.
-            if not active[recording()] or hooked() or tracing() is not None:
+            # Dynamo does not guard hooks on all modules, applies function modes twice, and torch.jit.trace refuses it.
+            if not active[recording()] or hooked() or (modes() and _intercepted()) or tracing() is not None:
                 return plain(*args, **kwargs)
             try:
                 return compiled(*args, **kwargs)
@@ -118,6 +120,12 @@ def _caller(model: nn.Module) -> Callable[..., Any]:
     # Dynamo counts recompilations by code object: one for each model.
     call.__code__ = call.__code__.replace(co_name="fused_model")
     return call
+
+
+def _intercepted() -> bool:
+    """Whether a mode sees every function of PyTorch that is called, other than the one that sets a default device."""
+    stack = [torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())]
+    return any(not isinstance(mode, DeviceContext) for mode in stack)
 
 
 def _isolation() -> dict[str, Any]:

@@ -259,6 +259,24 @@ def test_global_hooks_are_seen():
     assert set(calls) == {nn.Linear, nn.ReLU, Loop}
 
 
+class Doubles(torch.overrides.TorchFunctionMode):
+    """Doubles what linear maps give."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        return output * 2 if getattr(function, "__name__", "") == "linear" else output
+
+
+def test_function_modes_are_applied_once(ran):
+    model = Loop(nn.ModuleList)
+    fused = fastlenet.fuse(model)
+    fused(ROWS)
+    with Doubles():
+        assert_same(fused(ROWS), model(ROWS))
+    with torch.device("cpu"):
+        assert ran(fused, ROWS) == (0, 1)
+
+
 class TargetsInTraining(Small):
     def forward(self, x, targets=None):
         h = F.relu(self.fc(x))

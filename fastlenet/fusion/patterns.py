@@ -371,10 +371,17 @@ def _mutates(node: fx.Node) -> bool:
     spelled = (name.endswith("_") and not name.endswith("__")) or name in ("setitem", "__setitem__")
     written = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
     in_place = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i") and name != "index"
-    opaque = isinstance(
-        node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
+    opaque = isinstance(node.target, torch._ops.HigherOrderOperator) or any(
+        overload._schema.is_mutable for overload in _overloads(node.target)
     )
     return node.op != "get_attr" and (spelled or written or in_place or opaque)
+
+
+def _overloads(target: Any) -> list[torch._ops.OpOverload]:
+    """The operators that a node may call, where it calls one of ``torch.ops``."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, name) for name in target.overloads()]
+    return [target] if isinstance(target, torch._ops.OpOverload) else []
 
 
 def _changed(node: fx.Node, apart: Sequence[fx.Node]) -> bool:

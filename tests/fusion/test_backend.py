@@ -367,7 +367,7 @@ def chains(draw):
     return nn.Sequential(*layers), draw(st.booleans())
 
 
-@settings(max_examples=examples(25))
+@settings(max_examples=examples(12))
 @given(chains())
 def test_random_chains(drawn):
     """Whatever is found in a random chain of layers, the numbers stay."""

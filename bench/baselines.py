@@ -45,8 +45,8 @@ from bench.workloads import (
     Work,
     parity_sets,
 )
+from fastlenet.timing import synchronize
 from fastlenet.training.loop import classification_loss
-from fastlenet.trial import synchronize
 
 FUSED, STOCK, LIBRARY, ONNX = "fused", "stock", "library", "onnx"
 

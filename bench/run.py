@@ -36,7 +36,7 @@ from fastlenet import environment
 from fastlenet.errors import InputError
 from fastlenet.files import write_json
 from fastlenet.terminal import Parser, print_error
-from fastlenet.trial import synchronize
+from fastlenet.timing import synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("quick", "networks", "full")

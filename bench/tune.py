@@ -43,7 +43,7 @@ from bench.workloads import (
 )
 from fastlenet import environment
 from fastlenet.files import atomic_write
-from fastlenet.trial import MARGIN
+from fastlenet.timing import MARGIN
 
 Say = Callable[[str], None]
 Entry = dict[str, Any]

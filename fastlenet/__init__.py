@@ -10,9 +10,9 @@ from fastlenet import functional, graphs
 from fastlenet._version import __version__
 from fastlenet.backend import backend, use_backend
 from fastlenet.decompose import decompositions
+from fastlenet.fusion import explain, fuse
 from fastlenet.lenet import LeNet, StockLeNet
 from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
-from fastlenet.rewrite import explain, fuse
 
 __all__ = [
     "ConvReLUMaxPool2d",

@@ -13,7 +13,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constrain
 .PHONY: demo test bench gpu hub lint clean
 
 demo: $(VENV)/.test
-	$(RUN) -m fastlenet.demo --output $(OUTPUT)
+	$(RUN) -m fastlenet.training.demo --output $(OUTPUT)
 
 test: $(VENV)/.test
 	$(RUN) tests/run.py

@@ -20,12 +20,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.rivals import EAGER, FASTLENET, Call, Implementation, precision_mode
-from bench.run import ROOT, cache_bytes, in_short
+from bench.baselines import EAGER, FASTLENET, Call, Implementation, precision_mode
+from bench.run import ROOT
 from bench.static import RESULTS, modelled_kernels
-from bench.work import FORWARD, LENET, TRAIN_STEP, Work, setup
+from bench.timing import in_short
+from bench.workloads import FORWARD, LENET, TRAIN_STEP, Work, cache_bytes, setup
 from fastlenet import environment
-from fastlenet.support import write_json
+from fastlenet.files import write_json
 
 MODES = ((torch.float32, "tf32"), (torch.float32, "ieee"), (torch.bfloat16, "bf16"))
 STEPS = 20

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from bench.rivals import IMPLEMENTATIONS, Call, Implementation
-from bench.work import LENET, TRAIN_STEP, Work, setup
+from bench.baselines import IMPLEMENTATIONS, Call, Implementation
+from bench.workloads import LENET, TRAIN_STEP, Work, setup
 
 ROOT = Path(__file__).resolve().parent.parent
 

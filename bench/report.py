@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastlenet import environment
-from fastlenet.__main__ import Parser, complain
-from fastlenet.support import InputError, MissingPackageError, atomic_write, import_extra
+from fastlenet.errors import InputError, MissingPackageError, import_extra
+from fastlenet.files import atomic_write
+from fastlenet.terminal import Parser, print_error
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, EAGER = "fastlenet", "eager"
@@ -573,7 +574,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = folder / f"{path.stem}.md"
         atomic_write(page, as_markdown(results, picture and picture.name).encode())
     except InputError as error:
-        return complain(parser.prog, error, 2)
+        return print_error(parser.prog, error, 2)
     print(f"{page}" + (f"\n{picture}" if picture else ""))
     return 0
 

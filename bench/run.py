@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from bench import memory, report
-from bench.rivals import EAGER, FASTLENET, Call, Implementation, competitors, precision_mode
-from bench.timing import PROMISED, SAME_THING, Bystanders, Rates, Results, Timing, interleave, parity
-from bench.work import FORWARD, KERNEL, TRAIN_STEP, Data, LeNetCase, Work, parity_sets, setup, suite
+from bench.baselines import EAGER, FASTLENET, Call, Implementation, competitors, precision_mode, reference_results
+from bench.timing import PROMISED, SAME_THING, Bystanders, Rates, Timing, check_accuracy, in_short, interleave
+from bench.workloads import KERNEL, TRAIN_STEP, Data, LeNetCase, Work, cache_bytes, setup, suite
 from fastlenet import environment
-from fastlenet.__main__ import Parser, complain
-from fastlenet.support import InputError, write_json
+from fastlenet.errors import InputError
+from fastlenet.files import write_json
+from fastlenet.terminal import Parser, print_error
 from fastlenet.trial import synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,31 +34,7 @@ SUITES = ("quick", "full")
 QUICK_LIMIT = {"cpu": 330.0, "cuda": 380.0}
 # Seconds of timed rounds a comparison; more than that only where the least number of rounds takes longer.
 BUDGET = {"cpu": 1.5, "cuda": 0.3}
-# Images of one float64 inference: a whole large batch would need gigabytes.
-REFERENCE_IMAGES = 8192
-
 Row = dict[str, Any]
-
-
-def cache_bytes(device: torch.device) -> int:
-    """Size of the last-level cache that rotating sets of data must exceed."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    return max((int(size.read_text().strip().removesuffix("K")) * 1024 for size in sizes), default=32 * 2**20)
-
-
-def reference_results(work: Work, data: Data) -> list[Results]:
-    """Compute what the results should be: stock eager in float64, from the very same values."""
-    exact = data.to(torch.float64)
-    if work.direction != FORWARD:
-        call = Call(work, EAGER, exact)
-        return [call.results(number) for number in range(parity_sets(work))]
-    outputs = []
-    for input, target in exact.sets[: parity_sets(work)]:
-        parts = [Data(exact.parameters, [(part, target)]) for part in input.split(REFERENCE_IMAGES)]
-        outputs.append({"output": torch.cat([Call(work, EAGER, part).results(0)["output"] for part in parts])})
-    return outputs
 
 
 def bind(work: Work, implementation: Implementation, data: Data, device: torch.device) -> tuple[Call, float]:
@@ -91,7 +68,7 @@ def check(work: Work, device: torch.device) -> tuple[dict[str, Call], dict[str, 
         try:
             call, row["compile_seconds"] = bind(work, implementation, data, device)
             factor = PROMISED if implementation is FASTLENET else SAME_THING
-            wrong = parity([call.results(number) for number in sets], stock, reference, work.step, factor)
+            wrong = check_accuracy([call.results(number) for number in sets], stock, reference, work.step, factor)
             row |= _memory(work, implementation, call, device)
         except Exception as error:  # an implementation that cannot run must not end the others' comparison
             wrong = in_short(error)
@@ -123,11 +100,6 @@ def measure(work: Work, device: torch.device, *, budget: float, rounds: int) -> 
         for name, timing in timings.items():
             rows[name] |= _figures(timing, work) | {"crowded": crowded}
     return list(rows.values())
-
-
-def in_short(error: BaseException) -> str:
-    """An error's type and the first line of what it says."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _row(work: Work, implementation: Implementation) -> Row:
@@ -261,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.tune:
         if device.type != "cuda":
-            return complain(parser.prog, "--tune measures on a GPU, and PyTorch sees none here", 2)
+            return print_error(parser.prog, "--tune measures on a GPU, and PyTorch sees none here", 2)
         from bench import tune  # compiles kernels, which needs triton
 
         return tune.main(options.filter, device, BUDGET["cuda"] if options.budget is None else options.budget)
@@ -282,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         record = Record(options.results, device, {"suite": options.suite, "filter": options.filter})
     except InputError as error:
-        return complain(parser.prog, error, 2)
+        return print_error(parser.prog, error, 2)
     budget = BUDGET[device.type] if options.budget is None else options.budget
     limit = math.inf if options.suite == "full" else QUICK_LIMIT[device.type]
     limit = limit if options.limit is None else options.limit

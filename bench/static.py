@@ -5,7 +5,7 @@ a throughput model of the GPU turns counts into nanoseconds. **Nothing is measur
 cache, no uncoalesced access, no bank conflict, no operand read of a matrix unit, no launch cost and no half-empty GPU,
 so a time is what the busiest unit of a full GPU needs at least.
 
-What stock PyTorch computes, such as fc3's product where LeNet takes stock's, the loss and the optimiser, is no Triton
+What stock PyTorch computes, such as fc3's product where LeNet takes stock's, the loss and the optimizer, is no Triton
 kernel and not counted.
 """
 
@@ -34,13 +34,14 @@ from torch import Tensor
 
 import fastlenet
 from bench import sass
+from bench.baselines import precision_mode
 from bench.fake_driver import TARGETS, CompiledKernelRecord, Launch, compiling_for
 from bench.fake_driver import sass as disassemble
-from bench.rivals import precision_mode
-from bench.work import BACKWARD, FORWARD, LENET_OPERATORS, OTHER_OPERATORS, TRAIN_STEP, ConvCase, LinearCase, Work
+from bench.workloads import BACKWARD, FORWARD, LENET_OPERATORS, OTHER_OPERATORS, TRAIN_STEP, ConvCase, LinearCase, Work
 from fastlenet import environment, functional
-from fastlenet.__main__ import BAD_INPUT, Parser, complain
-from fastlenet.support import InputError, import_extra, write_json
+from fastlenet.errors import InputError, import_extra
+from fastlenet.files import write_json
+from fastlenet.terminal import BAD_INPUT, Parser, print_error
 
 __all__ = ["Cost", "Device", "compare", "cost", "report"]
 
@@ -767,7 +768,7 @@ def _print_totals(console: Any, document: dict[str, Any]) -> None:
         table.add_row(*head, *figures, "" if goal is None else f"{goal:g}", verdict)
     console.print(table)
     console.print(
-        "What stock PyTorch computes (fc3 where LeNet takes stock's addmm, loss, optimiser) is not in the sums.\n"
+        "What stock PyTorch computes (fc3 where LeNet takes stock's addmm, loss, optimizer) is not in the sums.\n"
     )
 
 
@@ -865,7 +866,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if committed is None:
             raise InputError(f"no committed figures for triton {triton.__version__}: {path.name} is not there")
     except InputError as error:
-        return complain("bench.static", error, BAD_INPUT)
+        return print_error("bench.static", error, BAD_INPUT)
     if options.only:
         committed["rows"] = [r for r in committed["rows"] if options.only in f"{r['kernel']} {r['shape']}"]
         document["totals"] = []

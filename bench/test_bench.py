@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.rivals import FASTLENET, Call, competitors, precision_mode
+from bench.baselines import FASTLENET, Call, competitors, precision_mode
 from bench.run import Row, check
-from bench.work import CALL, Work, suite
+from bench.workloads import CALL, Work, suite
 
 pytest.importorskip("pytest_benchmark")
 

@@ -16,11 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.rivals import Call, precision_mode
-from bench.work import Cost
+from bench.baselines import Call, precision_mode
+from bench.workloads import Cost, Results
 from fastlenet.trial import synchronize
-
-Results = dict[str, Tensor]
 
 # Tensors of fewer elements than this are judged together with other small ones: over a handful of elements the largest
 # error, stock's too, is a matter of luck.
@@ -33,7 +31,7 @@ SMALL = 256
 PROMISED, SAME_THING = 2.0, 16.0
 
 
-def parity(
+def check_accuracy(
     actual: Sequence[Results],
     stock: Sequence[Results],
     reference: Sequence[Results],
@@ -317,3 +315,8 @@ def _fma_rate(device: torch.device) -> float | None:
         return 2 * chains * turns * elements / _best(lambda: function(values), device)
     except RuntimeError:  # no NVRTC, or not NVIDIA's
         return None
+
+
+def in_short(error: BaseException) -> str:
+    """An error's type and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

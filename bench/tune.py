@@ -25,13 +25,24 @@ from fastlenet.kernels import configurations, dispatch
 from fastlenet.kernels.configurations import Configuration
 
 import fastlenet
-from bench import run
+from bench.baselines import EAGER, FASTLENET, Call, precision_mode, reference_results
 from bench.fake_driver import TARGETS
-from bench.rivals import EAGER, FASTLENET, Call, precision_mode
-from bench.timing import interleave, parity
-from bench.work import BACKWARD, FORWARD, KERNEL, Case, ConvCase, Data, Work, parity_sets, setup
+from bench.timing import check_accuracy, in_short, interleave
+from bench.workloads import (
+    BACKWARD,
+    FORWARD,
+    KERNEL,
+    Case,
+    ConvCase,
+    Data,
+    Work,
+    cache_bytes,
+    parity_sets,
+    setup,
+    suite,
+)
 from fastlenet import environment
-from fastlenet.support import atomic_write
+from fastlenet.files import atomic_write
 from fastlenet.trial import MARGIN
 
 Say = Callable[[str], None]
@@ -143,7 +154,7 @@ def unfit(slot: Slot, configuration: Configuration) -> str | None:
         try:
             run_operator(slot.case, 2, MODES[slot.mode], slot.direction == BACKWARD)
         except Exception as error:  # refused by the compiler, or too large
-            return run.in_short(error)
+            return in_short(error)
         spills = max((record.spill_bytes for record in records), default=0)
     return f"spills {spills} bytes" if spills else None
 
@@ -153,8 +164,8 @@ class Bench:
 
     def __init__(self, work: Work, device: torch.device) -> None:
         self.work, self.device = work, device
-        self.data: Data = setup(work, device, run.cache_bytes(device) if device.type == "cuda" else 0)
-        self.reference = run.reference_results(work, self.data)
+        self.data: Data = setup(work, device, cache_bytes(device) if device.type == "cuda" else 0)
+        self.reference = reference_results(work, self.data)
         self.sets = range(parity_sets(work))
         stock = Call(work, EAGER, self.data)
         self.stock = [stock.results(number) for number in self.sets]
@@ -163,7 +174,7 @@ class Bench:
         """Bind fastlenet as it is configured now, and say what is wrong with its results, or None."""
         call = Call(self.work, FASTLENET, self.data)
         results = [call.results(number) for number in self.sets]
-        wrong = parity(results, self.stock, self.reference, self.work.step)
+        wrong = check_accuracy(results, self.stock, self.reference, self.work.step)
         if wrong is None:
             clock.prepare(call)
         return call, wrong
@@ -184,7 +195,7 @@ def choose(slot: Slot, bench: Bench, clock: Clock, say: Say) -> Configuration | 
                 with trying(slot, configuration):
                     call, wrong = bench.call(clock)
             except Exception as error:  # whatever one configuration does must not end the others' trial
-                wrong = run.in_short(error)
+                wrong = in_short(error)
         if wrong is not None:
             say(f"  dropped {name}: {wrong}")
             continue
@@ -245,7 +256,7 @@ def write(slot: Slot, configuration: Configuration) -> None:
 
 def works(text: str) -> list[tuple[Case, int]]:
     """The benchmarked operators whose name contains `text`, with the batch that a GPU gets."""
-    full = run.suite("full", "cuda")
+    full = suite("full", "cuda")
     found = {work.case.name: (work.case, work.batch) for work in full if work.direction == BACKWARD}
     return [pair for name, pair in found.items() if text.lower() in name.lower()]
 

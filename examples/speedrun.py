@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlenet
-from fastlenet import data, environment
+from fastlenet import environment
 from fastlenet.graphs import GraphedTrainStep
+from fastlenet.training import data
 from fastlenet.trial import synchronize
 
 IMPLEMENTATIONS = ("fastlenet", "stock", "compiled")
@@ -36,9 +37,9 @@ IMPLEMENTATIONS = ("fastlenet", "stock", "compiled")
 
 
 class Run:
-    """One implementation with its model, optimiser and step, used for seed after seed.
+    """One implementation with its model, optimizer and step, used for seed after seed.
 
-    A graph reads fixed memory, so a new seed's start is copied into the same parameters and optimiser state.
+    A graph reads fixed memory, so a new seed's start is copied into the same parameters and optimizer state.
     """
 
     def __init__(self, name: str, device: torch.device, options: argparse.Namespace) -> None:

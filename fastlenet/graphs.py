@@ -1,4 +1,4 @@
-"""A whole training step as one CUDA graph: forward, loss, backward and optimiser, launched by the CPU in one go.
+"""A whole training step as one CUDA graph: forward, loss, backward and optimizer, launched by the CPU in one go.
 
 A small network's step is dozens of short kernels, and launching them one by one can take the CPU longer than running
 them takes the GPU. A replayed graph costs one launch.
@@ -28,16 +28,16 @@ class GraphedTrainStep:
         optimizer.step()
 
     No step is ever taken that the loop would not take: the first batch is trained on eagerly, on a stream of its own,
-    and so warms everything up that a capture must find ready (compiled kernels, library handles, the optimiser's
-    state); the second is captured, which computes nothing, and replayed, as are all that follow. Parameters, optimiser
+    and so warms everything up that a capture must find ready (compiled kernels, library handles, the optimizer's
+    state); the second is captured, which computes nothing, and replayed, as are all that follow. Parameters, optimizer
     state and generator states are therefore those of the loop after every call, and gradients are in ``.grad``.
 
     A graph is fixed: it reads and writes the same memory with the same numbers each time. So
 
     * a batch of another shape or dtype than the example (the last of an epoch) is trained on eagerly;
-    * where the optimiser's options have changed (a learning rate), parameters have moved or been frozen, the model was
-      put into another mode or the optimiser's state was loaded, the next step is eager and the one after captured anew,
-      which costs far more than a replay. For a learning rate that changes at every step, give the optimiser one in a
+    * where the optimizer's options have changed (a learning rate), parameters have moved or been frozen, the model was
+      put into another mode or the optimizer's state was loaded, the next step is eager and the one after captured anew,
+      which costs far more than a replay. For a learning rate that changes at every step, give the optimizer one in a
       tensor on the GPU, and change that in place (Adam takes one, and SGD with ``fused=True``);
     * whatever else a step depends on must be in tensors that keep their place. Python code in the model or the loss
       does not run on a replay, hooks and counters included, and nothing in them may wait for the GPU (``.item()``).
@@ -63,8 +63,8 @@ class GraphedTrainStep:
 
     Raises:
         ValueError: if `example_inputs` has fewer than two tensors, lies on several devices or on another than the
-            optimiser's parameters, or if the optimiser is not capturable on a GPU.
-        RuntimeError: from the second step on a GPU, if the optimiser keeps part of its state on the CPU, or if the step
+            optimizer's parameters, or if the optimizer is not capturable on a GPU.
+        RuntimeError: from the second step on a GPU, if the optimizer keeps part of its state on the CPU, or if the step
             does what cannot be captured; the message says so.
     """
 
@@ -150,7 +150,7 @@ class GraphedTrainStep:
                 if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.device != self._device):
                     raise RuntimeError(
                         f"{type(self._optimizer).__name__} keeps its state {name!r} on the CPU, which a CUDA graph "
-                        "does not see: choose an optimiser with capturable=True, or SGD"
+                        "does not see: choose an optimizer with capturable=True, or SGD"
                     )
         # Gradients allocated while capturing belong to the graph, which writes them anew at each replay.
         self._optimizer.zero_grad(set_to_none=True)
@@ -179,7 +179,7 @@ class GraphedTrainStep:
         return fixed
 
     def _forget(self, *_: Any) -> None:
-        """The optimiser has new state tensors: what was captured steps the old ones."""
+        """The optimizer has new state tensors: what was captured steps the old ones."""
         self._fixed = None
 
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fastlenet
-from fastlenet import distributed, train
+from fastlenet.training import distributed, loop
 
 CPU = torch.device("cpu")
 IMAGES = 5  # two shares of different size
@@ -54,9 +54,9 @@ def gradients(world: distributed.World, folder: Path) -> None:
     images, labels = batch()
     found = {}
     for size in (IMAGES, 1):  # of a batch of one image the first process has no part
-        config = train.TrainConfig(dtype="float64", batch_size=size)
-        learner = train.Learner(network(), config, CPU, world=world)
-        batches = train.Batches(images, labels, batch_size=size, seed=0, world=world)
+        config = loop.TrainConfig(dtype="float64", batch_size=size)
+        learner = loop.Learner(network(), config, CPU, world=world)
+        batches = loop.Batches(images, labels, batch_size=size, seed=0, world=world)
         share = world.share(size)
         learner.loss(images[:size][share], labels[:size][share], batches.weight(0)).backward()
         found[f"ddp of {size}"] = [parameter.grad for parameter in learner.model.parameters()]
@@ -65,13 +65,13 @@ def gradients(world: distributed.World, folder: Path) -> None:
     for layer in sharded.children():
         fully_shard(layer)
     fully_shard(sharded)
-    optimiser = torch.optim.SGD(sharded.parameters(), 0.1)
+    optimizer = torch.optim.SGD(sharded.parameters(), 0.1)
     share = world.share(IMAGES)
     mean = F.cross_entropy(sharded(images[share]), labels[share])
     (mean * (share.stop - share.start) * world.size / IMAGES).backward()
     assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
     found["fsdp"] = [parameter.grad.full_tensor() for parameter in sharded.parameters()]
-    optimiser.step()
+    optimizer.step()
     found["fsdp, stepped"] = [parameter.detach().full_tensor() for parameter in sharded.parameters()]
     if world.main:
         torch.save(found, folder / "gradients.pt")
@@ -80,9 +80,9 @@ def gradients(world: distributed.World, folder: Path) -> None:
 def resumed(world: distributed.World, folder: Path) -> None:
     """A run that stops and goes on, against one that does not, with a model that draws and gathers statistics."""
 
-    def run(name: str, epochs: int, resume: bool = False) -> train.TrainResult:
-        config = train.TrainConfig(data=str(folder / "digits"), epochs=epochs, batch_size=40, device="cpu")
-        return train.train(config, model=Normalised(), output=folder / name, resume=resume)
+    def run(name: str, epochs: int, resume: bool = False) -> loop.TrainResult:
+        config = loop.TrainConfig(data=str(folder / "digits"), epochs=epochs, batch_size=40, device="cpu")
+        return loop.train(config, model=Normalised(), output=folder / name, resume=resume)
 
     whole = run("whole", 2)
     run("parts", 1)
@@ -100,13 +100,13 @@ def resumed(world: distributed.World, folder: Path) -> None:
 def killed(world: distributed.World, folder: Path) -> None:
     """The trainer's own run, once to its end, and once until the last process dies in the middle of an epoch."""
 
-    def die(step: train.Step) -> None:
+    def die(step: loop.Step) -> None:
         if step.number == 5 and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    config = train.TrainConfig(data=str(folder / "digits"), epochs=3, batch_size=40, device="cpu")
-    train.train(config, output=folder / "unbroken")
-    train.train(config, output=folder / "killed", on_step=die)
+    config = loop.TrainConfig(data=str(folder / "digits"), epochs=3, batch_size=40, device="cpu")
+    loop.train(config, output=folder / "unbroken")
+    loop.train(config, output=folder / "killed", on_step=die)
 
 
 if __name__ == "__main__":

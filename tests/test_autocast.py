@@ -84,18 +84,18 @@ def test_a_decorated_forward_casts():
 def scaled_steps(network, scaler, count):
     """Steps under fp16 autocast: for each its loss, gradients' norm, the scale after it, and whether it was taken."""
     generator = torch.Generator().manual_seed(5)
-    optimiser = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
     records = []
     for _ in range(count):
         images, labels = torch.randn(16, 1, 32, 32, generator=generator), torch.arange(16) % 10
         before = network.fc3.bias.detach().clone()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         with torch.autocast("cpu", HALF):
             loss = F.cross_entropy(network(images), labels)
         scaler.scale(loss).backward()
-        scaler.unscale_(optimiser)
+        scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        scaler.step(optimiser)
+        scaler.step(optimizer)
         scaler.update()
         records.append((loss.detach(), norm, scaler.get_scale(), not torch.equal(network.fc3.bias.detach(), before)))
     return records

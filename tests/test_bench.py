@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import gpu, memory, report, rivals, run, timing, work  # noqa: E402
-from bench.work import BACKWARD, BOTH, FORWARD, KERNEL, LENET, TRAIN_STEP, ConvCase, LinearCase, Work  # noqa: E402
+from bench import baselines, gpu, memory, report, run, timing, workloads  # noqa: E402
+from bench.workloads import BACKWARD, BOTH, FORWARD, KERNEL, LENET, TRAIN_STEP, ConvCase, LinearCase, Work  # noqa: E402
 
 CPU = torch.device("cpu")
 CONV = ConvCase("tiny", 2, 9, 3, 3, padding=1, pool=3, pool_padding=1)
@@ -65,7 +65,7 @@ def test_cost_counts_only_cells_under_a_window():
 @pytest.mark.parametrize("name", run.SUITES)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_suite_holds_what_the_issues_ask_for(name, device):
-    works = list(work.suite(name, device))
+    works = list(workloads.suite(name, device))
     assert len({w.label for w in works}) == len(works)
     steps = {w.batch for w in works if w.direction == TRAIN_STEP}
     assert steps == {1, 64, 1024, 8192}
@@ -82,8 +82,8 @@ def test_suite_holds_what_the_issues_ask_for(name, device):
 
 @pytest.mark.parametrize("some", WORKS, ids=lambda w: w.label)
 def test_setup_is_the_same_every_time(some):
-    first, second = (work.setup(some, CPU, cache_bytes=0) for _ in range(2))
-    assert len(first.sets) == max(2, work.parity_sets(some))
+    first, second = (workloads.setup(some, CPU, cache_bytes=0) for _ in range(2))
+    assert len(first.sets) == max(2, workloads.parity_sets(some))
     for mine, theirs in zip(first.sets, second.sets, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             assert torch.equal(a, b)
@@ -92,12 +92,12 @@ def test_setup_is_the_same_every_time(some):
 
 def test_training_images_have_clear_decisions():
     step = Work(LENET, 200, direction=TRAIN_STEP)
-    data = work.setup(step, CPU, cache_bytes=0)
+    data = workloads.setup(step, CPU, cache_bytes=0)
     exact = data.to(torch.float64)
     for input, _ in exact.sets:
         assert not LENET.undecided(input, exact.parameters, step.epsilon).any()
     # Without the choice some are not clear: the choice does something.
-    unchosen = work.setup(step, CPU, cache_bytes=0, choose=False).to(torch.float64)
+    unchosen = workloads.setup(step, CPU, cache_bytes=0, choose=False).to(torch.float64)
     assert LENET.undecided(unchosen.sets[0][0], exact.parameters, 4 * step.epsilon).any()
 
 
@@ -114,7 +114,7 @@ def test_undecided_finds_ties_and_relus_at_their_edge():
 
 @pytest.mark.parametrize("some", WORKS, ids=lambda w: w.label)
 def test_every_implementation_computes_the_same(some):
-    with rivals.precision_mode(some.precision):
+    with baselines.precision_mode(some.precision):
         calls, rows = run.check(some, CPU)
     assert {name: row.get("why") for name, row in rows.items() if not row["ok"]} == {}
     assert list(calls) == [name for name in ("fastlenet", "eager", "channels_last") if name in rows]
@@ -123,14 +123,14 @@ def test_every_implementation_computes_the_same(some):
 
 def test_results_start_from_the_same_parameters_every_time():
     step = Work(LENET, 4, direction=TRAIN_STEP)
-    call = rivals.Call(step, rivals.EAGER, work.setup(step, CPU, cache_bytes=0))
+    call = baselines.Call(step, baselines.EAGER, workloads.setup(step, CPU, cache_bytes=0))
     first, second = call.results(1), call.results(1)
     assert first.keys() == {"loss"} | {f"gradient of {n}" for n in LENET.parameter_shapes} | {
         f"{n} after the step" for n in LENET.parameter_shapes
     }
     assert all(torch.equal(first[name], second[name]) for name in first)
     moved = first["conv1.weight after the step"] - call.parameters["conv1.weight"].detach()
-    assert float((moved + rivals.LEARNING_RATE * first["gradient of conv1.weight"]).abs().max()) < 1e-7
+    assert float((moved + baselines.LEARNING_RATE * first["gradient of conv1.weight"]).abs().max()) < 1e-7
     assert float(moved.abs().max()) > 0
 
 
@@ -139,7 +139,7 @@ def test_precision_mode_is_put_back():
     inside = []
 
     def fail():
-        with rivals.precision_mode("tf32"):
+        with baselines.precision_mode("tf32"):
             # The older interface must say the same: torch.compile's max-autotune asks it.
             inside.append((torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()))
             raise KeyError
@@ -152,16 +152,16 @@ def test_precision_mode_is_put_back():
 
 def test_competitors_on_a_gpu():
     gpu = torch.device("cuda")
-    names = {i.name for i in rivals.competitors(Work(LENET, 64, compiled=True), gpu)}
-    assert names == {i.name for i in rivals.IMPLEMENTATIONS}
-    step = {i.name for i in rivals.competitors(Work(LENET, 64, direction=TRAIN_STEP), gpu)}
+    names = {i.name for i in baselines.competitors(Work(LENET, 64, compiled=True), gpu)}
+    assert names == {i.name for i in baselines.IMPLEMENTATIONS}
+    step = {i.name for i in baselines.competitors(Work(LENET, 64, direction=TRAIN_STEP), gpu)}
     assert step == {
         "fastlenet", "eager", "channels_last", "fastlenet graphed", "eager graphed", "channels_last graphed",
     }  # fmt: skip
     # Backward alone keeps the outputs of several forwards, which modes with CUDA graphs of their own overwrite.
-    backward = {i.name for i in rivals.competitors(Work(CONV, 64, direction=BACKWARD, compiled=True), gpu)}
+    backward = {i.name for i in baselines.competitors(Work(CONV, 64, direction=BACKWARD, compiled=True), gpu)}
     assert backward == {"fastlenet", "eager", "channels_last", "compiled"}
-    kernel = {i.name for i in rivals.competitors(Work(CONV, 64, level=KERNEL), gpu)}
+    kernel = {i.name for i in baselines.competitors(Work(CONV, 64, level=KERNEL), gpu)}
     assert kernel == {"fastlenet", "eager", "channels_last", "library", "library channels_last"}
 
 
@@ -177,7 +177,7 @@ def test_parity_agrees_with_the_tests_judge(factor, fine, generator):
     reference = torch.randn(2000, dtype=torch.float64, generator=generator)
     noise = 1e-4 * torch.randn(2000, dtype=torch.float64, generator=generator)
     stock, actual = (reference + noise).float(), (reference + factor * noise).float()
-    verdict = timing.parity(_results(actual), _results(stock), _results(reference))
+    verdict = timing.check_accuracy(_results(actual), _results(stock), _results(reference))
     assert (verdict is None) == fine
     if fine:
         assert_as_accurate(actual, stock, reference, dtype=torch.float32)
@@ -193,14 +193,14 @@ def test_parity_sees_single_wrong_values(spoil, generator):
     small = torch.randn(6, dtype=torch.float64, generator=generator)
     stock = _results(reference.float(), bias=small.float())
     actual = _results(reference.float(), bias=small.float())
-    assert timing.parity(actual, stock, _results(reference, bias=small)) is None
+    assert timing.check_accuracy(actual, stock, _results(reference, bias=small)) is None
     if spoil == "nan":
         actual[0]["output"][7] = torch.nan
     elif spoil == "shape":
         actual[0]["output"] = actual[0]["output"][:-1]
     else:
         actual[0]["bias"][3] *= 1.001
-    assert timing.parity(actual, stock, _results(reference, bias=small)) is not None
+    assert timing.check_accuracy(actual, stock, _results(reference, bias=small)) is not None
 
 
 @pytest.mark.parametrize(("error", "fine"), [(0.9, True), (1.2, False)])
@@ -212,22 +212,22 @@ def test_parity_allows_a_rounding_step_of_the_products(error, fine, generator):
     assert Work(LENET, 3, precision="tf32", direction=TRAIN_STEP).step == 10 * step
     assert Work(LENET, 3, precision="ieee").step == Work(LENET, 3, torch.bfloat16, "bf16").step == 0
     actual = (reference * (1 + error * step)).float()
-    verdict = timing.parity(_results(actual), _results(reference.float()), _results(reference), step)
+    verdict = timing.check_accuracy(_results(actual), _results(reference.float()), _results(reference), step)
     assert (verdict is None) == fine
 
 
 def test_a_red_check_prints_no_time(monkeypatch):
     some = Work(LINEAR, 3)
-    build = rivals.build
+    build = baselines.build
 
     def spoiled(work, form):
         model = build(work, form)
-        if form == rivals.FUSED:
+        if form == baselines.FUSED:
             forward = model.function
             model.function = lambda *args, **options: forward(*args, **options) * 1.01
         return model
 
-    monkeypatch.setattr(rivals, "build", spoiled)
+    monkeypatch.setattr(baselines, "build", spoiled)
     rows = {row["impl"]: row for row in run.measure(some, CPU, budget=0, rounds=2)}
     assert not rows["fastlenet"]["ok"]
     assert rows["fastlenet"]["median"] is None
@@ -250,8 +250,8 @@ def test_an_implementation_that_fails_leaves_the_others_alone(monkeypatch):
 
 def test_interleaving_turns_the_order_and_keeps_to_its_rounds(monkeypatch):
     some = Work(LINEAR, 2)
-    data = work.setup(some, CPU, cache_bytes=0)
-    calls = {i.name: rivals.Call(some, i, data) for i in rivals.competitors(some, CPU)}
+    data = workloads.setup(some, CPU, cache_bytes=0)
+    calls = {i.name: baselines.Call(some, i, data) for i in baselines.competitors(some, CPU)}
     seen = []
     names = {id(call): name for name, call in calls.items()}
 
@@ -277,12 +277,12 @@ def test_bystanders_are_seen(monkeypatch):
 
 def test_floor_is_the_longer_of_memory_and_arithmetic():
     rates = timing.Rates(copy={1_000: 4e9, 1_000_000: 1e9}, matrix={"ieee": 1e12, "bf16": 4e12}, fma=2e12)
-    memory_bound, arithmetic_bound = work.Cost(0, 4_000_000), work.Cost(1e9, 4)
+    memory_bound, arithmetic_bound = workloads.Cost(0, 4_000_000), workloads.Cost(1e9, 4)
     assert rates.floor(memory_bound, 2, "bf16") == pytest.approx(8e-3)
     assert rates.floor(arithmetic_bound, 2, "ieee") == pytest.approx(1e-3)
     assert rates.floor(arithmetic_bound, 2, "bf16") == pytest.approx(0.5e-3)
     # What fits a cache may be as fast as a copy there.
-    assert rates.floor(work.Cost(0, 1_000), 1, "ieee") == pytest.approx(0.25e-6)
+    assert rates.floor(workloads.Cost(0, 1_000), 1, "ieee") == pytest.approx(0.25e-6)
     better = rates.best(timing.Rates({1_000: 1.0, 1_000_000: 2e9}, {"ieee": 2e12, "bf16": 1.0}, 1.0))
     assert better == timing.Rates({1_000: 4e9, 1_000_000: 2e9}, {"ieee": 2e12, "bf16": 4e12}, 2e12)
 
@@ -292,17 +292,17 @@ def test_floor_is_the_longer_of_memory_and_arithmetic():
 
 def test_saved_bytes_are_those_of_the_contract():
     step = Work(LENET, 64, direction=TRAIN_STEP)
-    data = work.setup(step, CPU, cache_bytes=0)
-    saved = {i.name: memory.saved_bytes_per_image(rivals.Call(step, i, data)) for i in rivals.IMPLEMENTATIONS[:2]}
+    data = workloads.setup(step, CPU, cache_bytes=0)
+    saved = {i.name: memory.saved_bytes_per_image(baselines.Call(step, i, data)) for i in baselines.IMPLEMENTATIONS[:2]}
     assert saved["fastlenet"] <= 12_800
     assert saved["eager"] == 49_040
-    assert memory.saved_bytes_per_image(rivals.Call(Work(LENET, 4), rivals.EAGER, data)) is None
+    assert memory.saved_bytes_per_image(baselines.Call(Work(LENET, 4), baselines.EAGER, data)) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_of_a_step_is_at_least_what_autograd_keeps():
     step = Work(LENET, 2048, direction=TRAIN_STEP)
-    peak = memory.cpu_peak_bytes(step, rivals.EAGER)
+    peak = memory.cpu_peak_bytes(step, baselines.EAGER)
     if peak is None:
         pytest.skip("this system does not let a process reset its peak")
     # All saved activations but the input, which was there before; and not several times as much.
@@ -344,7 +344,7 @@ def test_bench_writes_what_the_contract_says(tiny):
     )
     assert about["bench"]["not_measured"] == []
     assert [(row["name"], row["batch"], row["impl"]) for row in results["rows"]] == [
-        (some.name, some.batch, rival.name) for some in TINY for rival in rivals.competitors(some, DEVICE)
+        (some.name, some.batch, rival.name) for some in TINY for rival in baselines.competitors(some, DEVICE)
     ]
     for row in results["rows"]:
         assert {
@@ -368,7 +368,7 @@ def test_bench_stops_at_its_limit_and_says_so(monkeypatch, tmp_path, capsys):
     results = json.loads(path.read_text())
     left = results["environment"]["bench"]["not_measured"]
     assert "LeNet train_step 64 ieee" in left
-    assert left == [w.label for w in work.suite("quick", DEVICE.type) if "lenet train_step 64 " in w.label.lower()]
+    assert left == [w.label for w in workloads.suite("quick", DEVICE.type) if "lenet train_step 64 " in w.label.lower()]
     assert results["rows"] == []
     assert "time is up" in capsys.readouterr().out
     assert report.main([str(path)]) == 2

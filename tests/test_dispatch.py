@@ -13,8 +13,8 @@ from fastlenet.kernels import configurations, dispatch
 from fastlenet.kernels.geometry import ConvPoolGeometry
 
 import fastlenet
-from bench.rivals import precision_mode
-from bench.work import OTHER_OPERATORS, ConvCase
+from bench.baselines import precision_mode
+from bench.workloads import OTHER_OPERATORS, ConvCase
 from fastlenet import ops
 
 PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)

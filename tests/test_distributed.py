@@ -22,7 +22,8 @@ from networks import TutorialNet
 from test_training import quick, write_idx
 
 import fastlenet
-from fastlenet import checkpoint, distributed, support, train
+from fastlenet import errors
+from fastlenet.training import checkpoint, distributed, loop
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -67,9 +68,9 @@ def worked(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> train.TrainResult:
+def alone(folder: Path) -> loop.TrainResult:
     """The same run in one process."""
-    return train.train(quick(folder / "digits", epochs=3), output=folder / "alone")
+    return loop.train(quick(folder / "digits", epochs=3), output=folder / "alone")
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------
@@ -79,9 +80,9 @@ def alone(folder: Path) -> train.TrainResult:
 def test_shares_make_up_the_batches_of_one_process(size: int) -> None:
     images, labels = torch.randn(23, 1, 8, 8), torch.arange(23)
     options = {"batch_size": 7, "seed": 1, "max_shift": 2}
-    whole = list(train.Batches(images, labels, **options).epoch(3))
+    whole = list(loop.Batches(images, labels, **options).epoch(3))
     worlds = [distributed.World(rank, size) for rank in range(size)]
-    parts = [train.Batches(images, labels, **options, world=world) for world in worlds]
+    parts = [loop.Batches(images, labels, **options, world=world) for world in worlds]
     for number, (together, *shares) in enumerate(zip(whole, *(part.epoch(3) for part in parts), strict=True)):
         for k in (0, 1):
             assert torch.equal(torch.cat([share[k] for share in shares]), together[k])
@@ -96,7 +97,7 @@ def test_shares_make_up_the_batches_of_one_process(size: int) -> None:
 
 def test_one_process_weighs_nothing() -> None:
     """So that its run is, to the bit, what it was before there were several."""
-    batches = train.Batches(torch.randn(23, 1, 8, 8), torch.arange(23), batch_size=7, seed=1)
+    batches = loop.Batches(torch.randn(23, 1, 8, 8), torch.arange(23), batch_size=7, seed=1)
     assert [batches.weight(number) for number in range(len(batches))] == [1.0] * 4
 
 
@@ -116,10 +117,10 @@ def test_gpus_are_given_out_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name in ("cuda", "cuda:1"):
         assert distributed._own_gpu(torch.device(name)) == torch.device("cuda", 1)
-    with pytest.raises(support.InputError, match="choose device 'cuda' instead of 'cuda:0'"):
+    with pytest.raises(errors.InputError, match="choose device 'cuda' instead of 'cuda:0'"):
         distributed._own_gpu(torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(support.InputError, match="process 1 of this machine has no GPU, there are 1"):
+    with pytest.raises(errors.InputError, match="process 1 of this machine has no GPU, there are 1"):
         distributed._own_gpu(torch.device("cuda"))
 
 
@@ -152,10 +153,10 @@ def test_gradients_are_those_of_the_joined_batch(worked: Path, name: str) -> Non
 
     images, labels = distributed_worker.batch()
     model = distributed_worker.network()
-    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
     size = 1 if name == "ddp of 1" else len(labels)
     F.cross_entropy(model(images[:size]), labels[:size]).backward()
-    optimiser.step()
+    optimizer.step()
     expected = [p.detach() if "stepped" in name else p.grad for p in model.parameters()]
     torch.testing.assert_close(torch.load(worked / "gradients.pt")[name], expected, rtol=1e-12, atol=1e-15)
 
@@ -220,7 +221,7 @@ def test_a_resumed_run_of_several_is_exact(worked: Path) -> None:
 
 
 @together
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(worked: Path, alone: train.TrainResult) -> None:
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(worked: Path, alone: loop.TrainResult) -> None:
     """It was killed in its second epoch; the command line takes it to its end."""
     assert checkpoint.load(worked / "killed" / "checkpoint.safetensors").epoch == 1
     done = torchrun("-m", "fastlenet", "train", "--device", "cpu", "--resume", "--output", worked / "killed")

@@ -99,7 +99,7 @@ class Wide(nn.Module):
 
 
 class Halved(torch.optim.Optimizer):
-    """An optimiser that knows of no capturing and keeps its state where it should not."""
+    """An optimizer that knows of no capturing and keeps its state where it should not."""
 
     def __init__(self, params) -> None:
         super().__init__(params, {"lr": 0.1})
@@ -154,7 +154,7 @@ def pair(make_optimizer=sgd, device="cpu", make_model=Wide):
 
 
 def state_of(model, optimizer):
-    """All that a step changes: parameters, buffers, gradients, optimiser state."""
+    """All that a step changes: parameters, buffers, gradients, optimizer state."""
     return (
         list(model.state_dict().values()),
         [parameter.grad for parameter in model.parameters()],
@@ -239,7 +239,7 @@ def test_a_changed_learning_rate_is_captured_anew(captures):
 
 
 def test_a_learning_rate_in_a_tensor_is_changed_in_place(captures):
-    """Needs an optimiser that never asks for its value."""
+    """Needs an optimizer that never asks for its value."""
     rate = torch.tensor(0.1)
 
     class Descent(Halved):
@@ -290,7 +290,7 @@ def test_a_mode_a_freeze_and_a_move_are_captured_anew(captures):
     assert len(captures) == 4
 
 
-def test_a_loaded_optimiser_is_captured_anew(captures):
+def test_a_loaded_optimizer_is_captured_anew(captures):
     loop, step = pair()
     train_both(loop, step, batches(3))
     stored = copy.deepcopy(loop.optimizer.state_dict())
@@ -318,7 +318,7 @@ def test_state_on_the_cpu_is_refused(captures, monkeypatch):
         step(*batches(1)[0])
 
 
-def test_optimisers_that_cannot_be_captured_are_named(captures):
+def test_optimizers_that_cannot_be_captured_are_named(captures):
     model = Wide()
     for made in (torch.optim.Adam, torch.optim.RMSprop):
         with pytest.raises(ValueError, match=rf"make it with {made.__name__}\(\.\.\., capturable=True\)"):

@@ -49,7 +49,7 @@ def test_what_nobody_asked_for_stays_unloaded(use):
 
 def test_the_help_loads_no_extras():
     """`fastlenet --help` answers without any of them either."""
-    statement = "from fastlenet.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+    statement = "from fastlenet.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass"
     code = f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
     names = set(json.loads(fresh(code).splitlines()[-1]))
     assert not names & set(LATER)

@@ -42,13 +42,13 @@ def agree(values):
 
 def trained(network, images, steps=3):
     """A few steps of SGD; the loss of each, and where the parameters end."""
-    optimiser = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
     losses = []
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = F.cross_entropy(network(images), torch.arange(len(images)))
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.detach())
     return losses, [parameter.detach().clone() for parameter in network.parameters()]
 
@@ -243,19 +243,19 @@ def test_checkpointed_parts_train_as_the_whole(reentrant, networks, images):
 
 
 def test_gradient_penalty_steps(networks, images):
-    """Whole training steps whose loss holds a gradient, with an optimiser: as stock."""
+    """Whole training steps whose loss holds a gradient, with an optimizer: as stock."""
 
     def steps(network):
-        optimiser = torch.optim.Adam(network.parameters(), 1e-3)
+        optimizer = torch.optim.Adam(network.parameters(), 1e-3)
         losses = []
         for _ in range(3):
             inputs = images.clone().requires_grad_()
             outputs = network(inputs)
             (slope,) = torch.autograd.grad(outputs.logsumexp(1).sum(), inputs, create_graph=True)
             loss = F.cross_entropy(outputs, torch.arange(3)) + ((slope.flatten(1).norm(dim=1) - 1) ** 2).mean()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             losses.append(loss.detach())
         return losses
 

@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 import fastlenet
-import fastlenet.__main__ as command_line
-from fastlenet import checkpoint, data, demo, environment, support, train
+import fastlenet.cli as command_line
+from fastlenet import environment, errors, files
+from fastlenet.training import checkpoint, data, demo, loop
 
 CPU = torch.device("cpu")
 TRAIN, TEST = 96, 32
@@ -71,9 +72,9 @@ def digits(folder: Path) -> data.Dataset:
     return data.load_idx(folder)
 
 
-def quick(folder: Path | str = "sample", **changes: object) -> train.TrainConfig:
+def quick(folder: Path | str = "sample", **changes: object) -> loop.TrainConfig:
     options = {"data": str(folder), "epochs": 2, "batch_size": 40, "device": "cpu"} | changes
-    return train.TrainConfig(**options)  # type: ignore[arg-type]
+    return loop.TrainConfig(**options)  # type: ignore[arg-type]
 
 
 def assert_same_weights(left: nn.Module, right: nn.Module) -> None:
@@ -243,7 +244,7 @@ def test_torchvision(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, module: str, use: object, install: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(support.MissingPackageError, match=rf"package {module.split('.')[0]} .*pip install '{install}'"):
+    with pytest.raises(errors.MissingPackageError, match=rf"package {module.split('.')[0]} .*pip install '{install}'"):
         use()  # type: ignore[operator]
 
 
@@ -251,21 +252,21 @@ def test_a_broken_package_is_not_called_missing(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "half_installed.py").write_text("import no_such_module_anywhere")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_module_anywhere"):
-        support.import_extra("half_installed")
+        errors.import_extra("half_installed")
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
 def test_each_epoch_has_every_image_once_in_a_new_order(digits: data.Dataset) -> None:
-    batches = train.Batches(digits.train_images, torch.arange(TRAIN), batch_size=40, seed=3)
+    batches = loop.Batches(digits.train_images, torch.arange(TRAIN), batch_size=40, seed=3)
     epochs = [[labels.tolist() for _, labels in batches.epoch(epoch)] for epoch in (0, 1, 0)]
     assert [len(some) for some in epochs[0]] == [40, 40, 16]
     assert len(batches) == 3
     assert sorted(label for labels in epochs[0] for label in labels) == list(range(TRAIN))
     assert epochs[0] == epochs[2], "an epoch's batches depend on seed and number alone"
     assert epochs[0] != epochs[1]
-    other = train.Batches(digits.train_images, torch.arange(TRAIN), batch_size=40, seed=4)
+    other = loop.Batches(digits.train_images, torch.arange(TRAIN), batch_size=40, seed=4)
     assert [labels.tolist() for _, labels in other.epoch(0)] != epochs[0]
 
 
@@ -274,7 +275,7 @@ def test_shifts_move_whole_images() -> None:
     images[:, 0, 10:20, 12:18] = 1.0
     images[:, 1, 15, 15] = 5.0
     seen = set()
-    for some, _ in train.Batches(images, torch.arange(400), batch_size=50, seed=0, max_shift=2).epoch(0):
+    for some, _ in loop.Batches(images, torch.arange(400), batch_size=50, seed=0, max_shift=2).epoch(0):
         assert some.is_contiguous()
         for image in some:
             down, right = ((image[1] == 5).nonzero().squeeze(0) - 15).tolist()
@@ -289,7 +290,7 @@ def test_shifts_move_whole_images() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("optimiser", "lion", "optimiser must be one of sgd, nesterov, adam, rmsprop, got 'lion'"),
+        ("optimizer", "lion", "optimizer must be one of sgd, nesterov, adam, rmsprop, got 'lion'"),
         ("loss", "hinge", "loss must be one of cross-entropy, mse"),
         ("dtype", "int8", "dtype must be one of float32, bfloat16, float16, float64"),
         ("epochs", 0, "epochs must be a whole number from 1"),
@@ -305,39 +306,39 @@ def test_shifts_move_whole_images() -> None:
     ],
 )
 def test_impossible_options_are_named(option: str, value: object, message: str) -> None:
-    with pytest.raises(train.ConfigError, match=message):
+    with pytest.raises(loop.ConfigError, match=message):
         quick(**{option: value})
 
 
-@pytest.mark.parametrize("optimiser", ["adam", "rmsprop"])
-def test_float16_is_refused_where_it_cannot_work(optimiser: str) -> None:
-    with pytest.raises(train.ConfigError, match=f"{optimiser} cannot step float16"):
-        quick(optimiser=optimiser, dtype="float16")
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_float16_is_refused_where_it_cannot_work(optimizer: str) -> None:
+    with pytest.raises(loop.ConfigError, match=f"{optimizer} cannot step float16"):
+        quick(optimizer=optimizer, dtype="float16")
 
 
 @pytest.mark.parametrize("device", ["warp", "cuda:99", "meta"])
 def test_impossible_devices_are_named(device: str) -> None:
-    with pytest.raises(train.ConfigError, match=f"device '{device}'"):
+    with pytest.raises(loop.ConfigError, match=f"device '{device}'"):
         quick(device=device).torch_device()
 
 
 def test_a_forced_backend_that_cannot_run_is_an_option_error(digits: data.Dataset) -> None:
-    with fastlenet.use_backend("triton"), pytest.raises(train.ConfigError, match="'triton' is forced"):
-        train.train(quick(dtype="float64"), dataset=digits)
+    with fastlenet.use_backend("triton"), pytest.raises(loop.ConfigError, match="'triton' is forced"):
+        loop.train(quick(dtype="float64"), dataset=digits)
 
 
-@pytest.mark.parametrize("loss", train.LOSSES)
-@pytest.mark.parametrize("dtype", train.DTYPES)
+@pytest.mark.parametrize("loss", loop.LOSSES)
+@pytest.mark.parametrize("dtype", loop.DTYPES)
 def test_every_dtype_and_loss_trains(digits: data.Dataset, dtype: str, loss: str) -> None:
-    result = train.train(quick(dtype=dtype, loss=loss, optimiser="sgd", epochs=3), dataset=digits)
-    assert {parameter.dtype for parameter in result.model.parameters()} == {train.DTYPES[dtype]}
+    result = loop.train(quick(dtype=dtype, loss=loss, optimizer="sgd", epochs=3), dataset=digits)
+    assert {parameter.dtype for parameter in result.model.parameters()} == {loop.DTYPES[dtype]}
     assert len(result.losses) == 9
     assert sum(result.losses[-3:]) < sum(result.losses[:3])
 
 
-@pytest.mark.parametrize("optimiser", train.OPTIMISERS)
-def test_a_step_is_what_plain_pytorch_does(digits: data.Dataset, optimiser: str) -> None:
-    config = quick(optimiser=optimiser, lr_decay=0.5)
+@pytest.mark.parametrize("optimizer", loop.OPTIMIZERS)
+def test_a_step_is_what_plain_pytorch_does(digits: data.Dataset, optimizer: str) -> None:
+    config = quick(optimizer=optimizer, lr_decay=0.5)
     weights = demo.initial_weights(0)
     learner = demo.learner_from(fastlenet.StockLeNet(), weights, config)
     by_hand = fastlenet.StockLeNet()
@@ -347,7 +348,7 @@ def test_a_step_is_what_plain_pytorch_does(digits: data.Dataset, optimiser: str)
         "nesterov": lambda p: torch.optim.SGD(p, 0.03, momentum=0.9, nesterov=True),
         "adam": lambda p: torch.optim.Adam(p, 0.002),
         "rmsprop": lambda p: torch.optim.RMSprop(p, 0.001),
-    }[optimiser](by_hand.parameters())
+    }[optimizer](by_hand.parameters())
     first_rate = made.param_groups[0]["lr"]
     for epoch in range(2):
         learner.start_epoch(epoch)
@@ -366,8 +367,8 @@ def test_learners_take_turns_on_the_same_batches(digits: data.Dataset) -> None:
     weights = demo.initial_weights(0)
     learners = [demo.learner_from(fastlenet.StockLeNet(), weights, config) for _ in range(2)]
     order = []
-    batches = train.Batches(digits.train_images, digits.train_labels, batch_size=40, seed=0, max_shift=2)
-    left, right = train.run_epoch(learners, batches, 0, lambda step: order.append(step), timed=True)
+    batches = loop.Batches(digits.train_images, digits.train_labels, batch_size=40, seed=0, max_shift=2)
+    left, right = loop.run_epoch(learners, batches, 0, lambda step: order.append(step), timed=True)
     assert left == right
     assert [step.learner for step in order] == [0, 1, 1, 0, 0, 1]
     assert [step.number for step in order] == [1, 1, 2, 2, 3, 3]
@@ -386,7 +387,7 @@ def test_evaluation_counts_right_answers(digits: data.Dataset) -> None:
             return self.logits.expand(len(input), 10)
 
     model = Constant()
-    found = train.evaluate(model, digits.test_images, digits.test_labels, batch_size=10)
+    found = loop.evaluate(model, digits.test_images, digits.test_labels, batch_size=10)
     threes = int((digits.test_labels == 3).sum())
     assert found.accuracy == threes / TEST
     assert found.predictions.tolist() == [3] * TEST
@@ -398,7 +399,7 @@ def test_evaluation_counts_right_answers(digits: data.Dataset) -> None:
 def test_metrics_and_callbacks(digits: data.Dataset, tmp_path: Path) -> None:
     records: list[dict[str, object]] = []
     config = quick(epochs=3)
-    result = train.train(config, dataset=digits, output=tmp_path / "deep" / "out", on_epoch=records.append)
+    result = loop.train(config, dataset=digits, output=tmp_path / "deep" / "out", on_epoch=records.append)
     metrics = json.loads((tmp_path / "deep" / "out" / "metrics.json").read_text())
     assert metrics["config"] == dataclasses.asdict(config)
     assert metrics["epochs"] == result.history == records
@@ -416,37 +417,37 @@ def test_metrics_and_callbacks(digits: data.Dataset, tmp_path: Path) -> None:
 def test_the_callers_generator_is_left_alone(digits: data.Dataset) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    train.train(quick(epochs=1), dataset=digits)
+    loop.train(quick(epochs=1), dataset=digits)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_seeds_matter_and_repeat(digits: data.Dataset) -> None:
-    losses = [train.train(quick(epochs=1, seed=seed), dataset=digits).losses for seed in (5, 5, 6)]
+    losses = [loop.train(quick(epochs=1, seed=seed), dataset=digits).losses for seed in (5, 5, 6)]
     assert losses[0] == losses[1] != losses[2]
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(digits: data.Dataset, tmp_path: Path) -> None:
-    train.train(quick(epochs=1), dataset=digits, output=tmp_path)
+    loop.train(quick(epochs=1), dataset=digits, output=tmp_path)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
-    with pytest.raises(train.TrainingDivergedError, match="diverged in epoch 1"):
-        train.train(quick(epochs=3, lr=1e30), dataset=digits, output=tmp_path)
+    with pytest.raises(loop.TrainingDivergedError, match="diverged in epoch 1"):
+        loop.train(quick(epochs=3, lr=1e30), dataset=digits, output=tmp_path)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
 
 
 # -------------------------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("optimiser", train.OPTIMISERS)
+@pytest.mark.parametrize("optimizer", loop.OPTIMIZERS)
 @pytest.mark.parametrize("model", [None, WithDropout])
-def test_resuming_is_exact(digits: data.Dataset, tmp_path: Path, optimiser: str, model: type[nn.Module] | None) -> None:
-    def run(name: str, epochs: int, resume: bool = False) -> train.TrainResult:
-        config = quick(epochs=epochs, optimiser=optimiser)
+def test_resuming_is_exact(digits: data.Dataset, tmp_path: Path, optimizer: str, model: type[nn.Module] | None) -> None:
+    def run(name: str, epochs: int, resume: bool = False) -> loop.TrainResult:
+        config = quick(epochs=epochs, optimizer=optimizer)
         # Weights of a resumed model must all come from the checkpoint.
         torch.manual_seed(epochs + resume)
         made = None if model is None else model()
         if made is not None and not resume:
             made.load_state_dict(demo.initial_weights(0))
-        return train.train(config, dataset=digits, model=made, output=tmp_path / name, resume=resume)
+        return loop.train(config, dataset=digits, model=made, output=tmp_path / name, resume=resume)
 
     whole = run("whole", 4)
     first = run("parts", 2)
@@ -469,32 +470,32 @@ def test_resuming_in_another_process_is_exact(folder: Path, tmp_path: Path) -> N
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
-    run("whole", "--epochs", "3", "--optimiser", "adam")
-    run("parts", "--epochs", "1", "--optimiser", "adam")
+    run("whole", "--epochs", "3", "--optimizer", "adam")
+    run("parts", "--epochs", "1", "--optimizer", "adam")
     run("parts", "--epochs", "3", "--resume")
     parts, at_once = (tmp_path / name / "checkpoint.safetensors" for name in ("parts", "whole"))
     assert parts.read_bytes() == at_once.read_bytes()
 
 
 def test_an_interrupted_epoch_is_repeated_exactly(digits: data.Dataset, tmp_path: Path) -> None:
-    config = quick(epochs=3, optimiser="adam")
+    config = quick(epochs=3, optimizer="adam")
 
-    def stop_in_the_second_epoch(step: train.Step) -> None:
+    def stop_in_the_second_epoch(step: loop.Step) -> None:
         if step.number == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train.train(config, dataset=digits, output=tmp_path, on_step=stop_in_the_second_epoch)
-    resumed = train.train(config, dataset=digits, output=tmp_path, resume=True)
-    whole = train.train(config, dataset=digits)
+        loop.train(config, dataset=digits, output=tmp_path, on_step=stop_in_the_second_epoch)
+    resumed = loop.train(config, dataset=digits, output=tmp_path, resume=True)
+    whole = loop.train(config, dataset=digits)
     assert resumed.losses == whole.losses[3:]
     assert_same_weights(resumed.model, whole.model)
 
 
 def test_resuming_a_finished_run_changes_nothing(digits: data.Dataset, tmp_path: Path) -> None:
-    whole = train.train(quick(), dataset=digits, output=tmp_path)
+    whole = loop.train(quick(), dataset=digits, output=tmp_path)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
-    again = train.train(quick(), dataset=digits, output=tmp_path, resume=True)
+    again = loop.train(quick(), dataset=digits, output=tmp_path, resume=True)
     assert again.losses == []
     assert again.evaluation.accuracy == whole.evaluation.accuracy
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
@@ -503,7 +504,7 @@ def test_resuming_a_finished_run_changes_nothing(digits: data.Dataset, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimiser": "adam"}, "trained with optimiser nesterov, not adam"),
+        ({"optimizer": "adam"}, "trained with optimizer nesterov, not adam"),
         ({"lr": 0.5}, "trained with lr 0.03, not 0.5"),
         ({"seed": 1}, "trained with seed 0, not 1"),
         ({"dtype": "float64"}, "trained with dtype float32, not float64"),
@@ -513,19 +514,19 @@ def test_resuming_a_finished_run_changes_nothing(digits: data.Dataset, tmp_path:
 def test_a_resumed_run_keeps_its_options(
     digits: data.Dataset, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
-    train.train(quick(), dataset=digits, output=tmp_path)
+    loop.train(quick(), dataset=digits, output=tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match=message):
-        train.train(quick(**changes), dataset=digits, output=tmp_path, resume=True)
+        loop.train(quick(**changes), dataset=digits, output=tmp_path, resume=True)
 
 
 def test_a_resumed_run_keeps_its_data_wherever_they_lie(folder: Path, tmp_path: Path) -> None:
-    train.train(quick(folder, epochs=1), output=tmp_path / "out")
+    loop.train(quick(folder, epochs=1), output=tmp_path / "out")
     moved = folder.rename(tmp_path / "moved")
-    train.train(quick(moved, epochs=2), output=tmp_path / "out", resume=True)
+    loop.train(quick(moved, epochs=2), output=tmp_path / "out", resume=True)
     images = (moved / IMAGES).read_bytes()
     (moved / IMAGES).write_bytes(images[:-1] + bytes([255 - images[-1]]))
     with pytest.raises(checkpoint.CheckpointError, match="other data"):
-        train.train(quick(moved, epochs=3), output=tmp_path / "out", resume=True)
+        loop.train(quick(moved, epochs=3), output=tmp_path / "out", resume=True)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -533,7 +534,7 @@ def test_a_resumed_run_keeps_its_data_wherever_they_lie(folder: Path, tmp_path: 
 
 @pytest.fixture
 def saved(digits: data.Dataset, tmp_path: Path) -> Path:
-    train.train(quick(epochs=1, optimiser="adam"), dataset=digits, checkpoint_file=tmp_path / "run.safetensors")
+    loop.train(quick(epochs=1, optimizer="adam"), dataset=digits, checkpoint_file=tmp_path / "run.safetensors")
     return tmp_path / "run.safetensors"
 
 
@@ -579,35 +580,35 @@ def test_a_checkpoint_that_does_not_fit_touches_nothing(saved: Path) -> None:
     loaded = checkpoint.load(saved)
     model = fastlenet.StockLeNet(num_classes=7)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimiser = torch.optim.Adam(model.parameters())
+    optimizer = torch.optim.Adam(model.parameters())
     with pytest.raises(
         checkpoint.CheckpointError, match=r"fc3\.weight is float32 \[10, 84\], expected float32 \[7, 84\]"
     ):
-        loaded.restore(model, optimiser)
+        loaded.restore(model, optimizer)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(checkpoint.CheckpointError, match=r"no weight, no bias, unexpected conv\d\.\w+, and 9 more"):
-        loaded.restore(nn.Linear(2, 2), optimiser)
+        loaded.restore(nn.Linear(2, 2), optimizer)
     model = fastlenet.StockLeNet()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for wrong in (torch.optim.SGD(model.parameters(), 0.1), torch.optim.Adam(list(model.parameters())[1:])):
-        with pytest.raises(checkpoint.CheckpointError, match="optimiser is of another kind or steps other parameters"):
+        with pytest.raises(checkpoint.CheckpointError, match="optimizer is of another kind or steps other parameters"):
             loaded.restore(model, wrong)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_restored_options_have_the_optimisers_own_types(saved: Path) -> None:
+def test_restored_options_have_the_optimizers_own_types(saved: Path) -> None:
     model = fastlenet.StockLeNet()
-    optimiser = torch.optim.Adam(model.parameters())
-    checkpoint.load(saved).restore(model, optimiser)
-    assert optimiser.param_groups[0]["betas"] == (0.9, 0.999)
+    optimizer = torch.optim.Adam(model.parameters())
+    checkpoint.load(saved).restore(model, optimizer)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def test_a_restored_checkpoint_stays_as_it_was(saved: Path, digits: data.Dataset) -> None:
     loaded = checkpoint.load(saved)
     losses = []
     for _ in range(2):
-        learner = train.Learner(fastlenet.StockLeNet(), quick(optimiser="adam"), CPU)
-        loaded.restore(learner.model, learner.optimiser)
+        learner = loop.Learner(fastlenet.StockLeNet(), quick(optimizer="adam"), CPU)
+        loaded.restore(learner.model, learner.optimizer)
         losses.append([learner.step(digits.train_images, digits.train_labels).item() for _ in range(3)])
     assert losses[0] == losses[1]
 
@@ -615,9 +616,9 @@ def test_a_restored_checkpoint_stays_as_it_was(saved: Path, digits: data.Dataset
 def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
-    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
     checkpoint.save(
-        tmp_path / "tied", model, optimiser, epoch=0, step=0, config={}, history=[], rng=checkpoint.rng_state(CPU)
+        tmp_path / "tied", model, optimizer, epoch=0, step=0, config={}, history=[], rng=checkpoint.rng_state(CPU)
     )
     assert torch.equal(checkpoint.load(tmp_path / "tied").model["1.weight"], model[0].weight)
 
@@ -628,29 +629,29 @@ def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
 ) -> None:
     path = tmp_path / "file"
-    support.atomic_write(path, b"old")
+    files.atomic_write(path, b"old")
 
     def fail(*_: object) -> None:
         raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(os, failing, fail)
-        expected = support.InputError if isinstance(error, OSError) else KeyboardInterrupt
+        expected = errors.InputError if isinstance(error, OSError) else KeyboardInterrupt
         with pytest.raises(expected, match="No space left" if isinstance(error, OSError) else None):
-            support.atomic_write(path, b"new")
+            files.atomic_write(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
-    support.atomic_write(path, b"new")
+    files.atomic_write(path, b"new")
     assert path.read_bytes() == b"new"
 
 
 def test_a_process_killed_while_writing_leaves_the_old_file(saved: Path, folder: Path) -> None:
     before = saved.read_bytes()
     program = (
-        "import os, sys; from fastlenet import train\n"
+        "import os, sys; from fastlenet.training import loop\n"
         "os.replace = lambda *_: os._exit(9)\n"  # the last moment before the new file takes the name
-        "config = train.TrainConfig(data=sys.argv[1], epochs=1, device='cpu')\n"
-        "train.train(config, checkpoint_file=sys.argv[2])\n"
+        "config = loop.TrainConfig(data=sys.argv[1], epochs=1, device='cpu')\n"
+        "loop.train(config, checkpoint_file=sys.argv[2])\n"
     )
     done = subprocess.run([sys.executable, "-c", program, str(folder), str(saved)], check=False)
     assert done.returncode == 9
@@ -662,7 +663,7 @@ def test_writing_through_a_link_replaces_the_file_behind_it(tmp_path: Path) -> N
     (tmp_path / "real").mkdir()
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "real" / "file")
-    support.atomic_write(link, b"content")
+    files.atomic_write(link, b"content")
     assert link.is_symlink()
     assert (tmp_path / "real" / "file").read_bytes() == b"content"
 
@@ -679,7 +680,7 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], *parts: str) -> None:
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1, captured.err
-    assert captured.err.startswith(("fastlenet", "python -m fastlenet.demo"))
+    assert captured.err.startswith(("fastlenet", "python -m fastlenet.training.demo"))
     for part in parts:
         assert part in captured.err
 
@@ -697,7 +698,7 @@ def test_train_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         "data": str(folder),
         "epochs": 2,
         "batch_size": 16,
-        "optimiser": "rmsprop",
+        "optimizer": "rmsprop",
         "lr": 0.002,
         "lr_decay": 0.9,
         "max_shift": 2,
@@ -733,7 +734,7 @@ def test_separate_checkpoint_file(folder: Path, tmp_path: Path) -> None:
         (["train", "--epochs", "many"], ["--epochs", "'many'"]),
         (["train", "--epochs", "0"], ["epochs must be"]),
         (["train", "--batch-size", "0"], ["batch_size must be"]),
-        (["train", "--optimiser", "lion"], ["sgd, nesterov, adam, rmsprop", "'lion'"]),
+        (["train", "--optimizer", "lion"], ["sgd, nesterov, adam, rmsprop", "'lion'"]),
         (["train", "--lr", "-1"], ["lr must be"]),
         (["train", "--lr", "nan"], ["lr must be"]),
         (["train", "--lr-decay", "2"], ["lr_decay must be"]),
@@ -741,7 +742,7 @@ def test_separate_checkpoint_file(folder: Path, tmp_path: Path) -> None:
         (["train", "--loss", "hinge"], ["cross-entropy, mse"]),
         (["train", "--seed", "-3"], ["seed must be"]),
         (["train", "--dtype", "int8"], ["float32, bfloat16, float16, float64"]),
-        (["train", "--dtype", "float16", "--optimiser", "adam"], ["adam cannot step float16"]),
+        (["train", "--dtype", "float16", "--optimizer", "adam"], ["adam cannot step float16"]),
         (["train", "--device", "warp", "--data", "DIGITS"], ["device 'warp'"]),
         (["train", "--data", "nowhere"], ["'nowhere' is not a folder"]),
         (["train", "--data", "OUT"], ["has no train-images-idx3-ubyte"]),
@@ -812,7 +813,7 @@ def test_interruption_is_exit_code_130(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "run_epoch", interrupt)
+    monkeypatch.setattr(loop, "run_epoch", interrupt)
     assert run_command("train", "--data", folder, "--output", tmp_path / "out", "--device", "cpu") == 130
     assert_one_line(capsys, "interrupted before the first epoch's end")
 
@@ -924,7 +925,7 @@ def test_nvidia_smi_is_read_by_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
 def judged(model: nn.Module, digits: data.Dataset, steps: int = 10) -> demo.Agreement:
     """Train `model` for some steps and judge its losses."""
     config = quick(batch_size=16, max_shift=0)
-    batches = train.Batches(digits.train_images, digits.train_labels, batch_size=16, seed=0)
+    batches = loop.Batches(digits.train_images, digits.train_labels, batch_size=16, seed=0)
     weights = demo.initial_weights(0)
     learner = demo.learner_from(model, weights, config)
     learner.start_epoch(0)
@@ -966,7 +967,7 @@ def test_nan_never_agrees() -> None:
 
 def test_saved_bytes_are_counted_by_hand(digits: data.Dataset) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))
-    learner = train.Learner(model, quick(), CPU)
+    learner = loop.Learner(model, quick(), CPU)
     images, labels = digits.train_images[:64].clone(), digits.train_labels[:64].clone()
     # The images (kept for the weight's gradient), the log-probabilities, the labels; a number for the whole batch.
     assert demo.saved_bytes_per_image(learner, images, labels) == pytest.approx(4 * 1024 + 4 * 10 + 8, abs=0.5)
@@ -975,7 +976,7 @@ def test_saved_bytes_are_counted_by_hand(digits: data.Dataset) -> None:
 def test_fused_layers_save_less(digits: data.Dataset) -> None:
     fused, stock = (
         demo.saved_bytes_per_image(
-            train.Learner(model, quick(), CPU), digits.train_images[:64].clone(), digits.train_labels[:64].clone()
+            loop.Learner(model, quick(), CPU), digits.train_images[:64].clone(), digits.train_labels[:64].clone()
         )
         for model in (fastlenet.LeNet(), fastlenet.StockLeNet())
     )
@@ -1006,7 +1007,7 @@ def test_demo_fails_where_the_networks_have_not_learned(tmp_path: Path, capsys: 
 def test_the_picture_of_networks_that_never_differ(digits: data.Dataset) -> None:
     pytest.importorskip("matplotlib")
     losses = [2.0, 1.0, 0.5]
-    found = train.Evaluation(accuracy=1.0, loss=0.1, predictions=digits.test_labels)
+    found = loop.Evaluation(accuracy=1.0, loss=0.1, predictions=digits.test_labels)
     same = demo.Comparison(
         losses=(losses, losses),
         median_seconds=(1.0, 1.0),

@@ -17,7 +17,7 @@ from harness.fake_driver import TARGETS, CompiledKernelRecord, assert_shipped_wi
 from harness.operators import far_apart, fp32_precision
 
 from bench import tune
-from bench.work import ConvCase
+from bench.workloads import ConvCase
 
 
 @dataclass(frozen=True)

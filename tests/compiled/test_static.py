@@ -16,7 +16,7 @@ import triton.language as tl
 from harness.fake_driver import CompiledKernelRecord, assert_shipped_without_spills, compiling_for
 
 from bench import kernels, sass, static
-from bench.work import LENET, TRAIN_STEP, Work
+from bench.workloads import LENET, TRAIN_STEP, Work
 
 every_arch = pytest.mark.parametrize("arch", static.DEVICES)
 

@@ -16,9 +16,9 @@ from harness import modes
 
 import fastlenet
 from bench import tune
-from bench.work import ConvCase, LinearCase
+from bench.workloads import ConvCase, LinearCase
 from fastlenet import functional
-from fastlenet.support import InputError
+from fastlenet.errors import InputError
 
 pytestmark = pytest.mark.skipif(not modes.interpreting(), reason="a GPU's clock is not injected")
 CASE = ConvCase("tiny", 2, 6, 3, 3, padding=1)
@@ -157,7 +157,7 @@ def test_a_table_that_cannot_be_written_stays_whole(table, offered, monkeypatch)
 
 def test_every_space_holds_what_ships():
     """What the table lists for LeNet on an H100 is among what would be tried, as are our own rule and the library."""
-    from bench.work import LENET_OPERATORS
+    from bench.workloads import LENET_OPERATORS
 
     listed = [e for e in json.loads(configurations._COMMITTED.read_text()) if e["architecture"] == "sm_90"]
     found = 0

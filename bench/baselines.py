@@ -19,8 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlenet
-from bench.work import BACKWARD, BOTH, FORWARD, KERNEL, TRAIN_STEP, ConvCase, Data, LeNetCase, LinearCase, Work
-from fastlenet.train import classification_loss
+from bench.workloads import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    KERNEL,
+    TRAIN_STEP,
+    ConvCase,
+    Data,
+    LeNetCase,
+    LinearCase,
+    Results,
+    Work,
+    parity_sets,
+)
+from fastlenet.training.loop import classification_loss
 
 FUSED, STOCK, LIBRARY = "fused", "stock", "library"
 
@@ -203,7 +216,7 @@ class Call:
             self._forward = torch.compile(self._forward, mode=mode, dynamic=False)
         self._marks_steps = mode not in (None, "default")
         if work.direction == TRAIN_STEP:
-            self._optimiser = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE, fused=True)
+            self._optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE, fused=True)
         self._capturing = False
         # Captured graphs: how to replay each, and what it computes for each of its sets.
         self._graphs: list[tuple[Callable[[], None], dict[int, dict[str, Tensor]]]] = []
@@ -235,10 +248,10 @@ class Call:
         if direction == BOTH:
             output = self._forward(input)
             return output, *self._gradients(output, input, target)
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
         loss = self._forward(input, target)
         loss.backward()
-        self._optimiser.step()
+        self._optimizer.step()
         return loss
 
     def _gradients(self, output: Tensor, input: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
@@ -323,3 +336,20 @@ class Call:
 
 def _replay(graph: torch.cuda.CUDAGraph, *_kept: Any) -> None:
     graph.replay()
+
+
+# Images of one float64 inference: a whole large batch would need gigabytes.
+REFERENCE_IMAGES = 8192
+
+
+def reference_results(work: Work, data: Data) -> list[Results]:
+    """Compute what the results should be: stock eager in float64, from the very same values."""
+    exact = data.to(torch.float64)
+    if work.direction != FORWARD:
+        call = Call(work, EAGER, exact)
+        return [call.results(number) for number in range(parity_sets(work))]
+    outputs = []
+    for input, target in exact.sets[: parity_sets(work)]:
+        parts = [Data(exact.parameters, [(part, target)]) for part in input.split(REFERENCE_IMAGES)]
+        outputs.append({"output": torch.cat([Call(work, EAGER, part).results(0)["output"] for part in parts])})
+    return outputs

@@ -1,8 +1,9 @@
 """The demo: LeNet with the fused layers against LeNet in plain PyTorch, on real handwritten digits.
 
-``python -m fastlenet.demo --output out`` trains both networks from the same initial weights on the same batches, side
-by side, compares them in a table and a picture, and then trains for a few steps under the Triton kernels themselves
-(interpreted where there is no GPU). It ends with exit code 0 only if the networks learn and their losses agree.
+``python -m fastlenet.training.demo --output out`` trains both networks from the same initial weights on the same
+batches, side by side, compares them in a table and a picture, and then trains for a few steps under the Triton kernels
+themselves (interpreted where there is no GPU). It ends with exit code 0 only if the networks learn and their losses
+agree.
 
 What "agree" means. Training amplifies differences: where two pixels of a pooling window or a unit's input and zero are
 within a rounding error of each other, the last bit decides which way a gradient goes, and from there two correct
@@ -34,12 +35,13 @@ import torch
 from torch import nn
 
 from fastlenet import environment
-from fastlenet.__main__ import BAD_INPUT, FAILED, INTERRUPTED, OK, Parser, complain
 from fastlenet.backend import use_backend
-from fastlenet.data import Dataset, load_sample
+from fastlenet.errors import InputError, MissingPackageError, import_extra
+from fastlenet.files import atomic_write, write_json
 from fastlenet.lenet import LeNet, StockLeNet
-from fastlenet.support import InputError, MissingPackageError, atomic_write, import_extra, write_json
-from fastlenet.train import (
+from fastlenet.terminal import BAD_INPUT, FAILED, INTERRUPTED, OK, Parser, print_error
+from fastlenet.training.data import Dataset, load_sample
+from fastlenet.training.loop import (
     Batches,
     Evaluation,
     Learner,
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
 
 # Reaches 97.8 to 98.2% of the held-out digits over several seeds: far enough above what is required that another
 # machine's rounding does not decide. Batches of 100 are where fusing begins to save memory and time on a CPU, too.
-RECIPE = TrainConfig(epochs=50, batch_size=100, optimiser="nesterov", lr=0.04, lr_decay=0.94, max_shift=2)
+RECIPE = TrainConfig(epochs=50, batch_size=100, optimizer="nesterov", lr=0.04, lr_decay=0.94, max_shift=2)
 REQUIRED_ACCURACY = 0.97
 
 JUDGED_STEPS = 20
@@ -435,7 +437,7 @@ def run_kernels_apart(arguments: Sequence[str], config: TrainConfig, console: Co
     if config.torch_device().type == "cpu":
         variables["TRITON_INTERPRET"] = "1"
     sys.stdout.flush()  # Or the other process's lines may come before ours in a log.
-    command = [sys.executable, "-m", "fastlenet.demo", *arguments, "--part", "kernels"]
+    command = [sys.executable, "-m", "fastlenet.training.demo", *arguments, "--part", "kernels"]
     return subprocess.run(command, env=variables, check=False).returncode == OK
 
 
@@ -573,7 +575,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 if all is well; 1 if a network did not learn or the losses disagree; 2 for bad input; 130 if interrupted.
     """
     parser = Parser(
-        prog="python -m fastlenet.demo",
+        prog="python -m fastlenet.training.demo",
         description="Train LeNet on real digits with fused layers and with plain PyTorch, and compare.",
         allow_abbrev=False,
     )
@@ -610,9 +612,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse's way to end after --help or an error
         return int(stop.code or OK)
     except (InputError, MissingPackageError) as error:
-        return complain(program, error, BAD_INPUT)
+        return print_error(program, error, BAD_INPUT)
     except KeyboardInterrupt:
-        return complain(program, "interrupted", INTERRUPTED)
+        return print_error(program, "interrupted", INTERRUPTED)
 
 
 if __name__ == "__main__":

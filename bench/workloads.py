@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,10 @@ class Cost(NamedTuple):
 
     def __add__(self, other: Cost) -> Cost:  # type: ignore[override]
         return Cost(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+Results = dict[str, Tensor]
+"""What a call gave: its output and gradients, by name."""
 
 
 @dataclass(frozen=True)
@@ -330,6 +335,14 @@ class Data:
 
         parameters = {name: convert(value) for name, value in self.parameters.items()}
         return Data(parameters, [(convert(x), convert(target)) for x, target in self.sets])
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache that rotating sets of data must exceed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) * 1024 for size in sizes), default=32 * 2**20)
 
 
 def setup(work: Work, device: torch.device, cache_bytes: int, *, choose: bool = True) -> Data:

@@ -29,18 +29,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastlenet import checkpoint, data, distributed, environment
+from fastlenet import environment
 from fastlenet.backend import backend
-from fastlenet.distributed import ALONE, World
+from fastlenet.errors import InputError, import_extra
+from fastlenet.files import write_json
 from fastlenet.lenet import LeNet
-from fastlenet.support import InputError, import_extra, write_json
+from fastlenet.training import checkpoint, data, distributed
+from fastlenet.training.distributed import ALONE, World
 from fastlenet.trial import synchronize
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-OPTIMISERS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
     "nesterov": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True),
     "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
@@ -78,8 +80,8 @@ class TrainConfig:
         data: ``"sample"``, ``"torchvision"``, ``"torchvision:FOLDER"`` or a folder of IDX files.
         epochs: how often the training images are gone through, in total.
         batch_size: images a step; the last step of an epoch may have fewer.
-        optimiser: ``"sgd"``, ``"nesterov"`` (momentum 0.9), ``"adam"`` or ``"rmsprop"``.
-        lr: learning rate of the first epoch; None takes a rate that suits the optimiser.
+        optimizer: ``"sgd"``, ``"nesterov"`` (momentum 0.9), ``"adam"`` or ``"rmsprop"``.
+        lr: learning rate of the first epoch; None takes a rate that suits the optimizer.
         lr_decay: what the learning rate is multiplied by after each epoch. A factor, not a schedule over the whole run,
             so that a finished run can be extended and equal one that was planned longer.
         max_shift: each training image is moved by up to so many pixels in both directions, anew each epoch.
@@ -95,7 +97,7 @@ class TrainConfig:
     data: str = "sample"
     epochs: int = 10
     batch_size: int = 64
-    optimiser: str = "nesterov"
+    optimizer: str = "nesterov"
     lr: float | None = None
     lr_decay: float = 0.9
     max_shift: int = 2
@@ -105,11 +107,11 @@ class TrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, choices in (("optimiser", OPTIMISERS), ("loss", LOSSES), ("dtype", DTYPES)):
+        for name, choices in (("optimizer", OPTIMIZERS), ("loss", LOSSES), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.lr is None:
-            object.__setattr__(self, "lr", DEFAULT_LR[self.optimiser])
+            object.__setattr__(self, "lr", DEFAULT_LR[self.optimizer])
         for name, low, high in (
             ("epochs", 1, 10**6),
             ("batch_size", 1, 10**6),
@@ -123,9 +125,9 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value <= most:  # NaN compares false.
                 raise ConfigError(f"{name} must be a number above 0 and at most {most:g}, got {value!r}")
-        if self.dtype == "float16" and self.optimiser in ("adam", "rmsprop"):
+        if self.dtype == "float16" and self.optimizer in ("adam", "rmsprop"):
             raise ConfigError(
-                f"{self.optimiser} cannot step float16 parameters: its eps of 1e-8 and small squared gradients are "
+                f"{self.optimizer} cannot step float16 parameters: its eps of 1e-8 and small squared gradients are "
                 "zero in float16; choose bfloat16 or float32, or sgd or nesterov"
             )
 
@@ -257,11 +259,11 @@ class Batches:
 
 
 class Learner:
-    """A model with its optimiser and loss: everything that a training step changes, and how.
+    """A model with its optimizer and loss: everything that a training step changes, and how.
 
     Args:
         model: a classifier from (n, 1, 32, 32) to (n, 10). It is moved to `device` and to the dtype of `config`.
-        config: says optimiser, learning rate, loss and dtype.
+        config: says optimizer, learning rate, loss and dtype.
         device: where to train.
         dtype: overrides the dtype of `config`.
         world: the processes that train it together, each on its part of every batch. Gradients are then averaged over
@@ -284,7 +286,7 @@ class Learner:
         self.steps = 0
         assert config.lr is not None  # TrainConfig replaces None.
         self.lr: float = config.lr
-        self.optimiser = OPTIMISERS[config.optimiser](self.model.parameters(), self.lr)
+        self.optimizer = OPTIMIZERS[config.optimizer](self.model.parameters(), self.lr)
 
     def _distributed(self, device: torch.device) -> DistributedDataParallel:
         """Wrap the model, and let a first backward pass, of no consequence, go by.
@@ -303,7 +305,7 @@ class Learner:
     def start_epoch(self, epoch: int) -> None:
         """Set the learning rate of epoch number `epoch` (from 0) and put the model into training mode."""
         self.model.train()
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = self.lr * self.config.lr_decay**epoch
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
@@ -331,10 +333,10 @@ class Learner:
             The loss before the step: a detached scalar on the device. Reading it waits for the device, so the loop
             leaves that to whoever needs the number.
         """
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(images, labels, weight)
         loss.backward()
-        self.optimiser.step()
+        self.optimizer.step()
         self.steps += 1
         return loss.detach()
 
@@ -554,7 +556,7 @@ def train(
             torch.manual_seed(derived_generator(config.seed, "process", world.rank).initial_seed())
         history: list[dict[str, Any]] = []
         if stored is not None:
-            stored.restore(learner.model, learner.optimiser)
+            stored.restore(learner.model, learner.optimizer)
             checkpoint.set_rng_state(stored.rng, device, world.rank)
             learner.steps, history = stored.step, list(stored.history)
 
@@ -576,7 +578,7 @@ def train(
             evaluation = evaluate(learner.model, test_images, test_labels, config.loss, world=world)
             record = {
                 "epoch": epoch + 1,
-                "lr": learner.optimiser.param_groups[0]["lr"],
+                "lr": learner.optimizer.param_groups[0]["lr"],
                 "train_loss": math.fsum(epoch_losses) / len(epoch_losses),
                 "test_loss": evaluation.loss,
                 "test_accuracy": evaluation.accuracy,
@@ -593,7 +595,7 @@ def train(
                     checkpoint.save(
                         checkpoint_file,
                         learner.model,
-                        learner.optimiser,
+                        learner.optimizer,
                         epoch=epoch + 1,
                         step=learner.steps,
                         config=_stored_config(config) | {"data_fingerprint": print_of_data},

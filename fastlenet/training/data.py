@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fastlenet.support import InputError, import_extra
+from fastlenet.errors import InputError, import_extra
 
 NUM_CLASSES = 10
 SIDE = 28

@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file that holds everything a training run needs to go on as if it had never stopped.
 
-Tensors (parameters, buffers, the optimiser's per-parameter state, random generator states) are stored as such;
+Tensors (parameters, buffers, the optimizer's per-parameter state, random generator states) are stored as such;
 everything else is JSON in the file's metadata. Nothing is pickled, so loading a file from a stranger runs no code of
 theirs. A digest over both parts tells a damaged file from a good one: safetensors by itself checks only the layout. The
 same training state always gives the same bytes.
@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlenet.support import InputError, atomic_write, import_extra
+from fastlenet.errors import InputError, import_extra
+from fastlenet.files import atomic_write
 
 FORMAT = "fastlenet-checkpoint"
 VERSION = 1
 
-_MODEL, _OPTIMISER, _RNG = "model.", "optimiser.", "rng."
+_MODEL, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng."
 
 
 class CheckpointError(InputError):
@@ -37,12 +38,12 @@ class Checkpoint:
 
     Attributes:
         epoch: number of finished epochs.
-        step: number of finished optimiser steps.
+        step: number of finished optimizer steps.
         config: the run's options, as JSON values.
         history: one record per finished epoch, as JSON values.
         model: the model's `state_dict`, on the CPU.
-        optimiser_state: per-parameter state: for each index, the names and values (tensors, numbers or None).
-        param_groups: the optimiser's parameter groups, as JSON values.
+        optimizer_state: per-parameter state: for each index, the names and values (tensors, numbers or None).
+        param_groups: the optimizer's parameter groups, as JSON values.
         rng: generator states by device type, and by rank beyond the first process: uint8 tensors.
     """
 
@@ -51,45 +52,45 @@ class Checkpoint:
     config: dict[str, Any]
     history: list[dict[str, Any]]
     model: dict[str, torch.Tensor]
-    optimiser_state: dict[int, dict[str, Any]]
+    optimizer_state: dict[int, dict[str, Any]]
     param_groups: list[dict[str, Any]]
     rng: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def restore(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-        """Put the stored state into `model` and `optimiser`; both are checked before either is touched.
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put the stored state into `model` and `optimizer`; both are checked before either is touched.
 
         Args:
             model: a model with the same parameter and buffer names, shapes and dtypes; on any device.
-            optimiser: an optimiser of the same kind over the same parameters.
+            optimizer: an optimizer of the same kind over the same parameters.
 
         Raises:
             CheckpointError: if the checkpoint does not fit; the message names the first differences.
         """
         _check_model(self.model, model.state_dict())
-        groups = optimiser.state_dict()["param_groups"]
+        groups = optimizer.state_dict()["param_groups"]
         if [sorted(group) for group in groups] != [sorted(group) for group in self.param_groups] or [
             group["params"] for group in groups
         ] != [group["params"] for group in self.param_groups]:
-            raise CheckpointError("the checkpoint's optimiser is of another kind or steps other parameters")
-        parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-        for index, values in self.optimiser_state.items():
+            raise CheckpointError("the checkpoint's optimizer is of another kind or steps other parameters")
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, values in self.optimizer_state.items():
             if not 0 <= index < len(parameters):
-                raise CheckpointError(f"the checkpoint has optimiser state for parameter {index} of {len(parameters)}")
+                raise CheckpointError(f"the checkpoint has optimizer state for parameter {index} of {len(parameters)}")
             for name, value in values.items():
                 # Adam's step count is a single number beside tensors shaped like the parameter.
                 if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[index].shape:
                     raise CheckpointError(
-                        f"the checkpoint's optimiser state {name} of parameter {index} has shape "
+                        f"the checkpoint's optimizer state {name} of parameter {index} has shape "
                         f"{tuple(value.shape)}, expected {tuple(parameters[index].shape)}"
                     )
         model.load_state_dict(self.model)
-        # JSON has no tuples: give each option (such as Adam's betas) the type the optimiser itself uses.
+        # JSON has no tuples: give each option (such as Adam's betas) the type the optimizer itself uses.
         restored = [
             {key: tuple(value) if isinstance(group[key], tuple) else value for key, value in stored.items()}
             for group, stored in zip(groups, self.param_groups, strict=True)
         ]
-        # A copy, because the optimiser would go on to step the very tensors it is given.
-        optimiser.load_state_dict({"state": copy.deepcopy(self.optimiser_state), "param_groups": restored})
+        # A copy, because the optimizer would go on to step the very tensors it is given.
+        optimizer.load_state_dict({"state": copy.deepcopy(self.optimizer_state), "param_groups": restored})
 
 
 def _check_model(stored: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
@@ -150,7 +151,7 @@ def set_rng_state(states: Mapping[str, torch.Tensor], device: torch.device, rank
 def save(
     path: str | os.PathLike[str],
     model: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     *,
     epoch: int,
     step: int,
@@ -163,7 +164,7 @@ def save(
     Args:
         path: the file to write.
         model: the model; its `state_dict` is stored.
-        optimiser: its optimiser; the state must consist of tensors and JSON values, as in every `torch.optim` class.
+        optimizer: its optimizer; the state must consist of tensors and JSON values, as in every `torch.optim` class.
         epoch: number of finished epochs.
         step: number of finished steps.
         config: the run's options; JSON values.
@@ -176,13 +177,13 @@ def save(
     """
     tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
     tensors |= {_RNG + name: tensor for name, tensor in rng.items()}
-    optimiser_state = optimiser.state_dict()
+    optimizer_state = optimizer.state_dict()
     plain: dict[str, dict[str, Any]] = {}
-    for index, values in optimiser_state["state"].items():
+    for index, values in optimizer_state["state"].items():
         plain[str(index)] = {}
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{_OPTIMISER}{index}.{name}"] = value
+                tensors[f"{_OPTIMIZER}{index}.{name}"] = value
             else:
                 plain[str(index)][name] = value
     # Clones, because safetensors refuses tensors that share memory (tied weights).
@@ -194,7 +195,7 @@ def save(
         "step": step,
         "config": dict(config),
         "history": history,
-        "optimiser": {"state": plain, "param_groups": optimiser_state["param_groups"]},
+        "optimizer": {"state": plain, "param_groups": optimizer_state["param_groups"]},
     }
     body = {"format": FORMAT, "version": VERSION, "digest": _digest(state, tensors), "state": state}
     # One metadata entry: safetensors keeps several in no fixed order, and equal runs shall give equal files.
@@ -237,19 +238,19 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _assemble(state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Checkpoint:
-    optimiser_state = {int(index): dict(values) for index, values in state["optimiser"]["state"].items()}
+    optimizer_state = {int(index): dict(values) for index, values in state["optimizer"]["state"].items()}
     for key, tensor in tensors.items():
-        if key.startswith(_OPTIMISER):
-            index, _, name = key.removeprefix(_OPTIMISER).partition(".")
-            optimiser_state[int(index)][name] = tensor
+        if key.startswith(_OPTIMIZER):
+            index, _, name = key.removeprefix(_OPTIMIZER).partition(".")
+            optimizer_state[int(index)][name] = tensor
     return Checkpoint(
         epoch=state["epoch"],
         step=state["step"],
         config=state["config"],
         history=state["history"],
         model={key.removeprefix(_MODEL): value for key, value in tensors.items() if key.startswith(_MODEL)},
-        optimiser_state=optimiser_state,
-        param_groups=state["optimiser"]["param_groups"],
+        optimizer_state=optimizer_state,
+        param_groups=state["optimizer"]["param_groups"],
         rng={key.removeprefix(_RNG): value for key, value in tensors.items() if key.startswith(_RNG)},
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastlenet.support import InputError
+from fastlenet.errors import InputError
 
 CPU = torch.device("cpu")
 

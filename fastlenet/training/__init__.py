@@ -1,0 +1,1 @@
+"""Training LeNet: the loop, its data and checkpoints, several processes, and the demo. `fastlenet.cli` runs it."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlenet.backend import logger
+from fastlenet.selection import logger
 
 __all__ = ["GraphedTrainStep"]
 

@@ -179,9 +179,7 @@ def chain(input: Tensor, parameters: Sequence[Tensor | None], links: Links) -> T
     return input
 
 
-def chain_with_saved(
-    input: Tensor, parameters: Sequence[Tensor | None], links: Links
-) -> tuple[Tensor, list[Tensor]]:
+def chain_with_saved(input: Tensor, parameters: Sequence[Tensor | None], links: Links) -> tuple[Tensor, list[Tensor]]:
     """Return the output and what `chain_backward` needs.
 
     That is, link by link, the argmax of a convolution, and the link's output unless it is the chain's.

@@ -21,14 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastlenet import pattern, trial
-from fastlenet.backend import backend, logger, why_aten
+from fastlenet import ops, pattern, selection, trial
 from fastlenet.checks import pair
 from fastlenet.functional import IntOrPair
-from fastlenet.kernels import dispatch
 from fastlenet.kernels.geometry import ConvPoolGeometry
 from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
 from fastlenet.pattern import CONV, LINEAR, Chain, Trace, UntraceableError
+from fastlenet.selection import logger
 
 __all__ = ["Explanation", "Site", "explain", "fuse"]
 
@@ -592,32 +591,38 @@ def _observe(
 def _site_of_layer(name: str, layer: ConvReLUMaxPool2d | LinearReLU, seen: tuple[Tensor, Tensor] | None) -> Site:
     operand = layer.weight if seen is None else seen[0]
     conv = isinstance(layer, ConvReLUMaxPool2d)
-    cells = _cells(layer.pool_size) if isinstance(layer, ConvReLUMaxPool2d) else 1
     input, output = ("?", "?") if seen is None else (_shape(seen[0]), _shape(seen[1]))
-    implementation, reason = _implementation(operand.dtype, operand.device, cells)
-    library = None
-    if implementation == "triton" and backend() == "auto" and seen is not None:
-        library = _why_library(layer, operand)
-    if library is not None:
-        implementation, reason = "aten", f"forward: {library}"
+    if seen is None:
+        cells = _cells(layer.pool_size) if isinstance(layer, ConvReLUMaxPool2d) else 1
+        implementation, reason = _implementation(operand.dtype, operand.device, cells)
+    else:
+        implementation, reason = _choice(layer, operand)
     return Site(name, CONV if conv else LINEAR, "", input, output, implementation, "", "", reason)
 
 
-def _why_library(layer: ConvReLUMaxPool2d | LinearReLU, input: Tensor) -> str | None:
-    """Why a layer's forward takes a library, though a Triton kernel covers it; None if it does not."""
-    if isinstance(layer, LinearReLU):
-        return dispatch.product("forward", input, layer.weight.t())
-    named = isinstance(layer.padding, str)
-    geometry = ConvPoolGeometry(
-        pair("explain", "stride", layer.stride),
-        # What is padded before the first row and column; stock keeps both ends, the last dimension first.
-        tuple(layer._reversed_padding_repeated_twice[2::-2]) if named else pair("explain", "padding", layer.padding),
-        pair("explain", "dilation", layer.dilation),
-        layer.groups,
-        *(pair("explain", name, getattr(layer, name)) for name in _POOL),
-        layer.ceil_mode,
-    )
-    return dispatch.convolution("forward", input if input.dim() == 4 else input.unsqueeze(0), layer.weight, geometry)
+def _choice(layer: ConvReLUMaxPool2d | LinearReLU, input: Tensor) -> tuple[str, str]:
+    """Which implementation a layer takes without gradients for an input like this, and why."""
+    weight, bias = (None if p is None else p.detach().to(input.dtype) for p in (layer.weight, layer.bias))
+    operator: Any = ops.LINEAR_RELU
+    settings = None
+    if isinstance(layer, ConvReLUMaxPool2d):
+        operator, named = ops.CONV2D_RELU_MAX_POOL2D, isinstance(layer.padding, str)
+        settings = ConvPoolGeometry(
+            pair("explain", "stride", layer.stride),
+            # What is padded before the first row and column; stock keeps both ends, the last dimension first.
+            tuple(layer._reversed_padding_repeated_twice[2::-2])
+            if named
+            else pair("explain", "padding", layer.padding),
+            pair("explain", "dilation", layer.dilation),
+            layer.groups,
+            *(pair("explain", name, getattr(layer, name)) for name in _POOL),
+            layer.ceil_mode,
+        )
+    try:
+        choice = selection.choose(operator, settings, (input, weight, bias), differentiable=False)
+    except (RuntimeError, NotImplementedError) as error:
+        return "none", str(error)
+    return choice.forward, choice.reason
 
 
 _POOL = ("pool_size", "pool_stride", "pool_padding", "pool_dilation")
@@ -635,10 +640,12 @@ def _site(record: _Record) -> Site:
 def _implementation(dtype: torch.dtype, device: torch.device, cells: int) -> tuple[str, str]:
     """Which implementation a fused operator takes, and why."""
     try:
-        reason = why_aten(torch.empty(0, dtype=dtype, device=device), cells)
+        choice = selection.choose_by_type(torch.empty(0, dtype=dtype, device=device))
     except (RuntimeError, NotImplementedError) as error:
         return "none", str(error)
-    return ("triton", "a Triton kernel covers it") if reason is None else ("aten", reason)
+    if choice.forward == "triton" and cells > 255:
+        return "aten", f"the Triton kernels cover pooling windows of up to 255 cells, not {cells}"
+    return choice.forward, choice.reason
 
 
 def _cells(pool_size: IntOrPair) -> int:

@@ -108,8 +108,8 @@ def _scattered(grad_output: Tensor, argmax: Tensor, conv_size: Sequence[int], ge
     column = columns - geometry.pool_padding[1] + cell % geometry.pool_size[1] * geometry.pool_dilation[1]
     index = torch.where(kept, row * conv_size[1] + column, 0).flatten(2)
     zeros = grad_output.new_zeros(*argmax.shape[:2], conv_size[0] * conv_size[1])
-    passing = torch.where(kept, grad_output, 0.0).flatten(2)
-    return zeros.scatter_add(2, index, passing).unflatten(2, tuple(conv_size))
+    passing = torch.where(kept, grad_output, 0.0).reshape(index.shape)
+    return zeros.scatter_add(2, index, passing).view(*argmax.shape[:2], *conv_size)
 
 
 # --- linear maps with relu ------------------------------------------------------------------------------------------
@@ -117,9 +117,7 @@ def _scattered(grad_output: Tensor, argmax: Tensor, conv_size: Sequence[int], ge
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return relu(input @ weight^T + bias), of any leading dimensions."""
-    product = F.linear(input, weight, bias)
-    # Of anything but a matrix the product may be a view.
-    return product.relu_() if input.dim() == 2 and weight.dim() == 2 else product.relu()
+    return torch.relu(F.linear(input, weight, bias))
 
 
 def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
@@ -127,7 +125,7 @@ def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, al
     if input is None:
         product = torch.mm(mat1, mat2)
         return torch.relu(product if alpha == 1 else product * alpha)
-    return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha).relu_()
+    return torch.relu(torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha))
 
 
 def addmm_relu_backward(

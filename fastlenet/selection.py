@@ -421,7 +421,11 @@ def _run_watched(operator: Operator, settings: Any, tensors: Sequence[Any]) -> T
     if _get_tracing_state() is not None:
         # A trace records operators below autograd, so gradients must be stock's business. What needs none is recorded
         # whole; PyTorch's check of a trace runs without gradients, so the mode must not decide.
-        return operator.composition(settings, *tensors) if required else operator.fused(settings, None, False, *tensors)
+        if required:
+            return operator.composition(settings, *tensors)
+        if not operator.traceable:
+            return operator.one_by_one(run, settings, *tensors)
+        return operator.fused(settings, None, False, *tensors)
     if any(tensor is not None and _is_batched(tensor) for tensor in tensors):
         return operator.composition(settings, *tensors)
     if choose(operator, settings, tensors).forward == "aten":

@@ -191,7 +191,7 @@ def _composed_grads(
 def function_of(links: Links) -> type[torch.autograd.Function]:
     """Make a chain's Function, whose name, and so its node's, says which operators stand there."""
     names = ["ConvReLUMaxPool2d" if isinstance(link, ConvPoolGeometry) else _LINEAR_NAMES[link] for link in links]
-    return type("_".join([*names, "Chain"]), (ChainFunction,), {"__doc__": ChainFunction.__doc__})
+    return type(f"{'_'.join(names)}Chain", (ChainFunction,), {"__doc__": ChainFunction.__doc__})
 
 
 _LINEAR_NAMES = {LINEAR_RELU: "LinearReLU", LINEAR: "Linear"}
@@ -202,6 +202,7 @@ _LINEAR_NAMES = {LINEAR_RELU: "LinearReLU", LINEAR: "Linear"}
 
 class _Operator(Operator):
     name = _NAME
+    traceable = False  # lists of optional tensors are not
 
     def check(self, settings: Links, *tensors: Any) -> None:
         checks.chain(_NAME, settings, *tensors)

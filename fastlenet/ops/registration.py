@@ -46,10 +46,12 @@ class Operator(ABC):
     Attributes:
         name: of the operator, in messages.
         main: which operand the log describes.
+        traceable: whether torch.jit.trace can record the registered operator; else it records the parts.
     """
 
     name: str
     main: int = 0
+    traceable: bool = True
 
     def operands(self, *tensors: Any) -> tuple[Any, ...]:
         """Return the operands as the library's rule takes them."""

@@ -9,13 +9,15 @@ operator runs.
 from __future__ import annotations
 
 import contextlib
+import importlib.abc
+import importlib.util
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 # The package's own name, so that a copy of it under another name has operators of its own, beside these.
 NAMESPACE = "_".join(__name__.split(".")[:-2])
@@ -101,7 +103,38 @@ def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int]) -> 
     name = schema.partition("(")[0]
     library.define(schema)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    register_flop_formula(getattr(operators, name))(flops)
+    packet = getattr(operators, name)
+    _when_imported("torch.utils.flop_counter", lambda module: module.register_flop_formula(packet)(flops))
+
+
+def _when_imported(name: str, then: Callable[[Any], Any]) -> None:
+    """Call `then` with a module once it is there: importing this one loads triton, which few programs need."""
+    if name in sys.modules:
+        then(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _Finder(name, then))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Lets the other finders find a module, and is told when it has been executed."""
+
+    def __init__(self, name: str, then: Callable[[Any], Any]) -> None:
+        self.name, self.then = name, then
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_tell(module: Any) -> None:
+                execute(module)
+                self.then(module)
+
+            spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
+        return spec
 
 
 def implement(name: str, function: Callable[..., Any]) -> None:

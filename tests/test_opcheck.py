@@ -84,7 +84,11 @@ def test_chain(spec, checks):
         opcheck(OPERATORS.chain.default, (input, parameters, spec, save), test_utils=checks)
     output, saved = OPERATORS.chain(input, parameters, spec, True)
     count = len(parameters) + 1
-    masks = [[True] * 2 + [False] + [True] * (count - 3)] if checks is ALL else itertools.product((True, False), repeat=count)
+    masks = (
+        [[True] * 2 + [False] + [True] * (count - 3)]
+        if checks is ALL
+        else itertools.product((True, False), repeat=count)
+    )
     for mask in masks:
         if not mask[2]:
             args = (torch.ones_like(output), output, input, parameters, saved, spec, list(mask))

@@ -26,7 +26,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
@@ -38,7 +37,7 @@ from bench.baselines import precision_mode
 from bench.fake_driver import TARGETS, CompiledKernelRecord, Launch, compiling_for
 from bench.fake_driver import sass as disassemble
 from bench.workloads import BACKWARD, FORWARD, LENET_OPERATORS, OTHER_OPERATORS, TRAIN_STEP, ConvCase, LinearCase, Work
-from fastlenet import environment, functional
+from fastlenet import environment, functional, selection
 from fastlenet.errors import InputError, import_extra
 from fastlenet.files import write_json
 from fastlenet.terminal import BAD_INPUT, Parser, print_error
@@ -368,9 +367,8 @@ Row = dict[str, Any]
 @contextlib.contextmanager
 def compiling_fastlenet(arch: str, precision: str) -> Iterator[list[CompiledKernelRecord]]:
     """Compile what fastlenet launches on CPU tensors in this context; the Triton backend is forced."""
-    # Only the check that the tensors are where Triton drives a device stands in the way.
-    reachable = mock.patch.object(sys.modules["fastlenet.backend"], "_unreachable", return_value=None)
-    with precision_mode(precision), fastlenet.use_backend("triton"), reachable, compiling_for(arch) as records:
+    driven = selection.triton_drives_everything()
+    with precision_mode(precision), fastlenet.use_backend("triton"), driven, compiling_for(arch) as records:
         yield records
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from fastlenet.kernels import configurations, dispatch
+from fastlenet.kernels import configurations
 from fastlenet.kernels.configurations import Configuration
 
 import fastlenet
@@ -43,6 +43,7 @@ from bench.workloads import (
 )
 from fastlenet import environment
 from fastlenet.files import atomic_write
+from fastlenet.library import LIBRARY
 from fastlenet.timing import MARGIN
 
 Say = Callable[[str], None]
@@ -113,7 +114,7 @@ def shape_of(case: Case) -> tuple[int, ...]:
 def candidates(slot: Slot) -> list[Configuration]:
     """What may fill a slot; what an untuned table takes comes first."""
     part = slot.kernel.rpartition(".")[2]
-    library = Configuration(dispatch.LIBRARY, {}, "")
+    library = Configuration(LIBRARY, {}, "")
     if part == "backward" or not isinstance(slot.case, ConvCase):
         return [Configuration("general", {}, ""), library]
     from fastlenet.kernels.conv2d_relu_max_pool2d import search
@@ -133,7 +134,7 @@ def trying(slot: Slot, configuration: Configuration) -> Iterator[None]:
     before = configurations.table
     configurations.table = lambda: table  # type: ignore[assignment]
     try:
-        with fastlenet.use_backend("aten" if configuration.design == dispatch.LIBRARY else "triton"):
+        with fastlenet.use_backend("aten" if configuration.design == LIBRARY else "triton"):
             yield
     finally:
         configurations.table = before
@@ -145,7 +146,7 @@ def unfit(slot: Slot, configuration: Configuration) -> str | None:
     Found by compiling it for the architecture, launching nothing.
     """
     architecture = configurations.architecture()
-    if configuration.design == dispatch.LIBRARY or architecture not in TARGETS:
+    if configuration.design == LIBRARY or architecture not in TARGETS:
         return None
     from bench.static import compiling_fastlenet, run_operator
 

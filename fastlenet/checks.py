@@ -1,13 +1,12 @@
 """What the functional forms refuse, and in which words.
 
 Each check raises what the stock operator raises for the same mistake (the exception's type is tested against stock),
-with a message that names the argument, what it is, and what was expected. Of a call whose shapes, types and
-hyper-parameters were found to fit once, only the arguments' Python types are checked again (`is_legal`).
+with a message that names the argument, what it is, and what was expected. Of a kind of call that was found legal once,
+only the arguments' Python types are checked again (`fastlenet.selection`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import numbers
 import operator as op
 import sys
@@ -16,52 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
-
-_legal: set[Any] = set()
-_MOST_CALLS = 4096
-# Named here, as looking it up through `torch` takes as long as it does.
-_get_tracing_state = torch._C._get_tracing_state
-
-
-def call(*tensors: Tensor | None, others: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Describe a call by all that its checks look at, or return None where somebody traces it.
-
-    A compiler shall not trace how calls are remembered; and for torch.jit.trace, sizes are tensors.
-
-    Args:
-        tensors: the operands; after autocast, which changes their types.
-        others: the operator's name, and whatever else decides.
-    """
-    if torch.compiler.is_compiling() or _get_tracing_state() is not None:
-        return None
-    key = list(others)
-    for tensor in tensors:
-        if tensor is None:
-            key.append(None)
-        else:
-            key += tensor.shape, tensor.dtype, tensor.device
-    return tuple(key)
-
-
-def is_legal(call: tuple[Any, ...] | None) -> bool:
-    """Whether a call like this has passed its checks before."""
-    if call is None:
-        return False
-    try:
-        return call in _legal
-    except TypeError:  # symbolic sizes have no hash
-        return False
-
-
-def remember(call: tuple[Any, ...] | None) -> None:
-    """Take a call for legal from now on."""
-    if call is None:
-        return
-    if len(_legal) >= _MOST_CALLS:
-        _legal.clear()
-    with contextlib.suppress(TypeError):
-        _legal.add(call)
+from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Links, Pair
 
 
 def tensors(operator: str, *required: tuple[str, Any], **optional: Any) -> None:
@@ -244,23 +198,54 @@ def linear_shapes(operator: str, input: Tensor, weight: Tensor, bias: Tensor | N
         _broadcasts(operator, "bias", bias, (*input.shape[:-1], weight.shape[0]))
 
 
-def mlp_shapes(operator: str, input: Tensor, parameters: dict[str, Tensor]) -> None:
-    """Require weights whose widths fit one after the other, each with its bias."""
-    if input.dim() == 0:
+def chain(operator: str, links: Links, input: Tensor, *parameters: Tensor | None) -> None:
+    """Require links in an order that a chain has, and weights that fit one after the other, each with its bias."""
+    kinds = [LINEAR_RELU if link == LINEAR else link for link in links[-1:]]
+    kinds = [*links[:-1], *kinds]
+    linear = next((i for i, link in enumerate(kinds) if not isinstance(link, ConvPoolGeometry)), len(kinds))
+    if not links or any(link != LINEAR_RELU for link in kinds[linear:]):
+        raise RuntimeError(
+            f"{operator}: links are convolutions, then {LINEAR_RELU!r}, and {LINEAR!r} at most once, at the end; "
+            f"but got {links}"
+        )
+    if len(parameters) != 2 * len(links):
+        raise RuntimeError(
+            f"{operator}: {len(links)} links have {2 * len(links)} parameters, but got {len(parameters)}"
+        )
+    named = {f"{('weight', 'bias')[i % 2]}{i // 2 + 1}": parameter for i, parameter in enumerate(parameters)}
+    for name, parameter in named.items():
+        if name.startswith("weight") and not isinstance(parameter, Tensor):
+            raise TypeError(f"{operator}(): argument '{name}' must be Tensor, not {type(parameter).__name__}")
+    same_type(operator, ("input", input), **named)
+    before, shape = "input", tuple(input.shape)
+    if linear and len(shape) not in (3, 4):
+        raise RuntimeError(
+            f"{operator}: expected 3D (unbatched) or 4D (batched) input, but got input of size {list(shape)}"
+        )
+    if not shape:
         raise RuntimeError(f"{operator}: expected input of at least 1 dimension, but got a scalar")
-    before, width = "input", input.shape[-1]
-    for name, tensor in parameters.items():
-        if name.startswith("weight"):
-            if tensor.dim() != 2 or tensor.shape[1] != width:
-                raise RuntimeError(
-                    f"{operator}: expected {name} of size (out_features, {width}), as {before} has {width} features, "
-                    f"but got {name} of size {list(tensor.shape)}"
-                )
-            before, width = name, tensor.shape[0]
-        elif tensor.dim() != 1 or tensor.shape[0] != width:
+    images = input.unsqueeze(0) if linear and len(shape) == 3 else input
+    for index, link in enumerate(links):
+        (name, weight), (bias_name, bias) = list(named.items())[2 * index : 2 * index + 2]
+        assert weight is not None
+        if isinstance(link, ConvPoolGeometry):
+            conv_shapes(operator, images, weight, bias, link.groups)
+            geometry(operator, link)
+            pooled_size(operator, images, weight, link)
+            shape = link.output_shape(images, weight)
+            images = weight.new_empty((0, *shape[1:]))
+            continue
+        width = shape[-1] if index > linear or not linear else shape[1] * shape[2] * shape[3]
+        if weight.dim() != 2 or weight.shape[1] != width:
             raise RuntimeError(
-                f"{operator}: expected {name} of size ({width},), as {before} has {width} rows, but got {name} of size "
-                f"{list(tensor.shape)}"
+                f"{operator}: expected {name} of size (out_features, {width}), as {before} has {width} features, "
+                f"but got {name} of size {list(weight.shape)}"
+            )
+        before, shape = name, (weight.shape[0],)
+        if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+            raise RuntimeError(
+                f"{operator}: expected {bias_name} of size ({weight.shape[0]},), as {name} has {weight.shape[0]} rows, "
+                f"but got {bias_name} of size {list(bias.shape)}"
             )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fastlenet
-from fastlenet.backend import why_aten
+from fastlenet import selection
 
 # The folder that holds the package: the project root in a source checkout.
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,10 +125,10 @@ def _backend() -> dict[str, str]:
     """The setting in force, and which implementation a float32 tensor of this device takes and why."""
     try:
         setting = fastlenet.backend()
-        reason = why_aten(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
+        choice = selection.choose_by_type(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
     except (ValueError, RuntimeError, NotImplementedError) as error:  # a setting that cannot be; the report is for that
         return {"setting": os.environ.get("FASTLENET_BACKEND", "auto"), "takes": f"none: {error}"}
-    return {"setting": setting, "takes": "triton" if reason is None else f"aten: {reason}"}
+    return {"setting": setting, "takes": f"{choice.forward}: {choice.reason}"}
 
 
 def _gpu(number: int) -> dict[str, Any]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlenet import autograd, checks
-from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
+from fastlenet import checks, ops
+from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Links, Pair
+from fastlenet.selection import run
 
-__all__ = ["addmm_relu", "conv2d_relu_max_pool2d", "linear_relu", "mlp"]
+__all__ = ["addmm_relu", "chain", "conv2d_relu_max_pool2d", "linear_relu", "mlp"]
 
 IntOrPair = int | tuple[int, ...]
 
@@ -41,8 +43,8 @@ def conv2d_relu_max_pool2d(
     pool_stride, pool_padding, pool_dilation, ceil_mode)``, gradients included: NaN propagates, ties go to the first
     cell in scan order, and no gradient passes where every cell of a window is <= 0.
 
-    For the backward it keeps the input, the weight and one byte per pooled cell, nothing at the convolution's
-    resolution; but a float32 convolution of at most 320 KiB on a CPU, where that saves nothing, is kept as in stock.
+    Where a kernel computes it, it keeps for the backward the input, the weight and one byte per pooled cell, nothing at
+    the convolution's resolution.
 
     Args:
         input: (N, C, H, W) or, unbatched, (C, H, W); any strides; float32, float16, bfloat16 or float64. N may be 0.
@@ -76,18 +78,15 @@ def conv2d_relu_max_pool2d(
     checks.tensors(name, ("input", input), ("weight", weight), bias=bias)
     checks.boolean(name, "ceil_mode", ceil_mode)
     groups = checks.integer(name, "groups", groups)
-    batched = input.dim() == 4
-    if not batched and input.dim() != 3:
+    if input.dim() != 4 and input.dim() != 3:
         raise RuntimeError(
             f"{name}: expected 3D (unbatched) or 4D (batched) input, but got input of size {list(input.shape)}"
         )
-    if not batched:
-        input = input.unsqueeze(0)
-    input, weight, bias = _autocast(input, weight, bias)
     pool_size = checks.pair(name, "pool_size", pool_size)
     stride, dilation = checks.pair(name, "stride", stride), checks.pair(name, "dilation", dilation)
     if isinstance(padding, str):
-        checks.conv_shapes(name, input, weight, bias, groups, batched)
+        batched = input.dim() == 4
+        checks.conv_shapes(name, input if batched else input.unsqueeze(0), weight, bias, groups, batched)
         input, padding = _named_padding(name, input, weight, padding, stride, dilation)
     geometry = ConvPoolGeometry(
         stride,
@@ -100,15 +99,24 @@ def conv2d_relu_max_pool2d(
         checks.pair(name, "pool_dilation", pool_dilation),
         ceil_mode,
     )
-    call = checks.call(input, weight, bias, others=(name, geometry, batched))
-    if not checks.is_legal(call):
-        checks.same_type(name, ("input", input), weight=weight, bias=bias)
-        checks.conv_shapes(name, input, weight, bias, groups, batched)
-        checks.geometry(name, geometry)
-        checks.pooled_size(name, input, weight, geometry)
-        checks.remember(call)
-    output = autograd.conv2d_relu_max_pool2d(input, weight, bias, geometry)
-    return output if batched else output.squeeze(0)
+    return run(ops.CONV2D_RELU_MAX_POOL2D, geometry, *autocast(input, weight, bias))
+
+
+def prepared_conv2d_relu_max_pool2d(
+    geometry: ConvPoolGeometry, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The same for a geometry that a layer has read already."""
+    if (
+        not isinstance(weight, Tensor)
+        or (bias is not None and not isinstance(bias, Tensor))
+        or not 3 <= input.dim() <= 4
+    ):
+        checks.tensors("conv2d_relu_max_pool2d", ("weight", weight), bias=bias)
+        raise RuntimeError(
+            "conv2d_relu_max_pool2d: expected 3D (unbatched) or 4D (batched) input, but got input of size "
+            f"{list(input.shape)}"
+        )
+    return run(ops.CONV2D_RELU_MAX_POOL2D, geometry, *autocast(input, weight, bias))
 
 
 def _unset(pool_stride: Any) -> bool:
@@ -152,21 +160,11 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         >>> fastlenet.functional.linear_relu(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 0.0], [0.0, 3.0]]))
         tensor([[2., 0.]])
     """
-    name = "linear_relu"
-    if (output := autograd.plain_linear_relu(input, weight, bias)) is not None:
-        return output
-    checks.tensors(name, ("input", input), ("weight", weight), bias=bias)
-    input, weight, bias = _autocast(input, weight, bias)
-    checks.same_type(name, ("input", input), weight=weight, bias=bias)
-    checks.linear_shapes(name, input, weight, bias)
-    if input.dim() == 2 and weight.dim() == 2:
-        return autograd.addmm_relu(bias, input, weight.t(), 1, 1)
-    leading = input.shape[:-1]
-    matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
-    if bias is not None and bias.dim() > 1 and leading:
-        bias = bias.expand(*leading, matrix.shape[0]).reshape(-1, matrix.shape[0])
-    output = autograd.addmm_relu(bias, input.reshape(leading.numel(), input.shape[-1]), matrix.t(), 1, 1)
-    return output.reshape(leading if weight.dim() == 1 else (*leading, weight.shape[0]))
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+        checks.tensors("linear_relu", ("input", input), ("weight", weight))
+    if bias is not None and not isinstance(bias, Tensor):
+        checks.tensors("linear_relu", bias=bias)
+    return run(ops.LINEAR_RELU, None, *autocast(input, weight, bias))
 
 
 def addmm_relu(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -195,10 +193,7 @@ def addmm_relu(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, al
     name = "addmm_relu"
     checks.tensors(name, ("input", input), ("mat1", mat1), ("mat2", mat2))
     beta, alpha = checks.scalar(name, "beta", beta), checks.scalar(name, "alpha", alpha)
-    input, mat1, mat2 = _autocast(input, mat1, mat2)
-    checks.same_type(name, ("mat1", mat1), mat2=mat2, input=input)
-    checks.matrices(name, input, mat1, mat2)
-    return autograd.addmm_relu(input, mat1, mat2, beta, alpha)
+    return run(ops.ADDMM_RELU, (beta, alpha), *autocast(input, mat1, mat2))
 
 
 def mlp(
@@ -207,9 +202,8 @@ def mlp(
     """Apply three linear layers with relu between them, the head of a small network, in one operator.
 
     Equal to ``F.linear(F.relu(F.linear(F.relu(F.linear(input, weight1, bias1)), weight2, bias2)), weight3, bias3)``,
-    gradients included. The Triton kernels take layers of up to 128 features (`input` may have any number) and keep what
-    lies between the layers on the chip; for the backward they store it once. Where torch.func or forward mode maps the
-    call, it is computed layer by layer.
+    gradients included: a `chain` of three linear links. For layers of up to 128 features (`input` may have any number)
+    the Triton kernels keep what lies between the layers on the chip; for the backward they store it once.
 
     Args:
         input: (*, in_features) with any leading dimensions; float32, float16, bfloat16 or float64.
@@ -226,7 +220,7 @@ def mlp(
     Raises:
         RuntimeError: for shapes or dtypes that do not fit.
         TypeError: for arguments that are no tensors.
-        NotImplementedError: if backend ``"triton"`` is forced for a dtype or a width that no kernel covers.
+        NotImplementedError: if backend ``"triton"`` is forced for a dtype that no kernel covers.
 
     Example:
         >>> import torch, fastlenet
@@ -235,28 +229,48 @@ def mlp(
         >>> fastlenet.functional.mlp(torch.randn(64, 400), *parameters).shape
         torch.Size([64, 10])
     """
-    name = "mlp"
     tensors = input, weight1, bias1, weight2, bias2, weight3, bias3
-    names = "input", "weight1", "bias1", "weight2", "bias2", "weight3", "bias3"
-    for tensor in tensors:
+    for name, tensor in zip(_MLP_ARGUMENTS, tensors, strict=True):
         if not isinstance(tensor, Tensor):
-            checks.tensors(name, *zip(names, tensors, strict=True))
-    tensors = input, weight1, bias1, weight2, bias2, weight3, bias3 = _autocast(*tensors)
-    call = checks.call(*tensors, others=(name,))
-    if not checks.is_legal(call):
-        parameters = dict(zip(names[1:], tensors[1:], strict=True))
-        checks.same_type(name, ("input", input), **parameters)
-        checks.mlp_shapes(name, input, parameters)
-        checks.remember(call)
-    if autograd.forward_mode() or torch._C._are_functorch_transforms_active():
-        return F.linear(linear_relu(linear_relu(input, weight1, bias1), weight2, bias2), weight3, bias3)
-    leading = input.shape[:-1]
-    rows = input if input.dim() == 2 else input.reshape(leading.numel(), input.shape[-1])
-    output = autograd.mlp(rows, weight1, bias1, weight2, bias2, weight3, bias3)
-    return output if input.dim() == 2 else output.reshape(*leading, output.shape[-1])
+            checks.tensors("mlp", (name, tensor))
+    return chain(input, tensors[1:], _MLP_LINKS)
 
 
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
+_MLP_ARGUMENTS = "input", "weight1", "bias1", "weight2", "bias2", "weight3", "bias3"
+_MLP_LINKS = LINEAR_RELU, LINEAR_RELU, LINEAR
+
+
+def chain(input: Tensor, parameters: Sequence[Tensor | None], links: Links) -> Tensor:
+    """Apply a row of fused operators as one: convolutions with relu and max-pool, then linear maps with relu.
+
+    Equal to the operators one after the other, gradients included; what lies between them is not to be had. Samples
+    become rows before the first linear link. Where no kernel takes the whole row, its links run one by one.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W) if the first link is a convolution, else (*, in_features).
+        parameters: weight and bias of each link in turn; a bias may be None.
+        links: a `ConvPoolGeometry` for each convolution, then ``"linear_relu"`` for each linear map with relu; the last
+            link may be ``"linear"``, without relu.
+
+    Returns:
+        What the last link gives.
+
+    Raises:
+        RuntimeError: for shapes, dtypes or links that do not fit.
+        TypeError: for arguments that are no tensors.
+        NotImplementedError: if a backend is forced of which no kernel covers the chain.
+
+    Example:
+        >>> import torch, fastlenet
+        >>> parameters = [torch.randn(4, 6), None, torch.randn(2, 4), torch.randn(2)]
+        >>> fastlenet.functional.chain(torch.randn(5, 6), parameters, ("linear_relu", "linear")).shape
+        torch.Size([5, 2])
+    """
+    checks.tensors("chain", ("input", input))
+    return run(ops.CHAIN, links, *autocast(input, *parameters))
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast as autocast casts for F.conv2d and F.linear: floating point other than float64, on the autocast device."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return tensors

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastlenet.backend import logger
+from fastlenet.selection import logger
 
 __all__ = ["GraphedInference", "GraphedTrainStep"]
 

@@ -6,23 +6,25 @@ max-pooling, as PyTorch's tutorials have it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from fastlenet.backend import use_triton
-from fastlenet.functional import mlp
-from fastlenet.kernels.geometry import WIDEST_LAYER
-from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
+from fastlenet import functional
+from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, Links
+from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU, prepared
 
 __all__ = ["LeNet", "StockLeNet"]
 
 
 class LeNet(nn.Module):
-    """LeNet built of fused layers: two kernels for its convolutional part and, on Triton, one for its linear layers.
+    """LeNet built of fused layers, which run as one chain: on a GPU as three kernels.
 
-    Its linear layers run one by one on ATen, under torch.compile and torch.export, and where somebody may watch or has
-    changed one of them (hooks, parametrizations, other modules in their places).
+    Its layers run one by one under torch.compile and torch.export, and where one of them is watched or was changed:
+    hooks, parametrizations, other modules in their places.
 
     Its state_dict is interchangeable with `StockLeNet`'s in both directions, and with the same seed both start from
     the same weights.
@@ -56,38 +58,48 @@ class LeNet(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map images (N, in_channels, 32, 32), or one unbatched, to logits (N, num_classes)."""
+        # torch.fx traces with stand-ins for tensors, and hooks of all modules want to see each.
+        if type(input) is Tensor and not torch.compiler.is_compiling() and not _has_any_global_hook():
+            modules = self._modules
+            chain = _chain_of(*map(modules.get, _LAYERS))
+            if chain is not None:
+                return functional.chain(input, *chain)
         features = self.conv2(self.conv1(input)).flatten(-3)
-        if not self._head_is_one_operator(features):
-            return self.fc3(self.fc2(self.fc1(features)))
-        fc1, fc2, fc3 = self.fc1, self.fc2, self.fc3
-        return mlp(features, fc1.weight, fc1.bias, fc2.weight, fc2.bias, fc3.weight, fc3.bias)
-
-    def _head_is_one_operator(self, features: Tensor) -> bool:
-        """Whether the linear layers may be computed as one, which nobody can tell but by the clock."""
-        return (
-            not torch.compiler.is_compiling()
-            # torch.fx traces with stand-ins for tensors.
-            and isinstance(features, Tensor)
-            and use_triton(features)
-            and _is_plain(self.fc1, LinearReLU)
-            and _is_plain(self.fc2, LinearReLU)
-            and _is_plain(self.fc3, nn.Linear)
-            and not torch.nn.modules.module._has_any_global_hook()
-        )
+        return self.fc3(self.fc2(self.fc1(features)))
 
 
-def _is_plain(layer: nn.Module, kind: type[nn.Linear]) -> bool:
-    """Whether a layer is what LeNet made it, narrow enough for the fused head, and without hooks."""
-    # A parametrized layer is of another type; one made by older means has a hook.
-    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-    return (
-        type(layer) is kind
-        and bias is not None
-        and weight is not None
-        and weight.shape[0] <= WIDEST_LAYER
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        and "forward" not in layer.__dict__
-    )
+_LAYERS = "conv1", "conv2", "fc1", "fc2", "fc3"
+
+
+def _chain_of(*layers: nn.Module | None) -> tuple[list[Tensor | None], Links] | None:
+    """Return the parameters and links of the network; None where its layers are not what LeNet made them.
+
+    A parametrized layer is of another type. One that is hooked, or has a forward of its own, is called by itself.
+    """
+    links: list[Any] = []
+    parameters: list[Tensor | None] = []
+    for layer, kind in zip(layers, _KINDS, strict=True):
+        if type(layer) is not kind:
+            return None
+        state = layer.__dict__
+        if (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+        ):
+            return None
+        own = state["_parameters"]
+        weight, bias = own.get("weight"), own.get("bias")
+        if weight is None:
+            return None
+        parameters += weight, bias
+        links.append(prepared(layer) if kind is ConvReLUMaxPool2d else LINEAR if kind is nn.Linear else LINEAR_RELU)
+    return None if None in links else (parameters, tuple(links))
+
+
+_KINDS = ConvReLUMaxPool2d, ConvReLUMaxPool2d, LinearReLU, LinearReLU, nn.Linear
 
 
 class StockLeNet(nn.Module):

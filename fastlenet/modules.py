@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlenet.functional import IntOrPair, conv2d_relu_max_pool2d, linear_relu
+from fastlenet.functional import IntOrPair, conv2d_relu_max_pool2d, linear_relu, prepared_conv2d_relu_max_pool2d
+from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
 
 __all__ = ["ConvReLUMaxPool2d", "LinearReLU"]
 
@@ -79,6 +81,8 @@ class ConvReLUMaxPool2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (N, in_channels, H, W), or unbatched (in_channels, H, W), to the pooled output."""
+        if type(input) is Tensor and not torch.compiler.is_compiling() and (geometry := prepared(self)) is not None:
+            return prepared_conv2d_relu_max_pool2d(geometry, input, self.weight, self.bias)
         return conv2d_relu_max_pool2d(
             input,
             self.weight,
@@ -94,6 +98,10 @@ class ConvReLUMaxPool2d(nn.Conv2d):
             ceil_mode=self.ceil_mode,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what `prepared` keeps."""
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+
     def extra_repr(self) -> str:
         """Describe the convolution as ``nn.Conv2d`` does, then the pool."""
         pool = [f"pool_size={self.pool_size}"]
@@ -102,6 +110,36 @@ class ConvReLUMaxPool2d(nn.Conv2d):
         if self.ceil_mode:
             pool.append("ceil_mode=True")
         return ", ".join([super().extra_repr(), *pool])
+
+
+_fields = operator.itemgetter(
+    "stride", "padding", "dilation", "groups", "pool_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode"
+)
+
+
+def prepared(layer: nn.Module) -> ConvPoolGeometry | None:
+    """Return the geometry of a `ConvReLUMaxPool2d`, read once, and again when an attribute is another object.
+
+    Only what cannot change in place is read: numbers, and pairs of numbers. For anything else it returns None.
+    """
+    attributes = layer.__dict__
+    fields, known = _fields(attributes), attributes.get("_prepared")
+    if known is not None and all(map(operator.is_, fields, known[0])):
+        return known[1]
+    *sizes, ceil_mode = (*map(_pair, fields[:3]), fields[3], *map(_pair, fields[4:8]), fields[8])
+    if None in sizes or type(fields[3]) is not int or type(ceil_mode) is not bool:
+        return None
+    geometry = ConvPoolGeometry(*sizes, ceil_mode)
+    attributes["_prepared"] = fields, geometry
+    return geometry
+
+
+def _pair(value: Any) -> Pair | None:
+    """Read a size as (height, width); None if that takes more than a look."""
+    if type(value) is int:
+        return value, value
+    plain = type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int
+    return value if plain else (0, 0) if type(value) is str and value == "valid" else None
 
 
 class LinearReLU(nn.Linear):

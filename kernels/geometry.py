@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,6 +49,11 @@ class ConvPoolGeometry(NamedTuple):
         """The argmax of a pooled cell through which no gradient passes."""
         return torch.iinfo(self.argmax_dtype).max
 
+    @property
+    def window_may_be_empty(self) -> bool:
+        """Whether a window may lie wholly in the padding: its maximum is then -inf, as in stock."""
+        return max(self.pool_dilation) > 1 and max(self.pool_padding) > 0
+
     def key(self, input: torch.Tensor, weight: torch.Tensor) -> tuple[int, ...]:
         """Sizes by which the table of configurations knows a call: all but the number of images.
 
@@ -86,6 +92,28 @@ class ConvPoolGeometry(NamedTuple):
         """Shape of the pooled output for a batched `input` (N, C, H, W) and `weight` (O, C / groups, KH, KW)."""
         conv = self.conv_size((input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3]))
         return (input.shape[0], weight.shape[0], *self.pooled_size(conv))
+
+
+LINEAR_RELU, LINEAR = "linear_relu", "linear"
+"""Links of a chain that are no convolutions."""
+
+Links = tuple[ConvPoolGeometry | str, ...]
+"""The operators of a chain, in order: the geometry of each convolution, then `LINEAR_RELU` or `LINEAR`."""
+
+_HEAD = (LINEAR_RELU, LINEAR_RELU, LINEAR)
+
+
+def head_of(links: Links, parameters: Sequence[Any]) -> int:
+    """Return at which link of a chain the head's kernels begin; the number of links if nowhere.
+
+    They compute three linear maps with relu between them, of at most `WIDEST_LAYER` features, each with a bias.
+    """
+    first = len(links) - len(_HEAD)
+    if first < 0 or links[first:] != _HEAD:
+        return len(links)
+    weights, biases = parameters[2 * first :: 2], parameters[2 * first + 1 :: 2]
+    narrow = all(weight.shape[0] <= WIDEST_LAYER for weight in weights)
+    return first if narrow and all(bias is not None for bias in biases) else len(links)
 
 
 _PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)

@@ -2,27 +2,26 @@
 
 A launcher turns shapes, layouts, types, places in memory and settings into allocations, grids, tiles and constants,
 which takes Python longer than LeNet's kernels run. All of that but the addresses is the same for the next call of the
-same kind. So a `planned` launcher runs once as it is written, while `Recording` notes what it allocates and launches,
+same kind. So a `Kind` runs its launcher once as it is written, while `Recording` notes what it allocates and launches,
 and from then on the notes are carried out. There is no second way to write a launcher.
 
 What may be noted is narrow, so that nothing can be carried out wrongly: every tensor that a kernel gets is an operand,
-a copy of one by `runtime.contiguous`, or comes from `runtime.empty`. A launcher that does anything else with tensors
-has no plan, and runs each time.
+a copy of one by `runtime.contiguous`, comes from `runtime.empty` or from `runtime.by_library`, or is a view from the
+first element of one of these. A launcher that does anything else with tensors has no plan, and runs each time.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch import empty_strided as empty_strided  # by a name of this module, so that tests can poison
 from torch.nn import Parameter
 
 from . import configurations, runtime
-from .geometry import ConvPoolGeometry
 
 ENABLED = True
 """Whether plans are kept: tests that replace a launcher's parts turn it off, as a plan would go past them."""
@@ -30,155 +29,212 @@ ENABLED = True
 _MOST_PLANS = 4096
 
 
-class _Launch(NamedTuple):
-    """One launch of a plan.
+class Step(NamedTuple):
+    """One launch, or one call of a library.
 
     Attributes:
-        kernel: as it is written.
-        run: starts the compiled kernel, which it keeps alive.
+        kernel: as it is written; None for a library's call.
+        run: starts the compiled kernel, which it keeps alive; or is the library's function.
         grid: programs along three axes.
         binary: what `run` takes behind the stream.
-        tensors: picks the kernel's tensors out of operands and allocations.
+        tensors: picks the step's tensors out of operands and allocations.
         rest: numbers and constants, in the kernel's order.
     """
 
     kernel: Any
     run: Callable[..., Any]
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]
     binary: tuple[Any, ...]
     tensors: Callable[[list[Any]], tuple[Any, ...]]
     rest: tuple[Any, ...]
 
 
-class _Plan(NamedTuple):
-    """What to make, to launch and to return.
+class Plan(NamedTuple):
+    """What to make, to do and to return, and what it holds for.
 
     Attributes:
         memory: what stands behind the operands: shape, strides and type of what is allocated, or the place of the
             operand that is copied, None, and the copy's memory format.
-        launches: in order.
+        steps: in order.
         results: the place of each, or None.
+        driver: that launched, on `device`, by `table`'s configurations.
     """
 
     memory: list[tuple[Any, Any, Any]]
-    launches: list[_Launch]
+    steps: list[Step]
     results: list[int | None]
+    driver: Any
+    device: int
+    table: Any
 
 
 class Recording:
     """Notes of what a launcher does; `runtime` reports to the one that is in force in the thread."""
 
     def __init__(self, args: tuple[Any, ...]) -> None:
-        self._operands = len(args)
-        self._tensors = list(args)
-        self._memory: list[tuple[Any, Any, Any]] = []
-        self._launches: list[_Launch] = []
+        self._operands = list(args)
+        self._made: list[tuple[Tensor, tuple[Any, Any, Any]]] = []
+        self._computed: list[Tensor] = []
+        self._steps: list[tuple[Any, Callable[..., Any], Any, Any, list[Tensor], tuple[Any, ...]]] = []
         given = [id(arg) for arg in args if isinstance(arg, Tensor)]
-        # Of a tensor that is two operands nobody can tell which of them a kernel is meant to get.
+        # Of a tensor that is two operands nothing tells which of them a kernel is meant to get.
         self._complete = len(given) == len(set(given))
 
     def allocated(self, tensor: Tensor) -> None:
         """Note what `runtime.empty` returns."""
-        self._add(tensor, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        self._add(tensor, (tuple(tensor.shape), tensor.stride(), tensor.dtype))
 
     def copied(self, tensor: Tensor, copy: Tensor, memory_format: Any) -> None:
         """Note a copy by `runtime.contiguous`. What a kernel has written cannot be copied before all launches."""
-        place = self._place(tensor)
-        self._complete &= place is not None and place < self._operands
-        self._add(copy, place, None, memory_format)
+        place = next((place for place, known in enumerate(self._operands) if known is tensor), None)
+        self._complete &= place is not None
+        self._add(copy, (place, None, memory_format))
 
-    def _add(self, tensor: Tensor, *made: Any) -> None:
-        self._tensors.append(tensor)
-        self._memory.append(made)  # type: ignore[arg-type]
+    def _add(self, tensor: Tensor, made: tuple[Any, Any, Any]) -> None:
+        self._made.append((tensor, made))
         self._complete &= tensor.data_ptr() % 16 == 0
 
     def launched(self, kernel: Any, compiled: Any, grid: tuple[int, int, int], args: Any, rest: Any) -> None:
         """Note a launch: of a compiled kernel with `args`, tensors first, and the `rest` of its arguments."""
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        places = [self._place(tensor) for tensor in tensors]
-        if None in places or len(places) < 2 or any(isinstance(arg, Tensor) for arg in args[len(tensors) :]):
-            self._complete = False
-            return
         binary = compiled.function, compiled.packed_metadata, None, None, None
-        rest = *args[len(tensors) :], *rest
-        self._launches.append(_Launch(kernel, compiled.run, grid, binary, operator.itemgetter(*places), rest))
+        self._note(kernel, compiled.run, grid, binary, args, rest)
+
+    def called(self, function: Callable[..., Tensor], args: Any, result: Tensor) -> None:
+        """Note a library's call of `args`, tensors first, and its result."""
+        self._note(None, function, (), (), args, ())
+        self._computed.append(result)
+
+    def _note(self, kernel: Any, run: Any, grid: Any, binary: Any, args: Any, rest: Any) -> None:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        self._complete &= bool(tensors) and not any(isinstance(arg, Tensor) for arg in args[len(tensors) :])
+        self._steps.append((kernel, run, grid, binary, tensors, (*args[len(tensors) :], *rest)))
 
     def went_past(self) -> None:
         """Note that something was launched of which the compiled kernel is not known."""
         self._complete = False
 
-    def _place(self, tensor: Any) -> int | None:
-        return next((place for place, known in enumerate(self._tensors) if known is tensor), None)
-
-    def plan(self, results: tuple[Any, ...]) -> _Plan | None:
+    def plan(self, results: tuple[Any, ...], driver: Any, device: int, table: Any) -> Plan | None:
         """Return what was noted, or None if that is not all that matters."""
-        places = [None if result is None else self._place(result) for result in results]
-        known = [place for place in places if place is not None]
-        if not self._complete or len(known) < sum(result is not None for result in results):
+        known = [*self._operands, *(tensor for tensor, _ in self._made), *self._computed]
+
+        def place(tensor: Tensor) -> int | None:
+            for index, other in enumerate(known):
+                if other is tensor:
+                    return index
+            # A kernel reads an address, so a view from the first element does as well as what it is a view of.
+            found = [
+                index
+                for index, other in enumerate(known)
+                if isinstance(other, Tensor) and other.dtype is tensor.dtype and other.data_ptr() == tensor.data_ptr()
+            ]
+            return found[0] if len(found) == 1 and tensor.numel() else None
+
+        steps = []
+        for kernel, run, grid, binary, tensors, rest in self._steps:
+            places = [place(tensor) for tensor in tensors]
+            # A library reads shapes too, which a view has of its own.
+            exact = kernel is not None or all(any(t is other for other in known) for t in tensors)
+            if not self._complete or None in places or not exact:
+                return None
+            pick = (
+                operator.itemgetter(*places)
+                if len(places) > 1
+                else operator.itemgetter(slice(places[0], places[0] + 1))
+            )
+            steps.append(Step(kernel, run, grid, binary, pick, rest))
+        returned = [None if r is None else next((i for i, k in enumerate(known) if k is r), -1) for r in results]
+        if not self._complete or -1 in returned:
             return None
-        return _Plan(self._memory, self._launches, places)
+        return Plan([made for _, made in self._made], steps, returned, driver, device, table)
 
 
-def planned(precision: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let a launcher's calls follow a plan.
+class Kind:
+    """Calls of one kind of one launcher: the first runs it as it is written, the others follow their plan.
 
-    The launcher takes tensors, the first of them one to be written like, truth values, and tuples of numbers, all by
-    position; returns a tuple of tensors and None; and depends on nothing else but the current device, the table of
-    configurations and `precision`. In the interpreter it stays as it is.
+    All calls of a kind have operands of the same shapes, strides, types and alignment on the same device, and the same
+    other arguments; PyTorch's precision switches are set alike. Whoever calls sees to that, by a key.
 
-    Args:
-        precision: where PyTorch keeps the precision of its products, ``torch.backends.cudnn.conv`` for one.
+    The launcher takes tensors, the first of them one to be written like, and other arguments, all by position; returns
+    a tuple of tensors and None; and depends on nothing else but the driver, the current device and the table of
+    configurations, which are compared here. In the interpreter it stays as it is.
     """
 
-    def decorate(launcher: Callable[..., Any]) -> Callable[..., Any]:
-        if runtime.INTERPRETED.value:
-            return launcher
+    __slots__ = ("launcher", "plan", "tried")
 
-        @functools.wraps(launcher)
-        def call(*args: Any) -> Any:
-            found = runtime.of_driver()
-            device = found.driver.get_current_device()
-            table = configurations.table()
-            if found.table is not table:
-                found.table, found.plans = table, {}
-            key = _key(launcher, precision.fp32_precision, device, args)
-            if key is None or not ENABLED or runtime.observed():
-                return launcher(*args)
-            plans = found.plans
-            if key in plans:
-                plan = plans[key]
-                return launcher(*args) if plan is None else _follow(plan, found.driver, device, launcher, args)
-            if len(plans) >= _MOST_PLANS:
-                plans.clear()
-            with runtime.reporting_to(recording := Recording(args)):
-                results = launcher(*args)
-            plans[key] = recording.plan(results)
-            return results
+    def __init__(self, launcher: Callable[..., Any]) -> None:
+        self.launcher = launcher
+        self.plan: Plan | None = None
+        self.tried: tuple[Any, ...] = ()
 
-        return call
+    def __call__(self, *args: Any) -> Any:
+        """Do for `args` what the launcher would do."""
+        plan = self.plan
+        if plan is not None and runtime.unobserved() and ENABLED:
+            driver = runtime.active_driver()
+            if (
+                driver is plan.driver
+                and driver.get_current_device() == plan.device
+                and configurations.table() is plan.table
+            ):
+                return _follow(plan, driver, self.launcher, args)
+        return self._record(args)
 
-    return decorate
+    def _record(self, args: tuple[Any, ...]) -> Any:
+        if runtime.INTERPRETED.value or not ENABLED or not runtime.unobserved():
+            return self.launcher(*args)
+        driver = runtime.active_driver()
+        found = driver, driver.get_current_device(), configurations.table()
+        # Tried before, here: there is no plan. A tensor elsewhere than on the current device has none.
+        if self.plan is None and self.tried and all(a is b or a == b for a, b in zip(self.tried, found, strict=True)):
+            return self.launcher(*args)
+        if next(arg for arg in args if isinstance(arg, Tensor)).get_device() not in (found[1], -1):
+            return self.launcher(*args)
+        with runtime.reporting_to(recording := Recording(args)):
+            results = self.launcher(*args)
+        self.plan, self.tried = recording.plan(results, *found), found
+        return results
 
 
-def _key(launcher: Any, precision: str, device: int, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Return all that a launcher's doing depends on, or None where it is not to be repeated."""
-    key = [launcher, precision, device]
+class Kinds:
+    """Calls of any kind of one launcher, told apart by all that its doing depends on."""
+
+    __slots__ = ("launcher", "table")
+
+    def __init__(self, launcher: Callable[..., Any]) -> None:
+        self.launcher = launcher
+        self.table: dict[tuple[Any, ...], Kind] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Do for `args` what the launcher would do."""
+        key = key_of(args)
+        if key is None:
+            return self.launcher(*args)
+        kind = self.table.get(key)
+        if kind is None:
+            if len(self.table) >= _MOST_PLANS:
+                self.table.clear()
+            kind = self.table[key] = Kind(self.launcher)
+        return kind(*args)
+
+
+_precision = torch._C._get_fp32_precision_getter
+
+
+def key_of(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Return all of a call that a launcher's doing depends on, or None where a tensor is not a plain one."""
+    key: list[Any] = [_precision("cuda", "conv"), _precision("cuda", "matmul")]
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
-            if arg.get_device() not in (device, -1):  # -1: on the CPU, where only a driver without a device launches
-                return None
-            key += arg.shape, arg.stride(), arg.dtype, arg.data_ptr() % 16
-        elif kind is bool or kind is ConvPoolGeometry or arg is None:
-            key.append(arg)
-        elif kind is tuple or kind is list:
-            key.append(tuple(arg))
-        else:
+            key += (arg.shape, arg.stride(), arg.dtype, arg.get_device(), arg.data_ptr() & 15)
+        elif isinstance(arg, Tensor):
             return None
+        else:
+            key.append(arg)
     return tuple(key)
 
 
-def _follow(plan: _Plan, driver: Any, device: int, launcher: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _follow(plan: Plan, driver: Any, launcher: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Do for `args` what `launcher` would do."""
     tensors, place = [*args], args[0].device
     for what, strides, form in plan.memory:
@@ -186,13 +242,21 @@ def _follow(plan: _Plan, driver: Any, device: int, launcher: Callable[..., Any],
             tensor = tensors[what].contiguous(memory_format=form)
         else:
             tensor = empty_strided(what, strides, dtype=form, device=place)
-        if tensor.data_ptr() % 16:  # an allocator of the user's own; the kernels are compiled for aligned memory
+        if tensor.data_ptr() & 15:  # an allocator of the user's own; the kernels are compiled for aligned memory
             return launcher(*args)
         tensors.append(tensor)
-    for launch in plan.launches:
-        if launch.kernel.pre_run_hooks:
+    for step in plan.steps:
+        if step.kernel is not None and step.kernel.pre_run_hooks:
             return launcher(*args)
-    stream = driver.get_current_stream(device)
-    for _, run, grid, binary, pick, rest in plan.launches:
-        run(*grid, stream, *binary, *pick(tensors), *rest)
+    stream = driver.get_current_stream(plan.device)
+    for kernel, run, grid, binary, pick, rest in plan.steps:
+        if kernel is None:
+            tensors.append(run(*pick(tensors), *rest))
+        else:
+            run(*grid, stream, *binary, *pick(tensors), *rest)
     return tuple([None if i is None else tensors[i] for i in plan.results])
+
+
+def planned(precision: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Leave a launcher as it is: `Kind` follows plans. (Here until the launchers that name it are merged.)"""
+    return lambda launcher: launcher

@@ -40,13 +40,21 @@ def contiguous(tensor: Tensor, memory_format: torch.memory_format = torch.contig
     return laid_out
 
 
-class _OfThread(threading.local):
-    """Who notes what is allocated and launched in this thread: a `plans.Recording` or nobody."""
+def by_library(function: Any, *args: Any) -> Tensor:
+    """Let PyTorch compute something between kernels: `function` of `args`, tensors first, gives a new tensor."""
+    result = function(*args)
+    if (recording := _of_thread.recording) is not None:
+        recording.called(function, args, result)
+    return result
+
+
+class ThreadState(threading.local):
+    """What notes the allocations and launches of this thread: a `plans.Recording`, or None."""
 
     recording: Any = None
 
 
-_of_thread = _OfThread()
+_of_thread = ThreadState()
 
 
 @contextlib.contextmanager
@@ -59,33 +67,35 @@ def reporting_to(recording: Any) -> Iterator[None]:
         _of_thread.recording = before
 
 
-class _OfDriver:
+class DriverCache:
     """What is remembered of Triton's active driver. Another driver (`bench.fake_driver`'s, in tests) starts anew.
 
     Attributes:
         driver: the driver that all this belongs to.
         targets: of each device what `target` and `architecture` return, which PyTorch takes microseconds to tell.
         kernels: by `_key`, what `launch` needs to start a compiled kernel without Triton's binder.
-        plans: of `plans.planned` launchers, by all that decides, for the table of configurations `table`.
     """
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
         self.targets: dict[int, tuple[Any, str]] = {}
         self.kernels: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-        self.plans: dict[tuple[Any, ...], Any] = {}
-        self.table: Any = None
 
 
-_remembered = _OfDriver(None)
+_remembered = DriverCache(None)
 
 
-def of_driver() -> _OfDriver:
+def active_driver() -> Any:
+    """Return Triton's active driver."""
+    return triton.runtime.driver.active
+
+
+def of_driver() -> DriverCache:
     """Return what belongs to the driver that is active."""
     global _remembered
     driver, found = triton.runtime.driver.active, _remembered
     if found.driver is not driver:
-        found = _remembered = _OfDriver(driver)
+        found = _remembered = DriverCache(driver)
     return found
 
 
@@ -137,7 +147,12 @@ _MOST_KEYS = 4096
 
 
 def _launch_on(
-    found: _OfDriver, device: int, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
+    found: DriverCache,
+    device: int,
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
 ) -> None:
     """Launch on `device`, which is the current one."""
     key = None if _watched(kernel) else _key(kernel, device, args, constants)
@@ -174,15 +189,15 @@ def _launch_on(
 
 
 def _watched(kernel: Any) -> bool:
-    """Whether someone wants to see this kernel's launches, or all launches; see `observed`."""
-    return bool(kernel.pre_run_hooks) or observed()
+    """Whether this kernel's launches have hooks, or all launches; see `unobserved`."""
+    return bool(kernel.pre_run_hooks) or not unobserved()
 
 
-def observed() -> bool:
-    """Whether someone wants to see launches or has changed how kernels are compiled: then Triton does it all."""
+def unobserved() -> bool:
+    """Whether launches may go past Triton: they have no hooks, and kernels are compiled as ever."""
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(
+    return not (
         getattr(enter, "calls", enter)
         or getattr(leave, "calls", leave)
         or runtime.debug

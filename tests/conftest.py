@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,10 +62,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
+@pytest.fixture(params=["stock", "kernels"])
+def either(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Once with stock's operators, once with the Functions around stand-ins for compiled CPU kernels."""
+    if request.param == "kernels":
+        request.getfixturevalue("cpu_kernels")
+    yield request.param
+
+
 @pytest.fixture
-def all_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let linear layers on a CPU take their Function, too, so that an autograd graph tells them from stock's."""
-    monkeypatch.setattr("fastlenet.autograd.runs_plain", lambda tensor: False)
+def cpu_kernels() -> Iterator[Any]:
+    """Let calls on a CPU take their operators' Functions, by stand-ins for compiled kernels."""
+    from harness.plain_cpu import plain_cpu
+
+    with plain_cpu() as module:
+        yield module
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -15,7 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlenet
 from fastlenet import functional
-from fastlenet.autograd import AddmmReLUFunction, ConvReLUMaxPool2dFunction
+from fastlenet.ops.addmm_relu import AddmmReLUFunction
+from fastlenet.ops.chain import ChainFunction
+from fastlenet.ops.conv2d_relu_max_pool2d import ConvReLUMaxPool2dFunction
+
+pytestmark = pytest.mark.usefixtures("either")
 
 ALL_ELSE = {"stride": (1, 2), "padding": (2, 1), "groups": 2}
 POOL = {"pool_size": (3, 2), "pool_stride": (2, 1), "pool_padding": 1, "ceil_mode": True}
@@ -206,16 +210,18 @@ def test_anomaly_detection_and_frozen_parameters(networks, images):
     assert fused.conv2.weight.grad is not None
 
 
-@pytest.mark.parametrize("layer", ["conv2", "fc1"])
-def test_anomaly_detection_names_the_layer(layer, networks, images, all_functions):
-    """A gradient that turns into NaN is told at the operator where it does, with the line of its forward."""
+@pytest.mark.parametrize("layer", [None, "conv2"])
+def test_anomaly_detection_names_the_operators(layer, networks, images, cpu_kernels):
+    """A gradient that turns into NaN is told at the node where it does, with the line of its forward."""
     fused = networks[0]
+    module, name = fused, "ConvReLUMaxPool2d_ConvReLUMaxPool2d_LinearReLU_LinearReLU_LinearChainBackward"
+    if layer is not None:
+        module, name = getattr(fused, layer), "ConvReLUMaxPool2dFunctionBackward"
 
     def spoil(_, args, output):
         output.register_hook(lambda gradient: gradient * torch.nan)
 
-    getattr(fused, layer).register_forward_hook(spoil)
-    name = "ConvReLUMaxPool2dFunctionBackward" if layer == "conv2" else "AddmmReLUFunctionBackward"
+    module.register_forward_hook(spoil)
     with torch.autograd.set_detect_anomaly(True):
         loss = fused(images).sum()
         with (
@@ -226,7 +232,7 @@ def test_anomaly_detection_names_the_layer(layer, networks, images, all_function
 
 
 def test_function_is_skipped_where_no_gradient_is_needed(networks, images, monkeypatch):
-    for function in (ConvReLUMaxPool2dFunction, AddmmReLUFunction):
+    for function in (ConvReLUMaxPool2dFunction, AddmmReLUFunction, ChainFunction):
         monkeypatch.setattr(function, "apply", None)
     with torch.no_grad():
         assert networks[0](images).grad_fn is None

@@ -183,7 +183,7 @@ def wrapped(how: str, model: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(("how", "fused"), [("ddp", True), ("fsdp", True), ("fsdp by layer", False)])
-def test_fused_models_can_be_wrapped(how: str, fused: bool, alone_in_a_group: None, all_functions: None) -> None:
+def test_fused_models_can_be_wrapped(how: str, fused: bool, alone_in_a_group: None, cpu_kernels: None) -> None:
     """`fuse` first, wrap then. Layers sharded one by one gather weights when they are called: as stock."""
     stock = TutorialNet().double()
     model = wrapped(how, fastlenet.fuse(copy.deepcopy(stock)))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 
 import pytest
 import torch
+from fastlenet.kernels.geometry import ConvPoolGeometry
 from harness.cases import ADDMM_CASES, CONV_CASES, SHIPPED_ADDMM, SHIPPED_CONV, addmm_cases, conv_cases
 from torch.export import Dim
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastlenet
+from fastlenet.ops.chain import links_of, spec_of
 
+PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
 TABLE = fastlenet.decompositions()
 OPERATORS = torch.ops.fastlenet
 
@@ -99,20 +101,32 @@ def test_decomposed_addmm_equals_the_operator(case, generator):
         assert_same(TABLE[backward](*args), backward, *args)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 7])
-def test_decomposed_mlp_equals_the_operator(rows, generator):
-    widths = (6, 5, 4, 3)
-    tensors = [torch.randint(-2, 3, (rows, widths[0]), generator=generator).float()]
-    for before, after in itertools.pairwise(widths):
-        tensors += [torch.randint(-2, 3, shape, generator=generator).float() for shape in ((after, before), (after,))]
-    forward, backward = OPERATORS.mlp.default, OPERATORS.mlp_backward.default
-    for return_hidden in (False, True):
-        assert_same(TABLE[forward](*tensors, return_hidden), forward, *tensors, return_hidden)
-    output, *hidden = forward(*tensors, True)
+CHAIN = (PLAIN, PLAIN._replace(pool_size=(3, 2), pool_stride=(2, 2), padding=(1, 0)), "linear_relu", "linear")
+
+
+@pytest.mark.parametrize("links", [CHAIN[:2], CHAIN[:3], CHAIN, CHAIN[2:]], ids=str)
+@pytest.mark.parametrize("images", [0, 1, 5])
+def test_decomposed_chain_equals_the_operator(images, links, generator):
+    def integers(*shape):
+        return torch.randint(-2, 3, shape, generator=generator).float()
+
+    input, parameters = integers(images, 2, 14, 13), []
+    shapes = {0: (3, 2, 3, 3), 1: (4, 3, 3, 2), 2: (5, 16), 3: (2, 5)}
+    if links == CHAIN[2:]:
+        input = integers(images, 16)
+    for shape in [shapes[CHAIN.index(link)] for link in links]:
+        parameters += [integers(*shape), integers(shape[0]) if len(parameters) % 4 else None]
+    forward, backward, spec = OPERATORS.chain.default, OPERATORS.chain_backward.default, spec_of(links)
+    assert links_of(spec) == links
+    for save in (False, True):
+        ours, wanted = TABLE[forward](input, parameters, spec, save), forward(input, parameters, spec, save)
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=0)
+    output, saved = wanted
     grad = torch.randint(-3, 4, output.shape, generator=generator).float()
-    for asked in (range(7), [0], [3, 6]):
-        args = (grad, tensors[0], *hidden, *tensors[1::2], [number in asked for number in range(7)])
-        assert_same(TABLE[backward](*args), backward, *args)
+    given = [True, *(parameter is not None for parameter in parameters)]
+    for mask in (given, [False, *given[1:]], [False] * (len(given) - 2) + given[-2:]):
+        args = (grad, output, input, parameters, saved, spec, mask)
+        torch.testing.assert_close(TABLE[backward](*args), backward(*args), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])

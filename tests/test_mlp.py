@@ -13,6 +13,8 @@ from torch.func import grad, vmap
 import fastlenet
 from fastlenet.functional import mlp
 
+pytestmark = pytest.mark.usefixtures("either")
+
 SHAPES = ((5, 6), (4, 6), (4,), (3, 4), (3,), (2, 3), (2,))
 
 
@@ -81,14 +83,14 @@ MASKS = [[True] * 7, *([index == chosen for index in range(7)] for chosen in ran
 
 
 def test_opcheck():
-    given = tensors(torch.float32, requires_grad=False)
-    operators = torch.ops.fastlenet
-    for return_hidden in (True, False):
-        torch.library.opcheck(operators.mlp.default, (*given, return_hidden))
-    output, hidden1, hidden2 = operators.mlp(*given, True)
+    input, *parameters = tensors(torch.float32, requires_grad=False)
+    operators, spec = torch.ops.fastlenet, "linear_relu;linear_relu;linear"
+    for save in (True, False):
+        torch.library.opcheck(operators.chain.default, (input, parameters, spec, save))
+    output, saved = operators.chain(input, parameters, spec, True)
     for mask in MASKS:
-        args = torch.randn_like(output), given[0], hidden1, hidden2, *given[1::2], mask
-        torch.library.opcheck(operators.mlp_backward.default, args)
+        args = torch.randn_like(output), output, input, parameters, saved, spec, mask
+        torch.library.opcheck(operators.chain_backward.default, args)
 
 
 def test_compiles_to_one_graph_with_the_operator():
@@ -115,7 +117,7 @@ def test_exports_and_decomposes():
 
     head, input = Head().requires_grad_(False), torch.randn(5, 6)
     program = torch.export.export(head, (input,), dynamic_shapes=({0: torch.export.Dim("rows")},))
-    assert any("fastlenet.mlp" in str(node.target) for node in program.graph.nodes)
+    assert any("fastlenet.chain" in str(node.target) for node in program.graph.nodes)
     decomposed = program.run_decompositions(fastlenet.decompositions())
     assert not any("fastlenet" in str(node.target) for node in decomposed.graph.nodes)
     rows = torch.randn(9, 6)
@@ -159,15 +161,3 @@ def test_other_arguments_that_do_not_fit():
         mlp(*given[:3], given[3].float(), *given[4:])
     with pytest.raises(TypeError, match=r"argument 'bias3' must be Tensor, not NoneType"):
         mlp(*given[:6], None)
-
-
-def test_lenet_on_aten_runs_its_layers(all_functions):
-    network, seen = fastlenet.LeNet(), []
-    output = network(torch.randn(2, 1, 32, 32))
-    nodes = [output.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        seen.append(type(node).__name__)
-        nodes += [onward for onward, _ in node.next_functions if onward is not None]
-    assert seen.count("AddmmReLUFunctionBackward") == 2
-    assert "MLPFunctionBackward" not in seen

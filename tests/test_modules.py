@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import warnings
 
 import pytest
 import torch
@@ -129,33 +128,35 @@ class Asked(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["chain", "layers"])
 @pytest.mark.parametrize(
     "frozen", ["nothing", "conv1", "conv1 conv2", "fc1.weight", "conv2.bias fc2", "conv1 conv2 fc1 fc2"]
 )
-def test_frozen_parts_cost_nothing(frozen, networks, images, all_functions):
+def test_frozen_parts_cost_nothing(frozen, whole, networks, images, cpu_kernels):
     """Every gradient is asked for only if a parameter, or something before it, needs it."""
     for network in networks:
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(not name.startswith(tuple(frozen.split())))
     fused, stock = networks
+    if not whole:
+        fused.fc3.register_forward_hook(lambda *_: None)
     with Asked() as asked:
         fused(images).square().sum().backward()
     stock(images).square().sum().backward()
     agree([[parameter.grad for parameter in network.parameters()] for network in networks])
 
-    expected: dict[str, list[list[bool]]] = {}
+    needs = {name: parameter.requires_grad for name, parameter in fused.named_parameters()}
+    if whole:
+        assert asked.masks == {"chain_backward": [[False, *needs.values()]]}
+        return
+    expected: list[list[bool]] = []
     before = False  # whether anything before the layer needs a gradient
-    for name in LAYERS:
-        layer = getattr(fused, name)
-        need = [layer.weight.requires_grad, layer.bias.requires_grad]
-        if name.startswith("conv"):
-            mask, operator = [before, *need], "conv2d_relu_max_pool2d_backward"
-        else:
-            mask, operator = [need[1], before, need[0]], "addmm_relu_backward"
+    for name in ("conv1", "conv2"):
+        mask = [before, needs[f"{name}.weight"], needs[f"{name}.bias"]]
         if any(mask):
-            expected.setdefault(operator, []).insert(0, mask)
-        before = before or any(need)
-    assert asked.masks == expected
+            expected.insert(0, mask)
+        before = any(mask)
+    assert asked.masks == ({"conv2d_relu_max_pool2d_backward": expected} if expected else {})
 
 
 def test_nothing_is_saved_for_frozen_networks(networks, images):
@@ -165,7 +166,7 @@ def test_nothing_is_saved_for_frozen_networks(networks, images):
     assert saved == []
 
 
-def test_saved_tensors_can_be_packed_away(networks):
+def test_saved_tensors_can_be_packed_away(networks, cpu_kernels):
     """What autograd keeps goes through the hooks, can live elsewhere, and is as little as the README says."""
     fused = networks[0].float()
     images = torch.randn(64, 1, 32, 32)
@@ -186,17 +187,17 @@ def test_saved_tensors_can_be_packed_away(networks):
         output.square().sum().backward()
         results.append([parameter.grad for parameter in fused.parameters()])
     torch.testing.assert_close(*results, rtol=0, atol=0)
-    # Input, weight and codes of each convolution; output and both matrices of each hidden layer; two of fc3.
-    weights = {parameter.shape for parameter in fused.parameters()} | {p.shape[::-1] for p in fused.parameters()}
-    activations = [tensor for tensor in packed if tensor.shape not in weights]
+    # The images; argmax and output of each convolution; the output of each linear layer (the stand-in keeps the last).
+    parameters = {parameter.shape for parameter in fused.parameters()}
+    activations = [tensor for tensor in packed if tensor.shape not in parameters]
     assert sorted(tensor.shape for tensor in activations) == sorted(
         torch.Size([64, *shape])
         for shape in [
-            (1, 32, 32), (6, 14, 14), (6, 14, 14), (16, 5, 5), (400,), (120,), (120,), (84,), (84,)
+            (1, 32, 32), (6, 14, 14), (6, 14, 14), (16, 5, 5), (16, 5, 5), (120,), (84,), (10,)
         ]
     )  # fmt: skip
-    codes = [tensor for tensor in activations if tensor.dtype == torch.uint8]
-    assert sorted(code.shape for code in codes) == [torch.Size([64, 6, 14, 14]), torch.Size([64, 16, 5, 5])]
+    argmaxes = [tensor for tensor in activations if tensor.dtype == torch.uint8]
+    assert sorted(argmax.shape for argmax in argmaxes) == [torch.Size([64, 6, 14, 14]), torch.Size([64, 16, 5, 5])]
 
 
 def test_saved_tensors_on_the_cpu(networks, images):
@@ -342,17 +343,21 @@ def test_meta_to_empty_in_stock_order():
 # --- tracing ---------------------------------------------------------------------------------------------------------
 
 
-def test_jit_trace_of_frozen_networks(networks, images, tmp_path):
-    """Free for inference: the operators are recorded, and the batch stays open; fastlenet must be imported to load."""
-    fused = networks[0].requires_grad_(False)
-    with warnings.catch_warnings():
-        # The checks of arguments read sizes, which is what the tracer warns of: they are done once, while tracing.
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        traced = torch.jit.trace(fused, images[:2])
-    assert "fastlenet::conv2d_relu_max_pool2d" in str(traced.inlined_graph)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the checks of arguments read sizes
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_jit_trace(frozen, networks, images, tmp_path, either):
+    """Frozen, the operators are recorded whole; else stock's are, with gradients. Batches stay open, and traces save."""
+    fused = networks[0].requires_grad_(not frozen)
+    traced = torch.jit.trace(fused, images[:2])
+    assert ("fastlenet::conv2d_relu_max_pool2d" in str(traced.inlined_graph)) is frozen
     traced.save(tmp_path / "traced.pt")
-    assert torch.equal(torch.jit.load(tmp_path / "traced.pt")(images), fused(images))
-    # Sizes are tensors while torch.jit.trace runs: nothing of such a call may be there for who traces next.
+    loaded = torch.jit.load(tmp_path / "traced.pt")
+    agree([loaded(images), fused(images)])
+    if not frozen:
+        for network in (loaded, fused):
+            network(images).square().sum().backward()
+        agree([[parameter.grad for parameter in network.parameters()] for network in (loaded, fused)])
+    # Sizes are tensors while torch.jit.trace runs: nothing of such a call may be left for what is traced next.
     torch.export.export(fused, (images,), strict=True)
 
 
@@ -380,10 +385,8 @@ def test_linear_layer_on_a_cpu_is_stocks(leading, bias, dtype):
         assert actual.stride() == wanted.stride()
 
 
-def test_linear_layer_is_the_fused_operator_for_compilers_and_by_force():
+def test_linear_layer_is_the_fused_operator_for_compilers():
     layer, images = fastlenet.LinearReLU(7, 4), torch.randn(5, 7)
-    with fastlenet.use_backend("aten"):
-        assert type(layer(images).grad_fn).__name__ == "AddmmReLUFunctionBackward"
     graph = torch.export.export(layer, (images,)).graph
     assert any("fastlenet.addmm_relu" in str(node.target) for node in graph.nodes)
 

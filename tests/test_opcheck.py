@@ -69,17 +69,30 @@ def test_addmm(case, generator):
     check_addmm(case, case.random(torch.float32, generator), ALL, masks=[[case.addend is not None, True, True]])
 
 
+LENET = "1 1 0 0 1 1 1 2 2 2 2 0 0 1 1 0"
+
+
 @pytest.mark.parametrize("checks", [ALL, QUICK], ids=["all", "every mask"])
-def test_mlp(checks):
-    sizes = ((6, 4), (4, 3), (3, 2))
-    parameters = [torch.randn(shape) for width, out in sizes for shape in ((out, width), (out,))]
-    input = torch.randn(5, 6)
-    for return_hidden in (True, False):
-        opcheck(OPERATORS.mlp.default, (input, *parameters, return_hidden), test_utils=checks)
-    output, *hidden = OPERATORS.mlp(input, *parameters, True)
-    for mask in [[True] * 7] if checks is ALL else itertools.product((True, False), repeat=7):
-        args = (torch.ones_like(output), input, *hidden, *parameters[::2], list(mask))
-        opcheck(OPERATORS.mlp_backward.default, args, test_utils=checks)
+@pytest.mark.parametrize("spec", [f"{LENET};{LENET}", f"{LENET};linear_relu", f"{LENET};linear_relu;linear"])
+def test_chain(spec, checks):
+    shapes = [(3, 2, 3, 3), (4, 3, 3, 3)] if spec.count(LENET) == 2 else [(3, 2, 3, 3), (5, 108), (2, 5)]
+    shapes = shapes[: len(spec.split(";"))]
+    parameters = [torch.randn(size) for shape in shapes for size in (shape, shape[:1])]
+    parameters[1] = None
+    input = torch.randn(2, 2, 14, 14)
+    for save in (True, False):
+        opcheck(OPERATORS.chain.default, (input, parameters, spec, save), test_utils=checks)
+    output, saved = OPERATORS.chain(input, parameters, spec, True)
+    count = len(parameters) + 1
+    masks = (
+        [[True] * 2 + [False] + [True] * (count - 3)]
+        if checks is ALL
+        else itertools.product((True, False), repeat=count)
+    )
+    for mask in masks:
+        if not mask[2]:
+            args = (torch.ones_like(output), output, input, parameters, saved, spec, list(mask))
+            opcheck(OPERATORS.chain_backward.default, args, test_utils=checks)
 
 
 @settings(max_examples=examples(25))

@@ -110,11 +110,20 @@ class Backend:
     def rewrite(self, module: fx.GraphModule, kinds: Mapping[fx.Node, type], mode: str) -> list[Record]:
         """Fuse the sites of a graph and of its checkpointed parts, in place; tell what was found."""
         graph, records, taken = module.graph, [], []
-        for match in patterns.find(graph, kinds):
-            record = self._record(match, mode)
-            records.append(record)
-            if record.fused:
-                taken.append(match)
+        matches = patterns.find(graph, kinds)
+        for chain, members in patterns.chains(matches):
+            # Where no kernel takes the whole, its members are better off by themselves.
+            if all(member in matches for member in members) and _is_covered(chain.call(mode == "training")):
+                record = self._record(chain, mode)
+                if record.fused:
+                    matches[matches.index(members[0])] = chain
+                    matches = [match for match in matches if match not in members]
+        for match in matches:
+            if match.operator in patterns.OPERATORS:
+                record = self._record(match, mode)
+                records.append(record)
+                if record.fused:
+                    taken.append(match)
         for node in graph.nodes:
             if node.target is torch.ops.higher_order.tag_activation_checkpoint:
                 part, *operands = node.args
@@ -133,7 +142,7 @@ class Backend:
         record = Record(match.name, match.operator, mode, input, output, None, False, match.refusal or "")
         if match.refusal is not None:
             return record
-        record = replace(record, call=match.call, fused=True)
+        record = replace(record, call=match.call(mode == "training"), fused=True)
         if not self.measure:
             return record
         key = mode, match.name, match.operator, *(value.dtype for value in values), *_sizes(values[0])
@@ -168,6 +177,11 @@ def compile_graph(
     return Backend(**given)(graph_module, example_inputs)
 
 
+def _is_covered(call: Call) -> bool:
+    """Whether kernels take a call, and not stock's operators."""
+    return patterns.implementation(call)[0] not in ("aten", "none")
+
+
 def _guard_hooks() -> None:
     """Let the graph be captured anew once a hook is registered on one of its modules.
 
@@ -189,12 +203,15 @@ def measure(match: Match) -> timing.Comparison | None:
 
     Forward and backward are timed where a gradient is needed, else the forward alone.
     """
-    late = () if match.norm is None else (match.norm.variance,)
+    late = [norm.variance for norm in match.norms if norm is not None]
     generators: dict[torch.device, torch.Generator] = {}
-    arguments = []
+    arguments: list[Any] = []
     for node in match.inputs():
         value = node.meta["example_value"]
-        shape = [size for size in map(_hint, value.shape) if size is not None]
+        if not isinstance(value, Tensor):  # a size that a flatten takes
+            arguments.append(patterns.hint(value))
+            continue
+        shape = [size for size in map(patterns.hint, value.shape) if size is not None]
         if len(shape) < value.dim():
             return None
         generator = generators.setdefault(value.device, torch.Generator(value.device).manual_seed(0))
@@ -218,7 +235,7 @@ def measure(match: Match) -> timing.Comparison | None:
 
     with torch.inference_mode(False):
         stock, fused = (timing.step(within(module), arguments, (), backward) for module in modules)
-        return timing.compare(stock, fused, match.call.device)
+        return timing.compare(stock, fused, match.result.meta["example_value"].device)
 
 
 def _autocasts(match: Match) -> list[fx.Node]:
@@ -239,20 +256,13 @@ def _entered(node: fx.Node) -> Any:
     return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)  # type: ignore[arg-type]
 
 
-def _hint(size: Any) -> int | None:
-    """A size as a number, without making Dynamo's graph depend on it."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.hint) if size.node.has_hint() else None
-
-
 def _sizes(value: Tensor) -> tuple[int | None, ...]:
     """A tensor's sizes but for the batch."""
-    return tuple(_hint(size) for size in value.shape[1 if value.dim() != 3 else 0 :])
+    return tuple(patterns.hint(size) for size in value.shape[1 if value.dim() != 3 else 0 :])
 
 
 def describe(value: Tensor) -> str:
     """Shape and dtype in words."""
-    sizes = [_hint(size) for size in value.shape]
+    sizes = [patterns.hint(size) for size in value.shape]
     shape = "x".join("?" if size is None else str(size) for size in sizes) or "scalar"
     return f"{shape} {str(value.dtype).removeprefix('torch.')}"

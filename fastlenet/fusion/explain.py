@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastlenet import timing
-from fastlenet.backend import backend
-from fastlenet.checks import pair
-from fastlenet.functional import IntOrPair
+from fastlenet import selection, timing
 from fastlenet.fusion import copies
 from fastlenet.fusion.fuse import MODES, Fused, arguments, first_line, handle_of, undisturbed, unusable, word
-from fastlenet.fusion.patterns import CONV, LINEAR, Call, implementation
-from fastlenet.kernels import dispatch
-from fastlenet.kernels.geometry import ConvPoolGeometry
-from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
+from fastlenet.fusion.patterns import CONV, Call, implementation
+from fastlenet.kernels.geometry import LINEAR_RELU as LINEAR
+from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU, prepared
 
 if TYPE_CHECKING:
     from fastlenet.fusion.backend import Record
@@ -244,42 +240,28 @@ def _observe(
 
 
 def _site_of_layer(name: str, layer: ConvReLUMaxPool2d | LinearReLU, seen: tuple[Tensor, Tensor] | None) -> Site:
-    operand = layer.weight if seen is None else seen[0]
-    conv = isinstance(layer, ConvReLUMaxPool2d)
-    cells = _cells(layer.pool_size) if isinstance(layer, ConvReLUMaxPool2d) else 1
     input, output = ("?", "?") if seen is None else (_shape(seen[0]), _shape(seen[1]))
-    runs, reason = implementation(Call(operand.dtype, operand.device, cells))
-    library = None
-    if runs == "triton" and backend() == "auto" and seen is not None:
-        library = _why_library(layer, operand)
-    if library is not None:
-        runs, reason = "aten", f"forward: {library}"
-    return Site(name, CONV if conv else LINEAR, "", input, output, runs, "", "", reason)
+    if seen is None:
+        runs, reason = _by_type(layer)
+    else:
+        operands = [
+            None if tensor is None else (tuple(tensor.shape), seen[0].dtype, tensor.device)
+            for tensor in (seen[0], layer.weight, layer.bias)
+        ]
+        settings, operator = None, LINEAR
+        if isinstance(layer, ConvReLUMaxPool2d):
+            settings, operator = prepared(layer), CONV
+        runs, reason = implementation(Call(operator, settings, tuple(operands), False))
+    return Site(name, CONV if isinstance(layer, ConvReLUMaxPool2d) else LINEAR, "", input, output, runs, "", "", reason)
 
 
-def _why_library(layer: ConvReLUMaxPool2d | LinearReLU, input: Tensor) -> str | None:
-    """Why a layer's forward takes a library, though a Triton kernel covers it; None if it does not."""
-    if isinstance(layer, LinearReLU):
-        return dispatch.product("forward", input, layer.weight.t())
-    named = isinstance(layer.padding, str)
-    geometry = ConvPoolGeometry(
-        pair("explain", "stride", layer.stride),
-        # What is padded before the first row and column; stock keeps both ends, the last dimension first.
-        tuple(layer._reversed_padding_repeated_twice[2::-2]) if named else pair("explain", "padding", layer.padding),
-        pair("explain", "dilation", layer.dilation),
-        layer.groups,
-        *(pair("explain", name, getattr(layer, name)) for name in _POOL),
-        layer.ceil_mode,
-    )
-    return dispatch.convolution("forward", input if input.dim() == 4 else input.unsqueeze(0), layer.weight, geometry)
-
-
-_POOL = ("pool_size", "pool_stride", "pool_padding", "pool_dilation")
-
-
-def _cells(pool_size: IntOrPair) -> int:
-    height, width = pair("explain", "pool_size", pool_size)
-    return height * width
+def _by_type(layer: ConvReLUMaxPool2d | LinearReLU) -> tuple[str, str]:
+    """Which implementation a layer takes, as far as its dtype and device decide."""
+    try:
+        choice = selection.choose_by_type(layer.weight)
+    except (RuntimeError, NotImplementedError) as error:
+        return "none", str(error)
+    return choice.forward, choice.reason
 
 
 def _shape(tensor: Tensor) -> str:

@@ -17,10 +17,10 @@ from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_map
 
 from fastlenet import timing
-from fastlenet.backend import logger
 from fastlenet.fusion import copies
 from fastlenet.lenet import LeNet
 from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
+from fastlenet.selection import logger
 
 MODES = ("training", "inference")
 OWN = (ConvReLUMaxPool2d, LinearReLU, LeNet)

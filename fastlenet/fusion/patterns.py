@@ -8,6 +8,7 @@ program. It answers a single question: which nodes may be computed by one call w
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,13 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fastlenet import functional
-from fastlenet.backend import TRITON_DTYPES, why_aten
-from fastlenet.kernels.geometry import WIDEST_LAYER
+from fastlenet import functional, ops, selection
+from fastlenet.checks import pair
+from fastlenet.kernels.geometry import LINEAR as LAST
+from fastlenet.kernels.geometry import LINEAR_RELU as LINEAR
+from fastlenet.kernels.geometry import ConvPoolGeometry, Links
 
-CONV, LINEAR, ADDMM, HEAD = "conv2d_relu_max_pool2d", "linear_relu", "addmm_relu", "mlp"
-LAST = "linear"
-"""A linear map without relu: the end of a row, and no site by itself."""
+CONV, ADDMM, CHAIN = "conv2d_relu_max_pool2d", "addmm_relu", "chain"
+# A linear map without relu is the end of a chain, and no site by itself.
+OPERATORS: dict[str, Any] = {
+    CONV: ops.CONV2D_RELU_MAX_POOL2D, LINEAR: ops.LINEAR_RELU, ADDMM: ops.ADDMM_RELU, CHAIN: ops.CHAIN,
+}  # fmt: skip
 
 # What the nodes after a site's first one do.
 _RELU, _POOL, _NORM, _NOTHING = "relu", "pool", "norm", "nothing"
@@ -48,30 +53,40 @@ _STAGES: dict[Any, str] = {
 _CONVS = (torch.conv2d,)
 _LINEARS = (F.linear, torch._C._nn.linear)
 _ADDMMS = (torch.addmm, "addmm")
-_VIEWS = (
-    torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.permute, torch.transpose, operator.getitem,
-    "flatten", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "view", "view_as", "expand", "t", "unflatten",
-    "narrow", "select", "unbind", "chunk", "split", "detach",
-)  # fmt: skip
 _FLATTENS = (torch.flatten, "flatten", "view", "reshape", torch.reshape)
 
 
 class Call(NamedTuple):
-    """What decides which implementation an operator takes: its main operand, the pooling window, the widest layer."""
+    """What decides which implementation an operator takes, as plain data.
 
-    dtype: torch.dtype
-    device: torch.device
-    cells: int = 1
-    width: int = 1
+    Attributes:
+        operator: a function of `fastlenet.functional`.
+        settings: its arguments other than tensors, as `fastlenet.selection` takes them; None where they are not known.
+        operands: sizes, dtype and device of each tensor; of the first alone where sizes are not known.
+        differentiable: whether a backward may follow.
+    """
+
+    operator: str
+    settings: Any
+    operands: tuple[tuple[tuple[int, ...], torch.dtype, torch.device] | None, ...]
+    differentiable: bool
 
 
 def implementation(call: Call) -> tuple[str, str]:
     """Tell which implementation runs for a call, and why; ``"none"`` where a forced backend would raise."""
+    operator_ = OPERATORS[call.operator]
+    tensors = [  # of one element each, whatever their sizes
+        None if operand is None else torch.empty((), dtype=operand[1], device=operand[2]).expand(operand[0])
+        for operand in call.operands
+    ]
     try:
-        reason = why_aten(torch.empty(0, dtype=call.dtype, device=call.device), call.cells, call.width)
-    except (RuntimeError, NotImplementedError) as error:
+        if len(tensors) == 1 or (call.operator == CONV and call.settings is None):
+            choice = selection.choose_by_type(tensors[0])  # type: ignore[arg-type]
+        else:
+            choice = selection.choose(operator_, call.settings, tensors, call.differentiable)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
         return "none", str(error)
-    return ("triton", "a Triton kernel covers it") if reason is None else ("aten", reason)
+    return choice.forward, choice.reason
 
 
 class Norm(NamedTuple):
@@ -90,13 +105,13 @@ class Match:
 
     Attributes:
         name: where it is: the paths of its modules, the names of its functions.
-        operator: a function of `fastlenet.functional`, or `LAST`.
+        operator: a function of `fastlenet.functional`, or ``"linear"``, which only a chain may hold.
         nodes: what is replaced. What every node but the last computes is used by the next one only.
         result: the node that stands for what the match computes. It is the last one, or the one that a last relu
             modifies as a statement (``F.relu(x, inplace=True)``).
         operands: the fused function's positional arguments.
         options: its keyword arguments.
-        norm: the BatchNorm to fold into weight and bias.
+        norms: the BatchNorm to fold into each weight and bias, or None.
         refusal: why the nodes must stay as they are, or None.
     """
 
@@ -106,7 +121,7 @@ class Match:
     result: fx.Node
     operands: tuple[Any, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
-    norm: Norm | None = None
+    norms: tuple[Norm | None, ...] = (None,)
     refusal: str | None = None
 
     @property
@@ -115,14 +130,37 @@ class Match:
         return self.operands[1 if self.operator == ADDMM else 0]
 
     @property
-    def call(self) -> Call:
-        """What decides which implementation it takes."""
-        value, cells = _value(self.input), 1
+    def links(self) -> Links | None:
+        """The match as links of a chain; None if it cannot be one, or its geometry is not known."""
+        if self.operator == CHAIN:
+            return self.operands[2]
         if self.operator == CONV:
-            size = self.options["pool_size"]
-            cells = size[0] * size[-1] if isinstance(size, (tuple, list)) else size * size
-        width = max(_value(weight).shape[0] for weight in self.operands[1::2]) if self.operator == HEAD else 1
-        return Call(_value(self.result).dtype, value.device, cells, width)
+            geometry = _geometry(self.options, _value(self.operands[1]))
+            return None if geometry is None else (geometry,)
+        return (self.operator,) if self.operator in (LINEAR, LAST) else None
+
+    def call(self, differentiable: bool) -> Call:
+        """What decides which implementation it takes."""
+        result = _value(self.result)
+        operands: list[Any] = []
+        for node in self.tensors:
+            value = None if node is None else _value(node)
+            sizes = () if value is None else tuple(hint(size) for size in value.shape)
+            if None in sizes:
+                return Call(self.operator, None, (((), result.dtype, result.device),), differentiable)
+            # Autocast converts operands to the type that the stock operators gave.
+            operands.append(None if value is None else (sizes, result.dtype, value.device))
+        settings: Any = None
+        if self.operator == ADDMM:
+            settings = self.options.get("beta", 1), self.options.get("alpha", 1)
+        elif self.operator != LINEAR and (links := self.links) is not None:
+            settings = links if self.operator == CHAIN else links[0]
+        return Call(self.operator, settings, tuple(operands), differentiable)
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """The operands that are tensors, in the operator's order; None for one that is not given."""
+        return (self.operands[0], *self.operands[1]) if self.operator == CHAIN else self.operands
 
     def inputs(self) -> tuple[fx.Node, ...]:
         """Nodes outside of the match that feed it, each once."""
@@ -131,7 +169,7 @@ class Match:
 
 
 def find(graph: fx.Graph, kinds: Mapping[fx.Node, type]) -> list[Match]:
-    """Find every site of a graph, in order, those that must stay as they are included.
+    """Find every site of a graph, in order, those that must stay as they are included, and single linear maps.
 
     Args:
         graph: Dynamo's graph.
@@ -144,57 +182,112 @@ def find(graph: fx.Graph, kinds: Mapping[fx.Node, type]) -> list[Match]:
         if match is not None:
             calls = sum(re.sub(r" \(\d+\)$", "", other.name) == match.name for other in found)
             found.append(replace(match, name=f"{match.name} ({calls + 1})") if calls else match)
-    for row in rows(found):
-        head = _head(row, order)
-        if head is not None:
-            found[found.index(row[-3])] = head
-            found = [match for match in found if match not in row[-2:]]
-    return [match for match in found if match.operator != LAST]
-
-
-def rows(matches: Sequence[Match]) -> list[list[Match]]:
-    """Group matches into rows: each takes the result of the one before it, which no other node uses.
-
-    A flatten may stand between two of them. The matches that one operator may compute together form a part of a row.
-    """
-    found: list[list[Match]] = []
-    for match in matches:
-        row = next((row for row in found if _follows(match, row[-1])), None)
-        if match.refusal is None and row is not None:
-            row.append(match)
-        elif match.refusal is None:
-            found.append([match])
     return found
 
 
-def _follows(match: Match, earlier: Match) -> bool:
-    source = match.input
-    while source.target in _FLATTENS and len(source.users) == 1 and source is not earlier.result:
-        source = source.args[0]  # type: ignore[assignment]
-    # An earlier relu that is a statement is a user of its own result.
-    users = [user for user in earlier.result.users if user not in earlier.nodes]
-    return source is earlier.result and len(users) == 1
+def chains(matches: Sequence[Match]) -> Iterator[tuple[Match, list[Match]]]:
+    """Join matches that follow each other to chains, each with its members; the longest comes first.
+
+    Each takes the result of the one before it, which no other node uses but for a flatten or a dropout that does
+    nothing. Of a row the convolutions alone are a chain, too.
+    """
+    for row in _rows(matches):
+        convolutions = [match for match in row if match.operator == CONV]
+        for members in (row, convolutions) if 0 < len(convolutions) < len(row) else (row,):
+            chain = _chain(members)
+            if chain is not None:
+                yield chain, members
 
 
-def _head(row: Sequence[Match], order: Mapping[fx.Node, int]) -> Match | None:
-    """Three linear maps with relu between them as one match, where one Triton kernel computes them."""
-    layers = row[-3:]
-    if [layer.operator for layer in layers] != [LINEAR, LINEAR, LAST]:
+def _rows(matches: Sequence[Match]) -> list[list[Match]]:
+    found: list[list[Match]] = []
+    for match in matches:
+        if match.refusal is not None or match.links is None or _dim(match.input) != _DIM[match.operator]:
+            continue
+        row = next((row for row in found if _between(match, row[-1]) is not None), None)
+        if row is None:
+            found.append([match])
+        else:
+            row.append(match)
+    return found
+
+
+_DIM = {CONV: 4, LINEAR: 2, LAST: 2}
+
+
+def _dim(node: fx.Node) -> int:
+    return _value(node).dim()
+
+
+def _between(match: Match, earlier: Match) -> list[fx.Node] | None:
+    """The nodes that lead from one match's result to the next one's input; None if it does not follow."""
+    if earlier.operator == LAST or (match.operator == CONV and earlier.operator != CONV):
         return None
-    if any(later.input is not earlier.result for earlier, later in itertools.pairwise(layers)):
+    path: list[fx.Node] = []
+    source, own = match.input, (*earlier.nodes, *match.nodes)
+    while source is not earlier.result:
+        given = source.args[0] if source.args else None
+        # A flatten of a linear map's rows would be another matrix.
+        flattens = source.target in _FLATTENS and earlier.operator == CONV and _same_rows(source, earlier.result)
+        if not (flattens or _does_nothing(source)) or not isinstance(given, fx.Node) or len(source.users) > 1:
+            return None
+        path.append(source)
+        source = given
+    allowed = {*own, *path}
+    return path[::-1] if all(user in allowed for user in earlier.result.users) else None
+
+
+def _same_rows(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node makes a row of each image that `source` gives."""
+    rows, images = _value(node), _value(source)
+    sizes = [size for size in images.shape[1:] if isinstance(size, int)]
+    return rows.dim() == 2 and len(sizes) == 3 and isinstance(rows.shape[1], int) and rows.shape[1] == math.prod(sizes)
+
+
+def _does_nothing(node: fx.Node) -> bool:
+    """Whether a node is a dropout in eval mode."""
+    return _STAGES.get(node.target) == _NOTHING and _given(node, _NOTHING).get("training", True) is False
+
+
+def _chain(members: Sequence[Match]) -> Match | None:
+    """Members of a row as one match; None where there is nothing to join, or something stands in between."""
+    if len(members) < 2:
         return None
-    parameters = [operand for layer in layers for operand in layer.operands[1:]]
-    if any(parameter is None for parameter in parameters):
-        return None
-    weights = [_value(weight) for weight in parameters[::2]]
-    if any(weight.dim() != 2 or not isinstance(weight.shape[0], int) for weight in weights):
-        return None
-    nodes = tuple(node for layer in layers for node in layer.nodes)
-    name = " > ".join(layer.name for layer in layers)
-    head = Match(name, HEAD, nodes, layers[-1].result, (layers[0].input, *parameters))
-    if max(weight.shape[0] for weight in weights) > WIDEST_LAYER or implementation(head.call)[0] != "triton":
-        return None
-    return None if _disturbed(head, parameters, order) else head
+    nodes = list(members[0].nodes)
+    for earlier, later in itertools.pairwise(members):
+        nodes += [*(_between(later, earlier) or ()), *later.nodes]
+    parameters = [operand for match in members for operand in match.operands[1:3]]
+    links = tuple(link for match in members for link in match.links or ())
+    order = {node: index for index, node in enumerate(nodes[0].graph.nodes)}
+    norms = tuple(match.norms[0] for match in members)
+    late = [node for node in (*parameters, *(part for norm in norms for part in (norm or ())[:4])) if node is not None]
+    nodes.sort(key=order.__getitem__)
+    name = " > ".join(match.name for match in members)
+    operands = members[0].input, parameters, links
+    chain = Match(name, CHAIN, tuple(nodes), members[-1].result, operands, norms=norms)
+    return chain if _disturbed(chain, late, order) is None else None
+
+
+def _geometry(options: Mapping[str, Any], weight: Tensor) -> ConvPoolGeometry | None:
+    """A convolution's and a pool's options as the library keeps them; None for padding that is uneven."""
+    padding, dilation = options.get("padding", 0), pair(CONV, "dilation", options.get("dilation", 1))
+    if isinstance(padding, str):
+        total = [0, 0] if padding == "valid" else [dilation[i] * (int(weight.shape[2 + i]) - 1) for i in (0, 1)]
+        if total[0] % 2 or total[1] % 2:
+            return None
+        padding = total[0] // 2, total[1] // 2
+    size = options["pool_size"]
+    pairs = {
+        "stride": options.get("stride", 1),
+        "padding": padding,
+        "dilation": dilation,
+        "pool_size": size,
+        "pool_stride": options.get("pool_stride") or size,
+        "pool_padding": options.get("pool_padding", 0),
+        "pool_dilation": options.get("pool_dilation", 1),
+    }
+    read = {name: pair(CONV, name, value) for name, value in pairs.items()}
+    return ConvPoolGeometry(groups=options.get("groups", 1), ceil_mode=options.get("ceil_mode", False), **read)
 
 
 def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node, type]) -> Match | None:
@@ -242,12 +335,10 @@ def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node,
         if stage in wanted:
             done.append(stage)
     name = " > ".join(_place(node) for node in nodes)
-    match = replace(start, name=name, nodes=tuple(nodes), options=options, norm=norm, result=result)
+    match = replace(start, name=name, nodes=tuple(nodes), options=options, norms=(norm,), result=result)
     # The call stands where the first node stood, so that only what is read later can have changed until then.
     late = () if norm is None else [operand for operand in norm[:4] if operand is not None]
     problems += [*_operand_problems(match, kinds), _disturbed(match, late, order)]
-    if start.operator == CONV and _changed(result, match.nodes):
-        problems.append("its result is changed in place, and the fused operator's may be a view")
     return replace(match, refusal=next((problem for problem in problems if problem), None))
 
 
@@ -326,7 +417,7 @@ def _computed(node: fx.Node, given: Mapping[str, Any]) -> str | None:
 
 def _operand_problems(match: Match, kinds: Mapping[fx.Node, type]) -> Iterator[str | None]:
     """What a fused operator cannot take: tensors of a kind with operators of its own, or of another dtype or layout."""
-    operands = [operand for operand in (*match.operands, *(match.norm or ())[:4]) if isinstance(operand, fx.Node)]
+    operands = [operand for operand in (*match.operands, *(match.norms[0] or ())[:4]) if isinstance(operand, fx.Node)]
     for operand in operands:
         value, kind = _value(operand), kinds.get(operand, Tensor)
         if not isinstance(value, Tensor):
@@ -334,7 +425,7 @@ def _operand_problems(match: Match, kinds: Mapping[fx.Node, type]) -> Iterator[s
         elif kind not in _PLAIN or type(value).__name__ not in ("FakeTensor", "Tensor", "Parameter"):
             other = kind if kind not in _PLAIN else type(value)
             yield f"its parameters are of type {other.__name__}"
-        elif value.layout is not torch.strided or value.dtype not in (*TRITON_DTYPES, torch.float64):
+        elif value.layout is not torch.strided or value.dtype not in (*selection.TRITON_DTYPES, torch.float64):
             yield f"the operand {operand.name} is of dtype {value.dtype} and layout {value.layout}"
 
 
@@ -384,16 +475,16 @@ def _overloads(target: Any) -> list[torch._ops.OpOverload]:
     return [target] if isinstance(target, torch._ops.OpOverload) else []
 
 
-def _changed(node: fx.Node, apart: Sequence[fx.Node]) -> bool:
-    """Whether other nodes than `apart` change a result in place, or a view of it."""
-    return any(
-        _mutates(user) or (user.target in _VIEWS and _changed(user, ())) for user in node.users if user not in apart
-    )
-
-
 def _value(node: Any) -> Any:
     """The tensor without data, or the number, that Dynamo computed for a node; None where there is none."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def hint(size: Any) -> int | None:
+    """A size as a number, without making Dynamo's graph depend on it; None where it is not known."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else None
 
 
 def _place(node: fx.Node) -> str:
@@ -457,11 +548,13 @@ def _replace(graph: fx.Graph, match: Match, copy: Callable[[fx.Node], fx.Node]) 
     result = copy(match.result)
     # Before the first node, not at the last: nodes in between may change the input in place.
     with graph.inserting_before(nodes[0]):
-        operands = fx.node.map_arg(match.operands, copy)
-        if match.norm is not None:
-            norm = fx.node.map_arg(tuple(match.norm), copy)
-            folded = graph.call_function(fold, (*operands[1:3], *norm))
-            operands = operands[0], *(graph.call_function(operator.getitem, (folded, index)) for index in (0, 1))
+        tensors = list(fx.node.map_arg(match.tensors, copy))
+        for index, norm in enumerate(match.norms):
+            if norm is not None:
+                place = slice(1 + 2 * index, 3 + 2 * index)
+                folded = graph.call_function(fold, (*tensors[place], *fx.node.map_arg(tuple(norm), copy)))
+                tensors[place] = [graph.call_function(operator.getitem, (folded, part)) for part in (0, 1)]
+        operands = (tensors[0], tensors[1:], match.links) if match.operator == CHAIN else tuple(tensors)
         fused = graph.call_function(getattr(functional, match.operator), operands, dict(match.options))
     fused.meta["example_value"] = _value(match.result)
     result.replace_all_uses_with(fused)

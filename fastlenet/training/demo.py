@@ -35,10 +35,10 @@ import torch
 from torch import nn
 
 from fastlenet import environment
-from fastlenet.backend import use_backend
 from fastlenet.errors import InputError, MissingPackageError, import_extra
 from fastlenet.files import atomic_write, write_json
 from fastlenet.lenet import LeNet, StockLeNet
+from fastlenet.selection import use_backend
 from fastlenet.terminal import BAD_INPUT, FAILED, INTERRUPTED, OK, Parser, print_error
 from fastlenet.training.data import Dataset, load_sample
 from fastlenet.training.loop import (

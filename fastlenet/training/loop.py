@@ -30,10 +30,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastlenet import environment
-from fastlenet.backend import backend
 from fastlenet.errors import InputError, import_extra
 from fastlenet.files import write_json
 from fastlenet.lenet import LeNet
+from fastlenet.selection import backend
 from fastlenet.timing import synchronize
 from fastlenet.training import checkpoint, data, distributed
 from fastlenet.training.distributed import ALONE, World

@@ -21,6 +21,19 @@ PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 
 PADDED = PLAIN._replace(padding=(2, 1), pool_size=(3, 3), pool_stride=(2, 2))
 
 
+_kinds: dict = {}
+
+
+@pytest.fixture(autouse=True)
+def _no_plans_yet():
+    _kinds.clear()
+
+
+def run(launcher, *args):
+    """Call a launcher as calls of any kind are: the first of each kind is recorded."""
+    return _kinds.setdefault(launcher, plans.Kinds(launcher))(*args)
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """All launches in their order: kernel, grid and arguments."""
@@ -48,9 +61,9 @@ def conv_tensors(images=3, channels=1, size=32, features=6, dtype=torch.float32)
 
 
 def conv_step(input, weight, bias, geometry=PLAIN, mask=(True, True, True)):
-    output, argmax = conv.conv2d_relu_max_pool2d(input, weight, bias, geometry, True)
+    output, argmax = run(conv.conv2d_relu_max_pool2d, input, weight, bias, geometry, True)
     grad = torch.zeros_like(output)
-    return grad, output, argmax, *conv.conv2d_relu_max_pool2d_backward(grad, input, weight, argmax, geometry, mask)
+    return grad, output, argmax, *run(conv.conv2d_relu_max_pool2d_backward, grad, input, weight, argmax, geometry, mask)
 
 
 def head_tensors(rows=3, widths=(400, 120, 84, 10), dtype=torch.float32):
@@ -63,9 +76,9 @@ def head_tensors(rows=3, widths=(400, 120, 84, 10), dtype=torch.float32):
 
 
 def head_step(input, *parameters, mask=(True,) * 7):
-    output, *hidden = head.mlp(input, *parameters, True)
+    output, *hidden = run(head.mlp, input, *parameters, True)
     grad = torch.zeros_like(output)
-    return grad, output, *hidden, *head.mlp_backward(grad, input, *hidden, *parameters[::2], mask)
+    return grad, output, *hidden, *run(head.mlp_backward, grad, input, *hidden, *parameters[::2], mask)
 
 
 CALLS = {
@@ -137,17 +150,17 @@ def different_calls():
     unaligned = torch.zeros(input.numel() + 1)[1:].view(input.shape)
     images_last = input.to(memory_format=torch.channels_last)
     spread = torch.zeros(2 * input.shape[0], *input.shape[1:])[::2]
-    run = conv.conv2d_relu_max_pool2d
+    forward = functools.partial(run, conv.conv2d_relu_max_pool2d)
     return {
-        "plain": lambda: run(input, weight, bias, PADDED, True),
-        "no argmax": lambda: run(input, weight, bias, PADDED, False),
-        "no bias": lambda: run(input, weight, None, PADDED, True),
-        "unaligned": lambda: run(unaligned, weight, bias, PADDED, True),
-        "channels_last": lambda: run(images_last, weight, bias, PADDED, True),
-        "every second image": lambda: run(spread, weight, bias, PADDED, True),
-        "fewer images": lambda: run(input[:2], weight, bias, PADDED, True),
-        "another stride": lambda: run(input, weight, bias, PADDED._replace(stride=(2, 1)), True),
-        "float16": lambda: run(input.half(), weight.half(), bias.half(), PADDED, True),
+        "plain": lambda: forward(input, weight, bias, PADDED, True),
+        "no argmax": lambda: forward(input, weight, bias, PADDED, False),
+        "no bias": lambda: forward(input, weight, None, PADDED, True),
+        "unaligned": lambda: forward(unaligned, weight, bias, PADDED, True),
+        "channels_last": lambda: forward(images_last, weight, bias, PADDED, True),
+        "every second image": lambda: forward(spread, weight, bias, PADDED, True),
+        "fewer images": lambda: forward(input[:2], weight, bias, PADDED, True),
+        "another stride": lambda: forward(input, weight, bias, PADDED._replace(stride=(2, 1)), True),
+        "float16": lambda: forward(input.half(), weight.half(), bias.half(), PADDED, True),
     }
 
 
@@ -175,7 +188,7 @@ def test_precision_table_and_driver_have_plans_of_their_own(launched, monkeypatc
     def kernels():
         launched.clear()
         for _ in range(2):
-            conv.conv2d_relu_max_pool2d(*tensors, PLAIN, False)
+            run(conv.conv2d_relu_max_pool2d, *tensors, PLAIN, False)
         (first, _), (second, _) = launched
         assert first is second
         return first.module.rpartition(".")[2], first.constexprs.get("PRECISION"), first.target.arch
@@ -200,7 +213,7 @@ def test_an_operand_is_copied_each_time_anew(monkeypatch, reasoned):
         _, *parameters = head_tensors()
         for number in range(3):
             input = torch.full((3, 800), float(number))[:, ::2]
-            head.mlp(input, *parameters, False)
+            run(head.mlp, input, *parameters, False)
             copy = next(arg for arg in seen.pop() if isinstance(arg, torch.Tensor))
             assert copy.is_contiguous()
             assert copy.shape == input.shape
@@ -225,36 +238,36 @@ def test_a_tensor_that_is_two_operands_has_no_plan(launched, reasoned):
         square = head_tensors(widths=(16, 16, 16, 16))
         square[3] = square[1]
         for _ in range(2):
-            head.mlp(*square, False)
+            run(head.mlp, *square, False)
         assert len(reasoned) == 2
         # The same call with tensors of their own must not follow what was noted of that one.
         apart = head_tensors(widths=(16, 16, 16, 16))
-        head.mlp(*apart, False)
+        run(head.mlp, *apart, False)
         (*_, (_, call)) = launched
         assert [argument.value for argument in call.arguments[:7]] == [tensor.data_ptr() for tensor in apart]
 
 
-def test_whoever_watches_launches_is_told_of_a_plans(reasoned):
+def test_hooks_on_launches_see_those_of_plans(reasoned):
     tensors = head_tensors()
     hooks = triton.knobs.runtime.launch_enter_hook
     with compiling_for("sm_90"):
         for _ in range(3):
-            head.mlp(*tensors, False)
+            run(head.mlp, *tensors, False)
         assert len(reasoned) == 1
         hooks.add(print)
         try:
-            head.mlp(*tensors, False)
+            run(head.mlp, *tensors, False)
         finally:
             hooks.remove(print)
         assert len(reasoned) == 2
         seen = []
         head._forward_kernel.add_pre_run_hook(lambda *_, **__: seen.append(True))
         try:
-            head.mlp(*tensors, False)
+            run(head.mlp, *tensors, False)
         finally:
             head._forward_kernel.pre_run_hooks.clear()
         assert (len(reasoned), len(seen)) == (3, 1)
-        head.mlp(*tensors, False)
+        run(head.mlp, *tensors, False)
         assert len(reasoned) == 3
 
 
@@ -263,7 +276,7 @@ def test_memory_at_odd_places_is_no_part_of_a_plan(reasoned, monkeypatch):
     tensors = head_tensors()
     with compiling_for("sm_90"):
         for _ in range(2):
-            head.mlp(*tensors, True)
+            run(head.mlp, *tensors, True)
         assert len(reasoned) == 1
 
         def unaligned(shape, strides, **options):
@@ -271,7 +284,7 @@ def test_memory_at_odd_places_is_no_part_of_a_plan(reasoned, monkeypatch):
             return torch.empty(size + 1, **options)[1:].as_strided(shape, strides)
 
         monkeypatch.setattr(plans, "empty_strided", unaligned)
-        head.mlp(*tensors, True)
+        run(head.mlp, *tensors, True)
         assert len(reasoned) == 2
 
 
@@ -279,7 +292,7 @@ def test_amds_launches_are_never_planned(reasoned):
     """Its backend also specialises on the size of a tensor's memory."""
     with compiling_for("gfx942"):
         for _ in range(3):
-            head.mlp(*head_tensors(), False)
+            run(head.mlp, *head_tensors(), False)
         assert len(reasoned) == 3
 
 
@@ -289,9 +302,9 @@ def test_a_call_that_failed_leaves_no_plan(reasoned, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(head, "index_type", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                head.mlp(*tensors, False)
-        # What the caller allocates afterwards is nobody's.
+                run(head.mlp, *tensors, False)
+        # What the caller allocates afterwards is not noted.
         assert runtime._of_thread.recording is None
-        head.mlp(*tensors, False)
-        head.mlp(*tensors, False)
+        run(head.mlp, *tensors, False)
+        run(head.mlp, *tensors, False)
         assert len(reasoned) == 1

@@ -13,19 +13,21 @@ needs. Those of matrix products were measured on an H100 (LeNet's layers, batch 
 relu take a fifth to a half in float32 and in tf32; in bfloat16 a third at a depth of 400, as much at 120.
 `bench/NOTES.md` has the figures; `fastlenet bench --tune` measures and writes entries that override the rule.
 
-Free of triton, but for the name of the current architecture, which is asked for only where Triton drives the device.
+Nothing here loads triton, but for the name of the current architecture, which is asked for only where Triton drives the
+device.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import configurations
-from .geometry import ConvPoolGeometry
+from fastlenet.kernels import configurations
+from fastlenet.kernels.geometry import LINEAR, ConvPoolGeometry, Links, head_of
 
 CONV, ADDMM = "conv2d_relu_max_pool2d", "addmm_relu"
 
@@ -91,33 +93,66 @@ def why_library(
 _BACKWARD = {CONV: ("backward", "grad_input", "grad_weight"), ADDMM: ("backward",)}
 
 
+def why(name: str, settings: Any, tensors: Sequence[Any], differentiable: bool) -> str | None:
+    """Say why a library computes a whole call, or None if kernels do.
+
+    A call that a backward follows is the library's if its backward is: forward and backward do not part ways.
+
+    Args:
+        name: of the operator.
+        settings: as `fastlenet.ops` has them.
+        tensors: the operands.
+        differentiable: whether a backward follows.
+    """
+    directions = ("forward", "backward") if differentiable else ("forward",)
+    if name == ADDMM:
+        _, mat1, mat2 = tensors
+        reasons = (product(direction, mat1, mat2) for direction in directions)
+    elif name == CONV:
+        input, weight, _ = tensors
+        reasons = (convolution(direction, input, weight, settings) for direction in directions)
+    else:
+        reasons = (_link(direction, settings, tensors) for direction in directions)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _link(direction: str, links: Links, tensors: Sequence[Any]) -> str | None:
+    """Say why a convolution of a chain is the library's: then the whole chain goes link by link."""
+    shape, input = tensors[0].shape, tensors[0]
+    for link, weight in zip(links, tensors[1::2], strict=True):
+        if not isinstance(link, ConvPoolGeometry):
+            break
+        reason = convolution(direction, input.new_empty((0, *shape[-3:])), weight, link)
+        if reason is not None:
+            return reason
+        shape = link.output_shape(input.new_empty((0, *shape[-3:])), weight)
+    return None
+
+
 def convolution(direction: str, input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> str | None:
     """Say why cuDNN computes a convolution with its pool, or None if a Triton kernel does; see `why_library`."""
     precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
-    known, key = (
-        configurations.remembered(),
-        (CONV, direction, input.dtype, precision, input.shape, weight.shape, geometry),
+    depth, columns = math.prod(weight.shape[1:]), weight.shape[0] // geometry.groups
+    key = geometry.key(input, weight)
+    return why_library(
+        CONV, direction, input.dtype, precision, key, depth=depth, columns=columns, channels=weight.shape[1]
     )
-    if key not in known:
-        sizes = {
-            "depth": math.prod(weight.shape[1:]),
-            "columns": weight.shape[0] // geometry.groups,
-            "channels": weight.shape[1],
-        }
-        known[key] = why_library(CONV, direction, input.dtype, precision, geometry.key(input, weight), **sizes)
-    return known[key]
 
 
 def product(direction: str, mat1: Tensor, mat2: Tensor) -> str | None:
     """Say why cuBLAS computes a matrix product with its relu, or None if a Triton kernel does; see `why_library`."""
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    known, key = configurations.remembered(), (ADDMM, direction, mat1.dtype, precision, mat2.shape)
-    if key not in known:
-        depth, columns = mat2.shape
-        known[key] = why_library(
-            ADDMM, direction, mat1.dtype, precision, (depth, columns), depth=depth, columns=columns
-        )
-    return known[key]
+    depth, columns = mat2.shape
+    return why_library(ADDMM, direction, mat1.dtype, precision, (depth, columns), depth=depth, columns=columns)
+
+
+def inside(name: str, settings: Any, tensors: Sequence[Any]) -> str | None:
+    """Say why a library multiplies the matrices of a call's linear maps, while kernels compute the rest; else None."""
+    if name != "chain" or isinstance(settings[-1], ConvPoolGeometry):
+        return None
+    if head_of(settings, tensors[1:]) == len(settings):
+        return "linear layers that are no head of three" if LINEAR not in settings else "linear layers of other widths"
+    return head("forward", tensors[0].dtype)
 
 
 def head(direction: str, dtype: torch.dtype) -> str | None:

@@ -1,0 +1,11 @@
+"""The operators: each one's schema, shape function, checks and ``torch.autograd.Function`` in a file of its own.
+
+They know the implementations but not which of them a call takes: `fastlenet.selection` decides that.
+"""
+
+from fastlenet.ops.addmm_relu import ADDMM_RELU, LINEAR_RELU
+from fastlenet.ops.chain import CHAIN
+from fastlenet.ops.conv2d_relu_max_pool2d import CONV2D_RELU_MAX_POOL2D
+from fastlenet.ops.registration import NAMESPACE
+
+__all__ = ["ADDMM_RELU", "CHAIN", "CONV2D_RELU_MAX_POOL2D", "LINEAR_RELU", "NAMESPACE"]

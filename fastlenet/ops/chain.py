@@ -1,0 +1,335 @@
+"""A chain: a row of fused operators whose results in between are nobody's business, computed as one.
+
+Its links are convolutions with relu and max-pool, then linear maps with relu, then perhaps a last one without. Before
+the first linear map each sample becomes a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlenet import checks, reference
+from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Links
+from fastlenet.ops import addmm_relu as linear
+from fastlenet.ops import conv2d_relu_max_pool2d as conv
+from fastlenet.ops.registration import (
+    Operator,
+    Registered,
+    composed_backward,
+    define,
+    no_autocast,
+    operators,
+    or_empty,
+    shaped,
+)
+
+_NAME = "chain"
+
+
+# --- the operators: schemas, shapes, cost ---------------------------------------------------------------------------
+
+
+def spec_of(links: Links) -> str:
+    """Write links as the registered operator takes them, such as ``"1 1 0 0 1 1 1 2 2 2 2 0 0 1 1 0;linear_relu"``."""
+    return ";".join(link if isinstance(link, str) else _numbers(link) for link in links)
+
+
+def _numbers(geometry: ConvPoolGeometry) -> str:
+    fields = (field if isinstance(field, tuple) else (field,) for field in geometry)
+    return " ".join(str(int(number)) for field in fields for number in field)
+
+
+@functools.lru_cache(maxsize=512)
+def links_of(spec: str) -> Links:
+    """Read what `spec_of` wrote."""
+    return tuple(link if link in (LINEAR, LINEAR_RELU) else _geometry(link) for link in spec.split(";"))
+
+
+def _geometry(numbers: str) -> ConvPoolGeometry:
+    a, b, c, d, e, f, groups, *pool, ceil_mode = map(int, numbers.split())
+    sizes = (tuple(pool[i : i + 2]) for i in range(0, 8, 2))
+    return ConvPoolGeometry((a, b), (c, d), (e, f), groups, *sizes, bool(ceil_mode))  # type: ignore[arg-type]
+
+
+def _fake(input: Tensor, parameters: Sequence[Tensor | None], spec: str, save: bool) -> tuple[Tensor, list[Tensor]]:
+    saved: list[Tensor] = []
+    for link, weight in zip(links_of(spec), parameters[::2], strict=True):
+        assert weight is not None
+        if isinstance(link, ConvPoolGeometry):
+            input = conv.empty_output(input, weight, link)
+            saved.append(torch.empty_like(input, dtype=link.argmax_dtype))
+        else:
+            input = input.new_empty(input.shape[0], weight.shape[0])
+        saved.append(input)
+    return saved.pop(), saved if save else []
+
+
+def _backward_fake(
+    grad_output: Tensor,
+    output: Tensor,
+    input: Tensor,
+    parameters: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    spec: str,
+    output_mask: Sequence[bool],
+) -> list[Tensor]:
+    tensors = (input, *parameters)
+    return [
+        torch.empty_like(tensor) if needed and tensor is not None else input.new_empty(0)
+        for tensor, needed in zip(tensors, output_mask, strict=True)
+    ]
+
+
+def _costs(input: Sequence[int], parameters: Sequence[Any], spec: str) -> list[int]:
+    """Count each link's forward, from shapes."""
+    found = []
+    for link, weight in zip(links_of(spec), parameters[::2], strict=True):
+        if isinstance(link, ConvPoolGeometry):
+            found.append(conv.flops(input, weight, link))
+            size = link.conv_size((input[2], input[3]), (weight[2], weight[3]))
+            input = input[0], weight[0], *link.pooled_size(size)
+        else:
+            found.append(linear.flops((input[0], math.prod(input[1:])), weight[::-1]))
+            input = input[0], weight[0]
+    return found
+
+
+def _flops(input: Any, parameters: Any, spec: str, *_: Any, **__: Any) -> int:
+    return sum(_costs(input, parameters, spec))
+
+
+def _backward_flops(
+    grad_output: Any, output: Any, input: Any, parameters: Any, saved: Any, spec: str, mask: Any, **_: Any
+) -> int:
+    costs = _costs(input, parameters, spec)
+    return sum(
+        cost * (bool(any(mask[: 2 * index + 1])) + bool(mask[2 * index + 1])) for index, cost in enumerate(costs)
+    )
+
+
+define(
+    f"{_NAME}(Tensor input, Tensor?[] parameters, str spec, bool save) -> (Tensor output, Tensor[] saved)",
+    _fake,
+    _flops,
+)
+define(
+    f"{_NAME}_backward(Tensor grad_output, Tensor output, Tensor input, Tensor?[] parameters, Tensor[] saved, str spec,"
+    " bool[] output_mask) -> Tensor[]",
+    _backward_fake,
+    _backward_flops,
+)
+
+
+# --- autograd -------------------------------------------------------------------------------------------------------
+
+
+class ChainFunction(torch.autograd.Function):
+    """A whole chain; saves its operands and what its implementation needs, nothing at a convolution's resolution."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, known: Any, links: Links, leading: tuple[int, ...] | None, input: Tensor, *parameters: Tensor | None
+    ) -> Tensor:
+        """Take a batched input, and weight and bias of each link; return the output, of other `leading` sizes if given."""
+        if known is None:
+            output, saved = operators.chain(input, parameters, spec_of(links), True)
+        else:
+            output, saved = known.forward(input, parameters, links, True)
+        if leading is not None:
+            output = shaped(output, (*leading, *output.shape[1:]), known)
+        ctx.known, ctx.links = known, links
+        # The output's sign is the last relu's mask.
+        ctx.save_for_backward(input, *parameters, *saved, *(() if links[-1] == LINEAR else (output,)))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of those operands that need one."""
+        links, needs = ctx.links, ctx.needs_input_grad[3:]
+        tensors, count = ctx.saved_tensors, 1 + 2 * len(links)
+        input, *parameters = tensors[:count]
+        size = input.shape[0], *grad_output.shape[-3 if isinstance(links[-1], ConvPoolGeometry) else -1 :]
+        grad_output = grad_output if grad_output.shape == size else grad_output.reshape(size)
+        saved, output = tensors[count:], None
+        if links[-1] != LINEAR:
+            *saved, output = saved
+            output = output.reshape(size)
+        if composed_backward(grad_output):
+            with no_autocast(input.device.type):
+                grads = _composed_grads(grad_output, links, needs, *tensors[:count])
+        elif ctx.known is None:
+            like = grad_output if output is None else output  # whose values nothing reads then
+            args = grad_output, like, input, parameters, list(saved), spec_of(links), needs
+            grads = reference.requested(operators.chain_backward(*args), needs)
+        else:
+            grads = ctx.known.backward(grad_output, output, input, parameters, saved, links, needs)
+        return None, None, None, *grads
+
+
+def _composed_grads(
+    grad_output: Tensor, links: Links, needs: Sequence[bool], *operands: Tensor | None
+) -> reference.Grads:
+    """Gradients in plain operators: differentiable to any order, as all that lies between is computed once more."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        wanted = [tensor for tensor, needed in zip(operands, needs, strict=True) if needed]
+        input, *parameters = operands
+        assert input is not None
+        output = reference.chain(input, parameters, links)
+        grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph))
+    return tuple(next(grads) if needed else None for needed in needs)
+
+
+@functools.lru_cache(maxsize=512)
+def function_of(links: Links) -> type[torch.autograd.Function]:
+    """Make a chain's Function, whose name, and so its node's, says which operators stand there."""
+    names = ["ConvReLUMaxPool2d" if isinstance(link, ConvPoolGeometry) else _LINEAR_NAMES[link] for link in links]
+    return type(f"{'_'.join(names)}Chain", (ChainFunction,), {"__doc__": ChainFunction.__doc__})
+
+
+_LINEAR_NAMES = {LINEAR_RELU: "LinearReLU", LINEAR: "Linear"}
+
+
+# --- what `fastlenet.selection` must know ---------------------------------------------------------------------------
+
+
+class _Operator(Operator):
+    name = _NAME
+    traceable = False  # lists of optional tensors are not
+
+    def check(self, settings: Links, *tensors: Any) -> None:
+        checks.chain(_NAME, settings, *tensors)
+
+    def composition(self, settings: Links, *tensors: Any) -> Tensor:
+        input, *parameters = tensors
+        return reference.chain(input, parameters, settings)
+
+    def fused(self, settings: Links, known: Any, differentiable: bool, *tensors: Any) -> Tensor:
+        input, *parameters = tensors
+        leading, tail = None, 3 if isinstance(settings[0], ConvPoolGeometry) else 1
+        if input.dim() != tail + 1:
+            leading = tuple(input.shape[:-tail])
+            input = input.reshape(math.prod(leading), *input.shape[-tail:])
+        if differentiable:
+            function = ChainFunction if torch.compiler.is_compiling() else function_of(settings)
+            return function.apply(known, settings, leading, input, *parameters)
+        if known is None:
+            output = operators.chain(input, parameters, spec_of(settings), False)[0]
+        else:
+            output = known.forward(input, parameters, settings, False)[0]
+        return output if leading is None else shaped(output, (*leading, *output.shape[1:]), known)
+
+    def uncovered(self, implementation: str, settings: Links, *tensors: Any) -> str | None:
+        input, *parameters = tensors
+        if implementation == "triton":
+            cells = max((link.window_size for link in settings if isinstance(link, ConvPoolGeometry)), default=0)
+            return f"the Triton kernels cover pooling windows of up to 255 cells, not {cells}" if cells > 255 else None
+        from fastlenet import cpu
+
+        return cpu.chain_rejects(input, parameters, settings)
+
+    def implementation(self, name: str, library: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        if name == "triton":
+            from fastlenet.kernels import chain as launchers
+
+            return launchers.forward(library), launchers.backward(library)
+        if name == "cpu":
+            from fastlenet import cpu
+
+            return cpu.chain, _cpu_backward
+        return _reference_forward, reference.chain_backward
+
+    def parts(self, settings: Links, *tensors: Any) -> Iterator[tuple[Operator, Any, tuple[Any, ...]]]:
+        input, *parameters = tensors
+        for index, link in enumerate(settings):
+            weight, bias = parameters[2 * index : 2 * index + 2]
+            if isinstance(link, ConvPoolGeometry):
+                input = input if input.dim() == 4 else input.unsqueeze(0)
+                yield conv.CONV2D_RELU_MAX_POOL2D, link, (input, weight, bias)
+                input = input.new_empty((0, *link.output_shape(input, weight)[1:]))
+            elif link == LINEAR_RELU:
+                input = input.new_empty((0, weight.shape[1]))
+                yield linear.LINEAR_RELU, None, (input, weight, bias)
+
+    def one_by_one(self, run: Callable[..., Tensor], settings: Links, *tensors: Any) -> Tensor:
+        input, *parameters = tensors
+        for index, link in enumerate(settings):
+            weight, bias = parameters[2 * index : 2 * index + 2]
+            if isinstance(link, ConvPoolGeometry):
+                input = run(conv.CONV2D_RELU_MAX_POOL2D, link, input, weight, bias)
+                continue
+            if index and isinstance(settings[index - 1], ConvPoolGeometry):
+                input = input.flatten(-3)
+            input = (
+                F.linear(input, weight, bias) if link == LINEAR else run(linear.LINEAR_RELU, None, input, weight, bias)
+            )
+        return input
+
+    def registered(self) -> dict[str, Registered]:
+        return {_NAME: Registered(_call, _run), f"{_NAME}_backward": Registered(_backward_call, _run_backward)}
+
+
+def _call(input: Tensor, parameters: Sequence[Tensor | None], spec: str, save: bool) -> Any:
+    return links_of(spec), (input, *parameters), save
+
+
+def _run(
+    known: Any, input: Tensor, parameters: Sequence[Tensor | None], spec: str, save: bool
+) -> tuple[Tensor, list[Tensor]]:
+    # What the compiled CPU kernels save is their own, which a graph cannot know.
+    forward = _reference_forward if save and known.choice.forward == "cpu" else known.forward
+    output, saved = forward(input, parameters, links_of(spec), save)
+    return output, list(saved)
+
+
+def _backward_call(
+    grad_output: Tensor, output: Tensor, input: Tensor, parameters: Sequence[Tensor | None], *args: Any
+) -> Any:
+    return links_of(args[1]), (input, *parameters), True
+
+
+def _run_backward(
+    known: Any,
+    grad_output: Tensor,
+    output: Tensor,
+    input: Tensor,
+    parameters: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    spec: str,
+    output_mask: Sequence[bool],
+) -> list[Tensor]:
+    backward = reference.chain_backward if known.choice.forward == "cpu" else known.backward
+    grads = backward(grad_output, output, input, parameters, saved, links_of(spec), tuple(output_mask))
+    return list(or_empty(input, grads))
+
+
+def _cpu_backward(
+    grad_output: Tensor,
+    output: Tensor | None,
+    input: Tensor,
+    parameters: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    links: Links,
+    output_mask: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    from fastlenet import cpu
+
+    return cpu.chain_backward(grad_output, input, parameters, links, saved, output_mask)
+
+
+def _reference_forward(
+    input: Tensor, parameters: Sequence[Tensor | None], links: Links, save: bool
+) -> tuple[Tensor, Sequence[Tensor]]:
+    if save:
+        return reference.chain_with_saved(input, parameters, links)
+    return reference.chain(input, parameters, links), ()
+
+
+CHAIN = _Operator()

@@ -1,0 +1,259 @@
+"""conv2d + relu + max-pool: the operator as PyTorch sees it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlenet import checks, reference
+from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format
+from fastlenet.ops.registration import (
+    Operator,
+    Registered,
+    composed_backward,
+    define,
+    no_autocast,
+    operators,
+    or_empty,
+)
+
+_NAME = "conv2d_relu_max_pool2d"
+_GEOMETRY = (
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    "int[2] pool_size, int[2] pool_stride, int[2] pool_padding, int[2] pool_dilation, bool ceil_mode"
+)
+
+
+# --- the operators: schemas, shapes, cost ---------------------------------------------------------------------------
+
+
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    *fields, return_argmax = args
+    geometry = ConvPoolGeometry(*fields)
+    output = empty_output(input, weight, geometry)
+    like = output if return_argmax else output.new_empty(0)
+    return output, torch.empty_like(like, dtype=geometry.argmax_dtype)
+
+
+def empty_output(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> Tensor:
+    """Make the pooled output of a batched input, without values."""
+    shape, layout = geometry.output_shape(input, weight), memory_format(input, weight)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+
+
+def _backward_fake(
+    grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    layout = memory_format(input, weight)
+    shapes = (input.shape, weight.shape, weight.shape[:1])
+    return tuple(
+        (input.new_empty(shape).contiguous(memory_format=layout) if len(shape) == 4 else input.new_empty(shape))
+        if needed
+        else input.new_empty(0)
+        for needed, shape in zip(args[-1], shapes, strict=True)
+    )
+
+
+def flops(input: Sequence[int], weight: Sequence[int], geometry: ConvPoolGeometry) -> int:
+    """Count what stock's convolution counts: two for each product."""
+    height, width = geometry.conv_size((input[2], input[3]), (weight[2], weight[3]))
+    return 2 * input[0] * height * width * math.prod(weight)
+
+
+def _flops(input: Any, weight: Any, bias: Any, *args: Any, **_: Any) -> int:
+    return flops(input, weight, ConvPoolGeometry(*args[:-1]))
+
+
+def _backward_flops(grad_output: Any, input: Any, weight: Any, argmax: Any, *args: Any, **_: Any) -> int:
+    *fields, (need_input, need_weight, _need_bias) = args
+    return (need_input + need_weight) * flops(input, weight, ConvPoolGeometry(*fields))
+
+
+define(
+    f"{_NAME}(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, bool return_argmax)"
+    " -> (Tensor output, Tensor argmax)",
+    _fake,
+    _flops,
+)
+define(
+    f"{_NAME}_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor argmax, {_GEOMETRY},"
+    " bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    _backward_fake,
+    _backward_flops,
+)
+
+
+def geometry_of(fields: Sequence[Any]) -> ConvPoolGeometry:
+    """Make a geometry of an operator's arguments, in which pairs are lists."""
+    return ConvPoolGeometry(*(tuple(field) if isinstance(field, (list, tuple)) else field for field in fields))
+
+
+# --- autograd -------------------------------------------------------------------------------------------------------
+
+
+class ConvReLUMaxPool2dFunction(torch.autograd.Function):
+    """``max_pool2d(relu(conv2d(input, weight, bias)))``.
+
+    Saves the input, the weight and the argmax, of which `ConvPoolGeometry.no_winner` tells where relu was off:
+    nothing at the convolution's resolution, and not the output, which its user may therefore modify in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...], known: Any
+    ) -> Tensor:
+        """Take an input, batched or not, and the fields of a `ConvPoolGeometry`."""
+        images = input if input.dim() == 4 else input.unsqueeze(0)
+        if known is None:
+            output, argmax = operators.conv2d_relu_max_pool2d(images, weight, bias, *geometry, True)
+        else:
+            output, argmax = known.forward(images, weight, bias, geometry, True)
+        ctx.save_for_backward(input, weight, argmax)
+        ctx.geometry, ctx.known = geometry, known
+        return output if input.dim() == 4 else output.squeeze_(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of those inputs that need one."""
+        needs = ctx.needs_input_grad[:3]
+        input, weight, argmax = ctx.saved_tensors
+        batched = input.dim() == 4
+        operands = (grad_output, input) if batched else (grad_output.unsqueeze(0), input.unsqueeze(0))
+        if composed_backward(grad_output):
+            with no_autocast(input.device.type):
+                grads = reference.conv2d_relu_max_pool2d_backward(
+                    *operands, weight, argmax, ConvPoolGeometry(*ctx.geometry), needs
+                )
+            return grads[0] if batched or grads[0] is None else grads[0].squeeze(0), *grads[1:], None, None
+        if ctx.known is None:
+            found = operators.conv2d_relu_max_pool2d_backward(*operands, weight, argmax, *ctx.geometry, needs)
+            grads = reference.requested(found, needs)
+        else:
+            grads = ctx.known.backward(*operands, weight, argmax, ctx.geometry, needs)
+        grad_input, grad_weight, grad_bias = grads
+        return (
+            grad_input if batched or grad_input is None else grad_input.squeeze_(0),
+            grad_weight,
+            grad_bias,
+            None,
+            None,
+        )
+
+
+# --- what `fastlenet.selection` must know ---------------------------------------------------------------------------
+
+
+class _Operator(Operator):
+    name = _NAME
+
+    def operands(self, *tensors: Any) -> tuple[Any, ...]:
+        input, weight, bias = tensors
+        return input if input.dim() == 4 else input.unsqueeze(0), weight, bias
+
+    def check(self, settings: ConvPoolGeometry, *tensors: Any) -> None:
+        input, weight, bias = tensors
+        batched = input.dim() == 4
+        images = input if batched else input.unsqueeze(0)
+        checks.same_type(_NAME, ("input", input), weight=weight, bias=bias)
+        checks.conv_shapes(_NAME, images, weight, bias, settings.groups, batched)
+        checks.geometry(_NAME, settings)
+        checks.pooled_size(_NAME, images, weight, settings)
+
+    def composition(self, settings: ConvPoolGeometry, *tensors: Any) -> Tensor:
+        input, weight, bias = tensors
+        return reference.conv2d_relu_max_pool2d(input, weight, bias, settings)
+
+    def fused(self, settings: ConvPoolGeometry, known: Any, differentiable: bool, *tensors: Any) -> Tensor:
+        input, weight, bias = tensors
+        if differentiable:
+            return ConvReLUMaxPool2dFunction.apply(
+                input, weight, bias, tuple(settings) if known is None else settings, known
+            )
+        images = input if input.dim() == 4 else input.unsqueeze(0)
+        if known is None:
+            output, _ = operators.conv2d_relu_max_pool2d(images, weight, bias, *settings, False)
+            return output if input.dim() == 4 else output.squeeze(0)
+        output, _ = known.forward(images, weight, bias, settings, False)
+        return output if input.dim() == 4 else output.squeeze_(0)
+
+    def uncovered(self, implementation: str, settings: ConvPoolGeometry, *tensors: Any) -> str | None:
+        input, weight, _ = tensors
+        if implementation == "triton":
+            cells = settings.window_size
+            return f"the Triton kernels cover pooling windows of up to 255 cells, not {cells}" if cells > 255 else None
+        from fastlenet import cpu
+
+        return cpu.rejects(input if input.dim() == 4 else input.unsqueeze(0), weight, settings)
+
+    def implementation(self, name: str, library: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        if name == "triton":
+            from fastlenet.kernels import conv2d_relu_max_pool2d as launchers
+            from fastlenet.kernels.plans import Kind, Kinds
+
+            return Kind(launchers.conv2d_relu_max_pool2d), Kinds(launchers.conv2d_relu_max_pool2d_backward)
+        if name == "cpu":
+            from fastlenet import cpu
+
+            return cpu.conv2d_relu_max_pool2d, cpu.conv2d_relu_max_pool2d_backward
+        return _reference_forward, _reference_backward
+
+    def registered(self) -> dict[str, Registered]:
+        return {_NAME: Registered(_call, _run), f"{_NAME}_backward": Registered(_backward_call, _run_backward)}
+
+
+def _call(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    *fields, return_argmax = args
+    return geometry_of(fields), (input, weight, bias), return_argmax
+
+
+def _run(known: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    *fields, return_argmax = args
+    geometry = geometry_of(fields)
+    output, argmax = known.forward(input, weight, bias, geometry, return_argmax)
+    return output, input.new_empty(0, dtype=geometry.argmax_dtype) if argmax is None else argmax
+
+
+def _backward_call(
+    grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, *args: Any
+) -> tuple[Any, tuple[Any, ...], bool]:
+    return geometry_of(args[:-1]), (input, weight, None), True
+
+
+def _run_backward(known: Any, grad_output: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    weight, argmax, *fields, output_mask = args
+    grads = known.backward(grad_output, input, weight, argmax, geometry_of(fields), tuple(output_mask))
+    return or_empty(input, grads)
+
+
+def _reference_forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_argmax: bool
+) -> tuple[Tensor, Tensor | None]:
+    layout = memory_format(input, weight)
+    if not return_argmax:
+        return reference.conv2d_relu_max_pool2d(input, weight, bias, geometry).contiguous(memory_format=layout), None
+    output, argmax = reference.conv2d_relu_max_pool2d_with_argmax(input, weight, bias, geometry)
+    return output.contiguous(memory_format=layout), argmax.contiguous(memory_format=layout)
+
+
+def _reference_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    argmax: Tensor,
+    geometry: ConvPoolGeometry,
+    output_mask: Sequence[bool],
+) -> reference.Grads:
+    first, second, third = reference.conv2d_relu_max_pool2d_backward(
+        grad_output, input, weight, argmax, geometry, output_mask
+    )
+    # Stock's convolutions choose layouts of their own; the shape function promises these.
+    layout = memory_format(input, weight)
+    first = first if first is None else first.contiguous(memory_format=layout)
+    return first, second if second is None else second.contiguous(memory_format=layout), third
+
+
+CONV2D_RELU_MAX_POOL2D = _Operator()

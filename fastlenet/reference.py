@@ -1,0 +1,247 @@
+"""Every operator as stock PyTorch's own operators: what "aten" means.
+
+A composition is differentiable to any order, maps under `torch.func`, and exports. It is what runs where no compiled
+kernel takes a call, and what is differentiated where more than first derivatives may be asked for. Its output is never
+a view, and may be modified in place wherever stock's may.
+
+The functions with saved tensors compute what the kernels compute, with the same argmax, in plain operators. Compiled
+graphs fall back on them, and exported ones are taken apart into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlenet.kernels.geometry import LINEAR, ConvPoolGeometry, Links
+
+Grads = tuple[Tensor | None, ...]
+
+
+def requested(grads: Sequence[Tensor | None], output_mask: Sequence[bool]) -> Grads:
+    """Replace by None what was not asked for: some of stock's operators return it all the same."""
+    return tuple(grad if needed else None for grad, needed in zip(grads, output_mask, strict=True))
+
+
+# --- conv2d + relu + max-pool ---------------------------------------------------------------------------------------
+
+
+def conv2d_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry) -> Tensor:
+    """Return the pooled output for a batched or an unbatched input.
+
+    relu comes last, on as many values as the pool leaves, which changes neither results nor gradients: no gradient
+    passes where the largest cell is not above 0. As a threshold it keeps its input for that and not its output, which
+    may therefore be modified in place, as max_pool2d's may.
+    """
+    conv = torch.conv2d(input, weight, bias, *geometry[:4])
+    if geometry.window_may_be_empty:  # stock's output is -inf there, which relu must spare
+        return F.max_pool2d(F.relu(conv), *geometry[4:])
+    return torch.threshold(torch.max_pool2d(conv, *geometry[4:]), 0, 0)
+
+
+def conv2d_relu_max_pool2d_with_argmax(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry
+) -> tuple[Tensor, Tensor]:
+    """Return the pooled output for a batched input, and its argmax (see `ConvPoolGeometry.argmax_dtype`)."""
+    conv = torch.conv2d(input, weight, bias, *geometry[:4])
+    if geometry.window_may_be_empty:
+        conv = torch.relu(conv)
+    output, index = torch.ops.aten.max_pool2d_with_indices(conv, *geometry[4:])
+    output = output if geometry.window_may_be_empty else torch.relu(output)
+    return output, _argmax(output, index, conv.shape[3], geometry)
+
+
+def _argmax(output: Tensor, index: Tensor, width: Any, geometry: ConvPoolGeometry) -> Tensor:
+    """Turn stock's flat positions in a convolution's output of this width into cells of the windows."""
+    rows, columns = (
+        torch.arange(output.shape[2 + i], device=output.device) * geometry.pool_stride[i] - geometry.pool_padding[i]
+        for i in (0, 1)
+    )
+    down = torch.div(index, width, rounding_mode="floor") - rows[:, None]
+    right = index % width - columns
+    row, column = (
+        torch.div(offset, dilation, rounding_mode="floor")
+        for offset, dilation in zip((down, right), geometry.pool_dilation, strict=True)
+    )
+    cell = row * geometry.pool_size[1] + column
+    return torch.where(output <= 0, geometry.no_winner, cell).to(geometry.argmax_dtype)
+
+
+def conv2d_relu_max_pool2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    argmax: Tensor,
+    geometry: ConvPoolGeometry,
+    output_mask: Sequence[bool],
+) -> Grads:
+    """Return grad_input, grad_weight and grad_bias, None where `output_mask` asks for none; differentiable."""
+    conv_size = geometry.conv_size((input.shape[2], input.shape[3]), (weight.shape[2], weight.shape[3]))
+    # A strided 1x1 kernel in channels_last makes stock's weight gradient write beyond its memory (torch 2.13).
+    pointwise = weight.shape[2] == 1 and weight.shape[3] == 1 and max(geometry.stride) > 1
+    grads = torch.ops.aten.convolution_backward(
+        _scattered(grad_output, argmax, conv_size, geometry),
+        input.contiguous() if pointwise else input,
+        weight.contiguous() if pointwise else weight,
+        [weight.shape[0]],
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        (0, 0),
+        geometry.groups,
+        output_mask,
+    )
+    return requested(grads, output_mask)
+
+
+def _scattered(grad_output: Tensor, argmax: Tensor, conv_size: Sequence[int], geometry: ConvPoolGeometry) -> Tensor:
+    """Gradient at the convolution's resolution: each pooled gradient added to the cell that its argmax names."""
+    kept = argmax != geometry.no_winner
+    cell = torch.where(kept, argmax, 0).long()
+    rows, columns = (torch.arange(argmax.shape[2 + i], device=argmax.device) * geometry.pool_stride[i] for i in (0, 1))
+    row = rows[:, None] - geometry.pool_padding[0] + cell // geometry.pool_size[1] * geometry.pool_dilation[0]
+    column = columns - geometry.pool_padding[1] + cell % geometry.pool_size[1] * geometry.pool_dilation[1]
+    index = torch.where(kept, row * conv_size[1] + column, 0).flatten(2)
+    zeros = grad_output.new_zeros(*argmax.shape[:2], conv_size[0] * conv_size[1])
+    passing = torch.where(kept, grad_output, 0.0).reshape(index.shape)
+    return zeros.scatter_add(2, index, passing).view(*argmax.shape[:2], *conv_size)
+
+
+# --- linear maps with relu ------------------------------------------------------------------------------------------
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return relu(input @ weight^T + bias), of any leading dimensions."""
+    return torch.relu(F.linear(input, weight, bias))
+
+
+def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
+    """Return relu(beta * input + alpha * (mat1 @ mat2)); without `input`, relu(alpha * (mat1 @ mat2))."""
+    if input is None:
+        product = torch.mm(mat1, mat2)
+        return torch.relu(product if alpha == 1 else product * alpha)
+    return torch.relu(torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha))
+
+
+def addmm_relu_backward(
+    grad_output: Tensor,
+    output: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    input_size: Sequence[int],
+    beta: float,
+    alpha: float,
+    output_mask: Sequence[bool],
+) -> Grads:
+    """Return grad_input, grad_mat1 and grad_mat2, None where `output_mask` asks for none; differentiable."""
+    need_input, need_mat1, need_mat2 = output_mask
+    grad = torch.ops.aten.threshold_backward(grad_output, output, 0)
+    grad_input = grad_mat1 = grad_mat2 = None
+    if need_input:
+        grad_input = grad.sum(0) if list(input_size) == [grad.shape[1]] else grad.sum_to_size(input_size)
+        grad_input = grad_input if beta == 1 else grad_input * beta
+    scaled = grad if alpha == 1 else grad * alpha
+    if need_mat1:
+        grad_mat1 = torch.mm(scaled, mat2.t())
+    if need_mat2:
+        # The gradient has mat2's own layout, so that a transposed nn.Linear weight gets a contiguous gradient.
+        grad_mat2 = torch.mm(scaled.t(), mat1).t() if column_major(mat2) else torch.mm(mat1.t(), scaled)
+    return grad_input, grad_mat1, grad_mat2
+
+
+def column_major(matrix: Tensor) -> bool:
+    """Whether `matrix` is laid out as the transpose of a contiguous one."""
+    return matrix.t().is_contiguous() and not matrix.is_contiguous()
+
+
+# --- chains ---------------------------------------------------------------------------------------------------------
+
+
+def chain(input: Tensor, parameters: Sequence[Tensor | None], links: Links) -> Tensor:
+    """Return what the links give, one after the other; before the first linear one, samples become rows."""
+    convolved = False
+    for index, link in enumerate(links):
+        weight, bias = parameters[2 * index : 2 * index + 2]
+        assert weight is not None
+        if isinstance(link, ConvPoolGeometry):
+            input, convolved = conv2d_relu_max_pool2d(input, weight, bias, link), True
+            continue
+        if convolved:
+            input, convolved = input.flatten(-3), False
+        input = F.linear(input, weight, bias) if link == LINEAR else linear_relu(input, weight, bias)
+    return input
+
+
+def chain_with_saved(input: Tensor, parameters: Sequence[Tensor | None], links: Links) -> tuple[Tensor, list[Tensor]]:
+    """Return the output and what `chain_backward` needs.
+
+    That is, link by link, the argmax of a convolution, and the link's output unless it is the chain's.
+    """
+    saved: list[Tensor] = []
+    for index, link in enumerate(links):
+        weight, bias = parameters[2 * index : 2 * index + 2]
+        assert weight is not None
+        if isinstance(link, ConvPoolGeometry):
+            input, argmax = conv2d_relu_max_pool2d_with_argmax(input, weight, bias, link)
+            saved.append(argmax)
+        else:
+            input = input if input.dim() == 2 else input.flatten(1)
+            input = F.linear(input, weight, bias) if link == LINEAR else linear_relu(input, weight, bias)
+        saved.append(input)
+    output = saved.pop()
+    return output, saved
+
+
+def chain_backward(
+    grad_output: Tensor,
+    output: Tensor,
+    input: Tensor,
+    parameters: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    links: Links,
+    output_mask: Sequence[bool],
+) -> Grads:
+    """Return the gradients of the input and of every parameter, None where `output_mask` asks for none."""
+    outputs, argmaxes = [], []
+    waiting = iter((*saved, output))
+    for link in links:
+        argmaxes.append(next(waiting) if isinstance(link, ConvPoolGeometry) else None)
+        outputs.append(next(waiting))
+    grads: list[Tensor | None] = [None] * len(output_mask)
+    for index in reversed(range(len(links))):
+        link, weight, argmax = links[index], parameters[2 * index], argmaxes[index]
+        assert weight is not None
+        before = outputs[index - 1] if index else input
+        mask = any(output_mask[: 2 * index + 1]), *output_mask[2 * index + 1 : 2 * index + 3]
+        if isinstance(link, ConvPoolGeometry):
+            assert argmax is not None
+            grad_output = grad_output if grad_output.dim() == 4 else grad_output.unflatten(1, argmax.shape[1:])
+            found = conv2d_relu_max_pool2d_backward(grad_output, before, weight, argmax, link, mask)
+        else:
+            rows = before if before.dim() == 2 else before.flatten(1)
+            found = _linear_backward(grad_output, outputs[index], rows, weight, link == LINEAR, mask)
+        grads[2 * index + 1 : 2 * index + 3] = found[1:]
+        if found[0] is None:
+            break
+        grad_output = found[0]
+    if output_mask[0]:
+        grads[0] = grad_output if grad_output.shape == input.shape else grad_output.view(input.shape)
+    return tuple(grads)
+
+
+def _linear_backward(
+    grad_output: Tensor, output: Tensor, input: Tensor, weight: Tensor, last: bool, output_mask: Sequence[bool]
+) -> Grads:
+    """Return grad_input, grad_weight and grad_bias of a linear map, with relu unless it is a `last` one."""
+    grad = grad_output if last else torch.ops.aten.threshold_backward(grad_output, output, 0)
+    need_input, need_weight, need_bias = output_mask
+    return (
+        torch.mm(grad, weight) if need_input else None,
+        torch.mm(grad.t(), input) if need_weight else None,
+        grad.sum(0) if need_bias else None,
+    )

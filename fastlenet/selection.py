@@ -1,0 +1,472 @@
+"""Which implementation computes a call: the one place that decides, and the user's setting.
+
+There are three: ``"triton"``, the kernels in `fastlenet.kernels`; ``"cpu"``, the compiled kernels in `fastlenet.cpu`;
+and ``"aten"``, stock's own operators (`fastlenet.reference`). `ORDER` says which a device tries first, `REJECTS` why one
+does not take a call.
+
+One table leads from the key of a kind of call to all that is known of it: that its arguments are legal, the choice, and
+what runs forward and backward, on a GPU with the launches that the first call recorded. `fastlenet.explain`, the log
+and the benchmarks read it. Nothing else decides, and reading it changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fastlenet import library, ops
+from fastlenet.kernels import configurations
+from fastlenet.ops.registration import Operator, implement
+
+BACKENDS = ("auto", "triton", "cpu", "aten")
+
+logger = logging.getLogger("fastlenet")
+
+
+# --- the user's setting ---------------------------------------------------------------------------------------------
+
+
+def _validated(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin} must be one of {', '.join(map(repr, BACKENDS))}, but got {name!r}")
+    return name
+
+
+# The variable is looked up at every call, and os.environ's own look-up takes ten times as long as its dictionary's.
+_variables, _VARIABLE = os.environ._data, os.environ.encodekey("FASTLENET_BACKEND")  # type: ignore[attr-defined]
+
+# Process-wide on purpose, like PyTorch's own precision switches.
+_chosen: str | None = None
+
+
+def backend(input: Tensor | None = None) -> str:
+    """Tell which implementation runs.
+
+    Args:
+        input: a tensor whose device and dtype decide under ``"auto"``.
+
+    Returns:
+        Without `input`, the setting in force: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"aten"``. With `input`, the
+        implementation that an operator would take for it, as far as device and dtype decide.
+
+    Raises:
+        ValueError: if the environment variable ``FASTLENET_BACKEND`` holds anything else.
+        RuntimeError: with `input`, if a backend is forced that cannot run there; the message says what to do.
+        NotImplementedError: with `input`, if a backend is forced of which no kernel covers the dtype.
+
+    Example:
+        >>> import torch, fastlenet
+        >>> fastlenet.backend(torch.empty(2, dtype=torch.float64))
+        'aten'
+    """
+    if input is not None:
+        return choose_by_type(input).forward
+    if _chosen is not None:
+        return _chosen
+    if not _variables.get(_VARIABLE):
+        return "auto"
+    return _validated(os.environ["FASTLENET_BACKEND"], "FASTLENET_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force an implementation within a ``with`` block; it overrides ``FASTLENET_BACKEND``.
+
+    The setting is process-wide, as PyTorch's precision switches are. A backward pass follows the choice that its
+    forward pass made.
+
+    Args:
+        name: ``"auto"`` (Triton for tensors on a GPU that Triton drives; on a CPU the compiled kernels, where they are
+            installed and win; ATen elsewhere), ``"triton"``, ``"cpu"`` or ``"aten"`` (stock's own operators). A forced
+            backend that cannot run raises; it never falls back silently.
+
+    Raises:
+        ValueError: if `name` is none of these.
+
+    Example:
+        >>> import fastlenet
+        >>> with fastlenet.use_backend("aten"):
+        ...     print(fastlenet.backend())
+        aten
+    """
+    global _chosen
+    before, _chosen = _chosen, _validated(name, "backend")
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+# --- the decision ---------------------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """A call to decide about; of the tensors neither values nor, for a library's rule, the number of images count.
+
+    Attributes:
+        operator: what is computed; None to decide by device and dtype alone.
+        settings: its arguments other than tensors, see `fastlenet.ops.registration.Operator`.
+        tensors: its operands, in order.
+        differentiable: whether a backward may follow.
+    """
+
+    operator: Operator | None
+    settings: Any
+    tensors: Sequence[Any]
+    differentiable: bool
+
+    @property
+    def main(self) -> Tensor:
+        """The first operand that is there."""
+        return next(tensor for tensor in self.tensors if tensor is not None)
+
+
+class Choice(NamedTuple):
+    """What runs a call forward and backward, and why: what `explain` and the log say."""
+
+    forward: str
+    backward: str
+    reason: str
+
+
+class Rejection(NamedTuple):
+    """Why an implementation does not take a call, and what that raises where it is forced; None: nothing, it runs."""
+
+    reason: str
+    error: type[Exception] | None
+
+
+ORDER = {"cuda": ("triton", "aten"), "cpu": ("cpu", "aten")}
+"""What a device tries, in order, under ``"auto"``; a device that is not listed runs stock's own operators."""
+
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_everything_driven = False
+
+
+def _rejected_by_triton(call: Call) -> Rejection | None:
+    if (unreachable := _unreachable(call.main.device)) is not None:
+        return Rejection(unreachable, RuntimeError)
+    if call.main.dtype not in TRITON_DTYPES:
+        covered = ", ".join(str(dtype) for dtype in TRITON_DTYPES)
+        return Rejection(f"the Triton kernels cover {covered}, not {call.main.dtype}", NotImplementedError)
+    if call.operator is None:
+        return None
+    uncovered = call.operator.uncovered("triton", call.settings, *call.tensors)
+    if uncovered is not None:
+        return Rejection(uncovered, NotImplementedError)
+    operands = call.operator.operands(*call.tensors)
+    better = library.why(call.operator.name, call.settings, operands, call.differentiable)
+    return None if better is None else Rejection(better, None)
+
+
+def _unreachable(device: torch.device) -> str | None:
+    """Why Triton cannot drive `device`, or None if it can."""
+    if not _triton_installed():
+        return "triton is not installed (pip install triton)"
+    if device.type == "cuda" or _everything_driven or (device.type == "cpu" and triton_interpreted()):
+        return None
+    return (
+        f"Triton does not drive {device.type} tensors: move them to a GPU, or set TRITON_INTERPRET=1 before "
+        "importing triton to interpret the kernels on the CPU"
+    )
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def _rejected_by_cpu(call: Call) -> Rejection | None:
+    if call.main.device.type != "cpu":
+        return Rejection(f"the compiled CPU kernels do not run on {call.main.device.type} tensors", RuntimeError)
+    try:
+        from fastlenet import cpu
+    except ImportError:
+        return Rejection("this installation has no compiled CPU kernels", RuntimeError)
+    if (unavailable := cpu.unavailable()) is not None:
+        return Rejection(unavailable, RuntimeError)
+    if call.operator is None:
+        return None
+    rejects = call.operator.uncovered("cpu", call.settings, *call.tensors)
+    return None if rejects is None else Rejection(rejects, NotImplementedError)
+
+
+REJECTS: dict[str, Callable[[Call], Rejection | None]] = {
+    "triton": _rejected_by_triton,
+    "cpu": _rejected_by_cpu,
+    "aten": lambda call: None,
+}
+"""Why an implementation does not take a call; None if it does."""
+
+_REASONS = {"triton": "a Triton kernel covers it", "cpu": "a compiled CPU kernel covers it"}
+
+
+def _walk(call: Call) -> Choice:
+    """Take the first implementation that does not reject the call."""
+    setting, device = backend(), call.main.device.type
+    if setting != "auto":
+        rejection = REJECTS[setting](call)
+        if rejection is not None and rejection.error is not None:
+            what = f"fastlenet: backend {setting!r} is forced, but {rejection.reason}"
+            raise rejection.error(f"{what}; choose backend 'auto' to run this elsewhere")
+        return Choice(setting, setting, f"backend {setting!r} is forced")
+    reasons = []
+    for name in ORDER.get(device, ("aten",)):
+        rejection = REJECTS[name](call)
+        if rejection is None:
+            break
+        reasons.append(rejection.reason)
+    if name != "aten":
+        return Choice(name, name, _REASONS[name])
+    if device != "cuda":
+        reasons.insert(0, f"the input is on {device}, which Triton does not drive")
+    return Choice("aten", "aten", "; ".join(reasons))
+
+
+# --- what is known of a kind of call --------------------------------------------------------------------------------
+
+
+class Known:
+    """All that is known of a kind of call.
+
+    Attributes:
+        choice: what runs it.
+        composed: whether stock's own operators do, with stock's derivatives.
+        forward: the implementation's forward; on a GPU it follows the launches that its first call recorded.
+        backward: likewise, for any gradient of the output.
+        apart: whether no kernel takes the whole, but kernels may take its parts.
+    """
+
+    __slots__ = ("apart", "backward", "choice", "composed", "differentiable", "forward", "logged")
+
+    def __init__(self, call: Call, choice: Choice) -> None:
+        self.choice = choice
+        self.composed = choice.forward == "aten"
+        self.differentiable = call.differentiable
+        self.logged = False
+        assert call.operator is not None
+        by_library = None
+        if choice.forward == "triton" and backend() == "auto":
+            by_library = library.inside(call.operator.name, call.settings, call.tensors)
+        if by_library is not None:
+            self.choice = choice._replace(reason=f"{choice.reason}; a library multiplies its matrices: {by_library}")
+        self.forward, self.backward = call.operator.implementation(choice.forward, by_library is not None)
+        self.apart = self.composed and backend() == "auto" and _parts_differ(call)
+
+
+def _parts_differ(call: Call) -> bool:
+    """Whether kernels take parts of a call whose whole they do not take."""
+    assert call.operator is not None
+    parts = call.operator.parts(call.settings, *call.tensors)
+    return any(_walk(Call(*part, call.differentiable)).forward != "aten" for part in parts)
+
+
+_known: dict[Any, Known] = {}
+_MOST_KNOWN = 4096
+_table: Any = None
+
+
+def forget() -> None:
+    """Forget all that is known: every kind of call is decided anew."""
+    _known.clear()
+
+
+@contextlib.contextmanager
+def triton_drives_everything() -> Iterator[None]:
+    """Take Triton for able to drive tensors on any device: for a driver that answers for a GPU that is not there."""
+    global _everything_driven
+    before, _everything_driven = _everything_driven, True
+    forget()
+    try:
+        yield
+    finally:
+        _everything_driven = before
+        forget()
+
+
+# Named here, as looking them up through `torch` takes as long as they do.
+_is_grad_enabled = torch.is_grad_enabled
+_precision = torch._C._get_fp32_precision_getter
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
+_get_tracing_state = torch._C._get_tracing_state
+_profiler_enabled = torch._C._autograd._profiler_enabled
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def find(operator: Operator, settings: Any, tensors: Sequence[Any], differentiable: bool | None = None) -> Known | None:
+    """Return what is known of a kind of call, after its first one was checked and decided.
+
+    Args:
+        operator: what is computed.
+        settings: its arguments other than tensors.
+        tensors: its operands.
+        differentiable: whether a backward may follow; if None the operands and PyTorch's mode tell.
+
+    Returns:
+        None for operands that are no plain tensors: of these nothing is remembered.
+
+    Raises:
+        Exception: what stock raises for operands that do not fit, or what a forced backend raises that cannot run.
+    """
+    key: list[Any] = [operator, settings, backend(), _precision("cuda", "conv"), _precision("cuda", "matmul")]
+    grad_enabled = differentiable is None and _is_grad_enabled()
+    required = bool(differentiable)
+    try:
+        for tensor in tensors:
+            if tensor is None:
+                key.append(None)
+                continue
+            kind = type(tensor)
+            if kind is not Parameter and kind is not Tensor:
+                return None
+            if grad_enabled and tensor.requires_grad:
+                required = True
+            key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15, tensor.is_neg())
+    except RuntimeError:  # sparse or batched: without strides or memory
+        return None
+    key.append(required)
+    if (table := configurations.table()) is not _table:
+        _notice(table)
+    known = _known.get(whole := tuple(key))
+    return _learn(whole, Call(operator, settings, tensors, required)) if known is None else known
+
+
+def _notice(table: Any) -> None:
+    """Start anew with another table of configurations: the library's rule follows it."""
+    global _table
+    _table = table
+    forget()
+
+
+def _learn(key: Any, call: Call) -> Known:
+    """Check and decide the first call of a kind."""
+    assert call.operator is not None
+    call.operator.check(call.settings, *call.tensors)
+    if any(tensor is not None and tensor.is_neg() for tensor in call.tensors):
+        known = Known(call, Choice("aten", "aten", "a tensor is a lazy negative, which kernels cannot read"))
+    else:
+        with torch.cuda.device_of(call.main):
+            known = Known(call, _walk(call))
+    if len(_known) >= _MOST_KNOWN:
+        forget()
+    _known[key] = known
+    return known
+
+
+def choose(operator: Operator, settings: Any, tensors: Sequence[Any], differentiable: bool | None = None) -> Choice:
+    """Tell what runs a call, and why; nothing runs. See `find`."""
+    known = find(operator, settings, tensors, differentiable)
+    if known is not None:
+        return known.choice
+    required = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return _walk(Call(operator, settings, tensors, required if differentiable is None else differentiable))
+
+
+def choose_by_type(input: Tensor) -> Choice:
+    """Tell what runs an operator, as far as an operand's device and dtype decide."""
+    return _walk(Call(None, None, (input,), False))
+
+
+# --- calls ----------------------------------------------------------------------------------------------------------
+
+
+def run(operator: Operator, settings: Any, *tensors: Any) -> Tensor:
+    """Compute a call by what is known of its kind."""
+    if not (
+        torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack()
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        known = find(operator, settings, tensors)
+        if known is not None:
+            if known.composed:
+                _log(known, operator, tensors)
+                if known.apart:
+                    return operator.one_by_one(run, settings, *tensors)
+                return operator.composition(settings, *tensors)
+            if _profiler_enabled():
+                with torch.profiler.record_function(f"{ops.NAMESPACE}::{operator.name}"):
+                    return operator.fused(settings, known, known.differentiable, *tensors)
+            return operator.fused(settings, known, known.differentiable, *tensors)
+    return _run_watched(operator, settings, tensors)
+
+
+def _run_watched(operator: Operator, settings: Any, tensors: Sequence[Any]) -> Tensor:
+    """Compute a call that something records, maps or replaces, or whose operands are no plain tensors."""
+    operator.check(settings, *tensors)
+    compiling = torch.compiler.is_compiling()
+    required = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if _are_functorch_transforms_active() or (not compiling and torch.autograd.forward_ad._current_level >= 0):
+        return operator.composition(settings, *tensors)
+    if compiling or _proxied():
+        return operator.fused(settings, None, required and torch.is_grad_enabled(), *tensors)
+    if _get_tracing_state() is not None:
+        # A trace records operators below autograd, so gradients must be stock's business. What needs none is recorded
+        # whole; PyTorch's check of a trace runs without gradients, so the mode must not decide.
+        if required:
+            return operator.composition(settings, *tensors)
+        if not operator.traceable:
+            return operator.one_by_one(run, settings, *tensors)
+        return operator.fused(settings, None, False, *tensors)
+    if any(tensor is not None and _is_batched(tensor) for tensor in tensors):
+        return operator.composition(settings, *tensors)
+    if choose(operator, settings, tensors).forward == "aten":
+        return operator.composition(settings, *tensors)
+    return operator.fused(settings, None, required and torch.is_grad_enabled(), *tensors)
+
+
+def _proxied() -> bool:
+    """Whether make_fx traces operators."""
+    return (
+        _len_torch_dispatch_stack() > 0
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
+
+
+def _log(known: Known, operator: Operator, tensors: Sequence[Any]) -> None:
+    """Say once of a kind of call why stock's operators run it."""
+    if not logger.isEnabledFor(logging.DEBUG):
+        known.logged = False
+    elif not known.logged:
+        known.logged = True
+        input = operator.operands(*tensors)[operator.main]
+        message = "%s of %s %s runs on ATen: %s"
+        logger.debug(message, operator.name, tuple(input.shape), input.dtype, known.choice.reason)
+
+
+# --- registered operators -------------------------------------------------------------------------------------------
+
+
+def _run_registered(operator: Operator, registered: Any, *args: Any) -> Any:
+    """Run what a graph calls as ``torch.ops.fastlenet.*``."""
+    settings, tensors, differentiable = registered.call(*args)
+    known = find(operator, settings, tensors, differentiable)
+    if known is None:
+        call = Call(operator, settings, tensors, differentiable)
+        known = Known(call, Choice("aten", "aten", "an operand is no plain tensor"))
+    if known.composed:
+        _log(known, operator, tensors)
+    return registered.run(known, *args)
+
+
+for _operator in (ops.CONV2D_RELU_MAX_POOL2D, ops.ADDMM_RELU, ops.CHAIN):
+    for _name, _registered in _operator.registered().items():
+        implement(_name, functools.partial(_run_registered, _operator, _registered))

@@ -258,21 +258,22 @@ def forward_block(filters: int, pixels: int, with_argmax: int) -> Any:
 
 
 @inlined
-def pack_backward(plan, weight, packed, channels):
+def pack_backward(plan, weight, packed, filters, channels):
     """Lay the weights out as the input's gradient reads them.
 
-    weight: [group, filter, channel, tap]; packed: [group, pass, filter, tap, channel of the pass], zero where the last
-    pass has fewer channels.
+    weight: [group, filter, channel, tap]; packed: [group, pass over channels, pass over filters, tap, filter of the
+    pass, channel of the pass], zero where a last pass has fewer of either.
     """
     own, depth, taps = field(plan, record.FILTERS), field(plan, record.CHANNELS), field(plan, record.TAPS)
     for _ in range(field(plan, record.GROUPS)):
-        for first in range(0, depth, channels):
-            for o in range(own):
+        for first_channel in range(0, depth, channels):
+            for first_filter in range(0, own, filters):
                 for t in range(taps):
-                    for j in range(channels):
-                        c = first + j
-                        set_float(packed, float_at(weight + 4 * ((o * depth + c) * taps + t)) if c < depth else 0.0)
-                        packed += 4
+                    for o in range(first_filter, first_filter + filters):
+                        for c in range(first_channel, first_channel + channels):
+                            live = o < own and c < depth
+                            set_float(packed, float_at(weight + 4 * ((o * depth + c) * taps + t)) if live else 0.0)
+                            packed += 4
         weight += 4 * own * depth * taps
 
 
@@ -282,77 +283,65 @@ def backward_block(filters: int, taps: int, channels: int, input_pixels: int) ->
     tap_rows, tap_tile = (0,) * taps, vectors(taps * filters)
     input_rows = tuple(BYTES * filters * i for i in range(input_pixels))
     input_columns = (0,) * channels
+    together = max(1, CHAIN // filters)
 
     @inlined
-    def unpool(plan, grad_target, argmax, live, count, grad_conv, grad_bias):
-        """Write G for a pass of filters, and add each filter's sum over the windows to its bias's gradient."""
-        step, cells, windows = field(plan, record.TARGET_STEP), field(plan, record.CELLS), field(plan, record.WINDOWS)
-        refill, cell_place, offsets = field(plan, record.REFILL), field(plan, record.GRAD_CELL), field(plan, record.TARGET)
-        if refill:
-            fill(grad_conv, field(plan, record.GRAD_BYTES))
-        for start in range(0, windows, CHAIN):
-            sums = zeros((0,), columns)
-            for window in range(start, min(start + CHAIN, windows)):
-                offset = field(offsets, window)
-                # Where the last pass has fewer filters the last one stands for those missing; they are never read.
-                grad = of_images(count, load_first(grad_target + offset, step, live, columns))
-                arg = load_bytes_first(argmax + (offset >> 2), step >> 2, live, columns)
-                sums = add(sums, where_not_equal(arg, NO_WINNER, grad))
-                for cell in range(cells):
-                    place = long_at(cell_place + 8 * (window * cells + cell))
-                    if place >= 0:
-                        part = where_equal(arg, cell, grad)
-                        if refill:
-                            part = add(load(grad_conv + place, beside), part)
-                        store(grad_conv + place, beside, part)
-            if grad_bias != 0:
-                store(grad_bias, beside, add(load(grad_bias, beside), sums))
+    def unpool(plan, first, last, grad_target, argmax, live, count, grad_conv, grad_bias):
+        """Write G for some windows and a pass of filters, and add its sums to the gradients of the biases."""
+        step, cells, offsets = field(plan, record.TARGET_STEP), field(plan, record.CELLS), field(plan, record.TARGET)
+        overlap, places = field(plan, record.OVERLAP), field(plan, record.GRAD_CELL)
+        sums = zeros((0,), columns)
+        for window in range(first, last):
+            offset = field(offsets, window)
+            grad = of_images(count, load_first(grad_target + offset, step, live, columns))
+            arg = load_bytes_first(argmax + (offset >> 2), step >> 2, live, columns)
+            sums = add(sums, where_not_equal(arg, NO_WINNER, grad))
+            for cell in range(cells):
+                place = long_at(places + 8 * (window * cells + cell))
+                if place >= 0:
+                    part = where_equal(arg, cell, grad)
+                    if overlap:
+                        part = add(load(grad_conv + place, beside), part)
+                    store(grad_conv + place, beside, part)
+        if grad_bias != 0:
+            store(grad_bias, beside, add(load(grad_bias, beside), sums))
 
     @inlined
-    def grad_weight(plan, source, grad_conv, partial):
-        """Add to the sums of a pass of filters: for each tap of each channel the products over the pixels of a block.
+    def grad_weight(plan, first, last, source, grad_conv, partial):
+        """Add some pixels' products with a pass of filters to the gradients of all taps of all channels.
 
         partial: [tile of taps, tap, filter of the pass, image].
         """
-        positions, number = field(plan, record.POSITION), field(plan, record.POSITIONS)
-        places, tiles = field(plan, record.TAP_TILE), field(plan, record.TAP_TILES)
-        # G of a chain of pixels stays in the first-level cache while all taps pass over it.
-        for start in range(0, number, CHAIN):
-            end = min(start + CHAIN, number)
-            for i in range(tiles):
-                tap = longs_at(places + 8 * taps * i, tap_rows)
-                sums = zeros(tap_rows, columns)
-                for n in range(start, end):
-                    pixel = load(source + long_at(positions + 16 * n), tap)
-                    sums = add_products(sums, pixel, load(grad_conv + long_at(positions + 16 * n + 8), beside))
-                here = partial + BYTES * taps * filters * i
-                store(here, tap_tile, add(load(here, tap_tile), sums))
+        positions, places = field(plan, record.POSITION), field(plan, record.TAP_TILE)
+        for i in range(field(plan, record.TAP_TILES)):
+            tap = longs_at(places + 8 * taps * i, tap_rows)
+            sums = zeros(tap_rows, columns)
+            for n in range(first, last):
+                pixel = load(source + long_at(positions + 16 * n), tap)
+                sums = add_products(sums, pixel, load(grad_conv + long_at(positions + 16 * n + 8), beside))
+            here = partial + BYTES * taps * filters * i
+            store(here, tap_tile, add(load(here, tap_tile), sums))
 
     @inlined
-    def grad_input(plan, grad_conv, weights, live, grad_source):
+    def grad_input(plan, grad_conv, weights, grad_source):
         """Add to the input's gradient what comes through a pass of filters."""
-        depth, all_taps = field(plan, record.CHANNELS), field(plan, record.TAPS)
+        depth, pass_step = field(plan, record.CHANNELS), 4 * channels * filters * field(plan, record.TAPS)
         tiles, number, tap = field(plan, record.INPUT_TILE), field(plan, record.INPUT_TILES), field(plan, record.INPUT_TAP)
-        step, own = field(plan, record.INPUT_STEP), field(plan, record.FILTERS)
-        together = max(1, CHAIN // all_taps)
+        step, passes = field(plan, record.INPUT_STEP), field(plan, record.FILTER_TILES)
         for first in range(0, depth, channels):
-            deep = min(channels, depth - first)
             for i in range(number):
                 here = tiles + 8 * (3 + input_pixels) * i
-                base, begin, end = long_at(here), long_at(here + 8), long_at(here + 16)
-                for start in range(begin, end, CHAIN):
-                    stop = min(start + CHAIN, end)
-                    for filter in range(0, live, together):
-                        sums = zeros(input_rows, input_columns)
-                        for j in range(filter, min(filter + together, live)):
-                            pixels = grad_conv + base + BYTES * j
-                            factor = weights + 4 * channels * all_taps * j
-                            for t in range(start, stop):
-                                grad = load(pixels + long_at(tap + 16 * t), input_rows)
-                                values = splat(factor + long_at(tap + 16 * t + 8), input_columns)
-                                sums = add_products(sums, grad, values)
-                        add_to_memory(grad_source, here + 24, input_rows, step, deep, sums)
-            weights += 4 * channels * own * all_taps
+                pixels, end = grad_conv + long_at(here), long_at(here + 16)
+                for start in range(long_at(here + 8), end, together):
+                    sums = zeros(input_rows, input_columns)
+                    for t in range(start, min(start + together, end)):
+                        place, factor = pixels + long_at(tap + 16 * t), weights + long_at(tap + 16 * t + 8)
+                        for j in range(filters):
+                            grad = load(place + BYTES * j, input_rows)
+                            values = splat(factor + 4 * channels * j, input_columns)
+                            sums = add_products(sums, grad, values)
+                    add_to_memory(grad_source, here + 24, input_rows, step, min(channels, depth - first), sums)
+            weights += passes * pass_step
             grad_source += channels * step
 
     @kernel(9)
@@ -368,22 +357,35 @@ def backward_block(filters: int, taps: int, channels: int, input_pixels: int) ->
         depth, own, all_taps = field(plan, record.CHANNELS), field(plan, record.FILTERS), field(plan, record.TAPS)
         source_step, target_step = field(plan, record.SOURCE_STEP), field(plan, record.TARGET_STEP)
         input_step, size = field(plan, record.INPUT_STEP), field(plan, record.TAP_TILES) * taps * filters * BYTES
-        fill(grad_conv, field(plan, record.GRAD_BYTES))
+        bands, band = field(plan, record.BANDS), field(plan, record.BAND)
+        overlap, grad_bytes = field(plan, record.OVERLAP), field(plan, record.GRAD_BYTES)
         if grad_source != 0:
             fill(grad_source, field(plan, record.INPUT_BYTES))
-        for group in range(field(plan, record.GROUPS)):
+        if grad_source != 0 and not overlap:
+            fill(grad_conv, grad_bytes)
+        for _ in range(field(plan, record.GROUPS)):
+            factors = weights
             for first in range(0, own, filters):
                 live = min(filters, own - first)
-                unpool(plan, grad_target, argmax, live, count, grad_conv, partial + size if partial != 0 else 0)
-                if partial != 0:
-                    grad_weight(plan, source, grad_conv, partial)
-                    partial += size + BYTES * filters
+                if overlap:
+                    fill(grad_conv, grad_bytes)
+                # G of a band of windows stays in the first-level cache while all taps pass over it.
+                for i in range(bands):
+                    here = band + 32 * i
+                    grad_bias = partial + size if partial != 0 else 0
+                    begin, end = long_at(here), long_at(here + 8)
+                    unpool(plan, begin, end, grad_target, argmax, live, count, grad_conv, grad_bias)
+                    if partial != 0:
+                        grad_weight(plan, long_at(here + 16), long_at(here + 24), source, grad_conv, partial)
                 if grad_source != 0:
-                    grad_input(plan, grad_conv, weights + 4 * channels * all_taps * first, live, grad_source)
+                    grad_input(plan, grad_conv, factors, grad_source)
+                factors += 4 * channels * filters * all_taps
+                if partial != 0:
+                    partial += size + BYTES * filters
                 grad_target += live * target_step
                 argmax += live * (target_step >> 2)
             source += depth * source_step
-            weights += 4 * field(plan, record.CHANNEL_TILES) * channels * own * all_taps
+            weights += 4 * field(plan, record.CHANNEL_TILES) * channels * field(plan, record.FILTER_TILES) * filters * all_taps
             if grad_source != 0:
                 grad_source += depth * input_step
 
@@ -483,7 +485,13 @@ def backward() -> Any:
         grad_input = field(shared, job.GRAD_INPUT)
         fill(padded, field(plan, record.PAD_BYTES))
         if grad_input != 0:
-            pack_backward(plan, field(shared, job.WEIGHT), scratch, field(plan, record.TILE_CHANNELS))
+            pack_backward(
+                plan,
+                field(shared, job.WEIGHT),
+                scratch,
+                field(plan, record.TILE_FILTERS),
+                field(plan, record.TILE_CHANNELS),
+            )
         while True:
             task = take(shared + 8 * job.TAKEN)
             if task >= tasks:

@@ -223,18 +223,21 @@ def _clamped(builder, address, step, count, number):
 
 @intrinsic
 def load_first(typingctx, address, step, count, like):
-    """Load `count` vectors, `step` bytes apart; the last of them stands for what `like` has more."""
+    """Load `count` vectors, `step` bytes apart; what `like` has more is zero."""
 
     def generate(context, builder, signature, args):
-        places = _clamped(builder, *args[:3], like.count)
-        return cgutils.pack_array(builder, [_load(builder, place, _FLOATS) for place in places], _FLOATS)
+        values = []
+        for i, place in enumerate(_clamped(builder, *args[:3], like.count)):
+            live = builder.icmp_signed("<", _LONG(i), args[2])
+            values.append(builder.select(live, _load(builder, place, _FLOATS), _all(0.0)))
+        return cgutils.pack_array(builder, values, _FLOATS)
 
     return types.UniTuple(lanes, like.count)(types.int64, types.int64, types.int64, like), generate
 
 
 @intrinsic
 def load_bytes_first(typingctx, address, step, count, like):
-    """Do what `load_first` does, with vectors of 16 bytes, as int32."""
+    """Load `count` vectors of 16 bytes as int32; the last of them stands for what `like` has more."""
 
     def generate(context, builder, signature, args):
         values = [_load(builder, place, _BYTES) for place in _clamped(builder, *args[:3], like.count)]

@@ -30,8 +30,8 @@ CHAIN = 160
 From some 288 on the error of one chain is more than twice stock's.
 """
 
-_WIDEST = 6
-
+BAND = 64
+"""Pixels whose gradients are kept in the first-level cache for all taps; their sum is one chain."""
 
 class Tile(NamedTuple):
     """Sizes of the tiles that a kernel keeps in registers; the kernels are compiled for them.
@@ -53,15 +53,15 @@ class Tile(NamedTuple):
 
 def tile_of(filters: int, channels: int) -> Tile:
     """Choose tiles of 12 to 24 sums: the FMA units are busy from 8 on, and 32 registers hold no more."""
-    wide, deep = _even(filters), _even(channels)
+    wide, deep = _even(filters, 6), _even(channels, 8)
     pixels = {1: 8, 2: 8}.get(wide, 4)
     taps = {1: 8, 2: 8, 3: 6, 4: 5}.get(wide, 4)
-    return Tile(wide, pixels, taps, deep, {1: 8, 2: 4, 3: 4}.get(deep, 2))
+    return Tile(wide, pixels, taps, deep, {1: 8, 2: 6, 3: 4, 4: 4}.get(deep, 2))
 
 
-def _even(count: int) -> int:
+def _even(count: int, widest: int) -> int:
     """The width of passes that leaves the fewest places of the last one empty, the wider of equals."""
-    return min(range(1, _WIDEST + 1), key=lambda width: (-(-count // width) * width, -width))
+    return min(range(1, widest + 1), key=lambda width: (-(-count // width) * width, -width))
 
 
 class Plan(NamedTuple):
@@ -133,7 +133,8 @@ def plan_of(
     grad_w = conv[1] + 2 * border
     in_grad = (y * grad_w + x + border) * tile.filters * BYTES
     grad_cell = torch.where(position >= 0, in_grad[position.clamp_min(0)], -1)
-    counts = position[position >= 0].bincount(minlength=conv[0] * conv[1])
+    overlap = int((position >= 0).sum()) > len(order)
+    bands = _bands(position, overlap)
     all_taps = (torch.arange(channels)[:, None] * source_step * BYTES + tap).flatten()
     tap_tiles = _ceil(len(all_taps), tile.taps)
     all_taps = torch.cat([all_taps, all_taps[-1:].expand(tap_tiles * tile.taps - len(all_taps))])
@@ -153,6 +154,7 @@ def plan_of(
         record.TARGET: torch.arange(len(cell)) * target_pixel * BYTES,
         record.GRAD_CELL: grad_cell,
         record.POSITION: torch.stack([in_source, in_grad], 1),
+        record.BAND: torch.tensor(bands),
         record.TAP_TILE: all_taps,
         record.INPUT_TILE: input_tiles,
         record.INPUT_TAP: input_taps,
@@ -174,8 +176,8 @@ def plan_of(
         record.CELLS: geometry.cells,
         record.CONV_BYTES: tiles * tile.pixels * tile.filters * BYTES,
         record.GRAD_BYTES: conv[0] * grad_w * tile.filters * BYTES,
-        record.REFILL: int(bool((counts != 1).any())),
-        record.POSITIONS: len(order) if len(counts) and int(counts.max()) else 0,
+        record.OVERLAP: int(overlap),
+        record.BANDS: len(bands),
         record.TAP_TILES: tap_tiles,
         record.INPUT_TILES: len(input_tiles),
         record.PAD_RUNS: len(runs),
@@ -188,7 +190,7 @@ def plan_of(
         record.TILE_TAPS: tile.taps,
     }
     forward_weights = groups * filter_tiles * tile.filters * (channels * taps + 1)
-    backward_weights = groups * channel_tiles * tile.channels * filters * taps
+    backward_weights = groups * channel_tiles * tile.channels * filter_tiles * tile.filters * taps
     sizes = {
         record.IMAGES_AT: 4 * max(forward_weights, backward_weights),
         record.PADDED_AT: numbers[record.INPUT_BYTES],
@@ -252,6 +254,23 @@ def _chunks(channels: int, taps: int) -> list[tuple[int, int, int, int]]:
     return [(c, c + 1, t, min(t + CHAIN, taps)) for c in range(channels) for t in range(0, taps, CHAIN)]
 
 
+def _bands(position: Tensor, overlap: bool) -> list[tuple[int, int, int, int]]:
+    """First and last window whose gradient is taken next, and first and last pixel that can be worked off then.
+
+    Where windows overlap all must have been taken before the first pixel is complete.
+    """
+    windows, pixels = len(position), int(position.max()) + 1
+    if overlap:
+        return [(0, 0 if i else windows, i, min(i + BAND, pixels)) for i in range(0, max(pixels, 1), BAND)]
+    ends = position.amax(1).cummax(0).values + 1
+    bands, first, done = [], 0, 0
+    while first < windows:
+        last = max(first + 1, int(torch.searchsorted(ends, done + BAND, right=True)))
+        bands.append((first, last, done, int(ends[last - 1])))
+        first, done = last, int(ends[last - 1])
+    return bands
+
+
 def _input_tiles(
     size: Pair, kernel: Pair, conv: Pair, geometry: ConvPoolGeometry, tile: Tile
 ) -> tuple[Tensor, Tensor]:
@@ -296,7 +315,7 @@ def _input_tiles(
                 for kernel_h, h in rows:
                     for kernel_w, w in beside:
                         offset = (h * grad_w + w) * tile.filters * BYTES
-                        taps.append((offset, (kernel_h * kernel[1] + kernel_w) * tile.channels * 4))
+                        taps.append((offset, (kernel_h * kernel[1] + kernel_w) * tile.filters * tile.channels * 4))
                 kinds[rows, beside] = first, len(taps)
             base = (base_h * grad_w + base_w + border) * tile.filters * BYTES
             tiles.append((base, *kinds[rows, beside], *(-1 if j < 0 else row * size[1] + j for j in own)))

@@ -30,9 +30,10 @@ further tables stand in it, too. Everything here is independent of the number of
     # Backward.
     GRAD_BYTES,  # size of the gradient of a tile of filters at the convolution's resolution
     GRAD_CELL,  # table: for each window and cell its offset there, or -1
-    REFILL,  # whether some of its cells belong to no window, or to several
-    POSITIONS,  # pixels in the forward's order
-    POSITION,  # table: for each of them its offset in the source and in the gradient
+    OVERLAP,  # whether some pixel belongs to several windows
+    POSITION,  # table: for each pixel, in the forward's order, its offset in the source and in the gradient
+    BANDS,
+    BAND,  # table: first and last window whose gradient comes next, first and last pixel that is complete then
     TAP_TILES,
     TAP_TILE,  # table: offset in the source of each tap of each channel, in tiles
     INPUT_TILES,
@@ -59,4 +60,4 @@ further tables stand in it, too. Everything here is independent of the number of
     TILE_CHANNELS,
     TILE_TAPS,
     SIZE,
-) = range(50)
+) = range(51)

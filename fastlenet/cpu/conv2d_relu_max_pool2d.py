@@ -138,6 +138,7 @@ def _job(plan: Plan, input: Tensor, weight: Tensor, workers: int, scratch_bytes:
     shared = array("q", bytes(8 * job.SIZE))
     shared[job.PLAN], shared[job.IMAGES] = plan.address, input.shape[0]
     shared[job.INPUT], shared[job.INPUT_STEP] = input.data_ptr(), 4 * input.stride(0)
+    shared[job.EXCHANGE] = address("convolution", "exchange")
     shared[job.WEIGHT] = weight.data_ptr()
     shared[job.SCRATCH_BYTES] = scratch_bytes
     return shared

@@ -39,6 +39,7 @@ from .lanes import (
     add_products,
     add_to_memory,
     byte_at,
+    field,
     call,
     float_at,
     inlined,
@@ -74,12 +75,6 @@ NO_WINNER = 255
 INFINITY = float("inf")
 
 
-@inlined
-def field(table, name):
-    """Return an entry of a table of integers."""
-    return long_at(table + 8 * name)
-
-
 def vectors(count: int) -> tuple[int, ...]:
     """Offsets of so many consecutive vectors."""
     return tuple(BYTES * i for i in range(count))
@@ -95,59 +90,36 @@ def fill(address, size):
 # --- images and lanes ----------------------------------------------------------------------------------------------
 
 
-@inlined
-def images_to_lanes(images, step, features, count, lanes):
-    """Turn up to 16 images of so many numbers, `step` bytes apart, into lanes; the last image stands for those missing.
+def exchange() -> Any:
+    """Return the kernel that turns images into lanes and back."""
 
-    The last 16 numbers overlap those before them where their number is not a multiple of 16.
-    """
-    if features >= LANES:
-        for i in range(0, features, LANES):
-            start = min(i, features - LANES)
-            transpose(images + 4 * start, step, count - 1, lanes + BYTES * start, BYTES, LANES)
-    else:
-        for i in range(features):
-            for n in range(LANES):
-                set_float(lanes + BYTES * i + 4 * n, float_at(images + step * min(n, count - 1) + 4 * i))
+    @kernel(7)
+    def exchange(to_lanes, size, images, step, count, lanes, numbers):
+        """Copy `count` images of so many numbers, `step` bytes apart, to lanes, or back.
 
+        A number has `size` bytes, 4 or 1. The last image stands for those that are missing among the lanes. 16 numbers
+        of 16 images are transposed at a time; the last 16 overlap those before if need be.
+        """
+        width = LANES * size
+        if numbers < LANES:
+            for i in range(numbers):
+                for n in range(LANES if to_lanes else count):
+                    image, lane = images + step * min(n, count - 1) + size * i, lanes + width * i + size * n
+                    source, target = (image, lane) if to_lanes else (lane, image)
+                    for byte in range(size):
+                        set_byte(target + byte, byte_at(source + byte))
+            return
+        for i in range(0, numbers, LANES):
+            start = min(i, numbers - LANES)
+            image, lane = images + size * start, lanes + width * start
+            source, source_step, last = (image, step, count - 1) if to_lanes else (lane, width, LANES - 1)
+            target, target_step, stored = (lane, width, LANES) if to_lanes else (image, step, count)
+            if size == 1:
+                transpose_bytes(source, source_step, last, target, target_step, stored)
+            else:
+                transpose(source, source_step, last, target, target_step, stored)
 
-@inlined
-def lanes_to_images(lanes, features, count, images, step):
-    """Turn lanes into `count` images, `step` bytes apart."""
-    if features >= LANES:
-        for i in range(0, features, LANES):
-            start = min(i, features - LANES)
-            transpose(lanes + BYTES * start, BYTES, LANES - 1, images + 4 * start, step, count)
-    else:
-        for i in range(features):
-            for n in range(count):
-                set_float(images + step * n + 4 * i, float_at(lanes + BYTES * i + 4 * n))
-
-
-@inlined
-def byte_images_to_lanes(images, step, features, count, lanes):
-    """Do what `images_to_lanes` does, with bytes."""
-    if features >= LANES:
-        for i in range(0, features, LANES):
-            start = min(i, features - LANES)
-            transpose_bytes(images + start, step, count - 1, lanes + LANES * start, LANES, LANES)
-    else:
-        for i in range(features):
-            for n in range(LANES):
-                set_byte(lanes + LANES * i + n, byte_at(images + step * min(n, count - 1) + i))
-
-
-@inlined
-def lanes_to_byte_images(lanes, features, count, images, step):
-    """Do what `lanes_to_images` does, with bytes."""
-    if features >= LANES:
-        for i in range(0, features, LANES):
-            start = min(i, features - LANES)
-            transpose_bytes(lanes + LANES * start, LANES, LANES - 1, images + start, step, count)
-    else:
-        for i in range(features):
-            for n in range(count):
-                set_byte(images + step * n + i, byte_at(lanes + LANES * i + n))
+    return exchange
 
 
 @inlined
@@ -401,7 +373,7 @@ def forward() -> Any:
     @kernel(1)
     def forward(shared):
         """Take blocks of images from a `job`."""
-        plan, images = field(shared, job.PLAN), field(shared, job.IMAGES)
+        plan, images, copy = field(shared, job.PLAN), field(shared, job.IMAGES), field(shared, job.EXCHANGE)
         scratch = field(shared, job.SCRATCH) + take(shared + 8 * job.WORKERS) * field(shared, job.SCRATCH_BYTES)
         lanes, padded = scratch + field(plan, record.IMAGES_AT), scratch + field(plan, record.PADDED_AT)
         target, argmax = scratch + field(plan, record.TARGET_AT), scratch + field(plan, record.ARGMAX_AT)
@@ -421,16 +393,16 @@ def forward() -> Any:
             if first >= images:
                 break
             count = min(LANES, images - first)
-            images_to_lanes(field(shared, job.INPUT) + first * step, step, size // BYTES, count, lanes)
+            call(copy, (1, 4, field(shared, job.INPUT) + first * step, step, count, lanes, size // BYTES))
             source = lanes
             if field(plan, record.PAD_BYTES):
                 pad(plan, lanes, padded)
                 source = padded
             call(field(shared, job.KERNEL), (plan, source, scratch, target, argmax, conv))
             output = field(shared, job.OUTPUT) + first * output_step
-            lanes_to_images(target, pooled // BYTES, count, output, output_step)
+            call(copy, (0, 4, output, output_step, count, target, pooled // BYTES))
             if wanted != 0:
-                lanes_to_byte_images(argmax, pooled // BYTES, count, wanted + first * byte_step, byte_step)
+                call(copy, (0, 1, wanted + first * byte_step, byte_step, count, argmax, pooled // BYTES))
 
     return forward
 
@@ -470,6 +442,7 @@ def backward() -> Any:
     def backward(shared):
         """Take tasks from a `job`; the worker that ends the last one adds up the tasks' sums."""
         plan, images, tasks = field(shared, job.PLAN), field(shared, job.IMAGES), field(shared, job.TASKS)
+        copy = field(shared, job.EXCHANGE)
         scratch = field(shared, job.SCRATCH) + take(shared + 8 * job.WORKERS) * field(shared, job.SCRATCH_BYTES)
         lanes, padded = scratch + field(plan, record.IMAGES_AT), scratch + field(plan, record.PADDED_AT)
         target, argmax = scratch + field(plan, record.TARGET_AT), scratch + field(plan, record.ARGMAX_AT)
@@ -503,13 +476,13 @@ def backward() -> Any:
                 count = min(LANES, images - first)
                 source = lanes
                 if sums != 0:
-                    images_to_lanes(field(shared, job.INPUT) + first * step, step, size // BYTES, count, lanes)
+                    call(copy, (1, 4, field(shared, job.INPUT) + first * step, step, count, lanes, size // BYTES))
                     if field(plan, record.PAD_BYTES):
                         pad(plan, lanes, padded)
                         source = padded
                 output, chosen = field(shared, job.OUTPUT), field(shared, job.ARGMAX)
-                images_to_lanes(output + first * output_step, output_step, pooled // BYTES, count, target)
-                byte_images_to_lanes(chosen + first * byte_step, byte_step, pooled // BYTES, count, argmax)
+                call(copy, (1, 4, output + first * output_step, output_step, count, target, pooled // BYTES))
+                call(copy, (1, 1, chosen + first * byte_step, byte_step, count, argmax, pooled // BYTES))
                 call(
                     field(shared, job.KERNEL),
                     (
@@ -525,7 +498,7 @@ def backward() -> Any:
                     ),
                 )
                 if grad_input != 0:
-                    lanes_to_images(grad, size // BYTES, count, grad_input + first * grad_step, grad_step)
+                    call(copy, (0, 4, grad_input + first * grad_step, grad_step, count, grad, size // BYTES))
             if sums != 0:
                 sum_lanes(plan, partial, sums + task * sums_step)
                 if take(shared + 8 * job.DONE) == tasks - 1:

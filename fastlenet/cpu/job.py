@@ -7,6 +7,7 @@
     TASKS,
     BLOCKS,  # of 16 images in a task
     KERNEL,  # address of the kernel of a block
+    EXCHANGE,  # address of the kernel that turns images into lanes and back
     PLAN,  # address of the plan
     IMAGES,  # of the batch
     INPUT,
@@ -26,4 +27,4 @@
     SCRATCH,
     SCRATCH_BYTES,  # of a worker
     SIZE,
-) = range(25)
+) = range(26)

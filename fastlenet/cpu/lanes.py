@@ -64,7 +64,7 @@ def kernel(arguments: int) -> Callable[[Callable], Any]:
     return cfunc(types.void(*[types.int64] * arguments))
 
 
-inlined = njit(forceinline=True)
+inlined = njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """Compile a function into each of its callers."""
 
 
@@ -101,6 +101,17 @@ def long_at(typingctx, address):
         return builder.load(_pointer(builder, args[0], _LONG))
 
     return types.int64(types.int64), generate
+
+
+@intrinsic
+def field(typingctx, table, number):
+    """Return an entry of a table of int64."""
+
+    def generate(context, builder, signature, args):
+        place = builder.add(args[0], builder.mul(args[1], _LONG(8)))
+        return builder.load(_pointer(builder, place, _LONG))
+
+    return types.int64(types.int64, types.int64), generate
 
 
 @intrinsic

@@ -50,7 +50,6 @@ from .lanes import (
     load_first,
     long_at,
     longs_at,
-    of_images,
     repeat,
     set_byte,
     set_float,
@@ -104,10 +103,12 @@ def exchange() -> Any:
         if numbers < LANES:
             for i in range(numbers):
                 for n in range(LANES if to_lanes else count):
-                    image, lane = images + step * min(n, count - 1) + size * i, lanes + width * i + size * n
-                    source, target = (image, lane) if to_lanes else (lane, image)
+                    image, lane = images + step * n + size * i, lanes + width * i + size * n
                     for byte in range(size):
-                        set_byte(target + byte, byte_at(source + byte))
+                        if to_lanes:
+                            set_byte(lane + byte, byte_at(image + byte) if n < count else 0)
+                        else:
+                            set_byte(image + byte, byte_at(lane + byte))
             return
         for i in range(0, numbers, LANES):
             start = min(i, numbers - LANES)
@@ -235,7 +236,10 @@ def pack_backward(plan, weight, packed, filters, channels):
 
     weight: [group, filter, channel, tap]; packed: [group, pass over channels, pass over filters, tap, filter of the
     pass, channel of the pass], zero where a last pass has fewer of either.
+
+    Returns whether all weights are finite.
     """
+    spoiled = 0.0
     own, depth, taps = field(plan, record.FILTERS), field(plan, record.CHANNELS), field(plan, record.TAPS)
     for _ in range(field(plan, record.GROUPS)):
         for first_channel in range(0, depth, channels):
@@ -244,9 +248,12 @@ def pack_backward(plan, weight, packed, filters, channels):
                     for o in range(first_filter, first_filter + filters):
                         for c in range(first_channel, first_channel + channels):
                             live = o < own and c < depth
-                            set_float(packed, float_at(weight + 4 * ((o * depth + c) * taps + t)) if live else 0.0)
+                            value = float_at(weight + 4 * ((o * depth + c) * taps + t)) if live else 0.0
+                            set_float(packed, value)
+                            spoiled += 0.0 * value
                             packed += 4
         weight += 4 * own * depth * taps
+    return spoiled == 0.0
 
 
 def backward_block(filters: int, taps: int, channels: int, input_pixels: int) -> Any:
@@ -258,14 +265,14 @@ def backward_block(filters: int, taps: int, channels: int, input_pixels: int) ->
     together = max(1, CHAIN // filters)
 
     @inlined
-    def unpool(plan, first, last, grad_target, argmax, live, count, grad_conv, grad_bias):
+    def unpool(plan, first, last, grad_target, argmax, live, grad_conv, grad_bias):
         """Write G for some windows and a pass of filters, and add its sums to the gradients of the biases."""
         step, cells, offsets = field(plan, record.TARGET_STEP), field(plan, record.CELLS), field(plan, record.TARGET)
         overlap, places = field(plan, record.OVERLAP), field(plan, record.GRAD_CELL)
         sums = zeros((0,), columns)
         for window in range(first, last):
             offset = field(offsets, window)
-            grad = of_images(count, load_first(grad_target + offset, step, live, columns))
+            grad = load_first(grad_target + offset, step, live, columns)
             arg = load_bytes_first(argmax + (offset >> 2), step >> 2, live, columns)
             sums = add(sums, where_not_equal(arg, NO_WINNER, grad))
             for cell in range(cells):
@@ -295,10 +302,12 @@ def backward_block(filters: int, taps: int, channels: int, input_pixels: int) ->
             store(here, tap_tile, add(load(here, tap_tile), sums))
 
     @inlined
-    def grad_input(plan, grad_conv, weights, grad_source):
+    def grad_input(plan, exact, grad_conv, weights, grad_source):
         """Add to the input's gradient what comes through a pass of filters."""
         depth, pass_step = field(plan, record.CHANNELS), 4 * channels * filters * field(plan, record.TAPS)
-        tiles, number, tap = field(plan, record.INPUT_TILE), field(plan, record.INPUT_TILES), field(plan, record.INPUT_TAP)
+        tables = plan + 8 * (record.EXACT_TILES - record.INPUT_TILES) if exact else plan
+        number, tiles = field(tables, record.INPUT_TILES), field(tables, record.INPUT_TILE)
+        tap = field(tables, record.INPUT_TAP)
         step, passes = field(plan, record.INPUT_STEP), field(plan, record.FILTER_TILES)
         for first in range(0, depth, channels):
             for i in range(number):
@@ -317,11 +326,11 @@ def backward_block(filters: int, taps: int, channels: int, input_pixels: int) ->
             grad_source += channels * step
 
     @kernel(9)
-    def backward_block(plan, source, weights, grad_target, argmax, count, grad_source, partial, grad_conv):
+    def backward_block(plan, source, weights, exact, grad_target, argmax, grad_source, partial, grad_conv):
         """Compute the gradients of a block.
 
-        source: X. weights: as `pack_backward` lays them out. grad_target, argmax: [filter, window, image].
-        count: images of the block; the other lanes' gradients count as zero. grad_source: [channel, pixel, image], or 0
+        source: X. weights: as `pack_backward` lays them out; exact: whether one is not finite. grad_target, argmax: [filter, window, image].
+        grad_source: [channel, pixel, image], or 0
         if not asked for. partial: sums of the gradients of weight and bias that are added to, [pass]([tap, filter of
         the pass, image], [filter of the pass, image]), or 0. grad_conv: scratch for G of one pass of filters,
         [pixel, filter of the pass, image] with a border of zeros left and right of each row.
@@ -346,11 +355,11 @@ def backward_block(filters: int, taps: int, channels: int, input_pixels: int) ->
                     here = band + 32 * i
                     grad_bias = partial + size if partial != 0 else 0
                     begin, end = long_at(here), long_at(here + 8)
-                    unpool(plan, begin, end, grad_target, argmax, live, count, grad_conv, grad_bias)
+                    unpool(plan, begin, end, grad_target, argmax, live, grad_conv, grad_bias)
                     if partial != 0:
                         grad_weight(plan, long_at(here + 16), long_at(here + 24), source, grad_conv, partial)
                 if grad_source != 0:
-                    grad_input(plan, grad_conv, factors, grad_source)
+                    grad_input(plan, exact, grad_conv, factors, grad_source)
                 factors += 4 * channels * filters * all_taps
                 if partial != 0:
                     partial += size + BYTES * filters
@@ -457,14 +466,16 @@ def backward() -> Any:
         sums, sums_step = field(shared, job.SUMS), field(shared, job.SUMS_STEP)
         grad_input = field(shared, job.GRAD_INPUT)
         fill(padded, field(plan, record.PAD_BYTES))
+        exact = 0
         if grad_input != 0:
-            pack_backward(
+            finite = pack_backward(
                 plan,
                 field(shared, job.WEIGHT),
                 scratch,
                 field(plan, record.TILE_FILTERS),
                 field(plan, record.TILE_CHANNELS),
             )
+            exact = 0 if finite else 1
         while True:
             task = take(shared + 8 * job.TAKEN)
             if task >= tasks:
@@ -489,9 +500,9 @@ def backward() -> Any:
                         plan,
                         source,
                         scratch,
+                        exact,
                         target,
                         argmax,
-                        count,
                         grad if grad_input != 0 else 0,
                         partial if sums != 0 else 0,
                         conv,

@@ -483,19 +483,6 @@ def where_positive(typingctx, tests, values):
 
 
 @intrinsic
-def of_images(typingctx, count, values):
-    """Return the values in the first `count` lanes and zero in the rest."""
-
-    def generate(context, builder, signature, args):
-        numbers = ir.Constant(_INTS, list(range(LANES)))
-        live = builder.icmp_signed("<", numbers, _spread(builder, builder.trunc(args[0], _INT), _INTS))
-        (values,) = _unpack(builder, args[1])
-        return cgutils.pack_array(builder, [builder.select(live, value, _all(0.0)) for value in values], _FLOATS)
-
-    return values(types.int64, values), generate
-
-
-@intrinsic
 def total(typingctx, address):
     """Load a vector and return the sum of its lanes, halves first."""
 
@@ -528,9 +515,9 @@ def _transposed(builder, vectors):
 
 @intrinsic
 def transpose(typingctx, address, step, last, target, target_step, count):
-    """Load 16 vectors, `step` bytes apart but none beyond number `last`, and store the first `count` of the transpose.
+    """Load 16 vectors, `step` bytes apart, zeros beyond number `last`, and store the first `count` of the transpose.
 
-    The vector number `last` stands for those beyond it. The transpose is stored `target_step` bytes apart.
+    The transpose is stored `target_step` bytes apart.
     """
 
     def generate(context, builder, signature, args):
@@ -551,10 +538,13 @@ def transpose_bytes(typingctx, address, step, last, target, target_step, count):
 
 def _generate_transpose(context, builder, args, kind):
     address, step, last, target, target_step, count = args
+    nothing = cgutils.global_constant(builder, "zeros", ir.Constant(kind, [0] * LANES))
+    nothing = builder.ptrtoint(nothing, _LONG)
     vectors = []
     for i in range(LANES):
-        number = builder.select(builder.icmp_signed("<", _LONG(i), last), _LONG(i), last)
-        vectors.append(_load(builder, builder.add(address, builder.mul(number, step)), kind))
+        place = builder.add(address, builder.mul(step, _LONG(i)))
+        place = builder.select(builder.icmp_signed("<=", _LONG(i), last), place, nothing)
+        vectors.append(_load(builder, place, kind))
     for i, value in enumerate(_transposed(builder, vectors)):
         with builder.if_then(builder.icmp_signed("<", _LONG(i), count), likely=True):
             _store(builder, value, builder.add(target, builder.mul(target_step, _LONG(i))))

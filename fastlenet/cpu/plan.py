@@ -53,15 +53,18 @@ class Tile(NamedTuple):
 
 def tile_of(filters: int, channels: int) -> Tile:
     """Choose tiles of 12 to 24 sums: the FMA units are busy from 8 on, and 32 registers hold no more."""
-    wide, deep = _even(filters, 6), _even(channels, 8)
-    pixels = {1: 8, 2: 8}.get(wide, 4)
-    taps = {1: 8, 2: 8, 3: 6, 4: 5}.get(wide, 4)
-    return Tile(wide, pixels, taps, deep, {1: 8, 2: 6, 3: 4, 4: 4}.get(deep, 2))
+    wide, deep = _even(filters, (1, 2, 4, 5, 6)), _even(channels, (1, 4, 6, 8))
+    return Tile(wide, _PIXELS[wide], _TAPS[wide], deep, _INPUT_PIXELS[deep])
 
 
-def _even(count: int, widest: int) -> int:
+_PIXELS = {1: 8, 2: 8, 4: 4, 5: 4, 6: 4}
+_TAPS = {1: 8, 2: 8, 4: 5, 5: 4, 6: 4}
+_INPUT_PIXELS = {1: 8, 4: 4, 6: 2, 8: 2}
+
+
+def _even(count: int, widths: tuple[int, ...]) -> int:
     """The width of passes that leaves the fewest places of the last one empty, the wider of equals."""
-    return min(range(1, widest + 1), key=lambda width: (-(-count // width) * width, -width))
+    return min(widths, key=lambda width: (_ceil(count, width) * width, -width))
 
 
 class Plan(NamedTuple):
@@ -138,8 +141,9 @@ def plan_of(
     all_taps = (torch.arange(channels)[:, None] * source_step * BYTES + tap).flatten()
     tap_tiles = _ceil(len(all_taps), tile.taps)
     all_taps = torch.cat([all_taps, all_taps[-1:].expand(tap_tiles * tile.taps - len(all_taps))])
-    input_tiles, input_taps = _input_tiles((height, width), (kernel[0], kernel[1]), conv, geometry, tile)
-    input_tiles[:, 3:] = torch.where(input_tiles[:, 3:] >= 0, input_tiles[:, 3:] * input_pixel * BYTES, -1)
+    sizes = (height, width), (kernel[0], kernel[1]), conv, geometry, tile, input_pixel * BYTES
+    input_tiles, input_taps = _input_tiles(*sizes, tile.input_pixels)
+    exact_tiles, exact_taps = _input_tiles(*sizes, 1)
 
     filter_tiles, channel_tiles = _ceil(filters, tile.filters), _ceil(channels, tile.channels)
     chunks = _chunks(channels, taps)
@@ -158,6 +162,8 @@ def plan_of(
         record.TAP_TILE: all_taps,
         record.INPUT_TILE: input_tiles,
         record.INPUT_TAP: input_taps,
+        record.EXACT_TILE: exact_tiles,
+        record.EXACT_TAP: exact_taps,
         record.PAD_RUN: torch.tensor(runs, dtype=torch.int64),
     }
     numbers = {
@@ -180,6 +186,7 @@ def plan_of(
         record.BANDS: len(bands),
         record.TAP_TILES: tap_tiles,
         record.INPUT_TILES: len(input_tiles),
+        record.EXACT_TILES: len(exact_tiles),
         record.PAD_RUNS: len(runs),
         record.PAD_BYTES: all_channels * padded_h * padded_w * BYTES if padded else 0,
         record.INPUT_BYTES: all_channels * height * width * BYTES,
@@ -191,7 +198,7 @@ def plan_of(
     }
     forward_weights = groups * filter_tiles * tile.filters * (channels * taps + 1)
     backward_weights = groups * channel_tiles * tile.channels * filter_tiles * tile.filters * taps
-    sizes = {
+    parts = {
         record.IMAGES_AT: 4 * max(forward_weights, backward_weights),
         record.PADDED_AT: numbers[record.INPUT_BYTES],
         record.TARGET_AT: numbers[record.PAD_BYTES],
@@ -202,7 +209,7 @@ def plan_of(
         record.BACKWARD_BYTES: numbers[record.PARTIAL_BYTES],
     }
     place = 0
-    for name, size in sizes.items():
+    for name, size in parts.items():
         place += _ceil(size, BYTES) * BYTES
         numbers[name] = place
     numbers[record.FORWARD_BYTES] = numbers[record.GRAD_AT]
@@ -272,18 +279,19 @@ def _bands(position: Tensor, overlap: bool) -> list[tuple[int, int, int, int]]:
 
 
 def _input_tiles(
-    size: Pair, kernel: Pair, conv: Pair, geometry: ConvPoolGeometry, tile: Tile
+    size: Pair, kernel: Pair, conv: Pair, geometry: ConvPoolGeometry, tile: Tile, step: int, together: int
 ) -> tuple[Tensor, Tensor]:
     """Tables for the gradient of the input: what reaches each tile of its pixels.
 
     Pixel (i, j) of the (padded) input meets tap k at row (i - k * dilation) / stride of the convolution, if that is an
     integer and a row; columns likewise. A tile's pixels lie in one row, a stride apart, so that tap by tap they meet
     neighbours. Taps that meet no pixel of the convolution are left out: of 5x5 taps over LeNet's conv2 that is half.
-    A tile whose pixels meet the edge at different taps reads zeros beyond it, from a border beside the gradient.
+    A tile whose pixels meet the edge at different taps reads zeros beyond it, from a border beside the gradient. Times
+    an infinite weight they would be NaN: for such weights `together` is 1, and a tile is one pixel.
 
     Returns:
-        A row for each tile: base in the gradient, first and last of its taps, then its pixels' numbers (-1 beyond the
-        row); and a row for each tap: offset in the gradient, and of the weight, in bytes.
+        A row for each tile: base in the gradient, first and last of its taps, then its pixels' places, `step` bytes
+        apart (-1 beyond the row); and a row for each tap: offset in the gradient, and of the weight, in bytes.
     """
     pixels, border = tile.input_pixels, tile.input_pixels - 1
     grad_w = conv[1] + 2 * border
@@ -301,8 +309,8 @@ def _input_tiles(
     columns = []
     for phase in range(min(geometry.stride[1], size[1])):
         places = list(range(phase, size[1], geometry.stride[1]))
-        for start in range(0, len(places), pixels):
-            own = places[start : start + pixels]
+        for start in range(0, len(places), together):
+            own = places[start : start + together]
             columns.append((*meets(1, own[0], len(own)), own + [-1] * (pixels - len(own))))
     kinds: dict[object, tuple[int, int]] = {}
     taps: list[tuple[int, int]] = []
@@ -318,7 +326,7 @@ def _input_tiles(
                         taps.append((offset, (kernel_h * kernel[1] + kernel_w) * tile.filters * tile.channels * 4))
                 kinds[rows, beside] = first, len(taps)
             base = (base_h * grad_w + base_w + border) * tile.filters * BYTES
-            tiles.append((base, *kinds[rows, beside], *(-1 if j < 0 else row * size[1] + j for j in own)))
+            tiles.append((base, *kinds[rows, beside], *(-1 if j < 0 else (row * size[1] + j) * step for j in own)))
     return torch.tensor(tiles), torch.tensor(taps, dtype=torch.int64).reshape(-1, 2)
 
 

@@ -39,6 +39,9 @@ further tables stand in it, too. Everything here is independent of the number of
     INPUT_TILES,
     INPUT_TILE,  # table: for each tile of input pixels base, first and last tap, then each pixel's offset or -1
     INPUT_TAP,  # table: for each tap offset in the gradient and offset of its weight
+    EXACT_TILES,  # the same three without any product that is zero by its place alone, for weights that are not finite
+    EXACT_TILE,
+    EXACT_TAP,
     # Layout of the padded images.
     PAD_RUNS,
     PAD_RUN,  # table: for each run of pixels that padding keeps together offset in the images, in the padded, and size
@@ -60,4 +63,4 @@ further tables stand in it, too. Everything here is independent of the number of
     TILE_CHANNELS,
     TILE_TAPS,
     SIZE,
-) = range(51)
+) = range(54)

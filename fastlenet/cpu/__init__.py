@@ -1,6 +1,15 @@
 """Compiled kernels for CPU tensors: see `convolution` for the mathematics, `lanes` for how it is written."""
 
+from .chain import chain, chain_backward, chain_rejects
 from .compiled import unavailable
 from .conv2d_relu_max_pool2d import conv2d_relu_max_pool2d, conv2d_relu_max_pool2d_backward, rejects
 
-__all__ = ["conv2d_relu_max_pool2d", "conv2d_relu_max_pool2d_backward", "rejects", "unavailable"]
+__all__ = [
+    "chain",
+    "chain_backward",
+    "chain_rejects",
+    "conv2d_relu_max_pool2d",
+    "conv2d_relu_max_pool2d_backward",
+    "rejects",
+    "unavailable",
+]

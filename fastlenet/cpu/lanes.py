@@ -282,6 +282,23 @@ def add_to_memory(typingctx, address, table, rows, step, count, tile):
 
 
 @intrinsic
+def add_tile(typingctx, address, offsets, step, tile):
+    """Add a tile to memory: element (i, j) at `address` plus offset i plus j times `step`."""
+
+    def generate(context, builder, signature, args):
+        address, _, step, tile = args
+        values = iter(cgutils.unpack_tuple(builder, tile))
+        for place in _each(builder, address, args[1]):
+            for j in range(tile_columns):
+                here = builder.add(place, builder.mul(step, _LONG(j)))
+                _store(builder, builder.fadd(_load(builder, here, _FLOATS), next(values)), here)
+        return context.get_dummy_value()
+
+    tile_columns = tile.count // offsets.count
+    return types.none(types.int64, offsets, types.int64, tile), generate
+
+
+@intrinsic
 def store_bytes_first(typingctx, address, step, count, values):
     """Store the first `count` vectors of int32 as bytes, `step` bytes apart."""
 

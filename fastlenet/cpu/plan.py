@@ -57,6 +57,9 @@ def tile_of(filters: int, channels: int) -> Tile:
     return Tile(wide, _PIXELS[wide], _TAPS[wide], deep, _INPUT_PIXELS[deep])
 
 
+LINEAR_VECTORS, LINEAR_FILTERS = 2, 8
+"""The tile of a linear layer's weight gradient: vectors of 16 inputs, and outputs."""
+
 _PIXELS = {1: 8, 2: 8, 4: 4, 5: 4, 6: 4}
 _TAPS = {1: 8, 2: 8, 4: 5, 5: 4, 6: 4}
 _INPUT_PIXELS = {1: 8, 4: 4, 6: 2, 8: 2}

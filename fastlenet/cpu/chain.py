@@ -219,6 +219,8 @@ def _plan(
         ahead: dict[int, int] = {}
         back: dict[int, int] = {link.GRAD_AT: backward.take(-(-numbers // LINEAR_FILTERS) * LINEAR_FILTERS * BYTES)}
         if isinstance(place, ConvPoolGeometry):
+            if len(shape) != 3 or weight[1] * place.groups != shape[0]:
+                raise ValueError(f"link {i}: a weight of shape {weight} does not fit images of shape {shape}")
             ends = i + 1 == len(links)
             plan = plan_of(shape, weight, place, layouts[0] and i == 0, layouts[i] and ends)  # type: ignore[arg-type]
             plans.append(plan)
@@ -239,6 +241,8 @@ def _plan(
             table[link.ARGMAX_AT] = kept.take(numbers * LANES)
             bias_width = 1
         else:
+            if weight[1] != numbers:
+                raise ValueError(f"link {i}: a weight of shape {weight} does not fit {numbers} inputs")
             table[link.LINEAR], table[link.RELU] = 1, int(place == "linear_relu")
             rows, width = weight
             wide = LANES * LINEAR_VECTORS
@@ -249,7 +253,10 @@ def _plan(
         # Tiles of the weight's gradient are whole.
         padded_rows = -(-rows // LINEAR_FILTERS) * LINEAR_FILTERS
         table[link.SUMS_STEP], table[link.OUTPUTS] = 4 * step, numbers
-        table[link.TARGET_AT] = kept.take(numbers * BYTES)
+        if i + 1 < len(links) or place == "linear_relu":
+            table[link.TARGET_AT] = kept.take(numbers * BYTES)
+        else:
+            table[link.TARGET_AT], table[link.PASSES] = forward.take(numbers * BYTES), 1
         if isinstance(place, ConvPoolGeometry):
             # `convolution.sum_lanes` writes the bias's gradient right behind the weight's.
             start = sums.take(4 * (rows * width + rows))

@@ -17,6 +17,7 @@ between its layers, and in training until the backward), or of a task's sums.
     PACKED_AT,  # in the scratch: weights as the forward or the backward reads them
     PADDED_AT,  # in the scratch: padded images
     TARGET_AT,  # in the record: what goes out
+    PASSES,  # whether that is in the scratch instead: no backward needs it
     ARGMAX_AT,  # in the record
     GRAD_AT,  # in the scratch: gradient of what comes in
     WANTED,  # whether weight or bias need a gradient
@@ -25,7 +26,7 @@ between its layers, and in training until the backward), or of a task's sums.
     SUMS_STEP,  # bytes from row to row of it
     BIAS_SUMS_AT,  # in the sums: gradient of the bias
     SIZE,
-) = range(20)
+) = range(21)
 
 (
     WORKERS,  # counter: workers that have begun

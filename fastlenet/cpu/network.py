@@ -143,7 +143,8 @@ def forward_chain() -> Any:
             call(copy, (1, 4, field(head, link.INPUT) + LANES * block * step, step, count, source, numbers))
             for i in range(number):
                 this = links + 8 * link.SIZE * i
-                packed, target = scratch + field(this, link.PACKED_AT), kept + field(this, link.TARGET_AT)
+                packed = scratch + field(this, link.PACKED_AT)
+                target = (scratch if field(this, link.PASSES) else kept) + field(this, link.TARGET_AT)
                 numbers = field(this, link.OUTPUTS)
                 if field(this, link.LINEAR):
                     bias, positive = field(this, link.BIAS), field(this, link.RELU)

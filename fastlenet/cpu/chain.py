@@ -14,7 +14,7 @@ from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format
 
 from . import link, record, threads
 from .compiled import address
-from .conv2d_relu_max_pool2d import MOST_TASKS, _dense
+from .conv2d_relu_max_pool2d import MOST_TASKS, backward_kernel, dense
 from .memory import empty
 from .plan import BYTES, LANES, LINEAR_FILTERS, LINEAR_VECTORS, Plan, plan_of
 
@@ -94,7 +94,7 @@ def chain_backward(
             input.new_zeros(shape) if needed and shape is not None else None
             for needed, shape in zip(output_mask, shapes, strict=True)
         ]
-    grad_output = _dense(grad_output, plan.layout) if grad_output.dim() == 4 else grad_output.contiguous()
+    grad_output = dense(grad_output, plan.layout) if grad_output.dim() == 4 else grad_output.contiguous()
     blocks = -(-images // LANES)
     blocks_each = -(-blocks // MOST_TASKS)
     tasks = -(-blocks // blocks_each)
@@ -107,7 +107,10 @@ def chain_backward(
     wanted = [any(needs[2 * i : 2 * i + 2]) for i in range(len(links))]
     for i, needed in enumerate(wanted):
         head[link.HEAD + link.SIZE * i + link.WANTED] = needed
-    head[link.FIRST_WANTED] = 0 if need_input else wanted.index(True)
+    first = 0 if need_input else wanted.index(True)
+    head[link.FIRST_WANTED] = first
+    for i, conv in enumerate(plan.plans[first:], first):
+        head[link.HEAD + link.SIZE * i + link.BACKWARD] = backward_kernel(conv.tile, need_input or i > first)
     grad_input = None
     if need_input:
         grad_input = empty(input.shape, torch.float32, plan.input_layout)
@@ -186,7 +189,7 @@ def _planned(
             if last != torch.channels_last:
                 last = memory_format(weight) if layouts else memory_format(input, weight)
             layouts.append(last == torch.channels_last)
-    input = input.contiguous() if input.dim() == 2 else _dense(input, torch.channels_last if layouts[0] else last)
+    input = input.contiguous() if input.dim() == 2 else dense(input, torch.channels_last if layouts[0] else last)
     shapes = tuple(tuple(weight.shape) for weight in parameters[::2] if weight is not None)
     flat = [None if tensor is None else tensor.contiguous() for tensor in parameters]
     return _plan(tuple(input.shape[1:]), shapes, tuple(links), tuple(layouts)), input, flat
@@ -315,7 +318,7 @@ def _head(
     head = array("q", table)
     head[link.EXCHANGE], head[link.IMAGES] = address("convolution", "exchange"), input.shape[0]
     head[link.INPUT], head[link.INPUT_STEP] = input.data_ptr(), 4 * input.stride(0)
-    saves, backward = table is plan.forward[1], table is plan.backward
+    backward = table is plan.backward
     for i in range(head[link.LINKS]):
         place = link.HEAD + link.SIZE * i
         weight, bias = parameters[2 * i : 2 * i + 2]
@@ -323,10 +326,8 @@ def _head(
         head[place + link.WEIGHT] = weight.data_ptr()
         head[place + link.BIAS] = 0 if bias is None else bias.data_ptr()
     for i, conv in enumerate(plan.plans):
-        place, tile = link.HEAD + link.SIZE * i, conv.tile
-        if backward:
-            constants = tile.filters, tile.taps, tile.channels, tile.input_pixels
-            head[place + link.BACKWARD] = address("convolution", "backward_block", *constants)
-        else:
-            head[place + link.FORWARD] = address("convolution", "forward_block", tile.filters, tile.pixels, int(saves))
+        if not backward:
+            tile = conv.tile
+            kernel = address("convolution", "forward_block", tile.filters, tile.pixels, int(table is plan.forward[1]))
+            head[link.HEAD + link.SIZE * i + link.FORWARD] = kernel
     return head

@@ -9,6 +9,7 @@ share a folder.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -19,6 +20,7 @@ import platform
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -135,10 +137,24 @@ def _compile(module: ModuleType, factory: str, constants: tuple[int, ...]) -> by
     """Return a kernel's name and object file."""
     import llvmlite.binding as llvm
 
-    kernel = getattr(module, factory)(*constants)
-    parsed = llvm.parse_assembly(kernel.inspect_llvm())
+    with _little_optimization():
+        kernel = getattr(module, factory)(*constants)
+        parsed = llvm.parse_assembly(kernel.inspect_llvm())
     code: bytes = _target_machine().emit_object(parsed)  # type: ignore[attr-defined]
     return kernel.native_name.encode() + b"\n" + code
+
+
+@contextlib.contextmanager
+def _little_optimization() -> Iterator[None]:
+    """Compile at level 1 of 3: kernels spell their vectors out, so more takes twice as long and changes nothing."""
+    from numba.core import config
+
+    before = config.OPT
+    config.OPT = type(before)(1)
+    try:
+        yield
+    finally:
+        config.OPT = before
 
 
 def _keep(file: Path, code: bytes) -> None:

@@ -13,7 +13,7 @@ from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format
 from . import job, record, threads
 from .compiled import address
 from .memory import empty
-from .plan import LANES, Plan, plan_of
+from .plan import LANES, Plan, Tile, plan_of
 
 MOST_TASKS = 16
 """Parts of a batch whose sums of a weight's gradient are kept apart: fixed, whatever the number of threads."""
@@ -86,15 +86,14 @@ def conv2d_relu_max_pool2d_backward(
     if not any(output_mask):
         return None, None, None
     weight = weight.contiguous()
-    grad_output, argmax = _dense(grad_output, layout), _dense(argmax, layout)
+    grad_output, argmax = dense(grad_output, layout), dense(argmax, layout)
     blocks = -(-images // LANES)
     blocks_each = -(-blocks // MOST_TASKS)
     tasks = -(-blocks // blocks_each)
     workers = threads.workers(tasks)
     tile = plan.tile
     shared = _job(plan, input, weight, workers, plan.record[record.BACKWARD_BYTES])
-    constants = tile.filters, tile.taps, tile.channels, tile.input_pixels
-    shared[job.KERNEL] = address("convolution", "backward_block", *constants)
+    shared[job.KERNEL] = backward_kernel(tile, need_input)
     shared[job.TASKS], shared[job.BLOCKS] = tasks, blocks_each
     shared[job.OUTPUT], shared[job.OUTPUT_STEP] = grad_output.data_ptr(), 4 * grad_output.stride(0)
     shared[job.ARGMAX], shared[job.ARGMAX_STEP] = argmax.data_ptr(), argmax.stride(0)
@@ -112,16 +111,22 @@ def conv2d_relu_max_pool2d_backward(
     return grad_input, grad_weight if need_weight else None, grad_bias if need_bias else None
 
 
+def backward_kernel(tile: Tile, need_input: bool) -> int:
+    """Return the address of the kernel of a block's gradients."""
+    input_tile = (tile.channels, tile.input_pixels) if need_input else (0, 0)
+    return address("convolution", "backward_block", tile.filters, tile.taps, *input_tile)
+
+
 def _planned(
     input: Tensor, weight: Tensor, geometry: ConvPoolGeometry, layout: torch.memory_format
 ) -> tuple[Plan, Tensor]:
     """Return the plan of a call, and its input in a layout that the kernels read."""
-    input = _dense(input, layout)
+    input = dense(input, layout)
     last = layout == torch.channels_last
     return plan_of(tuple(input.shape[1:]), tuple(weight.shape), geometry, last, last), input  # type: ignore[arg-type]
 
 
-def _dense(tensor: Tensor, layout: torch.memory_format) -> Tensor:
+def dense(tensor: Tensor, layout: torch.memory_format) -> Tensor:
     """The tensor with each image dense in `layout`; images may lie apart."""
     _, channels, height, width = tensor.shape
     if layout == torch.channels_last:

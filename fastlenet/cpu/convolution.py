@@ -257,7 +257,10 @@ def pack_backward(plan, weight, packed, filters, channels):
 
 
 def backward_block(filters: int, taps: int, channels: int, input_pixels: int) -> Any:
-    """Return the kernel of the gradients, for tiles of `taps` x `filters` and of `input_pixels` x `channels`."""
+    """Return the kernel of the gradients, for tiles of `taps` x `filters` and of `input_pixels` x `channels`.
+
+    With neither channels nor pixels it computes no gradient of the input, as for a network's first layer.
+    """
     columns, beside = (0,) * filters, vectors(filters)
     tap_rows, tap_tile = (0,) * taps, vectors(taps * filters)
     input_rows = tuple(BYTES * filters * i for i in range(input_pixels))
@@ -301,29 +304,37 @@ def backward_block(filters: int, taps: int, channels: int, input_pixels: int) ->
             here = partial + BYTES * taps * filters * i
             store(here, tap_tile, add(load(here, tap_tile), sums))
 
-    @inlined
-    def grad_input(plan, exact, grad_conv, weights, grad_source):
-        """Add to the input's gradient what comes through a pass of filters."""
-        depth, pass_step = field(plan, record.CHANNELS), 4 * channels * filters * field(plan, record.TAPS)
-        tables = plan + 8 * (record.EXACT_TILES - record.INPUT_TILES) if exact else plan
-        number, tiles = field(tables, record.INPUT_TILES), field(tables, record.INPUT_TILE)
-        tap = field(tables, record.INPUT_TAP)
-        step, passes = field(plan, record.INPUT_STEP), field(plan, record.FILTER_TILES)
-        for first in range(0, depth, channels):
-            for i in range(number):
-                here = tiles + 8 * (3 + input_pixels) * i
-                pixels, end = grad_conv + long_at(here), long_at(here + 16)
-                for start in range(long_at(here + 8), end, together):
-                    sums = zeros(input_rows, input_columns)
-                    for t in range(start, min(start + together, end)):
-                        place, factor = pixels + long_at(tap + 16 * t), weights + long_at(tap + 16 * t + 8)
-                        for j in range(filters):
-                            grad = load(place + BYTES * j, input_rows)
-                            values = splat(factor + 4 * channels * j, input_columns)
-                            sums = add_products(sums, grad, values)
-                    add_to_memory(grad_source, here + 24, input_rows, step, min(channels, depth - first), sums)
-            weights += passes * pass_step
-            grad_source += channels * step
+    if channels:
+
+        @inlined
+        def grad_input(plan, exact, grad_conv, weights, grad_source):
+            """Add to the input's gradient what comes through a pass of filters."""
+            depth, pass_step = field(plan, record.CHANNELS), 4 * channels * filters * field(plan, record.TAPS)
+            tables = plan + 8 * (record.EXACT_TILES - record.INPUT_TILES) if exact else plan
+            number, tiles = field(tables, record.INPUT_TILES), field(tables, record.INPUT_TILE)
+            tap = field(tables, record.INPUT_TAP)
+            step, passes = field(plan, record.INPUT_STEP), field(plan, record.FILTER_TILES)
+            for first in range(0, depth, channels):
+                for i in range(number):
+                    here = tiles + 8 * (3 + input_pixels) * i
+                    pixels, end = grad_conv + long_at(here), long_at(here + 16)
+                    for start in range(long_at(here + 8), end, together):
+                        sums = zeros(input_rows, input_columns)
+                        for t in range(start, min(start + together, end)):
+                            place, factor = pixels + long_at(tap + 16 * t), weights + long_at(tap + 16 * t + 8)
+                            for j in range(filters):
+                                grad = load(place + BYTES * j, input_rows)
+                                values = splat(factor + 4 * channels * j, input_columns)
+                                sums = add_products(sums, grad, values)
+                        add_to_memory(grad_source, here + 24, input_rows, step, min(channels, depth - first), sums)
+                weights += passes * pass_step
+                grad_source += channels * step
+
+    else:
+
+        @inlined
+        def grad_input(plan, exact, grad_conv, weights, grad_source):
+            """Compute nothing."""
 
     @kernel(9)
     def backward_block(plan, source, weights, exact, grad_target, argmax, grad_source, partial, grad_conv):

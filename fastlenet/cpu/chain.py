@@ -14,7 +14,7 @@ from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format
 
 from . import link, record, threads
 from .compiled import address
-from .conv2d_relu_max_pool2d import MOST_TASKS, backward_kernel, dense
+from .conv2d_relu_max_pool2d import MOST_TASKS, backward_kernel, covers, dense
 from .memory import empty
 from .plan import BYTES, LANES, LINEAR_FILTERS, LINEAR_VECTORS, Plan, plan_of
 
@@ -25,16 +25,34 @@ PIECE_ROWS = 8
 """Rows of a parameter whose gradient one worker sums at a time."""
 
 
-def chain_rejects(input: Tensor, parameters: Sequence[Tensor | None], links: Sequence[Link]) -> str | None:
-    """Why a chain is not covered, or not expected to win; None if it is."""
+LITTLE_WORK = 1 << 24
+"""FLOP of a block of 16 images that take less time than stock's operators take to be called, even for one image."""
+
+
+def chain_rejects(
+    input: Tensor, parameters: Sequence[Tensor | None], links: Sequence[Link], save: bool = True
+) -> str | None:
+    """Why a chain is not covered, or not expected to win; None if it is. `save`: whether a backward may follow."""
     if any(tensor is not None and tensor.dtype != torch.float32 for tensor in (input, *parameters)):
         return "the compiled kernels compute in float32"
+    images, *shape = input.shape
+    flop = 0
     for place, weight in zip(links, parameters[::2], strict=True):
+        assert weight is not None
         if isinstance(place, ConvPoolGeometry):
-            if place.cells > 255:
-                return "the compiled kernels pool windows of at most 255 cells"
-        elif weight is not None and weight.shape[1] < LANES:
-            return f"a linear layer of a compiled chain has at least {LANES} inputs"
+            reason = covers(torch.float32, shape, weight, place)
+            if reason is not None:
+                return reason
+            conv = place.conv_size((shape[1], shape[2]), (weight.shape[2], weight.shape[3]))
+            flop += 2 * LANES * weight.numel() * conv[0] * conv[1]
+            shape = [weight.shape[0], *place.pooled_size(conv)]
+        else:
+            if weight.shape[1] < LANES:
+                return f"a linear layer of a compiled chain has at least {LANES} inputs"
+            flop += 2 * LANES * weight.numel()
+    wanted = 0.45 if save else 0.0 if flop <= LITTLE_WORK else 0.2
+    if images and threads.fill(images, LANES) < wanted:
+        return f"{images} images keep too few of the {LANES} lanes of {torch.get_num_threads()} threads busy"
     return None
 
 

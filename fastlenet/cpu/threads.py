@@ -63,3 +63,12 @@ def run(address: int, arguments: array[int], threads: int) -> None:
     entry = _gomp_parallel()
     assert entry is not None
     entry(address, place, threads, 0)
+
+
+def fill(images: int, lanes: int) -> float:
+    """The part of all threads' lanes that so many images keep busy.
+
+    Blocks of 16 images are shared by whole blocks, while stock's operators divide single images among threads.
+    """
+    blocks, threads = -(-images // lanes), max(1, torch.get_num_threads())
+    return images / (lanes * threads * max(1, -(-blocks // threads)))

@@ -128,7 +128,7 @@ def judge(network: Network, input, parameters, grad_output) -> None:
 def test_chains(network, images):
     """At most twice stock's error, for less than a block, one block, and some."""
     input, parameters = network.tensors(images)
-    assert cpu.chain_rejects(torch.empty(64, *network.image), parameters, network.links) is None
+    assert cpu.chain_rejects(torch.empty(512, *network.image), parameters, network.links) is None
     grad_output = torch.randn(stock(input, parameters, network.links).shape)
     judge(network, input, parameters, grad_output)
 
@@ -288,6 +288,8 @@ def test_what_is_rejected():
     network = NETWORKS["LeNet"]
     input, parameters = network.tensors(64)
     assert "float32" in cpu.chain_rejects(input.double(), parameters, network.links)
+    assert "lanes" in cpu.chain_rejects(input[:1], parameters, network.links)
+    assert cpu.chain_rejects(input[:1], parameters, network.links, save=False) is None
     small = Network((20,), ("linear_relu", "linear"), ((9, 20), (3, 9)))
     input, parameters = small.tensors(64)
     assert "16 inputs" in cpu.chain_rejects(input, parameters, small.links)

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.un
 
 ALLOCATORS = ("fastlenet.cpu.memory:empty",)
 NAMES = ("input", "weight", "bias")
+PLAIN = conv_case("", (1,), (1, 1, 1, 1)).geometry
 special = pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 
 # Names say what each is for. 16 images make a block: these take one lane, some, all, and a second block.
@@ -367,12 +368,34 @@ def test_backward_after_another_implementations_forward(case):
         assert_same_values(one, other)
 
 
-def test_what_is_rejected():
+@pytest.mark.parametrize(
+    ("images", "shape", "weight", "count", "reason"),
+    [
+        (32, (1, 32, 32), (6, 1, 5, 5), 2, None),
+        (16, (6, 14, 14), (16, 6, 5, 5), 2, None),
+        (8, (6, 14, 14), (16, 6, 5, 5), 2, "lanes"),
+        (8, (6, 14, 14), (16, 6, 5, 5), 1, None),
+        (64, (32, 13, 13), (64, 32, 3, 3), 2, None),
+        (48, (32, 13, 13), (64, 32, 3, 3), 2, "lanes"),
+        (512, (64, 14, 14), (64, 64, 3, 3), 2, "library"),
+        (0, (1, 32, 32), (6, 1, 5, 5), 2, None),
+        (16, (64, 224, 224), (8, 64, 3, 3), 1, "memory"),
+    ],
+)
+def test_what_is_rejected_by_its_size(images, shape, weight, count, reason):
+    """With a reason each; more threads need more images."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        found = cpu.rejects(torch.empty(1).expand(images, *shape), torch.empty(weight), PLAIN)
+    finally:
+        torch.set_num_threads(before)
+    assert found is None if reason is None else reason in found
+
+
+def test_what_is_rejected_by_its_kind():
     """With a reason each."""
-    case = TOO_BIG_WINDOW
-    tensors = case.random(torch.float32)
-    assert "255 cells" in cpu.rejects(tensors["input"], tensors["weight"], case.geometry)
-    case = BLOCKS[2]
-    assert cpu.rejects(torch.empty(64, 1, 32, 32), torch.empty(6, 1, 5, 5), conv_case("", (1,), (6, 1, 5, 5)).geometry) is None
-    double = {name: tensor.double() for name, tensor in case.random(torch.float32).items()}
-    assert "float32" in cpu.rejects(double["input"], double["weight"], case.geometry)
+    tensors = TOO_BIG_WINDOW.random(torch.float32)
+    assert "255 cells" in cpu.rejects(tensors["input"], tensors["weight"], TOO_BIG_WINDOW.geometry)
+    double = {name: tensor.double() for name, tensor in BLOCKS[2].random(torch.float32).items()}
+    assert "float32" in cpu.rejects(double["input"], double["weight"], BLOCKS[2].geometry)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .conv2d_relu_max_pool2d import MOST_TASKS, backward_kernel, covers, dense
 from .memory import empty
 from .plan import BYTES, LANES, LINEAR_FILTERS, LINEAR_VECTORS, Plan, plan_of
 
-Link = ConvPoolGeometry | str
+Link: TypeAlias = ConvPoolGeometry | str
 """A convolution with relu and pool, ``"linear_relu"`` or ``"linear"``."""
 
 PIECE_ROWS = 8
@@ -199,7 +199,7 @@ def _planned(
     input: Tensor, parameters: Sequence[Tensor | None], links: Sequence[Link]
 ) -> tuple[_Plan, Tensor, list[Tensor | None]]:
     """Return a chain's plan, and its tensors in layouts that the kernels read."""
-    layouts = []
+    layouts: list[bool] = []
     last = torch.contiguous_format
     for place, weight in zip(links, parameters[::2], strict=True):
         assert weight is not None
@@ -243,7 +243,7 @@ def _plan(
             if len(shape) != 3 or weight[1] * place.groups != shape[0]:
                 raise ValueError(f"link {i}: a weight of shape {weight} does not fit images of shape {shape}")
             ends = i + 1 == len(links)
-            plan = plan_of(shape, weight, place, layouts[0] and i == 0, layouts[i] and ends)  # type: ignore[arg-type]
+            plan = plan_of(shape, weight, place, layouts[0] and i == 0, layouts[i] and ends)
             plans.append(plan)
             shape = (weight[0], *plan.pooled_size)
             size = plan.record
@@ -260,7 +260,6 @@ def _plan(
             rows = weight[0]
             numbers = torch.Size(shape).numel()
             table[link.ARGMAX_AT] = kept.take(numbers * LANES)
-            bias_width = 1
         else:
             if weight[1] != numbers:
                 raise ValueError(f"link {i}: a weight of shape {weight} does not fit {numbers} inputs")

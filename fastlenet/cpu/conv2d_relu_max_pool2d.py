@@ -134,9 +134,8 @@ def conv2d_relu_max_pool2d_backward(
     shared[job.ARGMAX], shared[job.ARGMAX_STEP] = argmax.data_ptr(), argmax.stride(0)
     if grad_input is not None:
         shared[job.GRAD_INPUT], shared[job.GRAD_INPUT_STEP] = grad_input.data_ptr(), 4 * grad_input.stride(0)
-    grad_weight = grad_bias = None
+    grad_weight, grad_bias = empty(weight.shape, torch.float32), empty((filters,), torch.float32)
     if need_weight or need_bias:
-        grad_weight, grad_bias = empty(weight.shape, torch.float32), empty((filters,), torch.float32)
         sums = empty((tasks, weight.numel() + filters), torch.float32)
         shared[job.SUMS], shared[job.SUMS_STEP] = sums.data_ptr(), 4 * sums.stride(0)
         shared[job.GRAD_WEIGHT], shared[job.GRAD_BIAS] = grad_weight.data_ptr(), grad_bias.data_ptr()
@@ -158,16 +157,14 @@ def _planned(
     """Return the plan of a call, and its input in a layout that the kernels read."""
     input = dense(input, layout)
     last = layout == torch.channels_last
-    return plan_of(tuple(input.shape[1:]), tuple(weight.shape), geometry, last, last), input  # type: ignore[arg-type]
+    return plan_of(tuple(input.shape[1:]), tuple(weight.shape), geometry, last, last), input
 
 
 def dense(tensor: Tensor, layout: torch.memory_format) -> Tensor:
     """The tensor with each image dense in `layout`; images may lie apart."""
     _, channels, height, width = tensor.shape
-    if layout == torch.channels_last:
-        wanted = (1, width * channels, channels)
-    else:
-        wanted = (height * width, width, 1)
+    plain = (height * width, width, 1)
+    wanted = (1, width * channels, channels) if layout == torch.channels_last else plain
     sizes, strides = tensor.shape[1:], tensor.stride()[1:]
     if all(size == 1 or stride == want for size, stride, want in zip(sizes, strides, wanted, strict=True)):
         return tensor

@@ -10,7 +10,8 @@ With X the (padded) input, C the convolution's pixels, and each window w a list 
 
 Layout. Every number stands 16 times, once for each image of the block: X is [channel, pixel, image], so that any
 pixel is one aligned vector and the inner loops never see a window, a stride or an edge. `plan` has turned these into
-offsets. All three sums have one form, ``tile[i, j] += rows[i] * columns[j]`` with 12 to 24 vectors of sums in registers:
+offsets. All three sums have one form, ``tile[i, j] += rows[i] * columns[j]``, with 12 to 24 vectors of sums in
+registers:
 
     ============  =====================  =======================  =============
     sum           rows                   columns                  runs over
@@ -23,12 +24,12 @@ offsets. All three sums have one form, ``tile[i, j] += rows[i] * columns[j]`` wi
 A weight is one number for all images and is spread over a vector as it is loaded. For each step of the sum a tile of
 4 x 6 takes 10 loads and 24 FMAs, which keeps both FMA units of a core busy.
 
-C is computed in the order in which windows need it; a window is pooled once its last pixel is there, out of the first-level
-cache. G exists for a few filters at a time. So an image costs 2 * O * C * T * P FLOP for each of the three sums, and
-nothing at the convolution's resolution leaves the core. Every sum is broken into chains of at most `CHAIN` products.
+C is computed in the order in which windows need it; a window is pooled once its last pixel is there, out of the
+first-level cache. G exists for a few filters at a time. So an image costs 2 * O * C * T * P FLOP for each of the three
+sums, and nothing at the convolution's resolution leaves the core. Every sum is broken into chains of at most
+`CHAIN` products.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
 from __future__ import annotations
 
 from typing import Any
@@ -39,8 +40,8 @@ from .lanes import (
     add_products,
     add_to_memory,
     byte_at,
-    field,
     call,
+    field,
     float_at,
     inlined,
     kernel,
@@ -138,10 +139,10 @@ def pad(plan, images, padded):
 
 @inlined
 def pack_forward(plan, weight, bias, packed, filters):
-    """Lay the weights out as the forward reads them: for each pass its biases, then for each channel and tap its weights.
+    """Lay the weights out as the forward reads them: for each pass its biases, then its weights.
 
-    weight: [group, filter, channel, tap]; packed: [group, pass]([filter of the pass], [channel, tap, filter of the pass]),
-    zero where the last pass of a group has fewer filters.
+    weight: [group, filter, channel, tap]; packed: [group, pass]([filter of the pass], [channel, tap, filter of
+    the pass]), zero where the last pass of a group has fewer filters.
     """
     own, depth = field(plan, record.FILTERS), field(plan, record.CHANNELS) * field(plan, record.TAPS)
     for group in range(field(plan, record.GROUPS)):
@@ -194,8 +195,8 @@ def forward_block(filters: int, pixels: int, with_argmax: int) -> Any:
         channels, taps, own = field(plan, record.CHANNELS), field(plan, record.TAPS), field(plan, record.FILTERS)
         source_step, target_step = field(plan, record.SOURCE_STEP), field(plan, record.TARGET_STEP)
         positions, tap, chunk = field(plan, record.PIXELS), field(plan, record.TAP), field(plan, record.CHUNK)
-        ready, windows = field(plan, record.READY), field(plan, record.WINDOWS)
-        for group in range(field(plan, record.GROUPS)):
+        ready = field(plan, record.READY)
+        for _ in range(field(plan, record.GROUPS)):
             for first in range(0, own, filters):
                 live = min(filters, own - first)
                 biases, packed = weights, weights + 4 * filters
@@ -340,7 +341,8 @@ def backward_block(filters: int, taps: int, channels: int, input_pixels: int) ->
     def backward_block(plan, source, weights, exact, grad_target, argmax, grad_source, partial, grad_conv):
         """Compute the gradients of a block.
 
-        source: X. weights: as `pack_backward` lays them out; exact: whether one is not finite. grad_target, argmax: [filter, window, image].
+        source: X. weights: as `pack_backward` lays them out; exact: whether one is not finite.
+        grad_target, argmax: [filter, window, image].
         grad_source: [channel, pixel, image], or 0
         if not asked for. partial: sums of the gradients of weight and bias that are added to, [pass]([tap, filter of
         the pass, image], [filter of the pass, image]), or 0. grad_conv: scratch for G of one pass of filters,
@@ -377,7 +379,9 @@ def backward_block(filters: int, taps: int, channels: int, input_pixels: int) ->
                 grad_target += live * target_step
                 argmax += live * (target_step >> 2)
             source += depth * source_step
-            weights += 4 * field(plan, record.CHANNEL_TILES) * channels * field(plan, record.FILTER_TILES) * filters * all_taps
+            weights += (
+                4 * field(plan, record.CHANNEL_TILES) * channels * field(plan, record.FILTER_TILES) * filters * all_taps
+            )
             if grad_source != 0:
                 grad_source += depth * input_step
 

@@ -16,7 +16,6 @@ Memory is addressed in bytes by plain integers: tables of offsets then need no a
 This module imports numba. Only modules that hold kernels import it, and they are imported when code must be compiled.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, import-untyped"
 from __future__ import annotations
 
 import ctypes
@@ -456,7 +455,9 @@ def winner(typingctx, argmax, best, values, cell):
         argmax, best, values = _unpack(builder, *args[:3])
         cell = _spread(builder, builder.trunc(args[3], _INT), _INTS)
         triples = zip(argmax, best, values, strict=True)
-        return cgutils.pack_array(builder, [builder.select(_wins(builder, v, b), cell, a) for a, b, v in triples], _INTS)
+        return cgutils.pack_array(
+            builder, [builder.select(_wins(builder, v, b), cell, a) for a, b, v in triples], _INTS
+        )
 
     return argmax(argmax, best, values, types.int64), generate
 

@@ -1,7 +1,7 @@
 """What a chain's kernels are told of each link, and of the chain: names for the places of tables of integers.
 
-Offsets named ``..._AT`` lead from the start of a worker's scratch, of a block's record (what one block of 16 images keeps
-between its layers, and in training until the backward), or of a task's sums.
+Offsets named ``..._AT`` lead from the start of a worker's scratch, of a block's record (what one block of 16 images
+keeps between its layers, and in training until the backward), or of a task's sums.
 """
 
 (

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 
-def empty(
-    shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format
-) -> Tensor:
+def empty(shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
     """Allocate a tensor whose contents are arbitrary."""
     return torch.empty(shape, dtype=dtype, memory_format=layout)

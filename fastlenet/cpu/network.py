@@ -11,11 +11,10 @@ were; in training the records are what is saved, else a worker has one that it u
         grad_weight[o, k] = sum over images of G[o] * X[k]
 
 A linear layer has no pixels that share a weight: of 17 loads for 16 FMAs a step 16 are weights, spread over a vector by
-the FMA itself. Its weight's gradient is a sum over images, so lanes are 16 neighbouring inputs there: X is turned back into
-images first.
+the FMA itself. Its weight's gradient is a sum over images, so lanes are 16 neighbouring inputs there: X is turned back
+into images first.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
 from __future__ import annotations
 
 from typing import Any
@@ -121,13 +120,19 @@ def forward_chain() -> Any:
         links = head + 8 * link.HEAD
         for i in range(number):
             this = links + 8 * link.SIZE * i
-            packed, weight, plan = scratch + field(this, link.PACKED_AT), field(this, link.WEIGHT), field(this, link.PLAN)
+            packed, weight, plan = (
+                scratch + field(this, link.PACKED_AT),
+                field(this, link.WEIGHT),
+                field(this, link.PLAN),
+            )
             if field(this, link.LINEAR):
                 # A weight's rows are turned into lanes as images are: 16 outputs beside each other.
                 row = 4 * field(this, link.INPUTS)
                 for first in range(0, field(this, link.OUTPUTS), LANES):
                     live = min(LANES, field(this, link.OUTPUTS) - first)
-                    call(copy, (1, 4, weight + row * first, row, live, packed + LANES * row * (first // LANES), row // 4))
+                    call(
+                        copy, (1, 4, weight + row * first, row, live, packed + LANES * row * (first // LANES), row // 4)
+                    )
             else:
                 pack_forward(plan, weight, field(this, link.BIAS), packed, field(plan, record.TILE_FILTERS))
                 fill(scratch + field(this, link.PADDED_AT), field(plan, record.PAD_BYTES))

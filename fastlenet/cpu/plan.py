@@ -33,6 +33,7 @@ From some 288 on the error of one chain is more than twice stock's.
 BAND = 64
 """Pixels whose gradients are kept in the first-level cache for all taps; their sum is one chain."""
 
+
 class Tile(NamedTuple):
     """Sizes of the tiles that a kernel keeps in registers; the kernels are compiled for them.
 
@@ -334,7 +335,7 @@ def _input_tiles(
 
 
 def _pad_runs(channels: int, size: Pair, padding: Pair, last: bool) -> list[tuple[int, int, int]]:
-    """Each run of pixels that padding keeps together: offset in the images and in the padded ones, and size in bytes."""
+    """Each run of pixels that padding keeps together: offset in the images, offset in the padded ones, and size."""
     (height, width), (pad_h, pad_w) = size, padding
     depth, planes = (channels, 1) if last else (1, channels)
     padded_h, padded_w = height + 2 * pad_h, width + 2 * pad_w

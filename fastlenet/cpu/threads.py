@@ -1,8 +1,8 @@
 """Kernels on PyTorch's own threads.
 
-PyTorch's pool is OpenMP's, in most builds GNU's. ``GOMP_parallel`` runs a C function on that very pool, so that no second
-pool competes with its workers, which wait for work by spinning. Where PyTorch has another pool, kernels run on the
-caller's thread alone.
+PyTorch's pool is OpenMP's, in most builds GNU's. ``GOMP_parallel`` runs a C function on that very pool, so that no
+second pool competes with its workers, which wait for work by spinning. Where PyTorch has another pool, kernels run on
+the caller's thread alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 from array import array
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ _WORKER = ctypes.CFUNCTYPE(None, ctypes.c_int64)
 
 
 @functools.cache
-def _gomp_parallel() -> ctypes._CFuncPtr | None:
+def _gomp_parallel() -> Any:
     """GNU OpenMP's entry, of the library that this process has loaded; None where there is none."""
     try:
         with open("/proc/self/maps") as maps:
@@ -40,7 +41,7 @@ def _gomp_parallel() -> ctypes._CFuncPtr | None:
 
 
 @functools.cache
-def _function(address: int) -> ctypes._CFuncPtr:
+def _function(address: int) -> Any:
     return _WORKER(address)
 
 

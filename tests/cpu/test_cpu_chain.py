@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from fastlenet.kernels.geometry import ConvPoolGeometry
 from harness.judge import assert_as_accurate, assert_bitwise_equal, assert_same_values
 from harness.operators import stock_conv2d_relu_max_pool2d
 from harness.poison import assert_fully_written, poisoned_outputs
@@ -16,7 +17,6 @@ from harness.strides import awkward
 from torch import Tensor
 
 from fastlenet import cpu
-from fastlenet.kernels.geometry import ConvPoolGeometry
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -27,7 +27,7 @@ OVERLAPPING = PADDED._replace(groups=2, pool_size=(3, 3), pool_padding=(1, 1), c
 
 
 class Network(NamedTuple):
-    """A chain: the shape of an image, its links, and the shapes of the weights; every second bias is missing if asked."""
+    """A chain: the shape of an image, its links, and the shapes of the weights; maybe not every bias."""
 
     image: tuple[int, ...]
     links: tuple[ConvPoolGeometry | str, ...]
@@ -73,9 +73,7 @@ def stock(input: Tensor, parameters: list[Tensor | None], links) -> Tensor:
         if isinstance(place, ConvPoolGeometry):
             g = place
             names = ("pool_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode")
-            input = stock_conv2d_relu_max_pool2d(
-                input, weight, bias, *g[:4], **dict(zip(names, g[4:], strict=True))
-            )
+            input = stock_conv2d_relu_max_pool2d(input, weight, bias, *g[:4], **dict(zip(names, g[4:], strict=True)))
         else:
             input = F.linear(input.flatten(1), weight, bias)
             input = F.relu(input) if place == "linear_relu" else input

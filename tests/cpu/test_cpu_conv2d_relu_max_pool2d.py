@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness.cases import BIG_WINDOW, CONV_CASES, TOO_BIG_WINDOW, conv_case, conv_cases, pair
+from harness.cases import BIG_WINDOW, CONV_CASES, TOO_BIG_WINDOW, conv_case, conv_cases
 from harness.draw import conv_calls
 from harness.fuzz import assume, examples, given, settings
 from harness.judge import assert_bitwise_equal, assert_same_values, exact_grid
-from harness.operators import CONV, Result, run, stock_conv2d_relu_max_pool2d, upstream
+from harness.operators import CONV, Result, run, upstream
 from harness.poison import assert_fully_written, poisoned_outputs
-from harness.strides import KINDS, awkward, kinds_for
+from harness.strides import awkward, kinds_for
 from torch import Tensor
 
 from fastlenet import aten, cpu
-from fastlenet.kernels.geometry import ConvPoolGeometry
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -77,7 +73,10 @@ def compiled(input: Tensor, weight: Tensor, bias: Tensor | None = None, **keywor
     """The kernels as an operator with stock's arguments."""
     geometry = conv_case("", tuple(input.shape), tuple(weight.shape), **keywords).geometry
     if isinstance(keywords.get("padding"), str):
-        wanted = [d * (k - 1) if keywords["padding"] == "same" else 0 for d, k in zip(geometry.dilation, weight.shape[2:], strict=True)]
+        wanted = [
+            d * (k - 1) if keywords["padding"] == "same" else 0
+            for d, k in zip(geometry.dilation, weight.shape[2:], strict=True)
+        ]
         odd = [n % 2 for n in wanted]
         input = F.pad(input, (0, odd[1], 0, odd[0])) if any(odd) else input
         geometry = geometry._replace(padding=(wanted[0] // 2, wanted[1] // 2))
@@ -157,9 +156,7 @@ def test_channels_last_comes_out_as_it_went_in(case, name):
             assert actual.stride() == expected.stride(), label
 
 
-@pytest.mark.parametrize(
-    "wanted", [c for n in (1, 2) for c in itertools.combinations(NAMES, n)], ids="+".join
-)
+@pytest.mark.parametrize("wanted", [c for n in (1, 2) for c in itertools.combinations(NAMES, n)], ids="+".join)
 @conv_cases([BLOCKS[1], ALL_ELSE])
 def test_some_gradients(case, wanted):
     """Those asked for equal stock's, the others are not computed."""

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: each kernel's rate against the machine's, layers and networks against stock, and ONNX Runtime.
+"""The compiled CPU kernels: rates of kernels against FMAs, layers and networks against stock, and ONNX Runtime.
 
     python -m bench.cpu_kernels                 # all parts
     python -m bench.cpu_kernels --part kernels  # GFLOP/s of each kernel and of plain FMAs, one thread, CPU time
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastlenet.kernels.geometry import ConvPoolGeometry
 from torch import Tensor, nn
 
 import fastlenet
@@ -30,7 +31,6 @@ from fastlenet import cpu
 from fastlenet.cpu import record
 from fastlenet.cpu.compiled import address
 from fastlenet.cpu.plan import plan_of
-from fastlenet.kernels.geometry import ConvPoolGeometry
 
 Calls = dict[str, Callable[[], object]]
 
@@ -220,19 +220,19 @@ def layers(images: list[int]) -> None:
 
             def infer(i: int) -> Tensor:
                 with torch.no_grad():
-                    return stock(i)  # noqa: B023
+                    return stock(i)
 
             plain = [t.detach() for t in (inputs[0], *parameters[0])]
             calls: dict[str, Calls] = {
                 "train": {
                     "cpu": lambda: train(lambda: _Layer.apply(inputs[0], *parameters[0], geometry), 0),  # noqa: B023
-                    "stock": lambda: train(lambda: stock(0), 0),  # noqa: B023
-                    "channels_last": lambda: train(lambda: stock(1), 1),  # noqa: B023
+                    "stock": lambda: train(lambda: stock(0), 0),
+                    "channels_last": lambda: train(lambda: stock(1), 1),
                 },
                 "infer": {
                     "cpu": lambda: cpu.conv2d_relu_max_pool2d(*plain, geometry, False),  # noqa: B023
-                    "stock": lambda: infer(0),  # noqa: B023
-                    "channels_last": lambda: infer(1),  # noqa: B023
+                    "stock": lambda: infer(0),
+                    "channels_last": lambda: infer(1),
                 },
             }
             _ratios(f"{channels} to {filters}, {size}, k{kernel}", count, calls)

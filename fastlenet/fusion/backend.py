@@ -9,7 +9,8 @@ This module is imported where a model is compiled, never by ``import fastlenet``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -233,9 +234,20 @@ def measure(match: Match) -> timing.Comparison | None:
 
         return run
 
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), _running():
         stock, fused = (timing.step(within(module), arguments, (), backward) for module in modules)
         return timing.compare(stock, fused, match.result.meta["example_value"].device)
+
+
+@contextlib.contextmanager
+def _running() -> Iterator[None]:
+    """Run as after compilation: PyTorch says meanwhile that it compiles, and operators then take the form to record."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def _autocasts(match: Match) -> list[fx.Node]:

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from fastlenet import functional
+from fastlenet import functional, selection
 
 CONV, LINEAR = "conv2d_relu_max_pool2d", "linear_relu"
 
@@ -18,6 +18,25 @@ def _nothing_compiled():
     """Start each test with nothing captured."""
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _single_sites(request, monkeypatch):
+    """Let no compiled CPU kernel run, so that sites stay single; tests of chains ask for kernels of their own."""
+    if "cpu_kernels" not in request.fixturenames and "compiled" not in request.fixturenames:
+        from fastlenet import cpu
+
+        monkeypatch.setattr(cpu, "unavailable", lambda: "they are switched off")
+    selection.forget()
+    yield
+    selection.forget()
+
+
+@pytest.fixture
+def compiled():
+    """The compiled CPU kernels themselves."""
+    pytest.importorskip("numba")
+    selection.forget()
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def silent_gpu() -> Iterator[None]:
         if "fastlenet.selection" in sys.modules:
             stack.enter_context(sys.modules["fastlenet.selection"].triton_drives_everything())
         else:  # a checkout from before there was one
-            stack.enter_context(mock.patch.object(sys.modules["fastlenet.backend"], "_unreachable", lambda _: None))
+            stack.enter_context(mock.patch.object(sys.modules["fastlenet.backend"], "_unreachable", return_value=None))
         stack.enter_context(fake_driver.compiling_for("sm_90"))
         stack.enter_context(fastlenet.use_backend("triton"))
         yield

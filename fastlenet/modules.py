@@ -123,7 +123,10 @@ def prepared(layer: nn.Module) -> ConvPoolGeometry | None:
     Only what cannot change in place is read: numbers, and pairs of numbers. For anything else it returns None.
     """
     attributes = layer.__dict__
-    fields, known = _fields(attributes), attributes.get("_prepared")
+    try:
+        fields, known = _fields(attributes), attributes.get("_prepared")
+    except KeyError:  # a class's own attributes, or another class that borrows the forward
+        return None
     if known is not None and all(map(operator.is_, fields, known[0])):
         return known[1]
     *sizes, ceil_mode = (*map(_pair, fields[:3]), fields[3], *map(_pair, fields[4:8]), fields[8])

@@ -1,8 +1,8 @@
 """Which implementation computes a call: the one place that decides, and the user's setting.
 
 There are three: ``"triton"``, the kernels in `fastlenet.kernels`; ``"cpu"``, the compiled kernels in `fastlenet.cpu`;
-and ``"aten"``, stock's own operators (`fastlenet.reference`). `ORDER` says which a device tries first, `REJECTS` why one
-does not take a call.
+and ``"aten"``, stock's own operators (`fastlenet.reference`). `ORDER` says which ones a device tries, in order;
+`REJECTS` says why one does not take a call.
 
 One table leads from the key of a kind of call to all that is known of it: that its arguments are legal, the choice, and
 what runs forward and backward, on a GPU with the launches that the first call recorded. `fastlenet.explain`, the log

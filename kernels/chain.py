@@ -1,8 +1,8 @@
 """Chains of operators: the links' own kernels, launched one after the other.
 
 A chain is a row of convolutions with relu and max-pool, then of linear maps with relu, then perhaps a last one without;
-see `geometry.Links`. Three linear maps at the end may be the head's kernels (`mlp`, see `geometry.head_of`). Other linear maps with relu are `addmm_relu`'s, or a library's, whichever the caller says; a linear map
-without relu is a library's.
+see `geometry.Links`. Three linear maps at the end may be the head's kernels (`mlp`, see `geometry.head_of`). Other
+linear maps with relu are `addmm_relu`'s, or a library's, whichever the caller says; one without relu is a library's.
 """
 
 from __future__ import annotations

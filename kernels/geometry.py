@@ -127,6 +127,11 @@ def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def output_format(input: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
+    """The layout that stock gives the pooled output: its pool takes a single channel for plainly laid out."""
+    return torch.contiguous_format if weight.shape[0] == 1 else memory_format(input, weight)
+
+
 def _like_channels_last(tensor: torch.Tensor) -> bool:
     """PyTorch's own rule (``suggest_memory_format``), by strides alone: it also holds for parts of such a tensor."""
     # These two tell most tensors apart, in a fraction of the time.

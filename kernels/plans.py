@@ -226,7 +226,7 @@ def key_of(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
-            key += (arg.shape, arg.stride(), arg.dtype, arg.get_device(), arg.data_ptr() & 15)
+            key += (arg.shape, arg.stride(), arg.dtype, arg.device, arg.data_ptr() & 15)
         elif isinstance(arg, Tensor):
             return None
         else:
@@ -258,5 +258,5 @@ def _follow(plan: Plan, driver: Any, launcher: Callable[..., Any], args: tuple[A
 
 
 def planned(precision: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Leave a launcher as it is: `Kind` follows plans. (Here until the launchers that name it are merged.)"""
+    """Leave a launcher as it is: `Kind` follows plans. It stands here until its last user is gone."""
     return lambda launcher: launcher

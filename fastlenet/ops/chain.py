@@ -137,7 +137,7 @@ class ChainFunction(torch.autograd.Function):
     def forward(
         ctx: Any, known: Any, links: Links, leading: tuple[int, ...] | None, input: Tensor, *parameters: Tensor | None
     ) -> Tensor:
-        """Take a batched input, and weight and bias of each link; return the output, of other `leading` sizes if given."""
+        """Take a batched input, and weight and bias of each link; `leading` sizes, if given, are the output's."""
         if known is None:
             output, saved = operators.chain(input, parameters, spec_of(links), True)
         else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlenet import checks, reference
-from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format
+from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format, output_format
 from fastlenet.ops.registration import (
     Operator,
     Registered,
@@ -41,7 +41,7 @@ def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tup
 
 def empty_output(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> Tensor:
     """Make the pooled output of a batched input, without values."""
-    shape, layout = geometry.output_shape(input, weight), memory_format(input, weight)
+    shape, layout = geometry.output_shape(input, weight), output_format(input, weight)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
 
 
@@ -238,7 +238,7 @@ def _run_backward(known: Any, grad_output: Tensor, input: Tensor, *args: Any) ->
 def _reference_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_argmax: bool
 ) -> tuple[Tensor, Tensor | None]:
-    layout = memory_format(input, weight)
+    layout = output_format(input, weight)
     if not return_argmax:
         return reference.conv2d_relu_max_pool2d(input, weight, bias, geometry).contiguous(memory_format=layout), None
     output, argmax = reference.conv2d_relu_max_pool2d_with_argmax(input, weight, bias, geometry)

@@ -1,4 +1,4 @@
-"""What every operator shares: the library that registers it, what `fastlenet.selection` must know of it, and small help.
+"""What every operator shares: the library that registers it, and what `fastlenet.selection` must know of it.
 
 A call takes one of three forms. By *composition* stock's own operators compute it, with stock's derivatives. By
 *kernels* an operator's Function calls an implementation that was chosen once. By its *registered operator*,
@@ -23,6 +23,8 @@ from torch import Tensor
 NAMESPACE = "_".join(__name__.split(".")[:-2])
 library = torch.library.Library(NAMESPACE, "DEF")
 operators = getattr(torch.ops, NAMESPACE)
+implementations: dict[str, Callable[..., Any]] = {}
+"""What runs where a registered operator is called, by its name."""
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -81,7 +83,7 @@ class Operator(ABC):
 
     @abstractmethod
     def implementation(self, name: str, library: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Return forward and backward of ``"triton"``, ``"cpu"`` or ``"aten"``; `library`: for matrix products inside."""
+        """Return an implementation's forward and backward; `library`: one multiplies the matrices of linear maps."""
 
     def parts(self, settings: Any, *tensors: Any) -> Iterator[tuple[Operator, Any, tuple[Any, ...]]]:
         """Yield the calls of other operators that a call is made of, with tensors of the right shapes."""
@@ -147,6 +149,7 @@ def implement(name: str, function: Callable[..., Any]) -> None:
     Both have acted before: autograd is the Function's, and `fastlenet.functional` has cast; a second cast inside would
     change a backward's dtype.
     """
+    implementations[name] = function
 
     def below_autograd(*args: Any) -> Any:
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configurations import architecture
-from ..geometry import ConvPoolGeometry, memory_format
+from ..geometry import ConvPoolGeometry, memory_format, output_format
 from ..runtime import (
     INTERPRETED,
     all_registers,
@@ -553,8 +553,9 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the forward; arguments and results as in `conv2d_relu_max_pool2d`, `options` in place of the rule's."""
     shape = geometry.output_shape(input, weight)
-    output = empty(shape, input, memory_format=memory_format(input, weight))
-    argmax = empty(shape, output, geometry.argmax_dtype, memory_format(input, weight)) if return_argmax else None
+    layout = output_format(input, weight)
+    output = empty(shape, input, memory_format=layout)
+    argmax = empty(shape, output, geometry.argmax_dtype, layout) if return_argmax else None
     rows, channels = shape[0] * shape[2] * shape[3], shape[1] // geometry.groups
     wide = weight.shape[1] >= _WIDE
     if wide:

@@ -54,7 +54,7 @@ class Tile(NamedTuple):
 
 def tile_of(filters: int, channels: int) -> Tile:
     """Choose tiles of 12 to 24 sums: the FMA units are busy from 8 on, and 32 registers hold no more."""
-    wide, deep = _even(filters, (1, 2, 4, 5, 6)), _even(channels, (1, 4, 6, 8))
+    wide, deep = _width(filters, _FILTER_SPEED), _width(channels, _CHANNEL_SPEED)
     return Tile(wide, _PIXELS[wide], _TAPS[wide], deep, _INPUT_PIXELS[deep])
 
 
@@ -66,9 +66,14 @@ _TAPS = {1: 8, 2: 8, 4: 5, 5: 4, 6: 4}
 _INPUT_PIXELS = {1: 8, 4: 4, 6: 2, 8: 2}
 
 
-def _even(count: int, widths: tuple[int, ...]) -> int:
-    """The width of passes that leaves the fewest places of the last one empty, the wider of equals."""
-    return min(widths, key=lambda width: (_ceil(count, width) * width, -width))
+_FILTER_SPEED = {1: 0.6, 2: 0.85, 4: 1.0, 5: 1.0, 6: 1.0}
+_CHANNEL_SPEED = {1: 0.6, 4: 0.9, 6: 1.0, 8: 1.0}
+"""Widths of a pass, and how fast each is when full. Each is compiled at its first use, so they are few."""
+
+
+def _width(count: int, speed: dict[int, float]) -> int:
+    """The width of the fastest passes; empty places of the last one cost as much as others."""
+    return min(speed, key=lambda width: (_ceil(count, width) * width / speed[width], -width))
 
 
 class Plan(NamedTuple):

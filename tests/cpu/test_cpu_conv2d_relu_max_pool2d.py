@@ -18,7 +18,7 @@ from harness.poison import assert_fully_written, poisoned_outputs
 from harness.strides import awkward, kinds_for
 from torch import Tensor
 
-from fastlenet import aten, cpu
+from fastlenet import cpu, reference
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -144,7 +144,7 @@ def test_long_sums_are_as_accurate_as_stocks():
 @settings(max_examples=examples(80))
 @given(call=conv_calls(dtypes=(torch.float32,)))
 def test_drawn_convolutions(call):
-    """Any shape, hyper-parameters and layout; see tests/test_operators_aten.py on what is left out."""
+    """Any shape, hyper-parameters and layout, but padded images one pixel wide under a stride: there stock itself fails."""
     geometry = call.case.geometry
     assume(call.case.input[-1] > 1 or geometry.stride[1] == 1 or geometry.padding[1] == 0)
     kind = call.grad_kind(len(call.case.input))
@@ -379,13 +379,13 @@ def test_backward_after_another_implementations_forward(case):
     tensors = case.exact(torch.float32)
     input, weight, bias = tensors.values()
     output, argmax = cpu.conv2d_relu_max_pool2d(input, weight, bias, case.geometry, True)
-    expected_output, expected = aten.conv2d_relu_max_pool2d(input, weight, bias, case.geometry, True)
+    expected_output, expected = reference.conv2d_relu_max_pool2d_with_argmax(input, weight, bias, case.geometry)
     assert_same_values(output, expected_output)
     assert torch.equal(argmax, expected)
     grad = exact_grid(output.shape, torch.float32, terms=case.terms)
     mask = (True, True, True)
     first = cpu.conv2d_relu_max_pool2d_backward(grad, input, weight, expected, case.geometry, mask)
-    second = aten.conv2d_relu_max_pool2d_backward(grad, input, weight, argmax, case.geometry, mask)
+    second = reference.conv2d_relu_max_pool2d_backward(grad, input, weight, argmax, case.geometry, mask)
     for one, other in zip(first, second, strict=True):
         assert_same_values(one, other)
 

@@ -144,7 +144,7 @@ def test_long_sums_are_as_accurate_as_stocks():
 @settings(max_examples=examples(80))
 @given(call=conv_calls(dtypes=(torch.float32,)))
 def test_drawn_convolutions(call):
-    """Any shape, hyper-parameters and layout, but padded images one pixel wide under a stride: there stock itself fails."""
+    """Any shape and layout, but padded images one pixel wide under a stride: there stock itself fails."""
     geometry = call.case.geometry
     assume(call.case.input[-1] > 1 or geometry.stride[1] == 1 or geometry.padding[1] == 0)
     kind = call.grad_kind(len(call.case.input))

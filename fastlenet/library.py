@@ -131,7 +131,7 @@ def _link(direction: str, links: Links, tensors: Sequence[Any]) -> str | None:
 
 def convolution(direction: str, input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> str | None:
     """Say why cuDNN computes a convolution with its pool, or None if a Triton kernel does; see `why_library`."""
-    precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
     depth, columns = math.prod(weight.shape[1:]), weight.shape[0] // geometry.groups
     key = geometry.key(input, weight)
     return why_library(

@@ -184,7 +184,9 @@ def test_no_backward_follows_the_plan_of_another_kind(gpu, launched, monkeypatch
 
     def all_calls():
         found = {}
-        for (name, grad), wanted in itertools.product(backward_calls().items(), ([input, weight, bias], [weight], [input])):
+        for (name, grad), wanted in itertools.product(
+            backward_calls().items(), ([input, weight, bias], [weight], [input])
+        ):
             output = functional.conv2d_relu_max_pool2d(input, weight, bias)
             launched.clear()
             torch.autograd.grad(output, wanted, grad)

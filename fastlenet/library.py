@@ -111,8 +111,10 @@ def why(name: str, settings: Any, tensors: Sequence[Any], differentiable: bool) 
     elif name == CONV:
         input, weight, _ = tensors
         reasons = (convolution(direction, input, weight, settings) for direction in directions)
-    else:
+    elif name == "chain":
         reasons = (_link(direction, settings, tensors) for direction in directions)
+    else:  # an operator without a rule is its kernels'
+        return None
     return next((reason for reason in reasons if reason is not None), None)
 
 

@@ -10,13 +10,16 @@ GPU_SECONDS ?= 540
 RUN := $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench gpu hub lint clean
+.PHONY: demo test test-all bench gpu hub lint clean
 
 demo: $(VENV)/.test
 	$(RUN) -m fastlenet.training.demo --output $(OUTPUT)
 
 test: $(VENV)/.test
 	$(RUN) tests/run.py
+
+test-all: $(VENV)/.test
+	$(RUN) tests/run.py --all
 
 bench: $(VENV)/.test
 	$(RUN) -m fastlenet bench --results $(RESULTS)

@@ -7,13 +7,24 @@ comparison's data and is what gets checked and timed.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,18 +35,23 @@ from bench.workloads import (
     BOTH,
     FORWARD,
     KERNEL,
+    LENET,
     TRAIN_STEP,
     ConvCase,
     Data,
-    LeNetCase,
     LinearCase,
+    NetworkCase,
     Results,
     Work,
     parity_sets,
 )
+from fastlenet.timing import synchronize
 from fastlenet.training.loop import classification_loss
 
-FUSED, STOCK, LIBRARY = "fused", "stock", "library"
+FUSED, STOCK, LIBRARY, ONNX = "fused", "stock", "library", "onnx"
+
+REST_SECONDS = 0.01
+"""How long threads may spin for more work after a run of either library."""
 
 # So small that the weights stay what they were: every step of every implementation does the same work.
 LEARNING_RATE = 1e-4
@@ -47,8 +63,8 @@ class Implementation:
 
     Attributes:
         name: as it stands in the results.
-        form: `FUSED` (fastlenet), `STOCK`, or `LIBRARY` (``cudnn_convolution_relu`` + max-pool and
-            ``_addmm_activation``, which have no derivative: forward only).
+        form: `FUSED` (fastlenet), `STOCK`, `LIBRARY` (``cudnn_convolution_relu`` + max-pool and
+            ``_addmm_activation``, which have no derivative: forward only), or `ONNX` (ONNX Runtime, networks forward).
         memory_format: of four-dimensional parameters and data; they are laid out before the clock starts.
         compile_mode: torch.compile's mode, or None.
         graphed: replay a CUDA graph, captured per set of data, where others call from Python.
@@ -66,8 +82,12 @@ class Implementation:
         """Whether this implementation takes part in a comparison."""
         if self.gpu_only and device.type != "cuda":
             return False
-        if self.form == LIBRARY and work.direction != FORWARD:
+        network = isinstance(work.case, NetworkCase)
+        if self.form == LIBRARY and (work.direction != FORWARD or (network and work.case is not LENET)):
             return False
+        if self.form == ONNX:
+            plain = network and work.direction == FORWARD and work.dtype == torch.float32
+            return plain and device.type == "cpu" and importlib.util.find_spec("onnxruntime") is not None
         if self.memory_format == torch.channels_last and isinstance(work.case, LinearCase):
             return False
         if self.compile_mode is not None:
@@ -76,7 +96,7 @@ class Implementation:
                 return False
             return work.compiled and (device.type == "cuda" or shutil.which("g++") is not None)
         # At kernel level everything is graphed already; graphs of single operators are what kernel level shows.
-        return not self.graphed or (work.level != KERNEL and isinstance(work.case, LeNetCase))
+        return not self.graphed or (work.level != KERNEL and isinstance(work.case, NetworkCase))
 
 
 _LAST = torch.channels_last
@@ -87,6 +107,7 @@ IMPLEMENTATIONS = (
     EAGER,
     Implementation("channels_last", STOCK, _LAST),
     Implementation("compiled", STOCK, compile_mode="default"),
+    Implementation("onnxruntime", ONNX),
     Implementation("compiled reduce-overhead", STOCK, compile_mode="reduce-overhead", gpu_only=True),
     Implementation("compiled max-autotune", STOCK, compile_mode="max-autotune", gpu_only=True),
     Implementation("fastlenet graphed", FUSED, graphed=True, gpu_only=True),
@@ -157,7 +178,7 @@ class _LibraryLeNet(fastlenet.StockLeNet):
     """Stock LeNet made of the fused calls that PyTorch's libraries offer."""
 
     def forward(self, input: Tensor) -> Tensor:
-        for layer, case in zip((self.conv1, self.conv2), LeNetCase.convolutions, strict=True):
+        for layer, case in zip((self.conv1, self.conv2), LENET.convolutions, strict=True):
             input = _library_conv(input, layer.weight, layer.bias, case)
         input = input.flatten(1)
         for layer in (self.fc1, self.fc2):
@@ -165,10 +186,39 @@ class _LibraryLeNet(fastlenet.StockLeNet):
         return self.fc3(input)
 
 
+class _Network(nn.Module):
+    """A network in plain torch.nn, as its `NetworkCase` says."""
+
+    def __init__(self, case: NetworkCase) -> None:
+        super().__init__()
+        self.case = case
+        for i, conv in enumerate(case.convolutions, start=1):
+            layer = nn.Conv2d(conv.channels, conv.out_channels, conv.kernel, conv.stride, conv.padding)
+            self.add_module(f"conv{i}", layer)
+            if case.norm:
+                self.add_module(f"norm{i}", nn.BatchNorm2d(conv.out_channels))
+        for i, sizes in enumerate(pairwise(case.widths), start=1):
+            self.add_module(f"fc{i}", nn.Linear(*sizes))
+
+    def forward(self, input: Tensor) -> Tensor:
+        for i, conv in enumerate(self.case.convolutions, start=1):
+            input = self.get_submodule(f"conv{i}")(input)
+            if self.case.norm:
+                input = self.get_submodule(f"norm{i}")(input)
+            input = F.max_pool2d(F.relu(input), conv.pool, conv.pool_stride, conv.pool_padding)
+        input = input.flatten(1)
+        last = len(self.case.widths) - 1
+        for i in range(1, last):
+            input = F.relu(self.get_submodule(f"fc{i}")(input))
+        return self.get_submodule(f"fc{last}")(input)
+
+
 def build(work: Work, form: str) -> nn.Module:
     """Make a work's model in one of its forms; parameters are loaded later."""
     case = work.case
-    if isinstance(case, LeNetCase):
+    if isinstance(case, NetworkCase) and case is not LENET:
+        return _Network(case)
+    if isinstance(case, NetworkCase):
         return {FUSED: fastlenet.LeNet, STOCK: fastlenet.StockLeNet, LIBRARY: _LibraryLeNet}[form]()
     if isinstance(case, LinearCase):
         fused = fastlenet.functional.linear_relu
@@ -184,6 +234,21 @@ def build(work: Work, form: str) -> nn.Module:
             pool_padding=case.pool_padding,
         )
     return _Operator(work, {STOCK: _stock_conv, LIBRARY: _library_conv}[form], case)
+
+
+def elapsed(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a function takes; on a GPU by a pair of CUDA events around it, so launching counts where it lags."""
+    synchronize(device)
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
 
 
 class Call:
@@ -205,12 +270,15 @@ class Call:
         self.sets = own.sets
         for input, _ in self.sets:
             input.requires_grad_(work.input_grad)
-        self.model = build(work, implementation.form)
-        self.model.load_state_dict(own.parameters, assign=True)
+        self.model = build(work, implementation.form).to(next(iter(own.parameters.values())))
+        # A BatchNorm starts from its own statistics: Data holds parameters alone.
+        self.model.load_state_dict(own.parameters, assign=True, strict=not getattr(work.case, "norm", False))
         self.model.train(work.direction == TRAIN_STEP).requires_grad_(self.needs_grad)
+        if implementation.form == FUSED and isinstance(work.case, NetworkCase) and work.case is not LENET:
+            fastlenet.fuse(self.model, self.sets[0][0], inplace=True)
         self.parameters = dict(self.model.named_parameters())
         self._start = {name: value.detach().clone() for name, value in self.parameters.items()}
-        self._forward = self._loss if work.direction == TRAIN_STEP else self.model.forward
+        self._forward = self._loss if work.direction == TRAIN_STEP else self.model
         mode = implementation.compile_mode
         if mode is not None:
             self._forward = torch.compile(self._forward, mode=mode, dynamic=False)
@@ -222,7 +290,7 @@ class Call:
         self._graphs: list[tuple[Callable[[], None], dict[int, dict[str, Tensor]]]] = []
 
     def _loss(self, input: Tensor, labels: Tensor) -> Tensor:
-        return classification_loss(self.model.forward(input), labels, "cross-entropy")
+        return classification_loss(self.model(input), labels, "cross-entropy")
 
     def prepare(self, number: int) -> Any:
         """Return what `run` takes: for a backward pass the forward's output and all that autograd kept."""
@@ -273,7 +341,7 @@ class Call:
         """Run the network forward on the first set; where the loss is compiled with it, the loss too."""
         input, target = self.sets[0]
         if self.implementation.compile_mode is None or self.work.direction != TRAIN_STEP:
-            return self.model.forward(input) if self.implementation.compile_mode is None else self._forward(input)
+            return self.model(input) if self.implementation.compile_mode is None else self._forward(input)
         return self._forward(input, target)
 
     def results(self, number: int) -> dict[str, Tensor]:
@@ -290,6 +358,21 @@ class Call:
             for name, value in self.parameters.items():
                 value.copy_(self._start[name])
         return copies
+
+    def seconds(self, repeats: int, first: int, device: torch.device) -> float:
+        """Time `repeats` runs back to back, the first on set `first`, and return seconds per call.
+
+        Preparations come before.
+        """
+
+        def work() -> None:
+            while prepared:  # what a preparation holds is freed run by run
+                self.run(prepared.pop())
+
+        with torch.set_grad_enabled(self.needs_grad):
+            prepared = [self.prepare(first + number) for number in range(repeats)]
+            prepared.reverse()
+            return elapsed(work, device) / repeats / self.calls_per_run
 
     @property
     def is_graphed(self) -> bool:
@@ -332,6 +415,71 @@ class Call:
                 computed = {n: self._named(self.run(p)) for n, p in zip(numbers, prepared, strict=True)}
         # The forward's graph, and all that its backward reads, live as long as the replay does.
         return partial(_replay, graph, before, prepared), computed
+
+
+class OnnxCall:
+    """ONNX Runtime bound to a network and its data: a `Call` for the forward pass, in a process of its own.
+
+    Its threads spin after each run, as PyTorch's do; in one process both would take each other's cores.
+    """
+
+    needs_grad, is_graphed, calls_per_run = False, False, 1
+
+    def __init__(self, work: Work, implementation: Implementation, data: Data) -> None:
+        self.work, self.implementation = work, implementation
+        self.parameters = data.parameters
+        self._folder = tempfile.TemporaryDirectory(prefix="fastlenet-onnx-")
+        folder = Path(self._folder.name)
+        model = build(work, STOCK)
+        model.load_state_dict(data.parameters, assign=True, strict=not getattr(work.case, "norm", False))
+        example = data.sets[0][0]
+        # torch.export reads an old switch, which PyTorch refuses under any other precision; nothing is computed here.
+        with contextlib.redirect_stdout(io.StringIO()), precision_mode("tf32"):
+            torch.onnx.export(model.eval(), (example,), str(folder / "model.onnx"), dynamo=True, verbose=False)
+        for number, (input, _) in enumerate(data.sets):
+            np.save(folder / f"input{number}.npy", input.numpy())
+        command = [sys.executable, "-m", "bench.onnx_worker", str(folder), str(len(data.sets))]
+        command.append(str(torch.get_num_threads()))
+        root = Path(__file__).resolve().parent.parent
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, text=True)
+        weakref.finalize(self, _end, self._process)
+        self._ask("ready")
+
+    def _ask(self, *words: object) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(" ".join(map(str, words)) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"ONNX Runtime's process ended with code {self._process.wait()}")
+        return answer
+
+    def results(self, number: int) -> Results:
+        """Run on one set and return the output."""
+        self._ask("output", number)
+        return {"output": torch.from_numpy(np.load(Path(self._folder.name) / "output.npy"))}
+
+    def seconds(self, repeats: int, first: int, device: torch.device) -> float:
+        """Time `repeats` runs back to back, once this process's threads have come to rest."""
+        time.sleep(REST_SECONDS)
+        seconds = float(self._ask("time", repeats, first))
+        time.sleep(REST_SECONDS)
+        return seconds
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+
+
+AnyCall = Call | OnnxCall
+
+
+def bound(work: Work, implementation: Implementation, data: Data) -> AnyCall:
+    """Bind an implementation to a comparison's data."""
+    return (OnnxCall if implementation.form == ONNX else Call)(work, implementation, data)
 
 
 def _replay(graph: torch.cuda.CUDAGraph, *_kept: Any) -> None:

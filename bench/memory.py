@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from bench.baselines import IMPLEMENTATIONS, Call, Implementation
+from bench.baselines import IMPLEMENTATIONS, AnyCall, Call, Implementation
 from bench.workloads import LENET, TRAIN_STEP, Work, setup
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def saved_bytes_per_image(call: Call) -> float | None:
+def saved_bytes_per_image(call: AnyCall) -> float | None:
     """Bytes that the forward pass keeps for the backward pass, as autograd is handed them.
 
     Each storage counts once and whole, however many views of it are kept; parameters do not count, the input does. The
@@ -44,7 +44,7 @@ def saved_bytes_per_image(call: Call) -> float | None:
     return sum(kept.values()) / call.work.batch
 
 
-def gpu_peak_bytes(call: Call) -> int | None:
+def gpu_peak_bytes(call: AnyCall) -> int | None:
     """Bytes that one call allocates at its peak, over what was there before; None where a graph has its own pool."""
     if call.is_graphed or call.implementation.compile_mode not in (None, "default"):
         return None

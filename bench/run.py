@@ -19,17 +19,27 @@ from typing import Any
 import torch
 
 from bench import memory, report
-from bench.baselines import EAGER, FASTLENET, Call, Implementation, competitors, precision_mode, reference_results
+from bench.baselines import (
+    EAGER,
+    FASTLENET,
+    AnyCall,
+    Call,
+    Implementation,
+    bound,
+    competitors,
+    precision_mode,
+    reference_results,
+)
 from bench.timing import PROMISED, SAME_THING, Bystanders, Rates, Timing, check_accuracy, in_short, interleave
-from bench.workloads import KERNEL, TRAIN_STEP, Data, LeNetCase, Work, cache_bytes, setup, suite
+from bench.workloads import KERNEL, TRAIN_STEP, Data, NetworkCase, Work, cache_bytes, setup, suite
 from fastlenet import environment
 from fastlenet.errors import InputError
 from fastlenet.files import write_json
 from fastlenet.terminal import Parser, print_error
-from fastlenet.trial import synchronize
+from fastlenet.timing import synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = ("quick", "full")
+SUITES = ("quick", "networks", "full")
 # The quick suite starts no comparison after so many seconds, to end within six minutes (seven on a GPU).
 QUICK_LIMIT = {"cpu": 330.0, "cuda": 380.0}
 # Seconds of timed rounds a comparison; more than that only where the least number of rounds takes longer.
@@ -37,10 +47,10 @@ BUDGET = {"cpu": 1.5, "cuda": 0.3}
 Row = dict[str, Any]
 
 
-def bind(work: Work, implementation: Implementation, data: Data, device: torch.device) -> tuple[Call, float]:
+def bind(work: Work, implementation: Implementation, data: Data, device: torch.device) -> tuple[AnyCall, float]:
     """Make a call ready to be timed and return it with the seconds that its first run took: mostly compilation."""
     begin = time.perf_counter()
-    call = Call(work, implementation, data)
+    call = bound(work, implementation, data)
     if work.level == KERNEL or implementation.graphed:
         call.capture(together=work.level == KERNEL)
     call.results(0)
@@ -48,7 +58,7 @@ def bind(work: Work, implementation: Implementation, data: Data, device: torch.d
     return call, time.perf_counter() - begin
 
 
-def check(work: Work, device: torch.device) -> tuple[dict[str, Call], dict[str, Row]]:
+def check(work: Work, device: torch.device) -> tuple[dict[str, AnyCall], dict[str, Row]]:
     """Set one comparison up, and judge all its implementations; call it in the work's `precision_mode`.
 
     Returns:
@@ -61,7 +71,7 @@ def check(work: Work, device: torch.device) -> tuple[dict[str, Call], dict[str, 
     sets = range(len(reference))
     eager = Call(work, EAGER, data)
     stock = [eager.results(number) for number in sets]
-    calls: dict[str, Call] = {}
+    calls: dict[str, AnyCall] = {}
     rows: dict[str, Row] = {}
     for implementation in competitors(work, device):
         row = rows[implementation.name] = _row(work, implementation)
@@ -104,7 +114,7 @@ def measure(work: Work, device: torch.device, *, budget: float, rounds: int) -> 
 
 def _row(work: Work, implementation: Implementation) -> Row:
     """A row without figures."""
-    level = KERNEL if work.level == KERNEL else "module" if isinstance(work.case, LeNetCase) else "operator"
+    level = KERNEL if work.level == KERNEL else "module" if isinstance(work.case, NetworkCase) else "operator"
     return {
         "name": work.name,
         "impl": implementation.name,
@@ -139,7 +149,7 @@ def _figures(timing: Timing, work: Work) -> Row:
     }
 
 
-def _memory(work: Work, implementation: Implementation, call: Call, device: torch.device) -> Row:
+def _memory(work: Work, implementation: Implementation, call: AnyCall, device: torch.device) -> Row:
     peak = None
     if work.direction == TRAIN_STEP and device.type == "cuda":
         peak = memory.gpu_peak_bytes(call)
@@ -200,7 +210,10 @@ def _parser() -> Parser:
     parser = Parser(prog="fastlenet bench", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the results")
     parser.add_argument(
-        "--suite", choices=SUITES, default="quick", help="quick (about 6 minutes, the default) or full (hours)"
+        "--suite",
+        choices=SUITES,
+        default="quick",
+        help="quick (about 6 minutes, the default), networks (as courses have them) or full (hours)",
     )
     parser.add_argument("--filter", metavar="TEXT", default="", help="only comparisons whose name contains TEXT")
     parser.add_argument(
@@ -256,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return print_error(parser.prog, error, 2)
     budget = BUDGET[device.type] if options.budget is None else options.budget
-    limit = math.inf if options.suite == "full" else QUICK_LIMIT[device.type]
+    limit = math.inf if options.suite != "quick" else QUICK_LIMIT[device.type]
     limit = limit if options.limit is None else options.limit
     broken = _measure_all(works, record, device, budget=budget, rounds=options.rounds, limit=limit)
     print(f"\n{report.heading(record.environment)}\n")

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.baselines import Call, precision_mode
+from bench.baselines import AnyCall, elapsed, precision_mode
 from bench.workloads import Cost, Results
-from fastlenet.trial import synchronize
 
 # Tensors of fewer elements than this are judged together with other small ones: over a handful of elements the largest
 # error, stock's too, is a matter of luck.
@@ -146,43 +145,8 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def elapsed(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a function takes; on a GPU by a pair of CUDA events around it, so launching counts where it lags."""
-    synchronize(device)
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
-
-
-def sample(call: Call, device: torch.device, repeats: int, first: int = 0) -> float:
-    """Time `repeats` runs back to back and return seconds per call; preparations come before.
-
-    Args:
-        call: what to time.
-        device: where it runs.
-        repeats: how many runs.
-        first: the number of the first set of data.
-    """
-
-    def work() -> None:
-        while prepared:  # what a preparation holds is freed run by run
-            call.run(prepared.pop())
-
-    with torch.set_grad_enabled(call.needs_grad):
-        prepared = [call.prepare(first + number) for number in range(repeats)]
-        prepared.reverse()
-        return elapsed(work, device) / repeats / call.calls_per_run
-
-
 def interleave(
-    calls: dict[str, Call],
+    calls: dict[str, AnyCall],
     device: torch.device,
     *,
     budget: float,
@@ -208,7 +172,7 @@ def interleave(
         repeats = {}
         for name, call in calls.items():
             # The second of two runs counts: the first may still set something up.
-            once = [sample(call, device, 1) for _ in range(2)][1] * call.calls_per_run
+            once = [call.seconds(1, 0, device) for _ in range(2)][1] * call.calls_per_run
             # A backward pass keeps every prepared forward alive.
             most = 16 if call.work.direction == "backward" and call.calls_per_run == 1 else 1000
             repeats[name] = max(1, min(most, round(sample_seconds / max(once, 1e-7))))
@@ -217,7 +181,7 @@ def interleave(
             if not names or (turn >= min_rounds and time.perf_counter() - begin > budget):
                 break
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                samples[name].append(sample(calls[name], device, repeats[name], first=turn * repeats[name]))
+                samples[name].append(calls[name].seconds(repeats[name], turn * repeats[name], device))
     return {name: Timing.of(values) for name, values in samples.items()}
 
 

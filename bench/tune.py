@@ -44,7 +44,7 @@ from bench.workloads import (
 from fastlenet import environment
 from fastlenet.files import atomic_write
 from fastlenet.library import LIBRARY
-from fastlenet.trial import MARGIN
+from fastlenet.timing import MARGIN
 
 Say = Callable[[str], None]
 Entry = dict[str, Any]

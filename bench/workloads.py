@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -193,27 +193,54 @@ class LinearCase:
 
 
 @dataclass(frozen=True)
-class LeNetCase:
-    """LeNet on 32x32 images: inference (`forward`) and the whole training step."""
+class NetworkCase:
+    """A network of convolutions, each with relu and max-pool, and linear layers with relu between them.
 
-    name: str = "LeNet"
-    shape: str = "1x32x32 to 10"
-    batch: int = 1024
+    It is measured as inference (`forward`) and as a whole training step.
 
-    input_shape = (1, 32, 32)
-    output_shape = (10,)
-    convolutions = (
-        ConvCase("LeNet.conv1", 1, 32, 6, 5, input_grad=False),
-        ConvCase("LeNet.conv2", 6, 14, 16, 5),
-    )
-    widths = (400, 120, 84, 10)
+    Attributes:
+        name: as it stands in the results.
+        convolutions: in order; the first needs no input gradient.
+        widths: features of the flattened images and of each linear layer's output.
+        norm: whether a BatchNorm stands between each convolution and its relu.
+    """
+
+    name: str
+    convolutions: tuple[ConvCase, ...]
+    widths: tuple[int, ...]
+    norm: bool = False
+
+    @property
+    def shape(self) -> str:
+        """The sizes in words."""
+        first, norm = self.convolutions[0], ", BatchNorm" if self.norm else ""
+        return f"{first.channels}x{first.size}x{first.size} to {self.widths[-1]}{norm}"
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one image."""
+        return self.convolutions[0].input_shape
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of one image's logits."""
+        return self.widths[-1:]
+
+    @property
+    def products(self) -> int:
+        """How many products follow each other in a forward pass."""
+        return len(self.convolutions) + len(self.widths) - 1
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters."""
         layers: dict[str, ConvCase | LinearCase] = {f"conv{i}": c for i, c in enumerate(self.convolutions, start=1)}
         layers |= {f"fc{i}": LinearCase("", *sizes) for i, sizes in enumerate(pairwise(self.widths), start=1)}
-        return {f"{n}.{p}": shape for n, layer in layers.items() for p, shape in layer.parameter_shapes.items()}
+        shapes = {f"{n}.{p}": shape for n, layer in layers.items() for p, shape in layer.parameter_shapes.items()}
+        if self.norm:
+            for i, case in enumerate(self.convolutions, start=1):
+                shapes |= {f"norm{i}.{name}": (case.out_channels,) for name in ("weight", "bias")}
+        return shapes
 
     def undecided(self, input: Tensor, parameters: dict[str, Tensor], step: float) -> Tensor:
         """Tell, per image, whether rounding may change which cells win or which relus are open."""
@@ -221,16 +248,17 @@ class LeNetCase:
         for i, case in enumerate(self.convolutions, start=1):
             own = {name: parameters[f"conv{i}.{name}"] for name in ("weight", "bias")}
             images |= case.undecided(input, own, step).flatten(1).any(1)
-            input = F.max_pool2d(F.relu(F.conv2d(input, own["weight"], own["bias"])), 2)
+            conv = F.relu(F.conv2d(input, own["weight"], own["bias"], case.stride, case.padding))
+            input = F.max_pool2d(conv, case.pool, case.pool_stride, case.pool_padding)
         input = input.flatten(1)
-        for i in (1, 2):
+        for i in range(1, len(self.widths) - 1):
             own = {name: parameters[f"fc{i}.{name}"] for name in ("weight", "bias")}
             images |= LinearCase("", 1, 1).undecided(input, own, step).any(1)
             input = F.relu(F.linear(input, own["weight"], own["bias"]))
         return images
 
     def cost(self, direction: str, itemsize: int, dense: bool = False) -> Cost:
-        """Count what `direction` costs at least."""
+        """Count what `direction` costs at least; a BatchNorm in inference is part of its convolution."""
         part = FORWARD if direction == FORWARD else BOTH
         total = Cost(0, 0)
         for case in self.convolutions:
@@ -246,7 +274,7 @@ class LeNetCase:
         return total._replace(fixed_bytes=size * (1 if direction == FORWARD else 6))
 
 
-Case = ConvCase | LinearCase | LeNetCase
+Case = ConvCase | LinearCase | NetworkCase
 
 
 @dataclass(frozen=True)
@@ -304,12 +332,14 @@ class Work:
     def step(self) -> float:
         """What the rounding of products allows a result: a step for each product of the longest chain that leads to it.
 
-        0 where results themselves are rounded as coarsely. A network's five products follow each other, those of its
+        0 where results themselves are rounded as coarsely. A network's products follow each other, those of its
         backward come after.
         """
         if self.precision != "tf32":
             return 0.0
-        chain = {FORWARD: 5, TRAIN_STEP: 10}[self.direction] if isinstance(self.case, LeNetCase) else 1
+        chain = 1
+        if isinstance(self.case, NetworkCase):
+            chain = self.case.products * (2 if self.direction == TRAIN_STEP else 1)
         return chain * self.epsilon
 
 
@@ -364,6 +394,7 @@ def setup(work: Work, device: torch.device, cache_bytes: int, *, choose: bool = 
         name: (random(*shape) * (math.sqrt(2 / math.prod(shape[1:])) if len(shape) > 1 else 0.1)).to(work.dtype)
         for name, shape in work.case.parameter_shapes.items()
     }
+    parameters |= {n: value + 1 for n, value in parameters.items() if n.startswith("norm") and n.endswith("weight")}
     exact = {name: value.double() for name, value in parameters.items()}
     bytes_of_call = work.batch * work.cost.bytes + work.cost.fixed_bytes
     count = max(2, parity_sets(work), min(16, math.ceil(2 * cache_bytes / bytes_of_call)))
@@ -371,7 +402,8 @@ def setup(work: Work, device: torch.device, cache_bytes: int, *, choose: bool = 
     for _ in range(count):
         input = random(work.batch, *work.case.input_shape).to(work.dtype)
         if work.direction == TRAIN_STEP:
-            if choose and work.precision == "ieee":
+            # Under BatchNorm an image's decisions depend on the whole batch: it is as it comes.
+            if choose and work.precision == "ieee" and not work.case.norm:  # type: ignore[union-attr]
                 _replace_undecided(input, work, exact, random)
             target = torch.randint(10, (work.batch,), generator=generator, device=device)
         else:
@@ -397,7 +429,36 @@ def parity_sets(work: Work) -> int:
     return max(1, min(16, 64 // work.batch))
 
 
-LENET = LeNetCase()
+LENET = NetworkCase(
+    "LeNet",
+    (ConvCase("LeNet.conv1", 1, 32, 6, 5, input_grad=False), ConvCase("LeNet.conv2", 6, 14, 16, 5)),
+    (400, 120, 84, 10),
+)
+
+
+def _network(
+    name: str, size: int, channels: tuple[int, ...], kernel: int, hidden: tuple[int, ...], **options: Any
+) -> NetworkCase:
+    """Make a network whose convolutions are alike, each followed by a 2x2 pool."""
+    norm = options.pop("norm", False)
+    cases: list[ConvCase] = []
+    for number, (inputs, outputs) in enumerate(pairwise(channels), start=1):
+        case = ConvCase(f"{name}.conv{number}", inputs, size, outputs, kernel, input_grad=number > 1, **options)
+        cases.append(case)
+        size = case.output_shape[1]
+    return NetworkCase(name, tuple(cases), (math.prod(cases[-1].output_shape), *hidden, 10), norm)
+
+
+# Networks as courses and tutorials have them.
+CLASSROOM = (
+    _network("digits 5x5", 28, (1, 10, 20), 5, (50,)),
+    _network("digits 3x3", 28, (1, 32, 64), 3, (128,)),
+    _network("digits padded", 28, (1, 6, 16), 5, (120, 84), padding=2),
+    _network("digits norm", 28, (1, 16, 32), 3, (64,), padding=1, norm=True),
+    _network("colour 5x5", 32, (3, 6, 16), 5, (120, 84)),
+    _network("colour 3x3", 32, (3, 16, 32, 64), 3, (64,), padding=1),
+    _network("colour norm", 32, (3, 32, 64), 5, (128,), padding=2, norm=True),
+)
 
 # LeNet's own operators; batches as in the network.
 LENET_OPERATORS: tuple[Case, ...] = (
@@ -429,16 +490,22 @@ def suite(name: str, device_type: str) -> Iterator[Work]:
     """List the comparisons of a suite, the most important first.
 
     Args:
-        name: ``"quick"`` or ``"full"``.
+        name: ``"quick"``, ``"full"``, or ``"networks"``: LeNet and others as people train them, at their batches.
         device_type: ``"cpu"`` or ``"cuda"``.
     """
     full, gpu = name == "full", device_type == "cuda"
+    if name == "networks":
+        for case in (LENET, *CLASSROOM):
+            for direction, batches in ((TRAIN_STEP, (32, 128, 512)), (FORWARD, (1, 32, 512))):
+                for batch in batches:
+                    yield Work(case, batch, direction=direction, compiled=True)
+        return
     modes = [(torch.float32, "tf32"), (torch.float32, "ieee"), (torch.bfloat16, "bf16")]
     if not gpu:
         modes.remove((torch.float32, "tf32"))
     main_mode = modes[0]
-    inference = (1024, 1, 64, 8192) if not (full or gpu) else (8192, 1, 64, 1024, 65536)
-    steps = (1024, 64, 1, 8192) if not gpu else (8192, 64, 1024, 1)
+    inference = (1024, 64, 1, 32, 512, 8192) if not (full or gpu) else (8192, 1, 64, 1024, 65536)
+    steps = (1024, 64, 32, 1, 8192) if not gpu else (8192, 64, 1024, 1)
     for mode in modes:
         for direction, batches in ((TRAIN_STEP, steps), (FORWARD, inference)):
             # On a small machine bfloat16 is measured at one batch.

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 import fastlenet
 from fastlenet import environment
 from fastlenet.graphs import GraphedTrainStep
+from fastlenet.timing import synchronize
 from fastlenet.training import data
-from fastlenet.trial import synchronize
 
 IMPLEMENTATIONS = ("fastlenet", "stock", "compiled")
 """fastlenet's LeNet and stock's, each step one graph replay on a GPU; and stock compiled in the best mode."""

@@ -9,9 +9,9 @@ torch.Size([2, 6, 14, 14])
 from fastlenet import functional, graphs
 from fastlenet._version import __version__
 from fastlenet.export import decompositions
+from fastlenet.fusion import explain, fuse
 from fastlenet.lenet import LeNet, StockLeNet
 from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
-from fastlenet.rewrite import explain, fuse
 from fastlenet.selection import backend, use_backend
 
 __all__ = [

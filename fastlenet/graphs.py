@@ -1,4 +1,4 @@
-"""A whole training step as one CUDA graph: forward, loss, backward and optimizer, launched by the CPU in one go.
+"""A whole training step, or an inference, as one CUDA graph: everything that it does, launched by the CPU in one go.
 
 A small network's step is dozens of short kernels, and launching them one by one can take the CPU longer than running
 them takes the GPU. A replayed graph costs one launch.
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastlenet.selection import logger
 
-__all__ = ["GraphedTrainStep"]
+__all__ = ["GraphedInference", "GraphedTrainStep"]
 
 
 class GraphedTrainStep:
@@ -118,7 +119,7 @@ class GraphedTrainStep:
         Returns:
             The loss before the step: a detached scalar on the device, with memory of its own.
         """
-        if not self._graphed or not self._fits(batch):
+        if not self._graphed or not _alike(batch, self._batch):
             return self._step(*batch)
         # Both to warm up and to capture from the same memory: kernels are compiled for an address's alignment too.
         torch._foreach_copy_(self._batch, list(batch))
@@ -159,12 +160,6 @@ class GraphedTrainStep:
             (parameter, parameter.grad) for group in self._optimizer.param_groups for parameter in group["params"]
         ]
 
-    def _fits(self, batch: Sequence[Tensor]) -> bool:
-        return len(batch) == len(self._batch) and all(
-            tensor.shape == place.shape and tensor.dtype == place.dtype and tensor.device == place.device
-            for tensor, place in zip(batch, self._batch, strict=True)
-        )
-
     def _what_a_graph_fixes(self) -> list[Any]:
         """Numbers and addresses that a captured step goes on to use, whatever becomes of them outside."""
         fixed: list[Any] = [self._model.training]
@@ -183,22 +178,111 @@ class GraphedTrainStep:
         self._fixed = None
 
 
+class GraphedInference:
+    """A model's forward that replays as a CUDA graph, without gradients: for small batches, which wait for Python.
+
+    Called with inputs, it returns what ``model(*inputs)`` returns under `torch.no_grad`. The first call runs eagerly,
+    on a stream of its own, and so makes ready what a capture needs; the second is captured and replayed, as are all
+    that follow. Outputs have memory of their own.
+
+    A graph is fixed: it reads the same memory each time. So
+
+    * inputs of another shape, dtype or device than the example run eagerly;
+    * where parameters or buffers have moved, a module was put into another mode, or autocast was switched, the next
+      call is eager and the one after captured anew. Parameters that change in place are followed;
+    * Python code in the model does not run on a replay, hooks and counters included, and nothing in it may wait for
+      the GPU (``.item()``).
+
+    On a CPU there are no graphs: every call runs eagerly, and `graphed` says so.
+
+    >>> import torch, fastlenet
+    >>> images = torch.randn(1, 1, 32, 32)
+    >>> infer = fastlenet.graphs.GraphedInference(fastlenet.LeNet().eval(), images)
+    >>> infer(images).shape, infer.graphed
+    (torch.Size([1, 10]), False)
+
+    Args:
+        model: called with the tensors given; it may return tensors in any nest of tuples, lists and dicts.
+        example_inputs: what the model takes: they give the device, and the shapes and dtypes that are replayed.
+
+    Raises:
+        ValueError: if `example_inputs` is empty, or lies on several devices or on another than the model's parameters.
+        RuntimeError: from the second call on a GPU, if the forward does what cannot be captured; the message says so.
+    """
+
+    def __init__(self, model: nn.Module, *example_inputs: Tensor) -> None:
+        devices = {tensor.device for tensor in (*example_inputs, *model.parameters(), *model.buffers())}
+        if not example_inputs:
+            raise ValueError("example_inputs must hold at least one tensor")
+        if len(devices) > 1:
+            raise ValueError(f"the inputs and the parameters must be on one device, got {sorted(map(str, devices))}")
+        self._model, self._device = model, devices.pop()
+        self._graphed = _has_graphs(self._device)
+        if not self._graphed:
+            logger.debug("GraphedInference runs eagerly: there are no CUDA graphs on %s", self._device)
+            return
+        self._inputs = [torch.empty_like(tensor) for tensor in example_inputs]
+        self._fixed: list[Any] | None = None
+        self._replay: Callable[[], None] | None = None
+        self._output: Any = None
+
+    @property
+    def graphed(self) -> bool:
+        """Whether inputs like the example's are replayed as a CUDA graph; False on a CPU."""
+        return self._graphed
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Return the model's output for `inputs`, without gradients."""
+        if not self._graphed or not _alike(inputs, self._inputs):
+            return self._model(*inputs)
+        torch._foreach_copy_(self._inputs, list(inputs))
+        fixed = self._what_a_graph_fixes()
+        if fixed != self._fixed:
+            self._fixed, self._replay = fixed, None
+            return _on_a_side_stream(lambda: self._model(*self._inputs), self._device)
+        if self._replay is None:
+            self._output, self._replay = _capture(lambda: self._model(*self._inputs), self._device)
+        self._replay()
+        return tree_map_only(Tensor, torch.clone, self._output)
+
+    def _what_a_graph_fixes(self) -> list[Any]:
+        """Addresses and modes that a captured forward goes on to use, whatever becomes of them outside."""
+        kind = self._device.type
+        fixed: list[Any] = [torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)]
+        for module in self._model.modules():
+            fixed.append(module.training)
+            for kept in (module._parameters, module._buffers):
+                fixed += [None if tensor is None else tensor.data_ptr() for tensor in kept.values()]
+        return fixed
+
+
+def _alike(batch: Sequence[Tensor], places: Sequence[Tensor]) -> bool:
+    """Whether tensors may be copied to the places that a graph reads."""
+    return len(batch) == len(places) and all(
+        tensor.shape == place.shape and tensor.dtype == place.dtype and tensor.device == place.device
+        for tensor, place in zip(batch, places, strict=True)
+    )
+
+
 def _has_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _on_a_side_stream(function: Callable[[], Tensor], device: torch.device) -> Tensor:
+def _on_a_side_stream(function: Callable[[], Any], device: torch.device) -> Any:
     """Run `function` as a capture will: not on the default stream."""
     stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         result = function()
     current.wait_stream(stream)
-    result.record_stream(current)
+    for tensor in tree_leaves(result):
+        if isinstance(tensor, Tensor):
+            tensor.record_stream(current)
     return result
 
 
-def _capture(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
+def _capture(function: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
     """Record the GPU's work of `function`, which is not done now; return its result's memory and what does the work."""
     graph = torch.cuda.CUDAGraph()
     try:
@@ -208,7 +292,7 @@ def _capture(function: Callable[[], Tensor], device: torch.device) -> tuple[Tens
     except RuntimeError as error:
         # The end of a capture that has failed is an error of its own, which came on top of the first.
         raise RuntimeError(
-            "the training step cannot be captured as a CUDA graph: something in it waits for the GPU (.item(), .cpu(), "
+            "this cannot be captured as a CUDA graph: something in it waits for the GPU (.item(), .cpu(), "
             f"printing) or allocates outside PyTorch's memory pool; first complaint: {error.__context__ or error}"
         ) from error
     return result, graph.replay

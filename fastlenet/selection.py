@@ -202,8 +202,11 @@ def _rejected_by_cpu(call: Call) -> Rejection | None:
         return Rejection(unavailable, RuntimeError)
     if call.operator is None:
         return None
-    rejects = call.operator.uncovered("cpu", call.settings, *call.tensors)
-    return None if rejects is None else Rejection(rejects, NotImplementedError)
+    uncovered = call.operator.uncovered("cpu", call.settings, *call.tensors)
+    if uncovered is not None:
+        return Rejection(uncovered, NotImplementedError)
+    slower = call.operator.slower(call.settings, call.differentiable, *call.tensors)
+    return None if slower is None else Rejection(slower, None)
 
 
 REJECTS: dict[str, Callable[[Call], Rejection | None]] = {

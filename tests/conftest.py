@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,22 +35,29 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if any(folder == collection_path or folder in collection_path.parents for folder in refused) else None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that the runner gives unless it is asked for everything."""
+    parser.addoption("--quick", action="store_true", help="as few combinations of parameters as show every value once")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep every n-th test where the runner splits a suite over processes (``FASTLENET_SHARD=1/2``).
+    """Under ``--quick`` leave out tests marked ``thorough``, and combinations whose every value others show.
 
-    Tests marked ``together(name)`` count as one: they share what would be dear to make in every process.
+    Of a test's combinations, in order, those are kept that show a value of some parameter for the first time. So each
+    value of each parameter runs, but not with each value of the others.
     """
-    shard = os.environ.get("FASTLENET_SHARD")
-    if not shard:
+    if not config.getoption("--quick"):
         return
-    number, count = map(int, shard.split("/"))
-    places: dict[str, int] = {}
+    seen: set[tuple[str, int, str]] = set()
     kept, left = [], []
     for item in items:
-        marker = item.get_closest_marker("together")
-        place = places.setdefault(f"together {marker.args[0]}" if marker else item.nodeid, len(places))
-        (kept if place % count == number - 1 else left).append(item)
+        # One id for each parametrisation of the test; pytest has no public name for them.
+        ids = getattr(getattr(item, "callspec", None), "_idlist", ())
+        values = {(item.nodeid.partition("[")[0], place, name) for place, name in enumerate(ids)}
+        chosen = item.get_closest_marker("thorough") is None and (not values or not values <= seen)
+        seen |= values if chosen else set()
+        (kept if chosen else left).append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = kept
 
@@ -73,29 +79,10 @@ def cpu_kernels() -> Iterator[Any]:
         yield module
 
 
-class _Progress:
-    """Writes how far this process is to a file that the runner reads."""
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self.total = self.done = 0
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.total = len(session.items)
-
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.path.write_text(f"{self.done} of {self.total} done, in {nodeid}")
-
-    def pytest_runtest_logfinish(self) -> None:
-        self.done += 1
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known, and install the progress report where the runner asks for one."""
-    config.addinivalue_line("markers", "together(name): run by the same process as all others of that name")
-    path = os.environ.get("FASTLENET_PROGRESS_FILE")
-    if path:
-        config.pluginmanager.register(_Progress(path), "fastlenet-progress")
+    """Make the markers known: pytest-xdist's too, which groups tests where it is installed."""
+    config.addinivalue_line("markers", "thorough: left out of the quick run; ``make test-all`` runs it")
+    config.addinivalue_line("markers", "xdist_group(name): run by the same process as all others of that name")
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,8 @@ CONV = ConvCase("tiny", 2, 9, 3, 3, padding=1, pool=3, pool_padding=1)
 LINEAR = LinearCase("tiny", 5, 4)
 MODES = [(torch.float32, "ieee"), (torch.bfloat16, "bf16")]
 WORKS = [Work(case, 3, *mode, way) for case in (CONV, LINEAR) for mode in MODES for way in (FORWARD, BACKWARD, BOTH)]
-WORKS += [Work(LENET, 4, *mode, direction) for mode in MODES for direction in (FORWARD, TRAIN_STEP)]
+NETWORKS = [LENET, *(case for case in workloads.CLASSROOM if case.name in ("digits 5x5", "digits norm"))]
+WORKS += [Work(case, 4, *mode, direction) for mode in MODES for case in NETWORKS for direction in (FORWARD, TRAIN_STEP)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,7 +69,11 @@ def test_suite_holds_what_the_issues_ask_for(name, device):
     works = list(workloads.suite(name, device))
     assert len({w.label for w in works}) == len(works)
     steps = {w.batch for w in works if w.direction == TRAIN_STEP}
-    assert steps == {1, 64, 1024, 8192}
+    if name == "networks":
+        assert (steps, {w.batch for w in works if w.direction == FORWARD}) == ({32, 128, 512}, {1, 32, 512})
+        assert {w.case for w in works} == {LENET, *workloads.CLASSROOM}
+        return
+    assert steps == ({1, 64, 1024, 8192} if device == "cuda" else {1, 32, 64, 1024, 8192})
     inference = {w.batch for w in works if w.case is LENET and w.direction == FORWARD}
     assert inference >= {1, 64, 1024, 8192}
     assert (65536 in inference) == (name == "full" or device == "cuda")
@@ -117,7 +122,9 @@ def test_every_implementation_computes_the_same(some):
     with baselines.precision_mode(some.precision):
         calls, rows = run.check(some, CPU)
     assert {name: row.get("why") for name, row in rows.items() if not row["ok"]} == {}
-    assert list(calls) == [name for name in ("fastlenet", "eager", "channels_last") if name in rows]
+    assert list(calls) == [n for n in ("fastlenet", "eager", "channels_last", "onnxruntime") if n in rows]
+    plain = some.case in NETWORKS and some.direction == FORWARD and some.dtype == torch.float32
+    assert ("onnxruntime" in rows) == plain
     assert ("channels_last" in rows) == (not isinstance(some.case, LinearCase))
 
 
@@ -153,7 +160,7 @@ def test_precision_mode_is_put_back():
 def test_competitors_on_a_gpu():
     gpu = torch.device("cuda")
     names = {i.name for i in baselines.competitors(Work(LENET, 64, compiled=True), gpu)}
-    assert names == {i.name for i in baselines.IMPLEMENTATIONS}
+    assert names == {i.name for i in baselines.IMPLEMENTATIONS} - {"onnxruntime"}
     step = {i.name for i in baselines.competitors(Work(LENET, 64, direction=TRAIN_STEP), gpu)}
     assert step == {
         "fastlenet", "eager", "channels_last", "fastlenet graphed", "eager graphed", "channels_last graphed",
@@ -255,11 +262,11 @@ def test_interleaving_turns_the_order_and_keeps_to_its_rounds(monkeypatch):
     seen = []
     names = {id(call): name for name, call in calls.items()}
 
-    def sample(call, device, repeats, first=0):
+    def seconds(call, repeats, first, device):
         seen.append(names[id(call)])
         return 1e-3
 
-    monkeypatch.setattr(timing, "sample", sample)
+    monkeypatch.setattr(baselines.Call, "seconds", seconds)
     timings = timing.interleave(calls, CPU, budget=0, min_rounds=3)
     assert seen[4:] == ["fastlenet", "eager", "eager", "fastlenet", "fastlenet", "eager"]
     assert timings["eager"] == timing.Timing(1e-3, 0.0, 1e-3, 3)
@@ -316,7 +323,7 @@ def test_peak_memory_of_a_step_is_at_least_what_autograd_keeps():
 # Where the commands run; a GPU has more modes and more rivals than a CPU.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RATES = timing.Rates({2**20: 1e10}, {"ieee": 1e11, "bf16": 1e11}, None)
-together = pytest.mark.together("bench")
+together = pytest.mark.xdist_group("bench")
 TINY = [WORKS[0], Work(LENET, 2, direction=TRAIN_STEP), Work(LENET, 4, direction=TRAIN_STEP)]
 
 

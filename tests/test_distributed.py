@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Those that look at what one run of several processes left, which takes long.
-together = pytest.mark.together("distributed")
+together = pytest.mark.xdist_group("distributed")
 
 
 def torchrun(*command: object, processes: int = 3, gpus: bool = False) -> subprocess.CompletedProcess[str]:

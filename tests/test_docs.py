@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fastlenet
+from fastlenet import fusion
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,7 +25,8 @@ HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 # A folder of its own (Triton kernels) or no module to look at; fastlenet.__main__ would run.
 MODULES = [
     name
-    for _, name, package in pkgutil.iter_modules(fastlenet.__path__, "fastlenet.")
+    for path, prefix in ((fastlenet.__path__, "fastlenet."), (fusion.__path__, "fastlenet.fusion."))
+    for _, name, package in pkgutil.iter_modules(path, prefix)
     if not package and not name.endswith("__main__")
 ]
 PUBLIC = [

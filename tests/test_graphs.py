@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastlenet
 from fastlenet import graphs
-from fastlenet.graphs import GraphedTrainStep
+from fastlenet.graphs import GraphedInference, GraphedTrainStep
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -334,6 +334,92 @@ def test_bad_examples_are_named():
         GraphedTrainStep(model, F.cross_entropy, optimizer, [images])
     with pytest.raises(ValueError, match=r"on one device, got \['cpu', 'meta'\]"):
         GraphedTrainStep(model, F.cross_entropy, optimizer, [images, labels.to("meta")])
+
+
+# --- inference -----------------------------------------------------------------------------------------------------
+
+
+class Several(nn.Module):
+    """A forward whose outputs stand in a nest, one of them changed in place by its user."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = Wide().eval()
+
+    def forward(self, input: torch.Tensor) -> dict:
+        logits = self.wide(input)
+        return {"logits": logits, "both": (logits.softmax(1), [logits.argmax(1)])}
+
+
+def infer_both(model, infer, inputs):
+    for input in inputs:
+        with torch.no_grad():
+            torch.testing.assert_close(infer(input), model(input), rtol=0, atol=0)
+
+
+def test_inference_on_a_cpu_is_the_model_and_says_so(caplog):
+    model = Several()
+    with caplog.at_level("DEBUG", "fastlenet"):
+        infer = GraphedInference(model, batches(1)[0][0])
+    assert infer.graphed is False
+    assert "there are no CUDA graphs on cpu" in caplog.text
+    infer_both(model, infer, [images for images, _ in batches(3)])
+    assert not infer(batches(1)[0][0])["logits"].requires_grad
+
+
+def test_graphed_inference_is_the_model(captures):
+    """Other sizes between, parameters changed in place, outputs changed by their user: one capture serves all."""
+    model = Several()
+    full, small = ([images for images, _ in batches(6, size)] for size in (6, 2))
+    infer = GraphedInference(model, full[0])
+    infer_both(model, infer, [small[0], *full[:3], small[1], full[3]])
+    with torch.no_grad():
+        model.wide.head.weight.mul_(2)
+        model.wide.norm.running_mean.add_(1)
+    first = infer(full[0])
+    kept = first["logits"].clone()
+    first["logits"].zero_()
+    infer_both(model, infer, full)
+    infer(full[1])
+    torch.testing.assert_close(infer(full[0])["logits"], kept, rtol=0, atol=0)
+    assert len(captures) == 1
+
+
+def test_inference_is_captured_anew_where_the_graph_would_be_wrong(captures):
+    model = Several()
+    images = [images for images, _ in batches(3)]
+    infer = GraphedInference(model, images[0])
+    infer_both(model, infer, images)
+    changes = (
+        lambda: setattr(model.wide.head.weight, "data", -model.wide.head.weight.data),
+        lambda: setattr(model.wide.norm, "running_mean", model.wide.norm.running_mean + 1),
+        lambda: model.wide.norm.train(),
+        lambda: setattr(model.wide, "head", nn.Linear(8, 4)),
+    )
+    for number, change in enumerate(changes, start=2):
+        change()
+        model.wide.norm.momentum = 0.0  # so that both runs see the same statistics
+        infer_both(model, infer, images)
+        assert len(captures) == number
+    with torch.autocast("cpu", torch.bfloat16):
+        infer_both(model, infer, images)
+    assert len(captures) == len(changes) + 2
+
+
+def test_bad_inference_examples_are_named():
+    with pytest.raises(ValueError, match="at least one tensor"):
+        GraphedInference(Several())
+    with pytest.raises(ValueError, match=r"on one device, got \['cpu', 'meta'\]"):
+        GraphedInference(Several(), torch.empty(1, device="meta"))
+
+
+@needs_gpu
+def test_graphed_inference_on_a_gpu():
+    model = fastlenet.LeNet(device="cuda").eval()
+    images = torch.randn(4, 2, 1, 32, 32, device="cuda")
+    infer = GraphedInference(model, images[0])
+    assert infer.graphed
+    infer_both(model, infer, images)
 
 
 # --- on a GPU ------------------------------------------------------------------------------------------------------

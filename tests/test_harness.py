@@ -435,19 +435,20 @@ def sample(tmp_path):
     for name, text in SAMPLE_TESTS.items():
         (tests / name).parent.mkdir(exist_ok=True)
         (tests / name).write_text(text)
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTLENET_SHARD")}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
 
     def run(*options: str, **more: str) -> tuple[int, list[str]]:
         done = subprocess.run(
             [sys.executable, "tests/run.py", "--interpret", *options],
             cwd=tmp_path,
             env=env | more,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             timeout=300,
             check=False,
         )
-        return done.returncode, (done.stdout + done.stderr).rstrip().splitlines()
+        return done.returncode, done.stdout.rstrip().splitlines()
 
     run.tests = tests
     return run
@@ -465,8 +466,7 @@ def test_runner_counts_over_all_processes(sample):
     )
     code, lines = sample("--jobs", "2")
     assert (code, lines[-1]) == (1, "1 passed, 3 failed, 1 skipped"), "\n".join(lines)
-    assert any("SIGABRT" in line for line in lines)
-    assert any(line.startswith("kernels 2/2") for line in lines)
+    assert any("crashed while running" in line or "SIGABRT" in line for line in lines)
 
 
 @linux_only
@@ -479,26 +479,23 @@ def test_runner_notices_suites_without_tests(sample):
     assert lines[-2:] == ["no tests were collected in: compiled", "0 passed, 0 failed, 0 skipped"]
 
 
-def test_shards_share_all_tests_and_keep_together_what_belongs_together(sample):
+def test_quick_runs_show_every_value_once(sample):
     (sample.tests / "test_plain.py").write_text(
-        "import pytest\n\n\n@pytest.mark.parametrize('n', range(5))\ndef test_single(n): pass\n\n\n"
-        "@pytest.mark.together('some')\n@pytest.mark.parametrize('n', range(4))\ndef test_group(n): pass\n"
+        "import pytest\n\n\n@pytest.mark.parametrize('a', range(2))\n@pytest.mark.parametrize('b', range(3))\n"
+        "def test_pairs(a, b): pass\n\n\n@pytest.mark.thorough\ndef test_long(): pass\n\n\ndef test_one(): pass\n"
     )
-    shards = []
-    for shard in ("1/2", "2/2"):
+    ran = []
+    for options in ([], ["--quick"]):
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "tests/test_plain.py", "--collect-only", "-q", "-p", "no:cacheprovider"],
+            [sys.executable, "-m", "pytest", "tests/test_plain.py", "--collect-only", "-q", *options],
             cwd=sample.tests.parent,
-            env=os.environ | {"FASTLENET_SHARD": shard},
             capture_output=True,
             text=True,
             check=False,
         )
-        shards.append([line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line])
-    assert shards == [
-        ["test_single[0]", "test_single[2]", "test_single[4]"],
-        ["test_single[1]", "test_single[3]", *(f"test_group[{n}]" for n in range(4))],
-    ]
+        ran.append([line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line])
+    assert len(ran[0]) == 8
+    assert ran[1] == ["test_pairs[0-0]", "test_pairs[0-1]", "test_pairs[1-0]", "test_pairs[2-0]", "test_one"]
 
 
 def test_wrong_folder_for_the_process_is_explained(sample):

@@ -334,7 +334,7 @@ ROOMS = [
         "fastlenet.environment",
         "fastlenet.pattern",
     },
-    {"fastlenet.modules", "fastlenet.trial"},
+    {"fastlenet.modules", "fastlenet.timing"},
     {"fastlenet.functional"},
     {"fastlenet.selection"},
     {"fastlenet.library", "fastlenet.export"},

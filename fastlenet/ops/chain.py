@@ -242,7 +242,13 @@ class _Operator(Operator):
             return f"the Triton kernels cover pooling windows of up to 255 cells, not {cells}" if cells > 255 else None
         from fastlenet import cpu
 
-        return cpu.chain_rejects(input, parameters, settings)
+        return cpu.chain_covers(_batched(input, settings), parameters, settings)
+
+    def slower(self, settings: Links, differentiable: bool, *tensors: Any) -> str | None:
+        from fastlenet import cpu
+
+        input, *parameters = tensors
+        return cpu.chain_rejects(_batched(input, settings), parameters, settings, differentiable)
 
     def implementation(self, name: str, library: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
         if name == "triton":
@@ -283,6 +289,13 @@ class _Operator(Operator):
 
     def registered(self) -> dict[str, Registered]:
         return {_NAME: Registered(_call, _run), f"{_NAME}_backward": Registered(_backward_call, _run_backward)}
+
+
+def _batched(input: Tensor, links: Links) -> Tensor:
+    """The input with one leading dimension."""
+    if isinstance(links[0], ConvPoolGeometry):
+        return input if input.dim() == 4 else input.unsqueeze(0)
+    return input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
 
 
 def _call(input: Tensor, parameters: Sequence[Tensor | None], spec: str, save: bool) -> Any:

@@ -195,6 +195,12 @@ class _Operator(Operator):
             return f"the Triton kernels cover pooling windows of up to 255 cells, not {cells}" if cells > 255 else None
         from fastlenet import cpu
 
+        return cpu.covers(input.dtype, input.shape[-3:], weight, settings)
+
+    def slower(self, settings: ConvPoolGeometry, differentiable: bool, *tensors: Any) -> str | None:
+        from fastlenet import cpu
+
+        input, weight, _ = tensors
         return cpu.rejects(input if input.dim() == 4 else input.unsqueeze(0), weight, settings)
 
     def implementation(self, name: str, library: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:

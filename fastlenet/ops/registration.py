@@ -77,6 +77,10 @@ class Operator(ABC):
     def uncovered(self, implementation: str, settings: Any, *tensors: Any) -> str | None:
         """Why no kernel of ``"triton"`` or ``"cpu"`` covers a call whose dtype they cover; None if one does."""
 
+    def slower(self, settings: Any, differentiable: bool, *tensors: Any) -> str | None:
+        """Why the compiled CPU kernels would be slower than stock's operators; None if they are expected to win."""
+        return None
+
     @abstractmethod
     def implementation(self, name: str, library: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Return an implementation's forward and backward; `library`: one multiplies the matrices of linear maps."""

@@ -34,9 +34,9 @@ from fastlenet.errors import InputError, import_extra
 from fastlenet.files import write_json
 from fastlenet.lenet import LeNet
 from fastlenet.selection import backend
+from fastlenet.timing import synchronize
 from fastlenet.training import checkpoint, data, distributed
 from fastlenet.training.distributed import ALONE, World
-from fastlenet.trial import synchronize
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -27,12 +27,20 @@ class PlainCPU(types.ModuleType):
     def unavailable(self) -> str | None:
         return None
 
-    def rejects(self, input: Any, weight: Any, geometry: Any) -> str | None:
-        assert input.dim() == 4
+    def covers(self, dtype: Any, image: Any, weight: Any, geometry: Any) -> str | None:
+        assert len(image) == 3
         return self.reason
 
-    def chain_rejects(self, input: Any, parameters: Any, links: Any) -> str | None:
+    def rejects(self, input: Any, weight: Any, geometry: Any) -> str | None:
+        assert input.dim() == 4
+        return None
+
+    def chain_covers(self, input: Any, parameters: Any, links: Any) -> str | None:
+        assert input.dim() in (2, 4)
         return self.reason
+
+    def chain_rejects(self, input: Any, parameters: Any, links: Any, save: bool) -> str | None:
+        return None
 
     def conv2d_relu_max_pool2d(self, input: Any, weight: Any, bias: Any, geometry: Any, return_argmax: bool) -> Any:
         self.calls.append("conv2d_relu_max_pool2d")

@@ -1,9 +1,9 @@
 """Measuring one implementation against another, so that only clear wins are kept.
 
-Both run in this process, in turns, and each round gives one ratio: what slows the machine down for a while slows both.
-A win is clear if the candidate was at least `MARGIN` faster in at least `WINS` of `ROUNDS` rounds. If it were not, each
-round would be at best a coin's toss, and so many heads come up in one of 270 trials; two hiccups are forgiven. Once
-that can no longer be reached, the rest is not run.
+Both run in this process, in turns, and each round gives one ratio. What slows the machine down for a while slows both.
+A win is clear if the candidate was at least `MARGIN` faster in at least `WINS` of `ROUNDS` rounds. An equally fast
+candidate would win a round at best by a coin's toss, and so many heads come up in one of 270 trials. Two disturbed
+rounds are forgiven. The remaining rounds are not run once a clear win is out of reach.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def compare(stock: Callable[[], Any], fused: Callable[[], Any], device: torch.de
         device: where both compute; it is waited for.
     """
     calls = {"stock": stock, "fused": fused}
-    # The first calls compile, allocate and choose algorithms; the second tell how many make up a sample.
+    # The first calls compile, allocate and choose algorithms; the second ones tell how many calls make up a sample.
     for call in calls.values():
         _seconds(call, 1, device)
     longest = max(_seconds(call, 1, device) for call in calls.values())
@@ -70,7 +70,7 @@ def compare(stock: Callable[[], Any], fused: Callable[[], Any], device: torch.de
     gc.disable()
     try:
         while rounds < ROUNDS and rounds - wins <= ROUNDS - WINS:
-            # Whoever comes second finds warm caches: take turns in that too.
+            # The second of a pair finds warm caches, so the two take turns in that too.
             for name in sorted(calls, reverse=bool(rounds % 2)):
                 samples[name].append(_seconds(calls[name], repeats, device))
             rounds += 1
@@ -118,3 +118,12 @@ def step(function: Callable[..., Any], arguments: Iterable[Any], parameters: Ite
         return torch.autograd.grad(outputs, sources, [torch.ones_like(o) for o in outputs], allow_unused=True)
 
     return forward_and_backward
+
+
+def readable(seconds: float) -> str:
+    """A time in three digits, and a unit in which they need no exponent."""
+    unit, factor = next(((unit, factor) for unit, factor in _UNITS if seconds * factor < 999.5), ("s", 1.0))
+    return f"{seconds * factor:.3g} {unit}"
+
+
+_UNITS = ("us", 1e6), ("ms", 1e3)

@@ -1,0 +1,17 @@
+"""Compiled kernels for CPU tensors: see `convolution` for the mathematics, `lanes` for how it is written."""
+
+from .chain import chain, chain_backward, chain_covers, chain_rejects
+from .compiled import unavailable
+from .conv2d_relu_max_pool2d import conv2d_relu_max_pool2d, conv2d_relu_max_pool2d_backward, covers, rejects
+
+__all__ = [
+    "chain",
+    "chain_backward",
+    "chain_covers",
+    "chain_rejects",
+    "conv2d_relu_max_pool2d",
+    "conv2d_relu_max_pool2d_backward",
+    "covers",
+    "rejects",
+    "unavailable",
+]

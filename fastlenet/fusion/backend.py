@@ -1,0 +1,280 @@
+"""The backend for ``torch.compile``: takes TorchDynamo's graphs and lets fused operators do what they can.
+
+``torch.compile(model, backend="fastlenet")`` finds `compile_graph` by the package's entry point. The graph that it
+returns runs eagerly, under autograd. With ``options={"inner": "inductor"}`` it is handed on to Inductor, to which a
+fused operator is one opaque call.
+
+This module is imported where a model is compiled, never by ``import fastlenet`` itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fastlenet import timing
+from fastlenet.fusion import patterns
+from fastlenet.fusion.patterns import Call, Match
+
+INNER = (None, "inductor")
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a site: plain data, which `explain` shows and a copied model keeps.
+
+    Attributes:
+        name: where it is.
+        operator: the fused function.
+        mode: ``"training"`` where gradients are recorded, else ``"inference"``.
+        input: shape and dtype.
+        output: likewise.
+        call: what decides which implementation runs.
+        fused: whether a fused operator does it.
+        reason: why, or why not.
+        times: measured times.
+    """
+
+    name: str
+    operator: str
+    mode: str
+    input: str
+    output: str
+    call: Call | None
+    fused: bool
+    reason: str
+    times: timing.Comparison | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells it from other records: a graph that is captured anew replaces the record of the same key."""
+        return self.name, self.operator, self.mode
+
+
+class Backend:
+    """A compiler of Dynamo's graphs that remembers what it has found and measured.
+
+    Args:
+        inner: what compiles the graph after it: None (it runs eagerly) or ``"inductor"``.
+        measure: whether to keep only sites that are clearly faster fused, measured at their shapes.
+        decisions: what was measured before; sites that are found there are not measured again.
+        records: what was found before.
+        faithful: whether to refuse a graph that Dynamo itself does not keep true to the model.
+    """
+
+    __name__ = "fastlenet"
+
+    def __init__(
+        self,
+        inner: str | None = None,
+        measure: bool = False,
+        decisions: Mapping[Key, timing.Comparison] | None = None,
+        records: Mapping[tuple[str, str, str], Record] | None = None,
+        *,
+        faithful: bool = False,
+    ) -> None:
+        if inner not in INNER:
+            raise ValueError(f"fastlenet: option 'inner' must be one of {INNER}, but got {inner!r}")
+        if not isinstance(measure, bool):
+            raise ValueError(f"fastlenet: option 'measure' must be True or False, but got {measure!r}")
+        self.inner, self.measure, self.faithful = inner, measure, faithful
+        self.decisions = dict(decisions or {})
+        self.records = dict(records or {})
+
+    def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one graph."""
+        parts = [part.graph for part in graph_module.modules() if isinstance(part, fx.GraphModule)]
+        function = torch.ops.higher_order.autograd_function_apply
+        if self.faithful and any(node.target is function for graph in parts for node in graph.nodes):
+            raise NotImplementedError("it holds a torch.autograd.Function, whose second derivatives would be lost")
+        _guard_hooks()
+        mode = "training" if torch.is_grad_enabled() else "inference"
+        kinds = {
+            node: type(value)
+            for node, value in zip(graph_module.graph.find_nodes(op="placeholder"), example_inputs, strict=False)
+            if type(value).__name__ != "FakeTensor"
+        }
+        self.records.update((record.key, record) for record in self.rewrite(graph_module, kinds, mode))
+        if self.inner is not None:
+            from torch._dynamo.backends.registry import lookup_backend
+
+            return lookup_backend(self.inner)(graph_module, list(example_inputs))
+        return graph_module.forward
+
+    def rewrite(self, module: fx.GraphModule, kinds: Mapping[fx.Node, type], mode: str) -> list[Record]:
+        """Fuse the sites of a graph and of its checkpointed parts, in place; tell what was found."""
+        graph, records, taken = module.graph, [], []
+        matches = patterns.find(graph, kinds)
+        for chain, members in patterns.chains(matches):
+            # Where no kernel takes the whole, its members are better off by themselves.
+            if all(member in matches for member in members) and _is_covered(chain.call(mode == "training")):
+                record = self._record(chain, mode)
+                if record.fused:
+                    matches[matches.index(members[0])] = chain
+                    matches = [match for match in matches if match not in members]
+        for match in matches:
+            if match.operator in patterns.OPERATORS:
+                record = self._record(match, mode)
+                records.append(record)
+                if record.fused:
+                    taken.append(match)
+        for node in graph.nodes:
+            if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+                part, *operands = node.args
+                body = getattr(module, part.target)
+                inputs = zip(body.graph.find_nodes(op="placeholder"), operands, strict=False)
+                records += self.rewrite(body, {own: kinds[given] for own, given in inputs if given in kinds}, mode)
+        if taken:
+            patterns.replace_all(graph, taken)
+            graph.lint()
+            module.recompile()
+        return records
+
+    def _record(self, match: Match, mode: str) -> Record:
+        values: list[Any] = [match.input.meta.get("example_value"), match.result.meta.get("example_value")]
+        input, output = (describe(value) if isinstance(value, Tensor) else "?" for value in values)
+        record = Record(match.name, match.operator, mode, input, output, None, False, match.refusal or "")
+        if match.refusal is not None:
+            return record
+        record = replace(record, call=match.call(mode == "training"), fused=True)
+        if not self.measure:
+            return record
+        key = mode, match.name, match.operator, *(value.dtype for value in values), *_sizes(values[0])
+        if key not in self.decisions:
+            times = measure(match)
+            if times is None:
+                return replace(record, fused=False, reason="its sizes are not known, so that it cannot be measured")
+            self.decisions[key] = times
+        times = self.decisions[key]
+        reason = str(times) if times.clear else f"{times}: not clearly faster"
+        return replace(record, times=times, fused=times.clear, reason=reason)
+
+
+def compile_graph(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile one graph for ``torch.compile(model, backend="fastlenet")``.
+
+    Args:
+        graph_module: Dynamo's graph.
+        example_inputs: its inputs, or stand-ins of their shapes.
+        options: ``inner``, None or ``"inductor"``: what compiles the fused graph; None runs it eagerly, under autograd.
+            ``measure``: whether to keep only sites that are clearly faster fused than stock, at their shapes.
+
+    Raises:
+        ValueError: for any other option.
+    """
+    given = dict(options or {})
+    unknown = set(given) - {"inner", "measure"}
+    if unknown:
+        raise ValueError(f"fastlenet: the options are 'inner' and 'measure', but got {', '.join(map(repr, unknown))}")
+    return Backend(**given)(graph_module, example_inputs)
+
+
+def _is_covered(call: Call) -> bool:
+    """Whether kernels take a call, and not stock's operators."""
+    return patterns.implementation(call)[0] not in ("aten", "none")
+
+
+def _guard_hooks() -> None:
+    """Let the graph be captured anew once a hook is registered on one of its modules.
+
+    Dynamo notes that a module has no hooks, but skips that guard unless it is configured otherwise.
+    """
+    from torch._dynamo.guards import GuardBuilder
+
+    context = torch._guards.TracingContext.try_get()
+    if context is None:  # the backend was called by hand
+        return
+    guards = context.guards_context.dynamo_guards
+    for guard in list(guards):
+        if guard.create_fn is GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT:
+            guards.add(guard.originating_source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
+
+
+def measure(match: Match) -> timing.Comparison | None:
+    """Time a site's own operators against the fused one, on random numbers; None if its sizes are not known.
+
+    Forward and backward are timed where a gradient is needed, else the forward alone.
+    """
+    late = [norm.variance for norm in match.norms if norm is not None]
+    generators: dict[torch.device, torch.Generator] = {}
+    arguments: list[Any] = []
+    for node in match.inputs():
+        value = node.meta["example_value"]
+        if not isinstance(value, Tensor):  # a size that a flatten takes
+            arguments.append(patterns.hint(value))
+            continue
+        shape = [size for size in map(patterns.hint, value.shape) if size is not None]
+        if len(shape) < value.dim():
+            return None
+        generator = generators.setdefault(value.device, torch.Generator(value.device).manual_seed(0))
+        sample = torch.rand(shape, dtype=torch.float32, device=value.device, generator=generator) * 2 - 1
+        sample = (sample.abs() + 0.1 if node in late else sample).to(value.dtype)
+        if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
+            sample = sample.to(memory_format=torch.channels_last)
+        arguments.append(sample.requires_grad_(value.requires_grad))
+    backward = bool(match.result.meta["example_value"].requires_grad)
+    modules = [patterns.isolate(match, fused) for fused in (False, True)]
+    contexts = [_entered(node) for node in _autocasts(match)]
+
+    def within(module: fx.GraphModule) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if not contexts:
+                return module.forward(*args)
+            with contexts[-1]:
+                return module.forward(*args)
+
+        return run
+
+    with torch.inference_mode(False), _running():
+        stock, fused = (timing.step(within(module), arguments, (), backward) for module in modules)
+        return timing.compare(stock, fused, match.result.meta["example_value"].device)
+
+
+@contextlib.contextmanager
+def _running() -> Iterator[None]:
+    """Run as after compilation: PyTorch says meanwhile that it compiles, and operators then take the form to record."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def _autocasts(match: Match) -> list[fx.Node]:
+    """The autocast regions of the graph that a site lies in, outermost first."""
+    inside: list[fx.Node] = []
+    for node in match.nodes[0].graph.nodes:
+        if node is match.nodes[0]:
+            break
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            inside.append(node)
+        elif node.target is torch.amp.autocast_mode._exit_autocast:
+            inside.remove(node.args[0])
+    return inside
+
+
+def _entered(node: fx.Node) -> Any:
+    device, dtype, enabled, cache = node.args
+    return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)  # type: ignore[arg-type]
+
+
+def _sizes(value: Tensor) -> tuple[int | None, ...]:
+    """A tensor's sizes but for the batch."""
+    return tuple(patterns.hint(size) for size in value.shape[1 if value.dim() != 3 else 0 :])
+
+
+def describe(value: Tensor) -> str:
+    """Shape and dtype in words."""
+    sizes = [patterns.hint(size) for size in value.shape]
+    shape = "x".join("?" if size is None else str(size) for size in sizes) or "scalar"
+    return f"{shape} {str(value.dtype).removeprefix('torch.')}"

@@ -1,0 +1,268 @@
+"""`explain`: which sites a model has, what runs for each, and why."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlenet import selection, timing
+from fastlenet.fusion import copies
+from fastlenet.fusion.fuse import MODES, Fused, arguments, first_line, handle_of, undisturbed, unusable, word
+from fastlenet.fusion.patterns import CONV, Call, implementation
+from fastlenet.kernels.geometry import LINEAR_RELU as LINEAR
+from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU, prepared
+
+if TYPE_CHECKING:
+    from fastlenet.fusion.backend import Record
+
+__all__ = ["Explanation", "Site", "explain"]
+
+_WIDTH = 80
+"""Columns that a table takes, unless names are longer."""
+
+UNKNOWN = (
+    "nothing is known of this model's sites yet: give explain an example input, or fuse the model and call it once"
+)
+UNCALLED = "nothing is known of the fused model's sites yet: call it once, or give explain an example input"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in a model where a fused operator runs or might run.
+
+    Attributes:
+        name: the layer's path, or the paths and names of the operators that stand together.
+        operator: a function of `fastlenet.functional`, such as ``"conv2d_relu_max_pool2d"``.
+        mode: ``"training"`` or ``"inference"``; empty where both are alike.
+        input: shape and dtype, ``"?"`` where unknown.
+        output: likewise.
+        implementation: ``"triton"``, ``"aten"``, ``"stock"`` where the operators are left as they are, or ``"none"``
+            where a forced backend would raise.
+        stock: measured time of the stock operators, empty where not measured.
+        fused: measured time of the fused operator.
+        reason: why this implementation.
+    """
+
+    name: str
+    operator: str
+    mode: str
+    input: str
+    output: str
+    implementation: str
+    stock: str
+    fused: str
+    reason: str
+
+    @property
+    def heading(self) -> str:
+        """Where it is, what it computes, and of which shapes where they are known."""
+        where = f"{self.name}: {self.operator}"
+        if self.input == "?":
+            return where
+        (shape, _, dtype), (*_, result) = self.input.rpartition(" "), self.output.rpartition(" ")
+        return f"{where}, {shape if dtype == result else self.input} -> {self.output}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A model's operator sites, and remarks about the whole; prints as a table."""
+
+    sites: tuple[Site, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        columns = {"mode": "mode", "implementation": "runs", "stock": "stock", "fused": "fused"}
+        columns = {
+            name: title
+            for name, title in columns.items()
+            if name == "implementation" or any(getattr(site, name) for site in self.sites)
+        }
+        rows = [[getattr(site, name) for name in columns] for site in self.sites]
+        widths = [max(map(len, column)) for column in zip(columns.values(), *rows, strict=True)]
+
+        def line(cells: Iterable[str], reason: str) -> str:
+            start = "  ".join(["", *(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), ""])
+            return textwrap.fill(reason, _WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
+
+        lines, heading = [line(columns.values(), "why")] if rows else [], ""
+        for site, row in zip(self.sites, rows, strict=True):
+            if site.heading != heading:
+                heading = site.heading
+                lines.append(textwrap.fill(heading, _WIDTH, subsequent_indent="    ", break_long_words=False))
+            lines.append(line(row, site.reason))
+        if all(site.implementation == "stock" for site in self.sites):
+            lines.append("(no fused operators)")
+        return "\n".join([*lines, *(textwrap.fill(note, _WIDTH, break_long_words=False) for note in self.notes)])
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module, example_input: Any = None) -> Explanation:
+    """Tell which sites a model has, which implementation each takes, and why.
+
+    Args:
+        model: any module. Its sites are its `ConvReLUMaxPool2d` and `LinearReLU` layers, and what the backend finds in
+            it: what `fuse` did, with the times measured, or what it would do.
+        example_input: a tensor, or a tuple of the forward's positional arguments. If given, a copy of the model is run
+            on it in the model's present mode, and nothing of the model changes. Without it, only a fused model that has
+            been called, or was fused with an example, can be told about.
+
+    Returns:
+        The sites in order; printing it gives a table. See `Site` for its columns.
+
+    Example:
+        >>> import torch, fastlenet
+        >>> with fastlenet.use_backend("aten"):
+        ...     print(fastlenet.explain(fastlenet.LeNet()))
+          runs  why
+        conv1: conv2d_relu_max_pool2d
+          aten  backend 'aten' is forced
+        conv2: conv2d_relu_max_pool2d
+          aten  backend 'aten' is forced
+        fc1: linear_relu
+          aten  backend 'aten' is forced
+        fc2: linear_relu
+          aten  backend 'aten' is forced
+    """
+    layers = {
+        name or "(model)": layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, (ConvReLUMaxPool2d, LinearReLU))
+    }
+    example = None if example_input is None else arguments(example_input)
+    seen = {} if example is None else _observe(model, layers, example)
+    sites = [_site_of_layer(name, layer, seen.get(name)) for name, layer in layers.items()]
+    handle, reason = handle_of(model), unusable(model)
+    records: list[Record] = []
+    notes: list[str] = []
+    if handle is not None:
+        notes += handle.notes
+        records = list(handle.backend.records.values())
+        notes += [f"in {mode} the model runs as it is: {why}" for mode, why in handle.refused.items()]
+    if reason is not None:
+        if not layers:
+            notes.append(f"cannot be fused: {reason}")
+    elif example is not None:
+        fresh, remark = _traced(model, handle, example)
+        known = {record.key for record in fresh}
+        modes = {record.mode for record in fresh}
+        # What was captured earlier in the other mode stays in the table.
+        records = [record for record in records if record.mode not in modes and record.key not in known] + fresh
+        notes += remark
+    elif handle is None and not layers:
+        notes.append(UNKNOWN)
+    elif handle is not None and not records and not notes:
+        notes.append(UNCALLED)
+    rows = [_site(record, handle is not None) for record in records]
+    if any(row.stock for row in rows):
+        notes.append(timing.RULE)
+    return Explanation((*sites, *_merged(rows)), tuple(dict.fromkeys(notes)))
+
+
+def _merged(rows: list[Site]) -> list[Site]:
+    """Sites that are alike in both modes stand once, each site's rows together."""
+    alike: dict[Site, str] = {}
+    for row in rows:
+        key = replace(row, mode="")
+        alike[key] = "" if key in alike else row.mode
+    order = {name: number for number, name in enumerate(dict.fromkeys(row.name for row in rows))}
+    one_mode = len({row.mode for row in rows}) == 1
+    found = [replace(row, mode="" if one_mode else mode) for row, mode in alike.items()]
+    return sorted(found, key=lambda row: (order[row.name], MODES.index(row.mode) if row.mode else 0))
+
+
+def _traced(model: nn.Module, handle: Fused | None, example: tuple[Any, ...]) -> tuple[list[Record], list[str]]:
+    """Run a copy of the model through the backend once, in its present mode."""
+    from fastlenet.fusion.backend import Backend
+
+    trial = copies.apart(model)
+    known = {} if handle is None else handle.backend.decisions
+    compiler = Backend(None, handle is not None and handle.backend.measure, known, faithful=True)
+    fused = Fused(trial, compiler)
+    fused.install()
+    mode = MODES[0 if model.training else 1]
+    device = next((tensor.device for tensor in timing.tensors(example)), torch.device("cpu"))
+    with undisturbed(device), torch.set_grad_enabled(model.training):
+        try:
+            trial(*example)
+        except Exception as error:  # whatever the model raises
+            return [], [f"in {word(mode)} mode the model cannot run the example: {first_line(error)}"]
+    found = list(compiler.records.values())
+    if handle is not None and mode not in handle.modes:
+        kept = handle.backend.records
+        found = [
+            replace(record, fused=False, reason=kept[record.key].reason if record.key in kept else "not fused")
+            for record in found
+        ]
+    notes = [f"cannot be fused: {why}" for why in fused.refused.values()]
+    return found, notes
+
+
+def _site(record: Record, fused: bool) -> Site:
+    runs, reason = "stock", record.reason
+    if record.fused and not fused:
+        reason = "fastlenet.fuse can take it over"
+    elif record.fused:
+        assert record.call is not None
+        runs, why = implementation(record.call)
+        reason = f"{record.reason or 'not measured'}; {why}"
+    stock, fast = ("", "") if record.times is None else map(timing.readable, (record.times.stock, record.times.fused))
+    return Site(record.name, record.operator, record.mode, record.input, record.output, runs, stock, fast, reason)
+
+
+def _observe(
+    model: nn.Module, layers: Mapping[str, nn.Module], example: tuple[Any, ...]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Run a copy of the model and return the first input and output of each layer, as empty tensors."""
+    if not layers:
+        return {}
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    trial = copies.apart(model)
+
+    def remember(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            # The output has the dtype that the operator ran in, under autocast too; nothing is kept alive.
+            seen.setdefault(name, (torch.empty_like(args[0], dtype=output.dtype), torch.empty_like(output)))
+
+        return hook
+
+    for name in layers:
+        trial.get_submodule("" if name == "(model)" else name).register_forward_hook(remember(name))
+    device = next((tensor.device for tensor in timing.tensors(example)), torch.device("cpu"))
+    with undisturbed(device), torch.no_grad():
+        trial(*arguments(example))
+    return seen
+
+
+def _site_of_layer(name: str, layer: ConvReLUMaxPool2d | LinearReLU, seen: tuple[Tensor, Tensor] | None) -> Site:
+    input, output = ("?", "?") if seen is None else (_shape(seen[0]), _shape(seen[1]))
+    if seen is None:
+        runs, reason = _by_type(layer)
+    else:
+        operands = [
+            None if tensor is None else (tuple(tensor.shape), seen[0].dtype, tensor.device)
+            for tensor in (seen[0], layer.weight, layer.bias)
+        ]
+        settings, operator = None, LINEAR
+        if isinstance(layer, ConvReLUMaxPool2d):
+            settings, operator = prepared(layer), CONV
+        runs, reason = implementation(Call(operator, settings, tuple(operands), False))
+    return Site(name, CONV if isinstance(layer, ConvReLUMaxPool2d) else LINEAR, "", input, output, runs, "", "", reason)
+
+
+def _by_type(layer: ConvReLUMaxPool2d | LinearReLU) -> tuple[str, str]:
+    """Which implementation a layer takes, as far as its dtype and device decide."""
+    try:
+        choice = selection.choose_by_type(layer.weight)
+    except (RuntimeError, NotImplementedError) as error:
+        return "none", str(error)
+    return choice.forward, choice.reason
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {str(tensor.dtype).removeprefix('torch.')}"

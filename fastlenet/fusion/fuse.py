@@ -1,0 +1,321 @@
+"""`fuse`: the backend as one call on any module."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as hooked
+from torch.utils._device import DeviceContext
+from torch.utils._pytree import tree_map
+
+from fastlenet import timing
+from fastlenet.fusion import copies
+from fastlenet.lenet import LeNet
+from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
+from fastlenet.selection import logger
+
+MODES = ("training", "inference")
+OWN = (ConvReLUMaxPool2d, LinearReLU, LeNet)
+"""What is made of fused operators already."""
+
+
+class Fused:
+    """What is known of a fused model. It lies on the model, so that copies and pickles of the model are fused too.
+
+    Attributes:
+        backend: compiles the model's graphs, and remembers what it found.
+        modes: the modes in which the model is compiled at all.
+        notes: remarks for `explain`.
+        refused: why the model runs as it is in a mode, though it was to be fused.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backend: Any,
+        modes: Sequence[str] = MODES,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.model = weakref.ref(model)
+        self.backend, self.modes, self.notes = backend, tuple(modes), tuple(notes)
+        self.refused: dict[str, str] = {}
+
+    def install(self) -> None:
+        """Let the model's ``__call__`` run the compiled model."""
+        model = self.model()
+        assert model is not None
+        # Not by setattr: a model may have one of its own, and one that is being copied has no attributes yet.
+        model.__dict__[copies.HANDLE] = self
+        model.__dict__.pop("_compiled_call_impl", None)
+        if self.modes:
+            model.__dict__["_compiled_call_impl"] = self._entry(model)
+
+    def _entry(self, model: nn.Module) -> Callable[..., Any]:
+        from torch._dynamo.exc import TorchDynamoException
+
+        compiled = torch.compile(_caller(model), backend=self.backend, **_isolation())
+        plain = model._call_impl
+        active = {training: mode in self.modes for training, mode in zip((True, False), MODES, strict=True)}
+        recording, tracing = torch.is_grad_enabled, torch._C._get_tracing_state
+        modes = torch._C._len_torch_function_stack
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            # Dynamo does not guard hooks on all modules, applies function modes twice, and torch.jit.trace refuses it.
+            if not active[recording()] or hooked() or (modes() and _intercepted()) or tracing() is not None:
+                return plain(*args, **kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            except TorchDynamoException as error:
+                reason = first_line(error)
+            # What the model raises by itself, a wrong shape for one, Dynamo reports as an error of its own.
+            result = plain(*args, **kwargs)
+            active[recording()] = False
+            mode = MODES[0 if recording() else 1]
+            self.refused[mode] = f"TorchDynamo's graph cannot be used: {reason}"
+            logger.warning("fuse leaves %s as it is in %s: %s", type(model).__name__, mode, self.refused[mode])
+            return result
+
+        return call
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fused:
+        copied = memo.get(id(self.model()))
+        if copied is None:  # the owner's own shallow copy, which is not fused
+            return self
+        return _restored(copied, *self._plain())
+
+    def __reduce__(self) -> Any:
+        return _restored, (self.model(), *self._plain())
+
+    def _plain(self) -> tuple[Any, ...]:
+        backend = self.backend
+        return (backend.measure, backend.decisions, backend.records), self.modes, self.notes
+
+
+def _restored(model: nn.Module, options: tuple[Any, ...], *rest: Any) -> Fused:
+    from fastlenet.fusion.backend import Backend
+
+    measure, decisions, records = options
+    fused = Fused(model, Backend(None, measure, decisions, records, faithful=True), *rest)
+    fused.install()
+    return fused
+
+
+def _caller(model: nn.Module) -> Callable[..., Any]:
+    """A function that calls the model.
+
+    Dynamo leaves frames of ``torch.nn`` alone, so that it would not look into an ``nn.Sequential`` by itself.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    # Dynamo counts recompilations by code object: one for each model.
+    call.__code__ = call.__code__.replace(co_name="fused_model")
+    return call
+
+
+def _intercepted() -> bool:
+    """Whether a mode sees every function of PyTorch that is called, other than the one that sets a default device."""
+    stack = [torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())]
+    return any(not isinstance(mode, DeviceContext) for mode in stack)
+
+
+def _isolation() -> dict[str, Any]:
+    """Let models of one class not share one limit of recompilations, where PyTorch can tell them apart."""
+    name = "isolate_recompiles"
+    return {name: True} if name in inspect.signature(torch.compile).parameters else {}
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; of the error behind it, where Dynamo wraps one."""
+    text = str(getattr(error, "inner_exception", None) or error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def handle_of(model: nn.Module) -> Fused | None:
+    """What `fuse` left on a model, if that model itself was fused."""
+    handle = vars(model).get(copies.HANDLE)
+    return handle if isinstance(handle, Fused) and handle.model() is model else None
+
+
+def unusable(model: nn.Module) -> str | None:
+    """Why a model is left as it is without a look at its forward."""
+    if isinstance(model, OWN):
+        return "it is made of fused operators already"
+    if isinstance(model, torch.jit.ScriptModule):
+        return "it is scripted: fuse the model first"
+    if hasattr(model, "_orig_mod"):
+        return "it is compiled already: fuse first, then torch.compile"
+    return None
+
+
+def fuse(model: nn.Module, example_input: Any = None, *, inplace: bool = False) -> nn.Module:
+    """Let fused operators do a model's convolution-relu-max-pool and linear-relu sites.
+
+    TorchDynamo captures the model's forward at its first call, `fastlenet.fusion.backend` finds the sites in the graph
+    that it captures, and the graph runs eagerly. Dynamo's guards see whatever changes later (an attribute, a hook, a
+    layer exchanged, the mode of a part), and the model is captured anew. The model keeps its class, its submodules,
+    ``state_dict`` and hooks.
+
+    A site stays as it is where fusing would not be safe: a result in between is used elsewhere, BatchNorm is in
+    training mode, the max-pool returns indices. `explain` gives the reasons.
+
+    Args:
+        model: any module.
+        example_input: a tensor, or a tuple of the forward's positional arguments, of the size that matters. If given,
+            each site is measured, fused against stock, in training mode with its backward and in eval mode without
+            gradients. Only clear wins are kept. Where the whole model, guards included, does not become clearly faster
+            in a mode, it runs as before in that mode (see `fastlenet.timing`). Without an example every safe site is
+            fused, which for small inputs on a CPU may be slower.
+        inplace: whether to fuse the model itself. Else a copy is fused that shares parameters and buffers with the
+            model, which stays as it is.
+
+    Returns:
+        The fused model. A deep copy or a pickle of it is fused too.
+
+    Raises:
+        TypeError: if `model` is no module.
+        Exception: whatever the model raises for `example_input`, if it raises in both modes.
+
+    Example:
+        >>> import torch, fastlenet
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 6, 5), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
+        >>> fused = fastlenet.fuse(net)
+        >>> fused(torch.ones(64, 1, 32, 32)).shape
+        torch.Size([64, 6, 14, 14])
+        >>> fused[0].weight is net[0].weight
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse(): argument 'model' must be a torch.nn.Module, but got {type(model).__name__}")
+    reason = unusable(model)
+    if reason is not None:
+        logger.warning("fuse leaves %s as it is: %s", type(model).__name__, reason)
+        return model
+    if not inplace:
+        model = copies.sharing(model)
+    from fastlenet.fusion.backend import Backend
+
+    if example_input is None:
+        Fused(model, Backend(faithful=True)).install()
+        return model
+    model.__dict__.pop("_compiled_call_impl", None)
+    judged = Judge(model, arguments(example_input))
+    Fused(model, judged.backend, judged.modes, judged.notes).install()
+    return model
+
+
+def arguments(example_input: Any) -> tuple[Any, ...]:
+    """The example as positional arguments, apart from the caller's, also where it was made under inference mode."""
+
+    def apart(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        with torch.inference_mode(False):
+            return value.detach().clone().requires_grad_(value.requires_grad)
+
+    return tree_map(apart, example_input if isinstance(example_input, tuple) else (example_input,))
+
+
+class Judge:
+    """Runs copies of a model on the example in both modes, and decides in which of them it is fused."""
+
+    def __init__(self, model: nn.Module, example: tuple[Any, ...]) -> None:
+        from fastlenet.fusion.backend import Backend
+
+        self.model, self.example = model, example
+        self.backend = Backend(measure=True, faithful=True)
+        self.modes: list[str] = []
+        self.notes: list[str] = []
+        errors = []
+        present = MODES[0 if model.training else 1]
+        for mode in (present, *(other for other in MODES if other != present)):
+            try:
+                self._judge(mode, mode == present)
+            except Exception as error:  # whatever the user's forward raises in a mode that it was not written for
+                errors.append(error)
+                self.notes.append(f"in {word(mode)} mode the model cannot run the example: {first_line(error)}")
+        if len(errors) == len(MODES):
+            raise errors[0]
+
+    def _judge(self, mode: str, present: bool) -> None:
+        stock, fused = copies.apart(self.model), copies.apart(self.model)
+        if not present:
+            for copy in (stock, fused):
+                copy.train(mode == "training")
+        from fastlenet.fusion.backend import Backend
+
+        trial = Fused(fused, Backend(measure=True, decisions=self.backend.decisions, faithful=True))
+        trial.install()
+        device = next((tensor.device for tensor in timing.tensors(self.example)), torch.device("cpu"))
+        with undisturbed(device), torch.set_grad_enabled(mode == "training"):
+            expected = self._outputs(stock)
+            actual = self._outputs(fused)
+            records = [record for record in trial.backend.records.values() if record.mode == mode]
+            reason, note = trial.refused.get(mode), None
+            self.backend.records.update((record.key, record) for record in records)
+            if reason is None and not any(record.fused for record in records):
+                return
+            if reason is None and not _same(expected, actual):
+                reason = "the fused model does not reproduce the model's output"
+            if reason is None:
+                parameters = [[p for p in copy.parameters() if p.requires_grad] for copy in (stock, fused)]
+                before, after = (
+                    timing.step(copy, self.example, own, mode == "training")
+                    for copy, own in zip((stock, fused), parameters, strict=True)
+                )
+                times = timing.compare(before, after, device)
+                note = (
+                    f"whole model in {word(mode)} mode: {timing.readable(times.stock)} stock, "
+                    f"{timing.readable(times.fused)} fused, {times}"
+                )
+                if not times.clear:
+                    reason = "the whole model does not become clearly faster"
+        self.notes += [note] if note is not None else [f"in {word(mode)} mode: {reason}"]
+        if reason is None:
+            self.modes.append(mode)
+            self.backend.decisions.update(trial.backend.decisions)
+        else:
+            declined = (replace(record, fused=False, reason=reason) for record in records if record.fused)
+            self.backend.records.update((record.key, record) for record in declined)
+
+    def _outputs(self, call: Callable[..., Any]) -> list[Tensor]:
+        torch.manual_seed(0)  # for dropout; the caller's generators are kept apart
+        example = arguments(self.example)
+        return [output.detach().clone() for output in timing.tensors(call(*example))]
+
+
+def word(mode: str) -> str:
+    """A mode as a model's flag has it."""
+    return "training" if mode == "training" else "eval"
+
+
+@contextlib.contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Keep the caller's random generators and modes."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode(False):
+        yield
+
+
+def _same(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> bool:
+    """Whether outputs are the same up to rounding.
+
+    A mistake in a fused model shows as a difference of the outputs' own size, rounding as one of some units of their
+    dtype: the square root of that unit lies far from both.
+    """
+    return len(expected) == len(actual) and all(
+        e.shape == a.shape
+        and (
+            not e.is_floating_point()
+            or bool((a - e).double().norm() <= math.sqrt(torch.finfo(e.dtype).eps) * e.double().norm())
+        )
+        for e, a in zip(expected, actual, strict=True)
+    )

@@ -1,0 +1,563 @@
+"""Finding the places in a graph that one fused operator can take over, and replacing them.
+
+The graph is TorchDynamo's. It holds functions and tensor methods only, whatever the model's spelling, and parameters
+are inputs. What a forward reads in Python is constant in it and guarded by Dynamo, so that this module sees one fixed
+program. It answers a single question: which nodes may be computed by one call without any other node noticing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fastlenet import functional, ops, selection
+from fastlenet.checks import pair
+from fastlenet.kernels.geometry import LINEAR as LAST
+from fastlenet.kernels.geometry import LINEAR_RELU as LINEAR
+from fastlenet.kernels.geometry import ConvPoolGeometry, Links
+
+CONV, ADDMM, CHAIN = "conv2d_relu_max_pool2d", "addmm_relu", "chain"
+# A linear map without relu is the end of a chain, and no site by itself.
+OPERATORS: dict[str, Any] = {
+    CONV: ops.CONV2D_RELU_MAX_POOL2D, LINEAR: ops.LINEAR_RELU, ADDMM: ops.ADDMM_RELU, CHAIN: ops.CHAIN,
+}  # fmt: skip
+
+# What the nodes after a site's first one do.
+_RELU, _POOL, _NORM, _NOTHING = "relu", "pool", "norm", "nothing"
+
+_ARGUMENTS = {
+    "conv": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "linear": ("input", "weight", "bias"),
+    "addmm": ("input", "mat1", "mat2"),
+    _RELU: ("input", "inplace"),
+    _POOL: ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    _NORM: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    _NOTHING: ("input", "p", "training", "inplace"),
+}
+_STAGES: dict[Any, str] = {
+    F.relu: _RELU, torch.relu: _RELU, torch.relu_: _RELU, "relu": _RELU, "relu_": _RELU,
+    F.max_pool2d: _POOL, torch.max_pool2d: _POOL, F.max_pool2d_with_indices: _POOL,
+    F.batch_norm: _NORM,
+    F.dropout: _NOTHING, F.dropout2d: _NOTHING,
+}  # fmt: skip
+_CONVS = (torch.conv2d,)
+_LINEARS = (F.linear, torch._C._nn.linear)
+_ADDMMS = (torch.addmm, "addmm")
+_FLATTENS = (torch.flatten, "flatten", "view", "reshape", torch.reshape)
+
+
+class Call(NamedTuple):
+    """What decides which implementation an operator takes, as plain data.
+
+    Attributes:
+        operator: a function of `fastlenet.functional`.
+        settings: its arguments other than tensors, as `fastlenet.selection` takes them; None where they are not known.
+        operands: sizes, dtype and device of each tensor; of the first alone where sizes are not known.
+        differentiable: whether a backward may follow.
+    """
+
+    operator: str
+    settings: Any
+    operands: tuple[tuple[tuple[int, ...], torch.dtype, torch.device] | None, ...]
+    differentiable: bool
+
+
+def implementation(call: Call) -> tuple[str, str]:
+    """Tell which implementation runs for a call, and why; ``"none"`` where a forced backend would raise."""
+    operator_ = OPERATORS[call.operator]
+    tensors = [  # of one element each, whatever their sizes
+        None if operand is None else torch.empty((), dtype=operand[1], device=operand[2]).expand(operand[0])
+        for operand in call.operands
+    ]
+    try:
+        if len(tensors) == 1 or (call.operator == CONV and call.settings is None):
+            choice = selection.choose_by_type(tensors[0])  # type: ignore[arg-type]
+        else:
+            choice = selection.choose(operator_, call.settings, tensors, call.differentiable)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        return "none", str(error)
+    return choice.forward, choice.reason
+
+
+class Norm(NamedTuple):
+    """A BatchNorm in eval mode between a convolution and its relu."""
+
+    mean: fx.Node
+    variance: fx.Node
+    scale: fx.Node | None
+    shift: fx.Node | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Match:
+    """Nodes, first to last, that one call can take over, or the reason why it must not.
+
+    Attributes:
+        name: where it is: the paths of its modules, the names of its functions.
+        operator: a function of `fastlenet.functional`, or ``"linear"``, which only a chain may hold.
+        nodes: what is replaced. What every node but the last computes is used by the next one only.
+        result: the node that stands for what the match computes. It is the last one, or the one that a last relu
+            modifies as a statement (``F.relu(x, inplace=True)``).
+        operands: the fused function's positional arguments.
+        options: its keyword arguments.
+        norms: the BatchNorm to fold into each weight and bias, or None.
+        refusal: why the nodes must stay as they are, or None.
+    """
+
+    name: str
+    operator: str
+    nodes: tuple[fx.Node, ...]
+    result: fx.Node
+    operands: tuple[Any, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    norms: tuple[Norm | None, ...] = (None,)
+    refusal: str | None = None
+
+    @property
+    def input(self) -> fx.Node:
+        """The operand that carries the data."""
+        return self.operands[1 if self.operator == ADDMM else 0]
+
+    @property
+    def links(self) -> Links | None:
+        """The match as links of a chain; None if it cannot be one, or its geometry is not known."""
+        if self.operator == CHAIN:
+            return self.operands[2]
+        if self.operator == CONV:
+            geometry = _geometry(self.options, _value(self.operands[1]))
+            return None if geometry is None else (geometry,)
+        return (self.operator,) if self.operator in (LINEAR, LAST) else None
+
+    def call(self, differentiable: bool) -> Call:
+        """What decides which implementation it takes."""
+        result = _value(self.result)
+        operands: list[Any] = []
+        for node in self.tensors:
+            value = None if node is None else _value(node)
+            sizes = () if value is None else tuple(hint(size) for size in value.shape)
+            if None in sizes:
+                return Call(self.operator, None, (((), result.dtype, result.device),), differentiable)
+            # Autocast converts operands to the type that the stock operators gave.
+            operands.append(None if value is None else (sizes, result.dtype, value.device))
+        settings: Any = None
+        if self.operator == ADDMM:
+            settings = self.options.get("beta", 1), self.options.get("alpha", 1)
+        elif self.operator != LINEAR and (links := self.links) is not None:
+            settings = links if self.operator == CHAIN else links[0]
+        return Call(self.operator, settings, tuple(operands), differentiable)
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """The operands that are tensors, in the operator's order; None for one that is not given."""
+        return (self.operands[0], *self.operands[1]) if self.operator == CHAIN else self.operands
+
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """Nodes outside of the match that feed it, each once."""
+        feeding = (source for node in self.nodes for source in node.all_input_nodes if source not in self.nodes)
+        return tuple(dict.fromkeys(feeding))
+
+
+def find(graph: fx.Graph, kinds: Mapping[fx.Node, type]) -> list[Match]:
+    """Find every site of a graph, in order, those that must stay as they are included, and single linear maps.
+
+    Args:
+        graph: Dynamo's graph.
+        kinds: types of the tensors that the graph's inputs stand for.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    found: list[Match] = []
+    for node in graph.nodes:
+        match = _match(node, order, kinds)
+        if match is not None:
+            calls = sum(re.sub(r" \(\d+\)$", "", other.name) == match.name for other in found)
+            found.append(replace(match, name=f"{match.name} ({calls + 1})") if calls else match)
+    return found
+
+
+def chains(matches: Sequence[Match]) -> Iterator[tuple[Match, list[Match]]]:
+    """Join matches that follow each other to chains, each with its members; the longest comes first.
+
+    Each takes the result of the one before it, which no other node uses but for a flatten or a dropout that does
+    nothing. Of a row the convolutions alone are a chain, too.
+    """
+    for row in _rows(matches):
+        convolutions = [match for match in row if match.operator == CONV]
+        for members in (row, convolutions) if 0 < len(convolutions) < len(row) else (row,):
+            chain = _chain(members)
+            if chain is not None:
+                yield chain, members
+
+
+def _rows(matches: Sequence[Match]) -> list[list[Match]]:
+    found: list[list[Match]] = []
+    for match in matches:
+        if match.refusal is not None or match.links is None or _dim(match.input) != _DIM[match.operator]:
+            continue
+        row = next((row for row in found if _between(match, row[-1]) is not None), None)
+        if row is None:
+            found.append([match])
+        else:
+            row.append(match)
+    return found
+
+
+_DIM = {CONV: 4, LINEAR: 2, LAST: 2}
+
+
+def _dim(node: fx.Node) -> int:
+    return _value(node).dim()
+
+
+def _between(match: Match, earlier: Match) -> list[fx.Node] | None:
+    """The nodes that lead from one match's result to the next one's input; None if it does not follow."""
+    if earlier.operator == LAST or (match.operator == CONV and earlier.operator != CONV):
+        return None
+    path: list[fx.Node] = []
+    source, own = match.input, (*earlier.nodes, *match.nodes)
+    while source is not earlier.result:
+        given = source.args[0] if source.args else None
+        # A flatten of a linear map's rows would be another matrix.
+        flattens = source.target in _FLATTENS and earlier.operator == CONV and _same_rows(source, earlier.result)
+        if not (flattens or _does_nothing(source)) or not isinstance(given, fx.Node) or len(source.users) > 1:
+            return None
+        path.append(source)
+        source = given
+    allowed = {*own, *path}
+    return path[::-1] if all(user in allowed for user in earlier.result.users) else None
+
+
+def _same_rows(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node makes a row of each image that `source` gives."""
+    rows, images = _value(node), _value(source)
+    sizes = [size for size in images.shape[1:] if isinstance(size, int)]
+    return rows.dim() == 2 and len(sizes) == 3 and isinstance(rows.shape[1], int) and rows.shape[1] == math.prod(sizes)
+
+
+def _does_nothing(node: fx.Node) -> bool:
+    """Whether a node is a dropout in eval mode."""
+    return _STAGES.get(node.target) == _NOTHING and _given(node, _NOTHING).get("training", True) is False
+
+
+def _chain(members: Sequence[Match]) -> Match | None:
+    """Members of a row as one match; None where there is nothing to join, or something stands in between."""
+    if len(members) < 2:
+        return None
+    nodes = list(members[0].nodes)
+    for earlier, later in itertools.pairwise(members):
+        nodes += [*(_between(later, earlier) or ()), *later.nodes]
+    parameters = [operand for match in members for operand in match.operands[1:3]]
+    links = tuple(link for match in members for link in match.links or ())
+    order = {node: index for index, node in enumerate(nodes[0].graph.nodes)}
+    norms = tuple(match.norms[0] for match in members)
+    late = [node for node in (*parameters, *(part for norm in norms for part in (norm or ())[:4])) if node is not None]
+    nodes.sort(key=order.__getitem__)
+    name = " > ".join(match.name for match in members)
+    operands = members[0].input, parameters, links
+    chain = Match(name, CHAIN, tuple(nodes), members[-1].result, operands, norms=norms)
+    return chain if _disturbed(chain, late, order) is None else None
+
+
+def _geometry(options: Mapping[str, Any], weight: Tensor) -> ConvPoolGeometry | None:
+    """A convolution's and a pool's options as the library keeps them; None for padding that is uneven."""
+    padding, dilation = options.get("padding", 0), pair(CONV, "dilation", options.get("dilation", 1))
+    if isinstance(padding, str):
+        total = [0, 0] if padding == "valid" else [dilation[i] * (int(weight.shape[2 + i]) - 1) for i in (0, 1)]
+        if total[0] % 2 or total[1] % 2:
+            return None
+        padding = total[0] // 2, total[1] // 2
+    size = options["pool_size"]
+    pairs = {
+        "stride": options.get("stride", 1),
+        "padding": padding,
+        "dilation": dilation,
+        "pool_size": size,
+        "pool_stride": options.get("pool_stride") or size,
+        "pool_padding": options.get("pool_padding", 0),
+        "pool_dilation": options.get("pool_dilation", 1),
+    }
+    read = {name: pair(CONV, name, value) for name, value in pairs.items()}
+    return ConvPoolGeometry(groups=options.get("groups", 1), ceil_mode=options.get("ceil_mode", False), **read)
+
+
+def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node, type]) -> Match | None:
+    start = _start(first)
+    if start is None:
+        return None
+    wanted = {_RELU, _POOL} if start.operator == CONV else {_RELU}
+    nodes, problems = [first], [start.refusal]
+    options, norm = dict(start.options), None
+    done: list[str] = []
+    result = first
+    while set(done) != wanted:
+        users = sorted((user for user in result.users if user not in nodes), key=order.__getitem__)
+        step = next(((user, stage) for user in users if (stage := _stage(user, result))), None)
+        if step is None:
+            return _last(start) if start.operator == LINEAR else None
+        node, stage = step
+        if stage in done or (stage == _POOL and _POOL not in wanted):
+            return None
+        given = _given(node, stage)
+        # A relu in place as a statement changes what later nodes see under the old name.
+        statement = stage == _RELU and not node.users and _in_place(node, given)
+        others = [user for user in (users[: users.index(node)] if statement else users) if user is not node]
+        if others:
+            names = ", ".join("the output" if user.op == "output" else user.name for user in others)
+            problems.append(f"the result of {result.name} is used by {names} too")
+        if stage == _NORM:
+            if start.operator != CONV or done or norm is not None:
+                return None
+            norm, problem = _norm(given, node)
+            problems.append(problem)
+        elif stage == _NOTHING and given.get("training", True) is not False:
+            problems.append(f"{_place(node)} drops out, in training mode")
+        elif stage == _POOL:
+            problems += _pool_problems(node, given, _RELU in done)
+            options.update(
+                pool_size=given.get("kernel_size"),
+                pool_stride=given.get("stride"),
+                pool_padding=given.get("padding", 0),
+                pool_dilation=given.get("dilation", 1),
+                ceil_mode=given.get("ceil_mode", False),
+            )
+        nodes.append(node)
+        result = result if statement else node
+        if stage in wanted:
+            done.append(stage)
+    name = " > ".join(_place(node) for node in nodes)
+    match = replace(start, name=name, nodes=tuple(nodes), options=options, norms=(norm,), result=result)
+    # The call stands where the first node stood, so that only what is read later can have changed until then.
+    late = () if norm is None else [operand for operand in norm[:4] if operand is not None]
+    problems += [*_operand_problems(match, kinds), _disturbed(match, late, order)]
+    return replace(match, refusal=next((problem for problem in problems if problem), None))
+
+
+def _start(node: fx.Node) -> Match | None:
+    """What begins at a node: a convolution, a linear map or an addmm."""
+    for operator_, kind, targets in ((CONV, "conv", _CONVS), (LINEAR, "linear", _LINEARS), (ADDMM, "addmm", _ADDMMS)):
+        if node.target in targets and node.op in ("call_function", "call_method"):
+            names = _ARGUMENTS[kind]
+            given = _given(node, kind)
+            operands = tuple(given.pop(name, None) for name in names[:3])
+            if not all(isinstance(operand, fx.Node) for operand in operands[: 3 if operator_ == ADDMM else 2]):
+                return None
+            refusal = _computed(node, given)
+            unknown = set(given) - set(names) - {"beta", "alpha"}
+            if unknown or len(node.args) > len(names):
+                refusal = f"{node.name} is called with other arguments than expected"
+            return Match("", operator_, (node,), node, operands, given, refusal=refusal)
+    return None
+
+
+def _last(start: Match) -> Match | None:
+    return replace(start, operator=LAST, name=_place(start.result)) if start.refusal is None else None
+
+
+def _stage(node: fx.Node, source: fx.Node) -> str | None:
+    """What a node does with the result of `source`, if that is something that a site may hold."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    stage = _STAGES.get(node.target)
+    return stage if stage is not None and _given(node, stage).get("input") is source else None
+
+
+def _given(node: fx.Node, kind: str) -> dict[str, Any]:
+    """A call's arguments by name."""
+    return {**dict(zip(_ARGUMENTS[kind], node.args, strict=False)), **node.kwargs}
+
+
+def _in_place(node: fx.Node, given: Mapping[str, Any]) -> bool:
+    return node.target in (torch.relu_, "relu_") or bool(given.get("inplace"))
+
+
+def _norm(given: Mapping[str, Any], node: fx.Node) -> tuple[Norm | None, str | None]:
+    needs = "needs the whole batch's convolution"
+    mean, variance = given.get("running_mean"), given.get("running_var")
+    if mean is None or variance is None:
+        return None, f"BatchNorm without running statistics {needs}"
+    if given.get("training", False) is not False:
+        return None, f"BatchNorm in training mode {needs}"
+    if _value(node).dim() != 4:
+        return None, "BatchNorm of an unbatched image takes its rows for channels"
+    norm = Norm(mean, variance, given.get("weight"), given.get("bias"), given.get("eps", 1e-5))
+    return norm, _computed(node, {"eps": norm.eps})
+
+
+def _pool_problems(node: fx.Node, pool: Mapping[str, Any], after_relu: bool) -> Iterator[str | None]:
+    if pool.get("return_indices") or node.target is F.max_pool2d_with_indices:
+        yield "the max-pool returns indices"
+    yield _computed(node, pool)
+    if not after_relu and _any(pool.get("padding"), 0) and _any(pool.get("dilation"), 1):
+        # Only there may a window lie wholly in the padding: stock's order gives relu(-inf) = 0, the fused one -inf.
+        yield "relu follows a max-pool with both padding and dilation"
+
+
+def _any(value: Any, default: int) -> bool:
+    """Whether an option, an int or a pair, is given and other than its default."""
+    return value is not None and any(leaf != default for leaf in tree_leaves(value))
+
+
+def _computed(node: fx.Node, given: Mapping[str, Any]) -> str | None:
+    """Whether a call's options are known only when it runs."""
+    for name, value in given.items():
+        if name != "input" and any(isinstance(leaf, (fx.Node, torch.SymInt)) for leaf in tree_leaves(value)):
+            return f"the argument {name!r} of {node.name} is computed in the forward"
+    return None
+
+
+def _operand_problems(match: Match, kinds: Mapping[fx.Node, type]) -> Iterator[str | None]:
+    """What a fused operator cannot take: tensors of a kind with operators of its own, or of another dtype or layout."""
+    operands = [operand for operand in (*match.operands, *(match.norms[0] or ())[:4]) if isinstance(operand, fx.Node)]
+    for operand in operands:
+        value, kind = _value(operand), kinds.get(operand, Tensor)
+        if not isinstance(value, Tensor):
+            yield f"the operand {operand.name} is no tensor"
+        elif kind not in _PLAIN or type(value).__name__ not in ("FakeTensor", "Tensor", "Parameter"):
+            other = kind if kind not in _PLAIN else type(value)
+            yield f"its parameters are of type {other.__name__}"
+        elif value.layout is not torch.strided or value.dtype not in (*selection.TRITON_DTYPES, torch.float64):
+            yield f"the operand {operand.name} is of dtype {value.dtype} and layout {value.layout}"
+
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+def _disturbed(match: Match, late: Iterable[fx.Node], order: Mapping[fx.Node, int]) -> str | None:
+    """Whether something between a match's first and last node forbids computing all of it at the first."""
+    first, last = order[match.nodes[0]], order[match.nodes[-1]]
+    late = tuple(late)
+    if any(order[operand] > first for operand in late):
+        return "an operand is computed after the site has begun"
+    for node, index in order.items():
+        if first < index < last and node not in match.nodes:
+            if _switches(node):
+                return f"{node.name} stands in between, which may switch gradients or autocast"
+            if late and _mutates(node):
+                return f"{node.name} stands in between, which may change an operand"
+    return None
+
+
+def _switches(node: fx.Node) -> bool:
+    """Whether a node neither takes nor makes a tensor or a number: it is there for the state that it changes."""
+    known = [source for source in node.all_input_nodes if _value(source) is not None]
+    return node.op == "call_function" and _value(node) is None and not known
+
+
+def _mutates(node: fx.Node) -> bool:
+    """Whether a node may change a tensor that it is given."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    stage = _STAGES.get(node.target) if node.op != "get_attr" else None
+    if stage in (_RELU, _NOTHING) and _in_place(node, _given(node, stage)):
+        return True
+    spelled = (name.endswith("_") and not name.endswith("__")) or name in ("setitem", "__setitem__")
+    written = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
+    in_place = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i") and name != "index"
+    opaque = isinstance(node.target, torch._ops.HigherOrderOperator) or any(
+        overload._schema.is_mutable for overload in _overloads(node.target)
+    )
+    return node.op != "get_attr" and (spelled or written or in_place or opaque)
+
+
+def _overloads(target: Any) -> list[torch._ops.OpOverload]:
+    """The operators that a node may call, where it calls one of ``torch.ops``."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, name) for name in target.overloads()]
+    return [target] if isinstance(target, torch._ops.OpOverload) else []
+
+
+def _value(node: Any) -> Any:
+    """The tensor without data, or the number, that Dynamo computed for a node; None where there is none."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def hint(size: Any) -> int | None:
+    """A size as a number, without making Dynamo's graph depend on it; None where it is not known."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else None
+
+
+def _place(node: fx.Node) -> str:
+    """Where a node comes from: the path of a stock layer, or a function's name after the path of its module."""
+    function = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return function
+    path, kind = re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0]), stack[-1][1]
+    if not path:
+        return function
+    own = getattr(kind, "__module__", "").startswith("torch.nn.") and "container" not in kind.__module__
+    return path if own else f"{path}.{function}"
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that equals a convolution followed by BatchNorm in eval mode.
+
+    Computed anew at every call, so that it always follows the parameters and autograd reaches them.
+    """
+    # 16 bits could lose eps, and with it the difference between a small variance and none.
+    factor = (variance.to(torch.promote_types(variance.dtype, torch.float32)) + eps).rsqrt()
+    if scale is not None:
+        factor = factor * scale
+    offset = (-mean if bias is None else bias - mean) * factor
+    if shift is not None:
+        offset = offset + shift
+    return (weight * factor[:, None, None, None]).to(weight.dtype), offset.to(weight.dtype)
+
+
+def replace_all(graph: fx.Graph, taken: Iterable[Match]) -> None:
+    """Replace matches by fused calls, in place."""
+    fused: dict[fx.Node, fx.Node] = {}
+    for match in taken:
+        # An earlier match's result may be an operand.
+        fused[match.result] = _replace(graph, match, lambda node: fused.get(node, node))
+
+
+def isolate(match: Match, fused: bool) -> fx.GraphModule:
+    """A module of the match alone, its inputs in the order of `Match.inputs`."""
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in match.inputs()}
+    for node in match.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[match.result])
+    if fused:
+        _replace(graph, match, copies.__getitem__)
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def _replace(graph: fx.Graph, match: Match, copy: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    nodes = [copy(node) for node in match.nodes]
+    result = copy(match.result)
+    # Before the first node, not at the last: nodes in between may change the input in place.
+    with graph.inserting_before(nodes[0]):
+        tensors = list(fx.node.map_arg(match.tensors, copy))
+        for index, norm in enumerate(match.norms):
+            if norm is not None:
+                place = slice(1 + 2 * index, 3 + 2 * index)
+                folded = graph.call_function(fold, (*tensors[place], *fx.node.map_arg(tuple(norm), copy)))
+                tensors[place] = [graph.call_function(operator.getitem, (folded, part)) for part in (0, 1)]
+        operands = (tensors[0], tensors[1:], match.links) if match.operator == CHAIN else tuple(tensors)
+        fused = graph.call_function(getattr(functional, match.operator), operands, dict(match.options))
+    fused.meta["example_value"] = _value(match.result)
+    result.replace_all_uses_with(fused)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    return fused

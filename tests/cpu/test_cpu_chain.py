@@ -1,0 +1,293 @@
+"""Chains in one compiled function: the judge that single layers have, and what is a chain's own."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastlenet.kernels.geometry import ConvPoolGeometry
+from harness.judge import assert_as_accurate, assert_bitwise_equal, assert_same_values
+from harness.operators import stock_conv2d_relu_max_pool2d
+from harness.poison import assert_fully_written, poisoned_outputs
+from harness.strides import awkward
+from torch import Tensor
+
+from fastlenet import cpu
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+
+ALLOCATORS = ("fastlenet.cpu.memory:empty",)
+PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
+PADDED = PLAIN._replace(padding=(1, 1))
+OVERLAPPING = PADDED._replace(groups=2, pool_size=(3, 3), pool_padding=(1, 1), ceil_mode=True)
+
+
+class Network(NamedTuple):
+    """A chain: the shape of an image, its links, and the shapes of the weights; maybe not every bias."""
+
+    image: tuple[int, ...]
+    links: tuple[ConvPoolGeometry | str, ...]
+    weights: tuple[tuple[int, ...], ...]
+    some_biases: bool = False
+
+    def tensors(self, images: int, seed: int = 0) -> tuple[Tensor, list[Tensor | None]]:
+        """Random images, and parameters as `torch.nn` would draw them."""
+        generator = torch.Generator().manual_seed(seed)
+        parameters: list[Tensor | None] = []
+        for i, shape in enumerate(self.weights):
+            bound = torch.Size(shape[1:]).numel() ** -0.5
+            parameters.append((torch.rand(shape, generator=generator) * 2 - 1) * bound)
+            bias = (torch.rand(shape[0], generator=generator) * 2 - 1) * bound
+            parameters.append(None if self.some_biases and i % 2 else bias)
+        return torch.randn(images, *self.image, generator=generator), parameters
+
+
+NETWORKS = {
+    "LeNet": Network(
+        (1, 32, 32),
+        (PLAIN, PLAIN, "linear_relu", "linear_relu", "linear"),
+        ((6, 1, 5, 5), (16, 6, 5, 5), (120, 400), (84, 120), (10, 84)),
+    ),
+    "three layers, one with padding": Network(
+        (3, 12, 13), (PADDED, PADDED, "linear"), ((6, 3, 3, 3), (10, 6, 3, 3), (7, 90)), some_biases=True
+    ),
+    "overlapping pools and groups": Network(
+        (2, 9, 10), (OVERLAPPING, PADDED, "linear_relu"), ((4, 1, 3, 2), (5, 4, 2, 3), (20, 45)), some_biases=True
+    ),
+    "convolutions": Network((1, 14, 12), (PLAIN, PADDED), ((6, 1, 3, 3), (4, 6, 3, 3))),
+    "one convolution": Network((2, 8, 9), (PADDED,), ((4, 2, 3, 3),)),
+    "linear layers": Network((37,), ("linear_relu", "linear_relu", "linear"), ((33, 37), (200, 33), (3, 200))),
+    "one linear layer with relu": Network((170,), ("linear_relu",), ((18, 170),)),
+}
+networks = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+some_networks = pytest.mark.parametrize("network", list(NETWORKS.values())[:3], ids=list(NETWORKS)[:3])
+
+
+def stock(input: Tensor, parameters: list[Tensor | None], links) -> Tensor:
+    for i, place in enumerate(links):
+        weight, bias = parameters[2 * i : 2 * i + 2]
+        if isinstance(place, ConvPoolGeometry):
+            g = place
+            names = ("pool_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode")
+            input = stock_conv2d_relu_max_pool2d(input, weight, bias, *g[:4], **dict(zip(names, g[4:], strict=True)))
+        else:
+            input = F.linear(input.flatten(1), weight, bias)
+            input = F.relu(input) if place == "linear_relu" else input
+    return input
+
+
+def compiled(input, parameters, links, grad_output, mask=None):
+    """Forward and backward with every allocation poisoned and guarded."""
+    mask = [tensor is not None for tensor in (input, *parameters)] if mask is None else mask
+    with poisoned_outputs(allocators=ALLOCATORS) as poison:
+        output, saved = cpu.chain(input, parameters, links, True)
+        grads = cpu.chain_backward(grad_output, input, parameters, links, saved, mask)
+        poison.assert_guards_intact()
+    for name, tensor in (("output", output), *((f"gradient {i}", grad) for i, grad in enumerate(grads))):
+        if tensor is not None:
+            assert_fully_written(tensor, name=name)
+    return output, grads
+
+
+def stocks(input, parameters, links, grad_output, dtype=None):
+    leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in (input, *parameters)]
+    output = stock(leaves[0], leaves[1:], links)
+    output.backward(grad_output.to(output.dtype))
+    return output.detach(), [None if leaf is None else leaf.grad for leaf in leaves]
+
+
+def judge(network: Network, input, parameters, grad_output) -> None:
+    """As accurate as stock, against float64: the output, the input's gradient, and the parameters' taken together."""
+    links = network.links
+    trio = [
+        compiled(input, parameters, links, grad_output),
+        stocks(input, parameters, links, grad_output),
+        stocks(input, parameters, links, grad_output, torch.float64),
+    ]
+    assert trio[0][0].stride() == trio[1][0].stride()
+    assert_as_accurate(*(each[0] for each in trio), dtype=torch.float32, name="output")
+    assert_as_accurate(*(each[1][0] for each in trio), dtype=torch.float32, name="gradient of input")
+    # A few numbers say nothing: stock's error in them is luck. So all parameters' gradients stand in one vector.
+    scales = [grad.square().mean().sqrt() for grad in trio[2][1][1:] if grad is not None]
+    vectors = []
+    for _, grads in trio:
+        whole = [grad for grad in grads[1:] if grad is not None]
+        dtype = whole[0].dtype
+        vectors.append(torch.cat([(g.double() / s).flatten() for g, s in zip(whole, scales, strict=True)]).to(dtype))
+    assert_as_accurate(*vectors, dtype=torch.float32, name="gradients of parameters")
+
+
+@networks
+@pytest.mark.parametrize("images", [1, 16, 37])
+def test_chains(network, images):
+    """At most twice stock's error, for less than a block, one block, and some."""
+    input, parameters = network.tensors(images)
+    assert cpu.chain_rejects(torch.empty(512, *network.image), parameters, network.links) is None
+    grad_output = torch.randn(stock(input, parameters, network.links).shape)
+    judge(network, input, parameters, grad_output)
+
+
+def test_more_blocks_than_parts():
+    """The parts of a batch whose sums are kept apart have several blocks each."""
+    network = NETWORKS["three layers, one with padding"]
+    input, parameters = network.tensors(16 * 17 + 5)
+    judge(network, input, parameters, torch.randn(len(input), 7))
+
+
+@networks
+def test_inference_is_training_without_a_record(network):
+    """The same values, bit by bit, and nothing saved."""
+    input, parameters = network.tensors(21)
+    output, saved = cpu.chain(input, parameters, network.links, False)
+    assert saved == []
+    assert_bitwise_equal(output, cpu.chain(input, parameters, network.links, True)[0])
+
+
+def test_convolutions_of_a_chain_are_those_of_layers():
+    """Bit by bit."""
+    network = NETWORKS["convolutions"]
+    input, parameters = network.tensors(21)
+    expected = input
+    for i, geometry in enumerate(network.links):
+        expected, _ = cpu.conv2d_relu_max_pool2d(expected, *parameters[2 * i : 2 * i + 2], geometry, False)
+    assert_bitwise_equal(cpu.chain(input, parameters, network.links, False)[0], expected)
+
+
+@some_networks
+def test_some_gradients(network):
+    """Those asked for equal, bit by bit, those of a call that asks for all; the others are not computed."""
+    input, parameters = network.tensors(21)
+    grad_output = torch.randn(stock(input, parameters, network.links).shape)
+    _, everything = compiled(input, parameters, network.links, grad_output)
+    there = [tensor is not None for tensor in (input, *parameters)]
+    for wanted in itertools.chain(
+        [[i] for i, present in enumerate(there) if present], [[0, 1], list(range(1, len(there))), [len(there) - 2]]
+    ):
+        mask = [present and i in wanted for i, present in enumerate(there)]
+        _, grads = compiled(input, parameters, network.links, grad_output, mask)
+        for i, grad in enumerate(grads):
+            assert (grad is not None) == mask[i]
+            if grad is not None:
+                assert_bitwise_equal(grad, everything[i])
+    _, none = compiled(input, parameters, network.links, grad_output, [False] * len(there))
+    assert none == [None] * len(there)
+
+
+@pytest.mark.parametrize("kind", ["channels_last", "transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("which", ["input", "weights", "grad"])
+@pytest.mark.parametrize("network", [NETWORKS["LeNet"], NETWORKS["convolutions"]], ids=["LeNet", "convolutions"])
+def test_awkward_layouts(network, which, kind):
+    """Any strides; a chain that ends in a convolution has stock's."""
+    input, parameters = network.tensors(19)
+    grad_output = torch.randn(stock(input, parameters, network.links).shape)
+
+    def laid_out(tensor: Tensor) -> Tensor:
+        return awkward(tensor, kind) if tensor.dim() == 4 or kind != "channels_last" else tensor
+
+    if which == "input":
+        input = laid_out(input)
+    elif which == "weights":
+        if kind == "expanded":
+            pytest.skip("a network of equal filters has nothing but ties")
+        parameters = [None if tensor is None else laid_out(tensor) for tensor in parameters]
+    else:
+        grad_output = laid_out(grad_output)
+    judge(network, input, parameters, grad_output)
+
+
+@some_networks
+def test_bitwise_equal_for_any_number_of_threads(network):
+    """And from run to run."""
+    input, parameters = network.tensors(16 * 5 + 3)
+    grad_output = torch.randn(stock(input, parameters, network.links).shape)
+    results, before = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(compiled(input, parameters, network.links, grad_output))
+    finally:
+        torch.set_num_threads(before)
+    for output, grads in results[1:]:
+        assert_bitwise_equal(output, results[0][0])
+        for one, other in zip(grads, results[0][1], strict=True):
+            if one is not None:
+                assert_bitwise_equal(one, other)
+
+
+def test_several_python_threads():
+    """Each computes what it computes alone."""
+    network = NETWORKS["LeNet"]
+    calls = []
+    for seed in range(3):
+        input, parameters = network.tensors(50, seed)
+        calls.append((input, parameters, network.links, torch.randn(50, 10)))
+    mask = [True] * 11
+
+    def once(input, parameters, links, grad_output):
+        output, saved = cpu.chain(input, parameters, links, True)
+        return [output, *cpu.chain_backward(grad_output, input, parameters, links, saved, mask)]
+
+    alone = [once(*call) for call in calls]
+    together: list[list[list[Tensor]]] = [[] for _ in calls]
+
+    def work(i: int) -> None:
+        together[i] += [once(*calls[i]) for _ in range(4)]
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for expected, results in zip(alone, together, strict=True):
+        assert len(results) == 4
+        for result in results:
+            for one, other in zip(result, expected, strict=True):
+                assert_bitwise_equal(one, other)
+
+
+def test_empty_batch():
+    """The output is empty and the gradients of the parameters are zero."""
+    network = NETWORKS["LeNet"]
+    input, parameters = network.tensors(0)
+    output, saved = cpu.chain(input, parameters, network.links, True)
+    assert output.shape == (0, 10)
+    grads = cpu.chain_backward(output, input, parameters, network.links, saved, [True] * 11)
+    for grad, tensor in zip(grads, [input, *parameters], strict=True):
+        assert_same_values(grad, torch.zeros_like(tensor), allow_empty=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_an_image_that_is_not_finite_spoils_its_own_results_alone(value):
+    """NaN stays NaN through relu and pool as in stock, and reaches no other image."""
+    network = NETWORKS["LeNet"]
+    input, parameters = network.tensors(18)
+    input[17, 0, 10, 10] = value
+    expected = stock(input.double(), [p.double() for p in parameters], network.links)
+    output, saved = cpu.chain(input, parameters, network.links, True)
+    assert torch.equal(output.isfinite(), expected.isfinite())
+    grads = cpu.chain_backward(torch.ones(18, 10), input, parameters, network.links, saved, [True] * 11)
+    assert bool(grads[0][:17].isfinite().all())
+
+
+def test_what_is_saved():
+    """At most 12,800 bytes an image, the input included."""
+    network = NETWORKS["LeNet"]
+    input, parameters = network.tensors(64)
+    _, saved = cpu.chain(input, parameters, network.links, True)
+    assert sum(t.numel() * t.element_size() for t in (*saved, input)) // 64 <= 12_800
+
+
+def test_what_is_rejected():
+    """With a reason each."""
+    network = NETWORKS["LeNet"]
+    input, parameters = network.tensors(64)
+    assert "float32" in cpu.chain_rejects(input.double(), parameters, network.links)
+    assert "lanes" in cpu.chain_rejects(input[:1], parameters, network.links)
+    assert cpu.chain_rejects(input[:1], parameters, network.links, save=False) is None
+    small = Network((20,), ("linear_relu", "linear"), ((9, 20), (3, 9)))
+    input, parameters = small.tensors(64)
+    assert "16 inputs" in cpu.chain_rejects(input, parameters, small.links)

@@ -1,0 +1,169 @@
+"""Where compiled code comes from: first use, the files on disk, and machines that cannot compile."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fastlenet.kernels.geometry import ConvPoolGeometry
+from harness.judge import assert_bitwise_equal
+
+from fastlenet import cpu
+from fastlenet.cpu import compiled, threads
+
+needs_numba = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
+
+PREPARE = """
+import sys, time, torch
+from fastlenet import cpu
+from fastlenet.kernels.geometry import ConvPoolGeometry
+assert "numba" not in sys.modules and "llvmlite" not in sys.modules
+plain = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
+input, weight = torch.randn(70, 1, 12, 12), torch.randn(6, 1, 5, 5)
+def compute():
+    output, argmax = cpu.conv2d_relu_max_pool2d(input, weight, None, plain, True)
+    return cpu.conv2d_relu_max_pool2d_backward(output, input, weight, argmax, plain, (True, True, True))
+"""
+
+
+def python(source: str, **environment: str) -> str:
+    """Run a program after `PREPARE` in a process of its own and return what it prints."""
+    run = subprocess.run(
+        [sys.executable, "-c", PREPARE + source],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.fixture
+def afresh() -> Iterator[None]:
+    """Let what is known of this machine be found out anew, in the test and after it."""
+    caches = compiled.unavailable, compiled.folder
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@needs_numba
+def test_a_second_process_imports_no_numba():
+    """It loads what is on disk, in a fraction of a second of work."""
+    python("compute()")
+    seconds = python(
+        "compute_time = time.process_time(); compute(); print(time.process_time() - compute_time)\n"
+        "assert 'numba' not in sys.modules"
+    )
+    assert float(seconds) < 0.3
+
+
+@needs_numba
+def test_other_images_compile_nothing():
+    """Neither their number nor their size, nor the kernel's, nor any geometry."""
+    place = compiled.folder()
+    assert place is not None
+
+    def compute(images: int, size: int, kernel: int, geometry: ConvPoolGeometry) -> set[str]:
+        input, weight = torch.randn(images, 1, size, size + 1), torch.randn(6, 1, kernel, kernel)
+        output, argmax = cpu.conv2d_relu_max_pool2d(input, weight, None, geometry, True)
+        cpu.conv2d_relu_max_pool2d_backward(output, input, weight, argmax, geometry, (True, True, True))
+        return {file.name for file in place.glob("*.o")}
+
+    before = compute(5, 12, 5, PLAIN)
+    assert compute(40, 17, 3, PLAIN._replace(padding=(1, 2), stride=(2, 1), pool_size=(3, 2))) == before
+
+
+@pytest.mark.usefixtures("afresh")
+def test_without_numba(monkeypatch, caplog):
+    """One log line, and a reason that says what to do."""
+
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with caplog.at_level(logging.WARNING, logger="fastlenet"):
+        reasons = {cpu.unavailable() for _ in range(3)}
+    (reason,) = reasons
+    assert reason is not None
+    assert "pip install 'fastlenet[cpu]'" in reason
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.usefixtures("afresh")
+def test_with_an_old_numba(monkeypatch):
+    """The reason names both versions."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.60.1")
+    reason = cpu.unavailable()
+    assert reason is not None
+    assert "0.60.1" in reason
+    assert "0.61" in reason
+
+
+@pytest.mark.usefixtures("afresh")
+def test_without_a_folder(monkeypatch, tmp_path):
+    """Where the only folder is a file there is none; the reason names the variable to set."""
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("FASTLENET_CACHE_DIR", str(file / "below"))
+    reason = cpu.unavailable()
+    assert reason is not None
+    assert "FASTLENET_CACHE_DIR" in reason
+
+
+@pytest.mark.usefixtures("afresh")
+def test_a_read_only_installation_has_the_users_folder(monkeypatch, tmp_path):
+    """The second place is taken where the first cannot be written."""
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setattr(compiled, "_folders", lambda: [file / "below", tmp_path / "cache"])
+    assert compiled.folder() == tmp_path / "cache"
+
+
+def test_the_package_has_two_folders(monkeypatch):
+    """Beside the sources, then the user's own; a variable overrides both."""
+    for name in ("FASTLENET_CACHE_DIR", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    beside, own = compiled._folders()
+    assert beside.parent == Path(compiled.__file__).parent
+    assert own == Path.home() / ".cache" / "fastlenet"
+    monkeypatch.setenv("FASTLENET_CACHE_DIR", "elsewhere")
+    assert compiled._folders() == [Path("elsewhere")]
+
+
+@needs_numba
+def test_without_openmp_the_caller_computes_alone(monkeypatch):
+    """The same bits."""
+    input, weight = torch.randn(70, 1, 12, 12), torch.randn(6, 1, 5, 5)
+    expected, _ = cpu.conv2d_relu_max_pool2d(input, weight, None, PLAIN, False)
+    monkeypatch.setattr(threads, "_gomp_parallel", lambda: None)
+    assert threads.workers(100) == 1
+    assert_bitwise_equal(cpu.conv2d_relu_max_pool2d(input, weight, None, PLAIN, False)[0], expected)
+
+
+@needs_numba
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_computes():
+    """With one thread, as PyTorch sets it in a DataLoader's workers; with several stock's operators hang, too."""
+    out = python(
+        "import os, warnings; warnings.simplefilter('ignore'); compute(); expected = compute()\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    torch.set_num_threads(1)\n"
+        "    same = all(torch.equal(one, other) for one, other in zip(compute(), expected))\n"
+        "    os._exit(0 if same else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    assert out.strip() == "0"

@@ -1,0 +1,423 @@
+"""The compiled CPU kernels of one layer, before the same judge and on the same grid as the other implementations."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness.cases import BIG_WINDOW, CONV_CASES, TOO_BIG_WINDOW, conv_case, conv_cases
+from harness.draw import conv_calls
+from harness.fuzz import assume, examples, given, settings
+from harness.judge import assert_as_accurate, assert_bitwise_equal, assert_same_values, exact_grid
+from harness.operators import CONV, Result, run, upstream
+from harness.poison import assert_fully_written, poisoned_outputs
+from harness.strides import awkward, kinds_for
+from torch import Tensor
+
+from fastlenet import cpu, reference
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+
+ALLOCATORS = ("fastlenet.cpu.memory:empty",)
+NAMES = ("input", "weight", "bias")
+PLAIN = conv_case("", (1,), (1, 1, 1, 1)).geometry
+special = pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+
+# Names say what each is for. 16 images make a block: these take one lane, some, all, and a second block.
+SMALL = conv_case("small", (5, 3, 9, 8), (5, 3, 2, 3), padding=(1, 0), pool_size=(2, 3), pool_stride=2)
+COVERED = conv_case("covered", (2, 2, 8, 9), (4, 2, 3, 2), pool_size=3, pool_stride=(3, 1))
+BLOCKS = [
+    conv_case("one block", (16, 2, 10, 12), (4, 2, 5, 5)),
+    conv_case("a block and one image", (17, 1, 12, 10), (6, 1, 5, 5)),
+    conv_case("two and a half blocks", (40, 3, 9, 8), (5, 3, 2, 3), padding=(1, 0), pool_size=(2, 3), pool_stride=2),
+    conv_case("more blocks than parts", (16 * 17 + 3, 2, 4, 4), (4, 2, 3, 3)),
+]
+ALL_ELSE = conv_case(
+    "groups, overlap and all else", (19, 4, 9, 8), (6, 2, 2, 3), groups=2, stride=(1, 2), padding=1,
+    dilation=(2, 1), pool_size=3, pool_stride=(2, 1), pool_padding=1, ceil_mode=True,
+)  # fmt: skip
+MORE = [
+    *BLOCKS,
+    ALL_ELSE,
+    conv_case("a window as large as the image", (3, 2, 8, 9), (4, 2, 1, 1), pool_size=(8, 9)),
+    conv_case("a kernel of more taps than a chain", (3, 1, 17, 16), (4, 1, 14, 15)),
+    conv_case("channels of several chains", (3, 40, 6, 6), (4, 40, 3, 3)),
+    conv_case("long channels of several chains", (2, 3, 15, 15), (2, 3, 13, 13)),
+    conv_case("stride and pixels that no tap meets", (3, 2, 12, 13), (4, 2, 2, 2), stride=(3, 4), pool_size=1),
+]
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, geometry):
+        output, argmax = cpu.conv2d_relu_max_pool2d(input, weight, bias, geometry, True)
+        ctx.save_for_backward(input, weight, argmax)
+        ctx.geometry = geometry
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, weight, argmax = ctx.saved_tensors
+        arguments = grad_output, input, weight, argmax, ctx.geometry, ctx.needs_input_grad[:3]
+        grads = cpu.conv2d_relu_max_pool2d_backward(*arguments)
+        for needed, grad in zip(ctx.needs_input_grad, grads, strict=False):
+            assert needed == (grad is not None)
+        return (*grads, None)
+
+
+def compiled(input: Tensor, weight: Tensor, bias: Tensor | None = None, **keywords) -> Tensor:
+    """The kernels as an operator with stock's arguments."""
+    geometry = conv_case("", tuple(input.shape), tuple(weight.shape), **keywords).geometry
+    if isinstance(keywords.get("padding"), str):
+        wanted = [
+            d * (k - 1) if keywords["padding"] == "same" else 0
+            for d, k in zip(geometry.dilation, weight.shape[2:], strict=True)
+        ]
+        odd = [n % 2 for n in wanted]
+        input = F.pad(input, (0, odd[1], 0, odd[0])) if any(odd) else input
+        geometry = geometry._replace(padding=(wanted[0] // 2, wanted[1] // 2))
+    batched = input if input.dim() == 4 else input[None]
+    output = _Compiled.apply(batched, weight, bias, geometry)
+    return output if input.dim() == 4 else output[0]
+
+
+def watched(function, tensors, keywords, grad_output=None, wanted=None) -> Result:
+    """Run with every allocation poisoned and guarded, and the results fully written."""
+    with poisoned_outputs(allocators=ALLOCATORS) as poison:
+        result = run(function, tensors, keywords, grad_output, wanted)
+        poison.assert_guards_intact()
+    for name, tensor in result.tensors():
+        assert_fully_written(tensor, name=name)
+    return result
+
+
+TRIAL = CONV.__class__(compiled, CONV.stock, CONV.judge, watched)
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+# --- accuracy ------------------------------------------------------------------------------------------------------
+
+
+@conv_cases([*CONV_CASES, *MORE])
+def test_conv_grid(case):
+    """As accurate as stock on random numbers, and equal to it where arithmetic is exact."""
+    TRIAL.random(case, case.random(torch.float32))
+    TRIAL.exact(case, case.exact(torch.float32))
+
+
+def test_long_sums_are_as_accurate_as_stocks():
+    """Of 1,152 products; by the contract's rule alone, without the allowance that small tensors need.
+
+    One chain of them has five times stock's error.
+    """
+    case = conv_case("long sums", (64, 128, 6, 6), (16, 128, 3, 3))
+    tensors = case.random(torch.float32)
+    exact = {name: tensor.double() for name, tensor in tensors.items()}
+    # A gradient in which no decision of relu or pool has a part.
+    everywhere = {"pool_size": 1, "groups": 1}
+    tensors["bias"] += 1000.0
+    exact["bias"] += 1000.0
+    grad = torch.randn(64, 16, 4, 4)
+    actual = watched(compiled, tensors, everywhere, grad)
+    stock = run(CONV.stock, tensors, everywhere, grad)
+    reference = run(CONV.stock, exact, everywhere, grad.double())
+    for name in ("input", "weight"):
+        trio = (result.grads[name] for result in (actual, stock, reference))
+        assert_as_accurate(*trio, dtype=torch.float32, name=name)
+    for tensors_of in (tensors, exact):
+        tensors_of["bias"] -= 1000.0
+    outputs = [compiled(**tensors), CONV.stock(**tensors), CONV.stock(**exact)]
+    assert_as_accurate(*outputs, dtype=torch.float32, name="output")
+
+
+@settings(max_examples=examples(80))
+@given(call=conv_calls(dtypes=(torch.float32,)))
+def test_drawn_convolutions(call):
+    """Any shape and layout, but padded images one pixel wide under a stride: there stock itself fails."""
+    geometry = call.case.geometry
+    assume(call.case.input[-1] > 1 or geometry.stride[1] == 1 or geometry.padding[1] == 0)
+    kind = call.grad_kind(len(call.case.input))
+    if call.exact:
+        TRIAL.exact(call.case, call.tensors(), kind)
+    else:
+        TRIAL.random(call.case, call.tensors(), kind, allow_zero=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in ("input", "weight", "grad") for kind in kinds_for(torch.empty(1, 1, 1, 1))]
+    + [("bias", kind) for kind in kinds_for(torch.empty(1))],
+)
+@conv_cases([BLOCKS[2], ALL_ELSE])
+def test_awkward_layouts(case, name, kind):
+    """One tensor at a time in each layout."""
+    tensors = case.random(torch.float32)
+    if name != "grad":
+        tensors[name] = awkward(tensors[name], kind)
+    TRIAL.random(case, tensors, kind if name == "grad" else "contiguous")
+
+
+@pytest.mark.parametrize("name", ["input", "weight"])
+@conv_cases([SMALL, ALL_ELSE])
+def test_channels_last_comes_out_as_it_went_in(case, name):
+    """Output and gradients have stock's strides."""
+    tensors = case.exact(torch.float32)
+    tensors[name] = awkward(tensors[name], "channels_last")
+    stock = run(CONV.stock, tensors, case.keywords)
+    result = TRIAL.equal(case, tensors, None)
+    for (label, actual), (_, expected) in zip(result.tensors(), stock.tensors(), strict=True):
+        if label != "gradient of weight":  # autograd accumulates it in the weight's own layout
+            assert actual.stride() == expected.stride(), label
+
+
+@pytest.mark.parametrize("wanted", [c for n in (1, 2) for c in itertools.combinations(NAMES, n)], ids="+".join)
+@conv_cases([BLOCKS[1], ALL_ELSE])
+def test_some_gradients(case, wanted):
+    """Those asked for equal stock's, the others are not computed."""
+    tensors = case.exact(torch.float32)
+    grad = exact_grid(CONV.stock(**tensors, **case.keywords).shape, torch.float32, terms=case.terms)
+    expected = run(CONV.stock, tensors, case.keywords, grad, wanted)
+    result = watched(compiled, tensors, case.keywords, grad, wanted)
+    for name in wanted:
+        assert_same_values(result.grads[name], expected.grads[name], name=name)
+
+
+def test_inference_is_training_without_argmax():
+    """The same values, bit by bit."""
+    for case in (BLOCKS[0], ALL_ELSE, BIG_WINDOW):
+        tensors = case.random(torch.float32)
+        output, argmax = cpu.conv2d_relu_max_pool2d(*tensors.values(), case.geometry, False)
+        assert argmax is None
+        assert_bitwise_equal(output, cpu.conv2d_relu_max_pool2d(*tensors.values(), case.geometry, True)[0])
+
+
+def test_empty_batch():
+    """The output is empty and the gradients of the parameters are zero."""
+    tensors = SMALL.random(torch.float32)
+    tensors["input"] = tensors["input"][:0]
+    result = TRIAL.equal(SMALL, tensors, None)
+    assert result.output.shape[0] == 0
+    for name in ("weight", "bias"):
+        assert_same_values(result.grads[name], torch.zeros_like(tensors[name]))
+
+
+# --- special values ------------------------------------------------------------------------------------------------
+
+
+@special
+@pytest.mark.parametrize("name", ["input", "bias"])
+@conv_cases([COVERED, BLOCKS[0]])
+def test_nan_and_infinities(case, name, value):
+    """They travel as in stock, forward and backward."""
+    tensors = case.exact(torch.float32)
+    flat = tensors[name].view(-1)
+    flat[[0, flat.numel() // 2, flat.numel() // 2 + 1]] = value
+    result = TRIAL.exact(case, tensors)
+    assert not result.output.isfinite().all() or value < 0
+
+
+@special
+@conv_cases([COVERED, *BLOCKS[:2]])
+def test_nan_and_infinities_in_the_weight(case, value):
+    """As in stock: no pixel beyond the edge is multiplied by them."""
+    tensors = case.exact(torch.float32)
+    tensors["weight"][1, 0, 1, 1] = value
+    TRIAL.exact(case, tensors)
+
+
+@special
+@pytest.mark.parametrize("name", NAMES)
+@conv_cases([ALL_ELSE, BLOCKS[1]])
+def test_nan_and_infinities_reach_the_same_outputs(case, name, value):
+    """With padding and cells outside any window too."""
+    tensors = case.exact(torch.float32)
+    tensors[name].view(-1)[tensors[name].numel() // 2] = value
+    stock = CONV.stock(**{key: tensor.double() for key, tensor in tensors.items()}, **case.keywords)
+    assert_same_values(compiled(**tensors, **case.keywords), stock.float())
+
+
+@special
+def test_nan_and_infinities_in_the_upstream_gradient(value):
+    """They reach what their cell reaches, and nothing where relu was off."""
+    for case in (COVERED, BLOCKS[0]):
+        tensors = case.exact(torch.float32)
+        tensors["bias"][0] = -100
+        output = CONV.stock(**tensors, **case.keywords)
+        grad = exact_grid(output.shape, output.dtype, terms=case.terms)
+        closed = int((output == 0).flatten().nonzero()[0])
+        for position in (closed, int(output.argmax())):
+            spoiled = grad.clone()
+            spoiled.view(-1)[position] = value
+            result = TRIAL.equal(case, tensors, spoiled)
+            assert result.grads["bias"].isfinite().all() == (position == closed)
+
+
+@special
+def test_an_image_that_is_not_finite_stays_alone(value):
+    """The last image stands for missing lanes: its NaN must reach no gradient of another image."""
+    case = BLOCKS[1]
+    tensors = case.exact(torch.float32)
+    tensors["input"][-1] = value
+    TRIAL.exact(case, tensors)
+
+
+@conv_cases([SMALL, *BLOCKS[:2]])
+def test_no_gradient_where_every_cell_is_closed(case):
+    """All-negative windows: zero output and exactly zero gradients; cells at exactly zero are closed too."""
+    tensors = case.exact(torch.float32)
+    for bias in (-1000.0, 0.0):
+        tensors["bias"] = torch.full_like(tensors["bias"], bias)
+        if bias == 0:
+            tensors["weight"] = torch.zeros_like(tensors["weight"])
+        for _, tensor in TRIAL.exact(case, tensors).tensors():
+            assert_same_values(tensor, torch.zeros_like(tensor))
+
+
+def test_ties_go_to_the_first_cell_in_scan_order():
+    """A constant image: every cell of every window ties; and so do NaN, of which the last counts."""
+    geometry = conv_case("", (1,), (1, 1, 1, 1), pool_size=(2, 3), pool_stride=1).geometry
+    for value, cell in ((1.0, 0), (float("nan"), 5), (float("inf"), 0)):
+        image = torch.full((3, 1, 4, 5), value)
+        output, argmax = cpu.conv2d_relu_max_pool2d(image, torch.ones(1, 1, 1, 1), None, geometry, True)
+        assert_same_values(output, torch.full_like(output, value))
+        assert bool((argmax == cell).all())
+
+
+def test_a_window_without_a_cell():
+    """Padding and dilation of the pool together can leave one: stock says -inf, and no gradient passes."""
+    keywords = {"pool_size": 2, "pool_stride": 2, "pool_padding": 1, "pool_dilation": 3}
+    case = conv_case("", (17, 1, 2, 2), (2, 1, 1, 1), **keywords)
+    tensors = case.exact(torch.float32)
+    expected = CONV.stock(**tensors, **keywords)
+    assert bool((expected == -torch.inf).any())
+    output, argmax = cpu.conv2d_relu_max_pool2d(*tensors.values(), case.geometry, True)
+    assert_same_values(output, expected)
+    assert bool((argmax[expected == -torch.inf] == case.geometry.no_winner).all())
+
+
+# --- threads, layouts in memory, other implementations ----------------------------------------------------------------
+
+
+@conv_cases(BLOCKS)
+def test_bitwise_equal_for_any_number_of_threads(case):
+    """And from run to run."""
+    tensors = case.random(torch.float32)
+    grad = upstream(CONV.stock(**tensors, **case.keywords))
+    results, before = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(run(compiled, tensors, case.keywords, grad))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for (name, one), (_, two) in zip(results[0].tensors(), other.tensors(), strict=True):
+            assert_bitwise_equal(one, two, name=name)
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    """Bit by bit, wherever in a block it stands."""
+    case = BLOCKS[2]
+    tensors = case.random(torch.float32)
+    whole = compiled(**tensors, **case.keywords)
+    for start, end in ((0, 1), (3, 20), (39, 40)):
+        part = compiled(tensors["input"][start:end], tensors["weight"], tensors["bias"], **case.keywords)
+        assert_bitwise_equal(part, whole[start:end])
+
+
+def test_several_python_threads():
+    """Each computes what it computes alone."""
+    case = BLOCKS[3]
+    drawn = [case.random(torch.float32) for _ in range(4)]
+    grads = [upstream(CONV.stock(**tensors, **case.keywords)) for tensors in drawn]
+    alone = [run(compiled, tensors, case.keywords, grad) for tensors, grad in zip(drawn, grads, strict=True)]
+    together: list[list[Result]] = [[] for _ in drawn]
+
+    def work(i: int) -> None:
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in drawn[i].items()}
+        for _ in range(5):
+            output = compiled(**leaves, **case.keywords)
+            found = torch.autograd.grad(output, list(leaves.values()), grads[i])
+            together[i].append(Result(output.detach(), dict(zip(leaves, found, strict=True))))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(drawn))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for expected, results in zip(alone, together, strict=True):
+        assert len(results) == 5
+        for result in results:
+            for (name, one), (_, two) in zip(result.tensors(), expected.tensors(), strict=True):
+                assert_bitwise_equal(one, two, name=name)
+
+
+def test_nothing_is_modified():
+    """Arguments keep their values."""
+    tensors = ALL_ELSE.random(torch.float32)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    run(compiled, tensors, ALL_ELSE.keywords)
+    for name, tensor in tensors.items():
+        assert tensor._version == 0
+        assert_bitwise_equal(tensor, before[name], name=name)
+
+
+@conv_cases([BLOCKS[1], ALL_ELSE, SMALL])
+def test_backward_after_another_implementations_forward(case):
+    """The argmax has one meaning: aten's serves the kernels' backward, and the kernels' serves aten's."""
+    tensors = case.exact(torch.float32)
+    input, weight, bias = tensors.values()
+    output, argmax = cpu.conv2d_relu_max_pool2d(input, weight, bias, case.geometry, True)
+    expected_output, expected = reference.conv2d_relu_max_pool2d_with_argmax(input, weight, bias, case.geometry)
+    assert_same_values(output, expected_output)
+    assert torch.equal(argmax, expected)
+    grad = exact_grid(output.shape, torch.float32, terms=case.terms)
+    mask = (True, True, True)
+    first = cpu.conv2d_relu_max_pool2d_backward(grad, input, weight, expected, case.geometry, mask)
+    second = reference.conv2d_relu_max_pool2d_backward(grad, input, weight, argmax, case.geometry, mask)
+    for one, other in zip(first, second, strict=True):
+        assert_same_values(one, other)
+
+
+@pytest.mark.parametrize(
+    ("images", "shape", "weight", "count", "reason"),
+    [
+        (32, (1, 32, 32), (6, 1, 5, 5), 2, None),
+        (16, (6, 14, 14), (16, 6, 5, 5), 2, None),
+        (8, (6, 14, 14), (16, 6, 5, 5), 2, "lanes"),
+        (8, (6, 14, 14), (16, 6, 5, 5), 1, None),
+        (64, (32, 13, 13), (64, 32, 3, 3), 2, None),
+        (48, (32, 13, 13), (64, 32, 3, 3), 2, "lanes"),
+        (512, (64, 14, 14), (64, 64, 3, 3), 2, "library"),
+        (0, (1, 32, 32), (6, 1, 5, 5), 2, None),
+        (16, (64, 224, 224), (8, 64, 3, 3), 1, "memory"),
+    ],
+)
+def test_what_is_rejected_by_its_size(images, shape, weight, count, reason):
+    """With a reason each; more threads need more images."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        found = cpu.rejects(torch.empty(1).expand(images, *shape), torch.empty(weight), PLAIN)
+    finally:
+        torch.set_num_threads(before)
+    assert found is None if reason is None else reason in found
+
+
+def test_what_is_rejected_by_its_kind():
+    """With a reason each."""
+    tensors = TOO_BIG_WINDOW.random(torch.float32)
+    assert "255 cells" in cpu.rejects(tensors["input"], tensors["weight"], TOO_BIG_WINDOW.geometry)
+    double = {name: tensor.double() for name, tensor in BLOCKS[2].random(torch.float32).items()}
+    assert "float32" in cpu.rejects(double["input"], double["weight"], BLOCKS[2].geometry)

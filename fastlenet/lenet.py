@@ -79,7 +79,7 @@ def _chain_of(*layers: nn.Module | None) -> tuple[list[Tensor | None], Links] | 
     links: list[Any] = []
     parameters: list[Tensor | None] = []
     for layer, kind in zip(layers, _KINDS, strict=True):
-        if type(layer) is not kind:
+        if layer is None or type(layer) is not kind:
             return None
         state = layer.__dict__
         if (

@@ -111,8 +111,10 @@ def why(name: str, settings: Any, tensors: Sequence[Any], differentiable: bool) 
     elif name == CONV:
         input, weight, _ = tensors
         reasons = (convolution(direction, input, weight, settings) for direction in directions)
-    else:
+    elif name == "chain":
         reasons = (_link(direction, settings, tensors) for direction in directions)
+    else:  # an operator without a rule is its kernels'
+        return None
     return next((reason for reason in reasons if reason is not None), None)
 
 
@@ -131,7 +133,7 @@ def _link(direction: str, links: Links, tensors: Sequence[Any]) -> str | None:
 
 def convolution(direction: str, input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> str | None:
     """Say why cuDNN computes a convolution with its pool, or None if a Triton kernel does; see `why_library`."""
-    precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
     depth, columns = math.prod(weight.shape[1:]), weight.shape[0] // geometry.groups
     key = geometry.key(input, weight)
     return why_library(

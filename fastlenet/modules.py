@@ -129,10 +129,10 @@ def prepared(layer: nn.Module) -> ConvPoolGeometry | None:
         return None
     if known is not None and all(map(operator.is_, fields, known[0])):
         return known[1]
-    *sizes, ceil_mode = (*map(_pair, fields[:3]), fields[3], *map(_pair, fields[4:8]), fields[8])
-    if None in sizes or type(fields[3]) is not int or type(ceil_mode) is not bool:
+    conv, groups, pool, ceil_mode = [*map(_pair, fields[:3])], fields[3], [*map(_pair, fields[4:8])], fields[8]
+    if None in conv or None in pool or type(groups) is not int or type(ceil_mode) is not bool:
         return None
-    geometry = ConvPoolGeometry(*sizes, ceil_mode)
+    geometry = ConvPoolGeometry(*conv, groups, *pool, ceil_mode)
     attributes["_prepared"] = fields, geometry
     return geometry
 

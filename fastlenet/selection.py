@@ -470,6 +470,11 @@ def _run_registered(operator: Operator, registered: Any, *args: Any) -> Any:
     return registered.run(known, *args)
 
 
+def register(operator: Operator) -> None:
+    """Let the choice decide what runs where a graph calls an operator."""
+    for name, registered in operator.registered().items():
+        implement(name, functools.partial(_run_registered, operator, registered))
+
+
 for _operator in (ops.CONV2D_RELU_MAX_POOL2D, ops.ADDMM_RELU, ops.CHAIN):
-    for _name, _registered in _operator.registered().items():
-        implement(_name, functools.partial(_run_registered, _operator, _registered))
+    register(_operator)

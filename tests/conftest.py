@@ -63,11 +63,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(params=["stock", "kernels"])
-def either(request: pytest.FixtureRequest) -> Iterator[str]:
+def either(request: pytest.FixtureRequest) -> str:
     """Once with stock's operators, once with the Functions around stand-ins for compiled CPU kernels."""
     if request.param == "kernels":
         request.getfixturevalue("cpu_kernels")
-    yield request.param
+    return str(request.param)
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastlenet
+from fastlenet import ops
 from fastlenet.ops.chain import links_of, spec_of
+from fastlenet.ops.registration import Operator
 
 PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
 TABLE = fastlenet.decompositions()
@@ -63,8 +65,9 @@ def assert_same(ours, operator, *args):
 
 
 def test_every_operator_has_a_decomposition():
-    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastlenet::")}
-    assert {f"{op.namespace}::{op._opname}" for op in TABLE} == registered
+    registered = {name for value in vars(ops).values() if isinstance(value, Operator) for name in value.registered()}
+    assert {op._opname for op in TABLE} == registered
+    assert all(op.namespace == ops.NAMESPACE for op in TABLE)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -122,7 +122,9 @@ def test_the_example_runs():
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "tutorial.py")], capture_output=True, text=True, check=True
     )
-    assert "ConvReLUMaxPool2dFunctionBackward" in done.stdout
+    assert "MseLossBackward0" in done.stdout
+    # By compiled kernels the whole network is one node, by stock's operators it is theirs.
+    assert "LinearChainBackward" in done.stdout or "ThresholdBackward0" in done.stdout
     assert "RMSProp" in done.stdout
 
 

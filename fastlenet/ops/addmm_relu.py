@@ -90,7 +90,7 @@ class AddmmReLUFunction(torch.autograd.Function):
         shape: tuple[int, ...] | None,
         known: Any,
     ) -> Tensor:
-        """Take matrices (M, K) and (K, N) and an input that broadcasts to (M, N), the output's shape if None is given."""
+        """Take matrices (M, K) and (K, N), and an input that broadcasts to (M, N), the output's own shape."""
         output = (operators.addmm_relu if known is None else known.forward)(input, mat1, mat2, beta, alpha)
         output = output if shape is None else shaped(output, shape, known)
         ctx.save_for_backward(output, mat1, mat2)

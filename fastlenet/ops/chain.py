@@ -55,7 +55,7 @@ def links_of(spec: str) -> Links:
 def _geometry(numbers: str) -> ConvPoolGeometry:
     a, b, c, d, e, f, groups, *pool, ceil_mode = map(int, numbers.split())
     sizes = (tuple(pool[i : i + 2]) for i in range(0, 8, 2))
-    return ConvPoolGeometry((a, b), (c, d), (e, f), groups, *sizes, bool(ceil_mode))  # type: ignore[arg-type]
+    return ConvPoolGeometry((a, b), (c, d), (e, f), groups, *sizes, bool(ceil_mode))
 
 
 def _fake(input: Tensor, parameters: Sequence[Tensor | None], spec: str, save: bool) -> tuple[Tensor, list[Tensor]]:
@@ -87,31 +87,40 @@ def _backward_fake(
     ]
 
 
-def _costs(input: Sequence[int], parameters: Sequence[Any], spec: str) -> list[int]:
-    """Count each link's forward, from shapes."""
-    found = []
+def _costs(input: Sequence[int], parameters: Sequence[Any], spec: str) -> list[Callable[..., int]]:
+    """Of each link, what counts its forward, or its gradients by a mask."""
+    found: list[Callable[..., int]] = []
     for link, weight in zip(links_of(spec), parameters[::2], strict=True):
         if isinstance(link, ConvPoolGeometry):
-            found.append(conv.flops(input, weight, link))
+            found.append(functools.partial(_conv_flops, input, weight, link))
             size = link.conv_size((input[2], input[3]), (weight[2], weight[3]))
             input = input[0], weight[0], *link.pooled_size(size)
         else:
-            found.append(linear.flops((input[0], math.prod(input[1:])), weight[::-1]))
+            found.append(functools.partial(_linear_flops, linear.flops((input[0], math.prod(input[1:])), weight[::-1])))
             input = input[0], weight[0]
     return found
 
 
+def _conv_flops(input: Any, weight: Any, geometry: ConvPoolGeometry, mask: Sequence[bool] | None = None) -> int:
+    if mask is None:
+        return conv.flops(input, weight, geometry)
+    return conv.backward_flops(input, weight, geometry, mask)
+
+
+def _linear_flops(forward: int, mask: Sequence[bool] = (True, False, False)) -> int:
+    return (mask[0] + mask[1]) * forward
+
+
 def _flops(input: Any, parameters: Any, spec: str, *_: Any, **__: Any) -> int:
-    return sum(_costs(input, parameters, spec))
+    return sum(cost() for cost in _costs(input, parameters, spec))
 
 
 def _backward_flops(
     grad_output: Any, output: Any, input: Any, parameters: Any, saved: Any, spec: str, mask: Any, **_: Any
 ) -> int:
     costs = _costs(input, parameters, spec)
-    return sum(
-        cost * (bool(any(mask[: 2 * index + 1])) + bool(mask[2 * index + 1])) for index, cost in enumerate(costs)
-    )
+    masks = ((any(mask[: 2 * i + 1]), *mask[2 * i + 1 : 2 * i + 3]) for i in range(len(costs)))
+    return sum(cost(wanted) for cost, wanted in zip(costs, masks, strict=True))
 
 
 define(
@@ -145,8 +154,8 @@ class ChainFunction(torch.autograd.Function):
         if leading is not None:
             output = shaped(output, (*leading, *output.shape[1:]), known)
         ctx.known, ctx.links = known, links
-        # The output's sign is the last relu's mask.
-        ctx.save_for_backward(input, *parameters, *saved, *(() if links[-1] == LINEAR else (output,)))
+        # The output's sign is the last relu's mask; of any other last link it may be modified.
+        ctx.save_for_backward(input, *parameters, *saved, *((output,) if links[-1] == LINEAR_RELU else ()))
         return output
 
     @staticmethod
@@ -158,7 +167,7 @@ class ChainFunction(torch.autograd.Function):
         size = input.shape[0], *grad_output.shape[-3 if isinstance(links[-1], ConvPoolGeometry) else -1 :]
         grad_output = grad_output if grad_output.shape == size else grad_output.reshape(size)
         saved, output = tensors[count:], None
-        if links[-1] != LINEAR:
+        if links[-1] == LINEAR_RELU:
             *saved, output = saved
             output = output.reshape(size)
         if composed_backward(grad_output):
@@ -179,7 +188,7 @@ def _composed_grads(
     """Gradients in plain operators: differentiable to any order, as all that lies between is computed once more."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        wanted = [tensor for tensor, needed in zip(operands, needs, strict=True) if needed]
+        wanted = [tensor for tensor, needed in zip(operands, needs, strict=True) if tensor is not None and needed]
         input, *parameters = operands
         assert input is not None
         output = reference.chain(input, parameters, links)

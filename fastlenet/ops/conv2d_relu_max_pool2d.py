@@ -69,8 +69,16 @@ def _flops(input: Any, weight: Any, bias: Any, *args: Any, **_: Any) -> int:
 
 
 def _backward_flops(grad_output: Any, input: Any, weight: Any, argmax: Any, *args: Any, **_: Any) -> int:
-    *fields, (need_input, need_weight, _need_bias) = args
-    return (need_input + need_weight) * flops(input, weight, ConvPoolGeometry(*fields))
+    *fields, output_mask = args
+    return backward_flops(input, weight, ConvPoolGeometry(*fields), output_mask)
+
+
+def backward_flops(
+    input: Sequence[int], weight: Sequence[int], geometry: ConvPoolGeometry, output_mask: Sequence[bool]
+) -> int:
+    """Count what stock's convolution counts: of a weight's gradient the whole of every group with every other."""
+    need_input, need_weight, _need_bias = output_mask
+    return (need_input + need_weight * geometry.groups) * flops(input, weight, geometry)
 
 
 define(

@@ -1,0 +1,1 @@
+"""Tests of the operators as PyTorch sees them, a file for each."""

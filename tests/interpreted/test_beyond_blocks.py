@@ -46,7 +46,9 @@ def test_sums_of_partial_sums(parts, size, device):
     assert_same_values(total, 2 * rows.sum(0))
 
 
-@pytest.mark.parametrize("size", [(2 * LARGEST + 300, 5, 7), (40, 600, 7), (40, 5, 530)], ids=["rows", "depth", "columns"])
+@pytest.mark.parametrize(
+    "size", [(2 * LARGEST + 300, 5, 7), (40, 600, 7), (40, 5, 530)], ids=["rows", "depth", "columns"]
+)
 def test_products(size, device):
     m, k, n = size
     tensors = integers(n, device=device), integers(m, k, device=device), integers(k, n, device=device)

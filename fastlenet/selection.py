@@ -206,9 +206,8 @@ def _rejected_by_cpu(call: Call) -> Rejection | None:
         uncovered = call.operator.uncovered("cpu", call.settings, *call.tensors)
         slower = uncovered or call.operator.slower(call.settings, call.differentiable, *call.tensors)
     # What a call's shape decides comes first: under "auto" a compiler is looked for only where there is work for it.
-    if backend() != "auto" or not (uncovered or slower):
-        if (unavailable := cpu.unavailable()) is not None:
-            return Rejection(unavailable, RuntimeError)
+    if (backend() != "auto" or not (uncovered or slower)) and (unavailable := cpu.unavailable()) is not None:
+        return Rejection(unavailable, RuntimeError)
     if uncovered is not None:
         return Rejection(uncovered, NotImplementedError)
     return None if slower is None else Rejection(slower, None)

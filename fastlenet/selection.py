@@ -201,7 +201,8 @@ def _rejected_by_cpu(call: Call) -> Rejection | None:
     if (unavailable := cpu.unavailable()) is not None:
         return Rejection(unavailable, RuntimeError)
     if call.operator is None:
-        return None
+        rejected = call.main.dtype != torch.float32
+        return Rejection("the compiled CPU kernels cover torch.float32", NotImplementedError) if rejected else None
     uncovered = call.operator.uncovered("cpu", call.settings, *call.tensors)
     if uncovered is not None:
         return Rejection(uncovered, NotImplementedError)

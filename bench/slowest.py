@@ -68,11 +68,17 @@ def draw(rng: random.Random) -> ConvCall:
         size = rng.choice([1, 7, 14, 28, 32, 56, 400]), rng.choice([1, 8, 14, 28, 32, 40, 400])
         kernel = rng.choice([1, 2, 3, 5, 7, 20, 64]), rng.choice([1, 3, 5, 7])
         conv = {
-            "stride": (rng.choice([1, 1, 2, 4]), rng.choice([1, 1, 2])),
+            "stride": rng.choice([(1, 1), (1, 1), (2, 2)]),
             "padding": (rng.choice([0, 0, 1, 3]), rng.choice([0, 0, 1, 2])),
             "dilation": rng.choice([1, 1, 1, 2, 3]),
             "groups": groups,
         }
+        # Stock PyTorch 2.13 corrupts memory in the weight's gradient of some strided convolutions: with dilation, with
+        # different strides, of images or kernels one pixel wide. Such calls are left out.
+        if max(conv["stride"]) > 1:
+            conv["dilation"] = 1
+            if min(*size, *kernel) == 1:
+                continue
         window = rng.choice([(1, 1), (2, 2), (2, 2), (3, 3), (4, 2), (16, 16), (20, 20), (56, 56), (1, 400)])
         pool = {
             "size": window,
@@ -94,8 +100,6 @@ def draw(rng: random.Random) -> ConvCall:
         pooled = [conv_size[i] // pool["stride"][i] + 1 for i in (0, 1)]
         if images * outputs * pooled[0] * pooled[1] * window[0] * window[1] > MOST_PRODUCTS:
             continue
-        # Stock PyTorch 2.13 computes wrong gradients, or ends the process, for some strided channels_last convolutions
-        # of images one pixel wide and of 1x1 kernels: they are left out.
         plain = max(conv["stride"]) == 1 and min(size) > 1 and min(kernel) > 1
         return ConvCall(
             (images, channels, *size),

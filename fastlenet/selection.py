@@ -198,15 +198,18 @@ def _rejected_by_cpu(call: Call) -> Rejection | None:
         from fastlenet import cpu
     except ImportError:
         return Rejection("this installation has no compiled CPU kernels", RuntimeError)
-    if (unavailable := cpu.unavailable()) is not None:
-        return Rejection(unavailable, RuntimeError)
     if call.operator is None:
-        rejected = call.main.dtype != torch.float32
-        return Rejection("the compiled CPU kernels cover torch.float32", NotImplementedError) if rejected else None
-    uncovered = call.operator.uncovered("cpu", call.settings, *call.tensors)
+        covered = call.main.dtype == torch.float32
+        uncovered = None if covered else f"the compiled CPU kernels cover torch.float32, not {call.main.dtype}"
+        slower = None
+    else:
+        uncovered = call.operator.uncovered("cpu", call.settings, *call.tensors)
+        slower = uncovered or call.operator.slower(call.settings, call.differentiable, *call.tensors)
+    # What a call's shape decides comes first: under "auto" a compiler is looked for only where there is work for it.
+    if (backend() != "auto" or not (uncovered or slower)) and (unavailable := cpu.unavailable()) is not None:
+        return Rejection(unavailable, RuntimeError)
     if uncovered is not None:
         return Rejection(uncovered, NotImplementedError)
-    slower = call.operator.slower(call.settings, call.differentiable, *call.tensors)
     return None if slower is None else Rejection(slower, None)
 
 

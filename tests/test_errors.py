@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import randn
 
 import fastlenet
-from fastlenet import functional
+from fastlenet import functional, selection
 
 
 def stock_conv(input, weight, bias=None, *, pool_size=2, pool_stride=None, pool_padding=0, pool_dilation=1, **options):
@@ -276,19 +276,33 @@ def test_log_is_silent_by_default(caplog):
     assert not caplog.records
 
 
-def test_log_says_why_aten_was_taken(caplog, no_cpu_kernels):
+def test_log_says_why_aten_was_taken(caplog):
     with caplog.at_level(logging.DEBUG, logger="fastlenet"):
         conv(functional.conv2d_relu_max_pool2d)
     assert "conv2d_relu_max_pool2d of (2, 3, 8, 8) torch.float32 runs on ATen: the input is on cpu" in caplog.text
 
 
-def test_backend_of_a_tensor(no_cpu_kernels):
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A machine without numba."""
+    from fastlenet import cpu
+
+    monkeypatch.setattr(cpu, "unavailable", lambda: "numba is not installed")
+    selection.forget()
+    yield
+    selection.forget()
+
+
+def test_backend_of_a_tensor(no_compiler, monkeypatch):
     assert fastlenet.backend(randn(2)) == "aten"
+    monkeypatch.setattr("fastlenet.cpu.unavailable", lambda: None)
+    assert fastlenet.backend(randn(2)) == "cpu"
+    assert fastlenet.backend(randn(2).double()) == "aten"
     with fastlenet.use_backend("aten"):
         assert fastlenet.backend() == "aten"
 
 
-def test_explain_lists_sites_shapes_and_reasons(no_cpu_kernels):
+def test_explain_lists_sites_shapes_and_reasons(no_compiler):
     table = fastlenet.explain(fastlenet.LeNet(), randn(2, 1, 32, 32))
     assert [site.name for site in table.sites] == ["conv1", "conv2", "fc1", "fc2"]
     assert table.sites[0].input == "2x1x32x32 float32"
@@ -298,7 +312,7 @@ def test_explain_lists_sites_shapes_and_reasons(no_cpu_kernels):
     assert "(no fused operators)" in str(fastlenet.explain(fastlenet.StockLeNet()))
 
 
-def test_explain_without_an_example_knows_no_shapes(no_cpu_kernels):
+def test_explain_without_an_example_knows_no_shapes(no_compiler):
     table = fastlenet.explain(fastlenet.LeNet())
     assert {(site.input, site.output) for site in table.sites} == {("?", "?")}
     header, *lines = str(table).splitlines()

@@ -241,12 +241,14 @@ def _observe(
 
 def _site_of_layer(name: str, layer: ConvReLUMaxPool2d | LinearReLU, seen: tuple[Tensor, Tensor] | None) -> Site:
     input, output = ("?", "?") if seen is None else (_shape(seen[0]), _shape(seen[1]))
-    if seen is None:
+    if seen is None and isinstance(layer, ConvReLUMaxPool2d):
         runs, reason = _by_type(layer)
     else:
+        # How many rows a linear map gets decides nothing.
+        first = layer.weight.new_empty(1, layer.weight.shape[1]) if seen is None else seen[0]
         operands = [
-            None if tensor is None else (tuple(tensor.shape), seen[0].dtype, tensor.device)
-            for tensor in (seen[0], layer.weight, layer.bias)
+            None if tensor is None else (tuple(tensor.shape), first.dtype, tensor.device)
+            for tensor in (first, layer.weight, layer.bias)
         ]
         settings, operator = None, LINEAR
         if isinstance(layer, ConvReLUMaxPool2d):
@@ -255,7 +257,7 @@ def _site_of_layer(name: str, layer: ConvReLUMaxPool2d | LinearReLU, seen: tuple
     return Site(name, CONV if isinstance(layer, ConvReLUMaxPool2d) else LINEAR, "", input, output, runs, "", "", reason)
 
 
-def _by_type(layer: ConvReLUMaxPool2d | LinearReLU) -> tuple[str, str]:
+def _by_type(layer: ConvReLUMaxPool2d) -> tuple[str, str]:
     """Which implementation a layer takes, as far as its dtype and device decide."""
     try:
         choice = selection.choose_by_type(layer.weight)

@@ -6,8 +6,6 @@ numbers are small integers, so that any order of summation gives the same.
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,9 +47,10 @@ def test_sums_of_partial_sums(parts, size, device):
 
 
 @pytest.mark.parametrize(
-    ("m", "k", "n"), [(2 * LARGEST + 300, 5, 7), (40, 600, 7), (40, 5, 530)], ids=["rows", "depth", "columns"]
+    "size", [(2 * LARGEST + 300, 5, 7), (40, 600, 7), (40, 5, 530)], ids=["rows", "depth", "columns"]
 )
-def test_products(m, k, n, device):
+def test_products(size, device):
+    m, k, n = size
     tensors = integers(n, device=device), integers(m, k, device=device), integers(k, n, device=device)
     assert_equal(functional.addmm_relu, stock_addmm_relu, *tensors)
 
@@ -99,7 +98,7 @@ def test_overlapping_windows_beyond_a_block(device):
 def test_the_head(rows, widths, device):
     input = integers(rows, widths[0], device=device)
     parameters = []
-    for inner, outer in itertools.pairwise(widths):
+    for inner, outer in zip(widths[:-1], widths[1:], strict=True):
         # Few terms a row, so that sums stay small.
         sparse = integers(outer, inner, device=device) * (torch.rand(outer, inner, device=device) < 0.04)
         parameters += [sparse, integers(outer, device=device)]

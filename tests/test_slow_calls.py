@@ -1,0 +1,78 @@
+"""No legal call takes much longer than stock's: the slowest ones that were found, and the search for others."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench/ is no part of the package
+
+import fastlenet
+from bench import slowest
+from bench.slowest import ConvCall
+
+
+def call(input, weight, pool, pool_stride=None, *, dtype=torch.float32, input_grad=False):
+    conv = {"stride": (1, 1), "padding": (0, 0), "dilation": 1, "groups": 1}
+    window = {"size": pool, "stride": pool_stride or pool, "padding": (0, 0), "dilation": 1, "ceil_mode": False}
+    return ConvCall(input, weight, conv, window, dtype, False, input_grad)
+
+
+SLOW = {
+    "window_of_18x18": call((16, 16, 20, 20), (32, 16, 3, 3), (18, 18)),
+    "window_as_large_as_the_image": call((8, 64, 56, 56), (32, 64, 3, 3), (54, 54)),
+    "window_of_one_row": call((16, 1, 40, 400), (8, 1, 40, 5), (1, 396)),
+    "overlapping_windows": call((8, 4, 28, 28), (8, 4, 3, 3), (16, 16), (1, 1)),
+    "tall_kernel": call((16, 1, 4000, 8), (4, 1, 64, 1), (2, 2), input_grad=True),
+    "one_image_float16": call((1, 1, 32, 32), (6, 1, 5, 5), (2, 2), dtype=torch.float16),
+    "one_image_bfloat16": call((1, 1, 32, 32), (6, 1, 5, 5), (2, 2), dtype=torch.bfloat16),
+    "one_image_float64": call((1, 1, 32, 32), (6, 1, 5, 5), (2, 2), dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_call_that_was_slow(name):
+    """Timed in turns with stock; a machine's hiccup is given two more chances."""
+    for seconds in (0.2, 1.0, 2.0):
+        fused, stock = slowest.compare(SLOW[name], seconds)
+        if fused <= slowest.FACTOR * stock + slowest.SLACK_US:
+            return
+    pytest.fail(f"{fused:.0f} us, stock {stock:.0f} us")
+
+
+@pytest.mark.parametrize("name", ["window_of_18x18", "window_as_large_as_the_image", "window_of_one_row"])
+def test_wide_windows_are_stock_own_operators(name):
+    fused = SLOW[name].fused(*SLOW[name].tensors())
+    assert "ConvReLUMaxPool2d" not in type(fused.grad_fn).__name__
+    torch.testing.assert_close(fused.shape, SLOW[name].stock(*SLOW[name].tensors()).shape)
+
+
+def test_the_search_draws_legal_calls():
+    """What it draws has stock's result: in float64, where rounding is far below the tolerance."""
+    import random
+
+    rng = random.Random(1)
+    for _ in range(20):
+        drawn = slowest.draw(rng)._replace(dtype=torch.float64)
+        tensors = [tensor.detach() for tensor in drawn.tensors()]
+        torch.testing.assert_close(drawn.fused(*tensors), drawn.stock(*tensors))
+
+
+@pytest.mark.thorough
+def test_drawn_calls_are_not_slow():
+    assert slowest.main(["--draws", "60", "--seed", "7"]) == 0
+
+
+def test_outputs_may_be_changed_in_place():
+    """The report's own line, and what follows a layer in networks."""
+    images = torch.randn(64, 1, 32, 32)
+    for layer, input in ((fastlenet.ConvReLUMaxPool2d(1, 6, 5), images), (fastlenet.LinearReLU(32, 4), images)):
+        output = layer(input)
+        output += 1
+        torch.nn.functional.dropout(output, 0.5, inplace=True)
+        torch.relu_(output)
+        output.sum().backward()
+        assert layer.weight.grad.abs().sum() > 0

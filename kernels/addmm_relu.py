@@ -15,30 +15,116 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .plans import planned
 from .runtime import (
     INTERPRETED,
     all_registers,
+    bound,
     cdiv,
+    contiguous,
     dot,
     dot_precision,
     empty,
     index_type,
     interpreted_tile,
     launch,
+    layout,
     load,
     next_power_of_2,
+    pointers,
     relu,
     splits,
     store,
+    sum_all_parts,
     sum_parts,
 )
 
-# Never specialised on: neither a size of 1 nor a multiple of 16 compiles a kernel anew.
+# Never specialised on: neither a size of 1 nor a multiple of 16 compiles a kernel anew. What a layout promises about
+# alignment is told by the constants `LEFT`, `RIGHT` and so on, which have few values.
 _GENERAL = [
-    *("m", "n", "k", "rows_per_part", "parts_n"),
-    *(f"{tensor}_stride_{axis}" for tensor in ("input", "mat1", "mat2", "output", "grad", "result") for axis in "mnk"),
-    *(f"{tensor}_ptr" for tensor in ("input", "mat1", "mat2", "output", "grad", "result", "mat2_parts", "input_parts")),
+    *("m", "n", "k", "depth_per_part"),
+    *(f"{tensor}_stride_{axis}" for tensor in ("input", "mat1", "mat2", "grad", "result") for axis in "mnk"),
+    *(f"{tensor}_ptr" for tensor in ("input", "mat1", "mat2", "output", "grad", "result", "column_sums")),
 ]
+
+
+@triton.jit
+def _position(m, n, INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """First row and first column of this program's tile of an (m, n) result.
+
+    Programs take GROUP tiles of one column, then those of the next: what runs at the same time shares rows and columns,
+    which then come from L2.
+    """
+    program = tl.program_id(0)
+    tiles_m = (m + BLOCK_M - 1) // BLOCK_M
+    per_group = (n + BLOCK_N - 1) // BLOCK_N * GROUP
+    first = program // per_group * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    rest = program % per_group
+    return ((first + rest % height) * BLOCK_M).to(INDEX), (rest // height * BLOCK_N).to(INDEX)
+
+
+@triton.jit
+def _product(
+    left_ptr,
+    output_ptr,
+    right_ptr,
+    row,
+    column,
+    first,
+    last,
+    m,
+    n,
+    k,
+    left_stride_m,
+    left_stride_k,
+    output_stride_m,
+    output_stride_k,
+    right_stride_k,
+    right_stride_n,
+    LEFT: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    MASKED: tl.constexpr,
+    SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of left (m, k) @ right (k, n) over the depths `first` to `last`, and if SUMS the sums of left's rows.
+
+    If MASKED, `left` is a gradient, closed as it is loaded where relu was off in `output`. It is the left operand, as
+    that is the one that matrix units take from registers; the right one goes from memory to shared memory and stays
+    there until it is multiplied.
+    """
+    if LEFT > 0:
+        left_stride_k = 1
+    if RIGHT < 0:
+        right_stride_k = 1
+    depth = first + tl.arange(0, BLOCK_K)
+    left_pointers = pointers(left_ptr, row, depth, left_stride_m, left_stride_k, LEFT)
+    output_pointers = pointers(output_ptr, row, depth, output_stride_m, output_stride_k, OUTPUT)
+    right_pointers = pointers(right_ptr, depth, column, right_stride_k, right_stride_n, RIGHT)
+    left_rows, left_depth = bound(m, -LEFT), bound(k, LEFT)
+    output_rows, output_depth = bound(m, -OUTPUT), bound(k, OUTPUT)
+    right_depth, right_columns = bound(k, -RIGHT), bound(n, RIGHT)
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(first, last, BLOCK_K):
+        depth = start + tl.arange(0, BLOCK_K)
+        left = load(left_pointers, (row < left_rows)[:, None] & (depth < left_depth)[None, :])
+        if MASKED:
+            mask = (row < output_rows)[:, None] & (depth < output_depth)[None, :]
+            left = tl.where(load(output_pointers, mask) <= 0, 0.0, left).to(left.dtype)
+            output_pointers += BLOCK_K * output_stride_k
+        if SUMS:
+            row_sum += tl.sum(left.to(tl.float32), axis=1)
+        right = load(right_pointers, (depth < right_depth)[:, None] & (column < right_columns)[None, :])
+        product = dot(left, right, product, PRECISION)
+        left_pointers += BLOCK_K * left_stride_k
+        right_pointers += BLOCK_K * right_stride_k
+    return product, row_sum
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -58,52 +144,38 @@ def _forward_kernel(
     mat2_stride_n,
     beta,
     alpha,
-    HAS_INPUT: tl.constexpr,
+    INPUT: tl.constexpr,
+    ADDEND: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    RESULT: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """Product, sum and relu: output = relu(beta * input + alpha * mat1 @ mat2).
-
-    Tile: BLOCK_M rows x BLOCK_N columns of the output; the sum over K runs within the program, in one order whatever
-    the batch size M, and accumulates in float32.
-
-    Shapes and strides: mat1 (M, K) and mat2 (K, N), any strides; input (M, N) after broadcasting, strides may be 0;
-    output (M, N) contiguous.
-
-    Saves: nothing beyond the output, whose sign is relu's mask.
-
-    Cost per row ("image"): 2 * K * N FLOP; reads K elements of mat1, writes N; mat2 is shared.
-    """
-    row = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = row < m
-    column_mask = column < n
-    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, k, BLOCK_K):
-        depth = start + tl.arange(0, BLOCK_K).to(INDEX)
-        depth_mask = depth < k
-        offset = (row * mat1_stride_m)[:, None] + (depth * mat1_stride_k)[None, :]
-        left = load(mat1_ptr + offset, row_mask[:, None] & depth_mask[None, :])
-        offset = (depth * mat2_stride_k)[:, None] + (column * mat2_stride_n)[None, :]
-        right = load(mat2_ptr + offset, depth_mask[:, None] & column_mask[None, :])
-        product = dot(left, right, product, PRECISION)
-    mask = row_mask[:, None] & column_mask[None, :]
+    """Product, sum and relu: output = relu(beta * input + alpha * mat1 @ mat2)."""
+    row, column = _position(m, n, INDEX, BLOCK_M, BLOCK_N, GROUP)
+    row += tl.arange(0, BLOCK_M)
+    column += tl.arange(0, BLOCK_N)
+    product, _ = _product(
+        mat1_ptr, mat1_ptr, mat2_ptr, row, column, 0, k, m, n, k,
+        mat1_stride_m, mat1_stride_k, mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
+        LEFT, LEFT, RIGHT, False, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     product *= alpha
-    if HAS_INPUT:
-        offset = (row * input_stride_m)[:, None] + (column * input_stride_n)[None, :]
-        product += beta * load(input_ptr + offset, mask).to(tl.float32)
-    store(output_ptr + (row * n)[:, None] + column[None, :], relu(product), mask)
-
-
-@triton.jit
-def _masked_grad(grad_ptr, output_ptr, row, column, n, grad_stride_m, grad_stride_n, mask):
-    """Load grad_output (any strides) where relu was on in the contiguous output; NaN counts as on, as in PyTorch."""
-    output = load(output_ptr + row * n + column, mask)
-    grad = load(grad_ptr + row * grad_stride_m + column * grad_stride_n, mask)
-    return tl.where(output <= 0, 0.0, grad).to(grad.dtype)
+    mask = (row < m)[:, None] & (column < bound(n, RESULT))[None, :]
+    if INPUT == "row":
+        inside = column < bound(n, ADDEND)
+        addend = tl.load(pointers(input_ptr, tl.arange(0, 1), column, 0, 1, ADDEND), mask=inside[None, :], other=0.0)
+        product += beta * addend.to(tl.float32)
+    elif INPUT == "full":
+        inside = (row < bound(m, -ADDEND))[:, None] & (column < bound(n, ADDEND))[None, :]
+        addend = load(pointers(input_ptr, row, column, input_stride_m, input_stride_n, ADDEND), inside)
+        product += beta * addend.to(tl.float32)
+    store(pointers(output_ptr, row, column, n, 1, RESULT), relu(product), mask)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -120,35 +192,28 @@ def _grad_mat1_kernel(
     mat2_stride_k,
     mat2_stride_n,
     alpha,
+    LEFT: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    RESULT: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """Gradient of mat1: grad_mat1 = alpha * grad @ mat2^T, with grad = grad_output where output > 0, else 0.
-
-    Tile: BLOCK_M rows x BLOCK_N columns of grad_mat1 (M, K), contiguous; depth N.
-
-    Shapes and strides: grad_output (M, N), any strides (0 too); output (M, N) contiguous; mat2 (K, N), any strides.
-
-    Cost per row: 2 * N * K FLOP; reads 2 * N elements, writes K.
-    """
-    row = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = row < m
-    column_mask = column < k
-    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, n, BLOCK_K):
-        depth = start + tl.arange(0, BLOCK_K).to(INDEX)
-        depth_mask = depth < n
-        mask = row_mask[:, None] & depth_mask[None, :]
-        grad = _masked_grad(grad_ptr, output_ptr, row[:, None], depth[None, :], n, grad_stride_m, grad_stride_n, mask)
-        offset = (column * mat2_stride_k)[None, :] + (depth * mat2_stride_n)[:, None]
-        right = load(mat2_ptr + offset, depth_mask[:, None] & column_mask[None, :])
-        product = dot(grad, right, product, PRECISION)
-    mask = row_mask[:, None] & column_mask[None, :]
-    store(result_ptr + (row * k)[:, None] + column[None, :], product * alpha, mask)
+    """Gradient of mat1: grad_mat1 = alpha * grad @ mat2^T, with grad = grad_output where output > 0, else 0."""
+    row, column = _position(m, k, INDEX, BLOCK_M, BLOCK_N, GROUP)
+    row += tl.arange(0, BLOCK_M)
+    column += tl.arange(0, BLOCK_N)
+    product, _ = _product(
+        grad_ptr, output_ptr, mat2_ptr, row, column, 0, n, m, k, n,
+        grad_stride_m, grad_stride_n, n, 1, mat2_stride_n, mat2_stride_k,
+        LEFT, OUTPUT, RIGHT, True, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    mask = (row < m)[:, None] & (column < bound(k, RESULT))[None, :]
+    store(pointers(result_ptr, row, column, k, 1, RESULT), product * alpha, mask)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -156,8 +221,8 @@ def _grad_mat2_kernel(
     grad_ptr,
     output_ptr,
     mat1_ptr,
-    mat2_parts_ptr,
-    input_parts_ptr,
+    result_ptr,
+    column_sums_ptr,
     m,
     n,
     k,
@@ -165,56 +230,82 @@ def _grad_mat2_kernel(
     grad_stride_n,
     mat1_stride_m,
     mat1_stride_k,
-    result_stride_k,
     result_stride_n,
-    rows_per_part,
-    NEED_MAT2: tl.constexpr,
+    result_stride_k,
+    depth_per_part,
+    alpha,
+    beta,
     NEED_INPUT: tl.constexpr,
+    LEFT: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    RESULT: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """One part of mat1^T @ grad and of grad's column sums, which `sum_parts` completes in a fixed order.
-
-    grad = grad_output where output > 0, else 0. The first product is grad_mat2 up to alpha, the column sums are the
-    gradient of an input that was broadcast over rows (a bias) up to beta.
-
-    Tile: BLOCK_M rows x BLOCK_N columns of grad_mat2 (K, N); the sum runs over the `rows_per_part` rows of one part.
-
-    Shapes and strides: grad_output (M, N) and mat1 (M, K), any strides (0 too); output (M, N) contiguous; mat2_parts
-    float32 (parts, K, N) with mat2's own order of dimensions, dense; input_parts float32 (parts, N).
-
-    Cost per row: 2 * N * K FLOP; reads 2 * N + K elements per tile.
-    """
-    column_tiles = (n + BLOCK_N - 1) // BLOCK_N
-    inner = (tl.program_id(0) // column_tiles).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = (tl.program_id(0) % column_tiles).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One part of grad^T @ mat1, up to alpha, and of grad's column sums, up to beta."""
+    row, column = _position(n, k, INDEX, BLOCK_M, BLOCK_N, GROUP)
+    first_tile = column == 0
+    row += tl.arange(0, BLOCK_M)
+    column += tl.arange(0, BLOCK_N)
     part = tl.program_id(1).to(INDEX)
-    inner_mask = inner < k
-    column_mask = column < n
-    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    column_sum = tl.zeros((BLOCK_N,), tl.float32)
-    first = part * rows_per_part
-    for start in range(0, rows_per_part, BLOCK_K):
-        row = first + start + tl.arange(0, BLOCK_K)
-        row_mask = row < m
-        mask = row_mask[:, None] & column_mask[None, :]
-        grad = _masked_grad(grad_ptr, output_ptr, row[:, None], column[None, :], n, grad_stride_m, grad_stride_n, mask)
-        if NEED_INPUT:
-            column_sum += tl.sum(grad.to(tl.float32), axis=0)
-        if NEED_MAT2:
-            offset = (inner * mat1_stride_k)[:, None] + (row * mat1_stride_m)[None, :]
-            left = load(mat1_ptr + offset, inner_mask[:, None] & row_mask[None, :])
-            product = dot(left, grad, product, PRECISION)
-    if NEED_MAT2:
-        offset = part * k * n + (inner * result_stride_k)[:, None] + (column * result_stride_n)[None, :]
-        tl.store(mat2_parts_ptr + offset, product, mask=inner_mask[:, None] & column_mask[None, :])
+    first = part * depth_per_part
+    product, row_sum = _product(
+        grad_ptr, output_ptr, mat1_ptr, row, column, first, tl.minimum(first + depth_per_part, m), n, k, m,
+        grad_stride_n, grad_stride_m, 1, n, mat1_stride_m, mat1_stride_k,
+        LEFT, OUTPUT, RIGHT, True, NEED_INPUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    result_ptr += part * n * k
+    mask = (row < bound(n, -RESULT))[:, None] & (column < bound(k, RESULT))[None, :]
+    store(pointers(result_ptr, row, column, result_stride_n, result_stride_k, RESULT), product * alpha, mask)
     if NEED_INPUT:
-        # Every tile of the inner dimension has the same sum; the first writes it.
-        first_tile = tl.program_id(0) < column_tiles
-        tl.store(input_parts_ptr + part * n + column, column_sum, mask=column_mask & first_tile)
+        store(column_sums_ptr + part * n + row, row_sum * beta, (row < n) & first_tile)
+
+
+@triton.jit
+def _closed(grad_ptr, output_ptr, row, column, m, n, grad_stride_m, grad_stride_n, GRAD: tl.constexpr, OUTPUT: tl.constexpr):
+    """Load a tile of grad_output, closed where relu was off in the contiguous output; NaN counts as on, as in PyTorch."""
+    mask = (row < bound(m, -GRAD))[:, None] & (column < bound(n, GRAD))[None, :]
+    grad = load(pointers(grad_ptr, row, column, grad_stride_m, grad_stride_n, GRAD), mask)
+    mask = (row < m)[:, None] & (column < bound(n, OUTPUT))[None, :]
+    output = load(pointers(output_ptr, row, column, n, 1, OUTPUT), mask)
+    return tl.where(output <= 0, 0.0, grad.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=_GENERAL)
+def _column_sums_kernel(
+    grad_ptr,
+    output_ptr,
+    column_sums_ptr,
+    m,
+    n,
+    grad_stride_m,
+    grad_stride_n,
+    depth_per_part,
+    beta,
+    GRAD: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One part of grad's column sums, up to beta, where the gradient of mat2 is not asked for.
+
+    Tile: BLOCK_N columns, BLOCK_M rows at a time of the `depth_per_part` rows of a part. Shapes and strides: as of
+    `_grad_mat2_kernel`. Cost per row: reads 2 * N elements.
+    """
+    column = tl.program_id(0).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1).to(INDEX)
+    first = part * depth_per_part
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, tl.minimum(first + depth_per_part, m), BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        total += _closed(grad_ptr, output_ptr, row, column, m, n, grad_stride_m, grad_stride_n, GRAD, OUTPUT)
+    store(column_sums_ptr + part * n + column, tl.sum(total, axis=0) * beta, column < n)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -227,19 +318,23 @@ def _grad_input_kernel(
     grad_stride_m,
     grad_stride_n,
     beta,
+    GRAD: tl.constexpr,
+    OUTPUT: tl.constexpr,
     INDEX: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Gradient of a full-size input: grad_input = beta * grad_output where output > 0, else 0.
 
-    Tile: BLOCK elements of M * N. Shapes and strides: grad_output any strides (0 too); output and result contiguous.
-    Cost per row: reads 2 * N elements, writes N.
+    Tile: BLOCK_M rows x BLOCK_N columns. Shapes and strides: grad_output (M, N), any strides (0 too); output and result
+    contiguous. Cost per row: reads 2 * N elements, writes N.
     """
-    element = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    row = element // n
-    mask = row < m
-    grad = _masked_grad(grad_ptr, output_ptr, row, element % n, n, grad_stride_m, grad_stride_n, mask)
-    store(result_ptr + element, grad.to(tl.float32) * beta, mask)
+    across = (n + BLOCK_N - 1) // BLOCK_N
+    row = (tl.program_id(0) // across).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = (tl.program_id(0) % across).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
+    grad = _closed(grad_ptr, output_ptr, row, column, m, n, grad_stride_m, grad_stride_n, GRAD, OUTPUT)
+    mask = (row < m)[:, None] & (column < bound(n, OUTPUT))[None, :]
+    store(pointers(result_ptr, row, column, n, 1, OUTPUT), grad * beta, mask)
 
 
 def _tile(dtype: torch.dtype, rows: int, columns: int, depth: int) -> dict[str, Any]:
@@ -253,8 +348,10 @@ def _tile(dtype: torch.dtype, rows: int, columns: int, depth: int) -> dict[str, 
     # Exact float32 runs on the FMA units with both operands in registers: a wider tile spills.
     widest = 32 if dtype == torch.float32 and precision == "ieee" else 64
     block_n = min(widest, max(16, next_power_of_2(columns)))
-    blocks = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 16}
-    return {"PRECISION": precision, **blocks, "num_warps": 4, "num_stages": 2, **all_registers()}
+    import os
+    import json
+    t = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64 if dtype.itemsize==2 else 32, "GROUP": 8, "num_warps": 8, "num_stages": 3, **all_registers()}
+    return {"PRECISION": precision, **t, **json.loads(os.environ.get("TILE","{}"))}
 
 
 def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
@@ -270,14 +367,22 @@ def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, al
     Returns:
         relu(beta * input + alpha * (mat1 @ mat2)), (M, N) contiguous.
     """
+    return _forward(mat1, mat2, None if beta == 0 else input, (float(beta), float(alpha)))[0]
+
+
+@planned(torch.backends.cuda.matmul)
+def _forward(mat1: Tensor, mat2: Tensor, input: Tensor | None, factors: tuple[float, float]) -> tuple[Tensor]:
     (m, k), n = mat1.shape, mat2.shape[1]
+    beta, alpha = factors
     output = empty((m, n), mat1)
-    addend = mat1 if input is None or beta == 0 else input.expand(m, n)
+    # The view is only asked for its strides: a plan knows the tensor that it is given.
+    addend = mat1 if input is None else input.expand(m, n)
+    row = addend.stride(0) == 0 or m == 1
     tile = _tile(mat1.dtype, m, n, k)
     launch(
         _forward_kernel,
-        (cdiv(m, tile["BLOCK_M"]), cdiv(n, tile["BLOCK_N"])),
-        addend,
+        (cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"]),),
+        mat1 if input is None else input,
         mat1,
         mat2,
         output,
@@ -287,13 +392,17 @@ def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, al
         *addend.stride(),
         *mat1.stride(),
         *mat2.stride(),
-        float(beta),
-        float(alpha),
-        HAS_INPUT=input is not None and beta != 0,
+        beta,
+        alpha,
+        INPUT="none" if input is None else "row" if row and addend.stride(1) == 1 else "full",
+        ADDEND=0 if input is None else layout(addend),
+        LEFT=layout(mat1),
+        RIGHT=layout(mat2),
+        RESULT=layout(output),
         INDEX=index_type(addend, mat1, mat2, output),
         **tile,
     )
-    return output
+    return (output,)
 
 
 def addmm_relu_backward(
@@ -322,15 +431,54 @@ def addmm_relu_backward(
         The three gradients, grad_mat2 in mat2's order of dimensions; None where not asked for.
     """
     need_input, need_mat1, need_mat2 = output_mask
-    output = output.contiguous()
+    n, size = mat2.shape[1], tuple(input_size)
+    is_bias = need_input and size in ((n,), (1, n))
+    # A sum over a broadcast dimension is left to PyTorch, in float32.
+    addend = "none" if not need_input else "row" if is_bias else "full" if size == tuple(output.shape) else "broadcast"
+    factors, wanted = (float(beta), float(alpha)), (addend, bool(need_mat1), bool(need_mat2))
+    grad_input, grad_mat1, grad_mat2 = _backward(mat1, mat2, grad_output, output, factors, wanted)
+    if grad_mat2 is not None and _columns_first(mat2):
+        grad_mat2 = grad_mat2.t()
+    if grad_input is not None and addend == "row":
+        grad_input = grad_input.view(size)
+    elif grad_input is not None and addend == "broadcast":
+        grad_input = grad_input.sum_to_size(size).to(output.dtype)
+    return grad_input, grad_mat1, grad_mat2
+
+
+def _columns_first(mat2: Tensor) -> bool:
+    """Whether a column's elements are neighbours, as of nn.Linear's weight: so are its gradient's then."""
+    return mat2.stride(0) == 1 and mat2.stride(1) != 1
+
+
+@planned(torch.backends.cuda.matmul)
+def _backward(
+    mat1: Tensor,
+    mat2: Tensor,
+    grad_output: Tensor,
+    output: Tensor,
+    factors: tuple[float, float],
+    wanted: tuple[str, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Launch the kernels; grad_mat2 comes as (N, K) where `_columns_first` says so."""
+    beta, alpha = factors
+    addend, need_mat1, need_mat2 = wanted
+    (m, k), n = mat1.shape, mat2.shape[1]
+    output = contiguous(output)
     grad_mat1 = _grad_mat1(grad_output, output, mat1, mat2, alpha) if need_mat1 else None
-    is_bias = tuple(input_size) in ((mat2.shape[1],), (1, mat2.shape[1]))
-    grad_bias, grad_mat2 = _grad_mat2(grad_output, output, mat1, mat2, beta, alpha, need_input and is_bias, need_mat2)
-    if not need_input:
-        return None, grad_mat1, grad_mat2
-    if grad_bias is not None:
-        return grad_bias.view(tuple(input_size)), grad_mat1, grad_mat2
-    return _grad_input(grad_output, output, input_size, beta), grad_mat1, grad_mat2
+    grad_input = grad_mat2 = None
+    if need_mat2:
+        grad_mat2 = empty((n, k) if _columns_first(mat2) else (k, n), mat1)
+    if addend == "row":
+        grad_input = empty((n,), mat1)
+    if grad_mat2 is not None and grad_mat2.numel() > 0:
+        _grad_mat2(grad_output, output, mat1, grad_mat2, grad_input, _columns_first(mat2), beta, alpha)
+    elif grad_input is not None:
+        _column_sums(grad_output, output, grad_input, beta)
+    if addend in ("full", "broadcast"):
+        grad_input = empty((m, n), output, None if addend == "full" else torch.float32)
+        _grad_input(grad_output, output, grad_input, beta)
+    return grad_input, grad_mat1, grad_mat2
 
 
 def _grad_mat1(grad_output: Tensor, output: Tensor, mat1: Tensor, mat2: Tensor, alpha: float) -> Tensor:
@@ -339,7 +487,7 @@ def _grad_mat1(grad_output: Tensor, output: Tensor, mat1: Tensor, mat2: Tensor, 
     tile = _tile(mat1.dtype, m, k, n)
     launch(
         _grad_mat1_kernel,
-        (cdiv(m, tile["BLOCK_M"]), cdiv(k, tile["BLOCK_N"])),
+        (cdiv(m, tile["BLOCK_M"]) * cdiv(k, tile["BLOCK_N"]),),
         grad_output,
         output,
         mat2,
@@ -349,7 +497,11 @@ def _grad_mat1(grad_output: Tensor, output: Tensor, mat1: Tensor, mat2: Tensor, 
         k,
         *grad_output.stride(),
         *mat2.stride(),
-        float(alpha),
+        alpha,
+        LEFT=layout(grad_output),
+        OUTPUT=layout(output),
+        RIGHT=-layout(mat2),
+        RESULT=layout(grad_mat1),
         INDEX=index_type(grad_output, output, mat2, grad_mat1),
         **tile,
     )
@@ -360,70 +512,100 @@ def _grad_mat2(
     grad_output: Tensor,
     output: Tensor,
     mat1: Tensor,
-    mat2: Tensor,
+    grad_mat2: Tensor,
+    grad_bias: Tensor | None,
+    transposed: bool,
     beta: float,
     alpha: float,
-    need_bias: bool,
-    need_mat2: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    if not (need_bias or need_mat2):
-        return None, None
-    (m, k), n = mat1.shape, mat2.shape[1]
-    tile = _tile(mat1.dtype, k, n, m)
-    column_tiles = cdiv(n, tile["BLOCK_N"])
-    # A tile of no depth still sums the bias's gradient.
-    tiles = (max(1, cdiv(k, tile["BLOCK_M"])) if need_mat2 else 1) * column_tiles
-    parts, rows_per_part = splits(m, tile["BLOCK_K"], max(1, tiles))
-    transposed = mat2.stride(0) == 1 and mat2.stride(1) != 1
-    mat2_parts = empty((parts, n, k) if transposed else (parts, k, n), mat1, torch.float32) if need_mat2 else None
-    bias_parts = empty((parts, n), mat1, torch.float32) if need_bias else None
-    strides: Any = (1, k) if transposed else (n, 1)
+) -> None:
+    (m, k), n = mat1.shape, output.shape[1]
+    tile = _tile(mat1.dtype, n, k, m)
+    tiles = cdiv(n, tile["BLOCK_M"]) * cdiv(k, tile["BLOCK_N"])
+    parts, depth_per_part = splits(m, tile["BLOCK_K"], 4 * tiles)
+    sums, column_sums, factors = grad_mat2, output if grad_bias is None else grad_bias, (alpha, beta)
+    if parts > 1:
+        sums = empty((parts, *grad_mat2.shape), mat1, torch.float32)
+        column_sums = sums if grad_bias is None else empty((parts, n), mat1, torch.float32)
+        factors = (1.0, 1.0)
+    width = layout(sums[0] if parts > 1 else sums)
     launch(
         _grad_mat2_kernel,
         (tiles, parts),
         grad_output,
         output,
         mat1,
-        output if mat2_parts is None else mat2_parts,
-        output if bias_parts is None else bias_parts,
+        sums,
+        column_sums,
         m,
         n,
         k,
         *grad_output.stride(),
         *mat1.stride(),
-        *strides,
-        rows_per_part,
-        NEED_MAT2=need_mat2,
-        NEED_INPUT=need_bias,
-        INDEX=index_type(grad_output, output, mat1, mat2_parts),
+        *((k, 1) if transposed else (1, n)),
+        depth_per_part,
+        *factors,
+        NEED_INPUT=grad_bias is not None,
+        LEFT=-layout(grad_output),
+        OUTPUT=-layout(output),
+        RIGHT=layout(mat1),
+        RESULT=width if transposed else -width,
+        INDEX=index_type(grad_output, output, mat1, sums),
         **tile,
     )
-    grad_bias = grad_mat2 = None
-    if bias_parts is not None:
-        grad_bias = sum_parts(bias_parts, empty((n,), mat1), float(beta))
-    if mat2_parts is not None:
-        grad_mat2 = sum_parts(mat2_parts, empty(mat2_parts.shape[1:], mat1), float(alpha))
-        grad_mat2 = grad_mat2.t() if transposed else grad_mat2
-    return grad_bias, grad_mat2
+    if parts > 1 and grad_bias is None:
+        sum_parts(sums, grad_mat2, alpha)
+    elif parts > 1:
+        sum_all_parts((sums,), (grad_mat2,), (column_sums,), (grad_bias,), (alpha, 1.0, beta))
 
 
-def _grad_input(grad_output: Tensor, output: Tensor, input_size: Sequence[int], beta: float) -> Tensor:
+def _column_sums(grad_output: Tensor, output: Tensor, grad_bias: Tensor, beta: float) -> None:
     m, n = output.shape
-    full = tuple(input_size) == (m, n)
-    # A sum over a broadcast dimension is left to PyTorch, in float32.
-    grad_input = empty((m, n), output, None if full else torch.float32)
-    block = 4096 if INTERPRETED else 1024
+    tile = _element_tile()
+    across = cdiv(n, tile["BLOCK_N"])
+    parts, depth_per_part = splits(m, tile["BLOCK_M"], max(1, across))
+    sums = grad_bias if parts == 1 else empty((parts, n), output, torch.float32)
+    launch(
+        _column_sums_kernel,
+        (across, parts),
+        grad_output,
+        output,
+        sums,
+        m,
+        n,
+        *grad_output.stride(),
+        depth_per_part,
+        beta if parts == 1 else 1.0,
+        GRAD=layout(grad_output),
+        OUTPUT=layout(output),
+        INDEX=index_type(grad_output, output, sums),
+        **tile,
+    )
+    if parts > 1:
+        sum_parts(sums, grad_bias, beta)
+
+
+def _grad_input(grad_output: Tensor, output: Tensor, grad_input: Tensor, beta: float) -> None:
+    m, n = output.shape
+    tile = _element_tile()
     launch(
         _grad_input_kernel,
-        (cdiv(m * n, block),),
+        (cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"]),),
         grad_output,
         output,
         grad_input,
         m,
         n,
         *grad_output.stride(),
-        float(beta),
-        INDEX=index_type(grad_output, output),
-        BLOCK=block,
+        beta,
+        GRAD=layout(grad_output),
+        OUTPUT=layout(output),
+        INDEX=index_type(grad_output, output, grad_input),
+        **tile,
     )
-    return grad_input if full else grad_input.sum_to_size(tuple(input_size)).to(output.dtype)
+
+
+def _element_tile() -> dict[str, Any]:
+    """Choose the tile of what only passes elements on."""
+    if INTERPRETED:
+        return {"BLOCK_M": 256, "BLOCK_N": 128}
+    return {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}

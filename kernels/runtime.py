@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run in Triton's interpreter in this process (``TRITON_INTERPRET=1``)."""
@@ -245,6 +246,27 @@ def index_type(*tensors: Tensor | None) -> tl.dtype:
     return tl.int32
 
 
+def layout(matrix: Tensor) -> int:
+    """Tell how a matrix's elements lie, for `pointers`.
+
+    Returns:
+        Elements that a load may take at a time (16 bytes, 8 bytes, or one element), where rows are dense; the same,
+        negative, where columns are; 0 where neither is.
+    """
+    row_stride, column_stride = matrix.stride()
+    if column_stride == 1:
+        sign, length, stride = 1, matrix.shape[1], row_stride
+    elif row_stride == 1:
+        sign, length, stride = -1, matrix.shape[0], column_stride
+    else:
+        return 0
+    size = matrix.element_size()
+    for bytes in (16, 8):
+        if matrix.data_ptr() % bytes == stride * size % bytes == length * size % bytes == 0:
+            return sign * (bytes // size)
+    return sign
+
+
 def dot_precision(dtype: torch.dtype, fp32_precision: str) -> str:
     """Translate PyTorch's precision switch (``"tf32"``, ``"ieee"`` or ``"none"``) to ``tl.dot``'s."""
     return "tf32" if dtype == torch.float32 and fp32_precision == "tf32" else "ieee"
@@ -291,6 +313,30 @@ def load(pointers, mask=None):
 
 
 @triton.jit
+def pointers(ptr, row, column, row_stride, column_stride, LAYOUT: tl.constexpr):
+    """Pointers to the elements [row, column] of a matrix; LAYOUT, by `layout`, promises how they lie."""
+    ELEMENT: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    if LAYOUT > 0:
+        # One after the other: the sum of both offsets would be widened and added for each element.
+        found = (ptr + (row * row_stride)[:, None]) + column[None, :]
+        found = tl.multiple_of(found, (1, LAYOUT * ELEMENT))
+    elif LAYOUT < 0:
+        found = (ptr + (column * column_stride)[None, :]) + row[:, None]
+        found = tl.multiple_of(found, (-LAYOUT * ELEMENT, 1))
+    else:
+        found = (ptr + (row * row_stride)[:, None]) + (column * column_stride)[None, :]
+    return found
+
+
+@triton.jit
+def bound(size, LAYOUT: tl.constexpr):
+    """Return `size` as a multiple of the LAYOUT elements of a load, which it is: a mask must not split a load."""
+    if LAYOUT > 1:
+        size = size // LAYOUT * LAYOUT
+    return size
+
+
+@triton.jit
 def _bfloat16_bits(values):
     """Round float32 `values` to the nearest bfloat16, as 32-bit integers: the interpreter's conversion truncates."""
     bits = values.to(tl.uint32, bitcast=True)
@@ -316,17 +362,31 @@ def tf32(values, PRECISION: tl.constexpr):
     """Round float32 `values` to the nearest tf32 where products are of tf32; others stay as they are.
 
     A matrix unit cuts 13 bits off, a bias towards 0 and twice the error. Added up, two rounded operands keep a product
-    within 2**-10 of itself. The interpreter's tl.dot multiplies whole numbers, so there the bits are cut off here.
+    within 2**-10 of itself. NVIDIA's GPUs from sm_80 on have an instruction that rounds halves away from 0, which the
+    integers here do as well, elsewhere and in the interpreter. The interpreter's tl.dot multiplies whole numbers, so
+    the bits are cut off here.
     """
     if PRECISION == "tf32":
-        bits = values.to(tl.int32, bitcast=True)
-        rounded = bits + 0x1000
         if INTERPRETED:
-            rounded = rounded & -0x2000
-        # The sum would carry a NaN's bits into its sign.
-        finite = (bits & 0x7F800000) != 0x7F800000
-        values = tl.where(finite, rounded, bits).to(tl.float32, bitcast=True)
+            values = _tf32_by_integers(values)
+        elif cuda_capability_geq(8):
+            values = tl.inline_asm_elementwise(
+                "cvt.rna.tf32.f32 $0, $1;", "=r,r", [values], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            values = _tf32_by_integers(values)
     return values
+
+
+@triton.jit
+def _tf32_by_integers(values):
+    bits = values.to(tl.int32, bitcast=True)
+    rounded = bits + 0x1000
+    if INTERPRETED:
+        rounded = rounded & -0x2000
+    # The sum would carry a NaN's bits into its sign.
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, rounded, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -351,46 +411,149 @@ def relu(values):
     return tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit(do_not_specialize=["size", "parts"])
-def _sum_parts_kernel(
-    parts_ptr, output_ptr, size, parts, factor, INDEX: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
-    """Add up the rows of a (parts, size) float32 matrix in a fixed order: output[i] = factor * sum_p parts[p, i].
+@triton.jit
+def _sum_width(parts, BLOCK: tl.constexpr):
+    """Elements that a program of `_sum_parts_kernel` takes: the fewer numbers it adds up for each, the more."""
+    return tl.where(parts == 1, 128 * BLOCK, tl.where(parts <= 32, 16 * BLOCK, BLOCK))
 
-    A program takes BLOCK columns. It adds rows p, p + ROWS, p + 2 * ROWS, ... first to last, then these ROWS sums by a
-    tree, so that many loads are under way at once. Of a single row, which is only scaled and rounded, it takes
-    ROWS * BLOCK columns.
+
+@triton.jit
+def _sum_rows(
+    parts_ptr, offset, columns, parts, output_ptr, first, size, factor, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Add up BLOCK columns, from `offset + first` on, of a (parts, columns) matrix.
+
+    Rows p, p + ROWS, ... are added first to last, then these ROWS sums by a tree.
     """
-    if parts == 1:
-        element = tl.program_id(0).to(INDEX) * (ROWS * BLOCK) + tl.arange(0, ROWS * BLOCK)
-        single = tl.load(parts_ptr + element, mask=element < size)
+    element = first + tl.arange(0, BLOCK)
+    if ROWS == 1:
+        single = tl.load(parts_ptr + offset + element, mask=element < size)
         store(output_ptr + element, single * factor, element < size)
     else:
-        offset = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
         row = tl.arange(0, ROWS)
-        mask = offset < size
         total = tl.zeros((ROWS, BLOCK), tl.float32)
-        for first in range(0, parts, ROWS):
-            pointers = parts_ptr + (first + row).to(INDEX)[:, None] * size + offset[None, :]
-            total += tl.load(pointers, mask=(first + row < parts)[:, None] & mask[None, :], other=0.0)
-        store(output_ptr + offset, tl.sum(total, axis=0) * factor, mask)
+        for start in range(0, parts, ROWS):
+            found = (parts_ptr + ((start + row).to(element.dtype) * columns)[:, None]) + (offset + element)[None, :]
+            total += tl.load(found, mask=(start + row < parts)[:, None] & (element < size)[None, :], other=0.0)
+        store(output_ptr + element, tl.sum(total, axis=0) * factor, element < size)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("first_ptr", "second_ptr", "first_parts", "second_parts"),
+        *(f"output{i}_ptr" for i in range(6)),
+        *(f"size{i}" for i in range(6)),
+    ]
+)
+def _sum_parts_kernel(
+    first_ptr,
+    second_ptr,
+    output0_ptr,
+    output1_ptr,
+    output2_ptr,
+    output3_ptr,
+    output4_ptr,
+    output5_ptr,
+    first_parts,
+    second_parts,
+    size0,
+    size1,
+    size2,
+    size3,
+    size4,
+    size5,
+    factor0,
+    factor1,
+    factor2,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add up the rows of two float32 matrices of partial sums, in an order that depends on the number of rows alone.
+
+    Row p of the first, (first_parts, size0 + size1), holds part p of outputs 0 and 1; row p of the second,
+    (second_parts, size2 + ... + size5), of outputs 2 to 5. Output 0 is multiplied by factor0, output 1 by factor1, the
+    others by factor2. A size of 0 leaves an output out.
+
+    Tile: a program takes `_sum_width` elements of one output, and 1, 8 or 128 parts at a time, so that many loads are
+    under way at once.
+
+    Cost per element of an output: reads one float32 a part, writes one element.
+    """
+    block = tl.program_id(0)
+    parts_ptr, parts, columns, offset, factor = first_ptr, first_parts, size0 + size1, 0, factor0
+    width = _sum_width(parts, BLOCK)
+    output_ptr, size = output0_ptr, size0
+    blocks = (size + width - 1) // width
+    if block >= blocks:
+        block -= blocks
+        offset, output_ptr, size, factor = size0, output1_ptr, size1, factor1
+        blocks = (size + width - 1) // width
+        if block >= blocks:
+            block -= blocks
+            parts_ptr, parts, columns, offset, factor = second_ptr, second_parts, size2 + size3 + size4 + size5, 0, factor2
+            width = _sum_width(parts, BLOCK)
+            output_ptr, size = output2_ptr, size2
+            blocks = (size + width - 1) // width
+            if block >= blocks:
+                block -= blocks
+                offset, output_ptr, size = size2, output3_ptr, size3
+                blocks = (size + width - 1) // width
+                if block >= blocks:
+                    block -= blocks
+                    offset, output_ptr, size = size2 + size3, output4_ptr, size4
+                    blocks = (size + width - 1) // width
+                    if block >= blocks:
+                        block -= blocks
+                        offset, output_ptr, size = size2 + size3 + size4, output5_ptr, size5
+    first = block.to(INDEX) * width
+    if parts == 1:
+        _sum_rows(parts_ptr, offset, columns, parts, output_ptr, first, size, factor, 1, 128 * BLOCK)
+    elif parts <= 32:
+        _sum_rows(parts_ptr, offset, columns, parts, output_ptr, first, size, factor, 8, 16 * BLOCK)
+    else:
+        _sum_rows(parts_ptr, offset, columns, parts, output_ptr, first, size, factor, 128, BLOCK)
 
 
 def sum_parts(parts: Tensor, output: Tensor, factor: float = 1.0) -> Tensor:
     """Reduce float32 `parts` (P, *) over its first dimension into the dense `output` (*); deterministic."""
-    size, rows = output.numel(), 128
-    block = 4096 if INTERPRETED else 32
+    sum_all_parts((parts,), (output,), (), (), (factor, 1.0, 1.0))
+    return output
+
+
+def sum_all_parts(
+    first: Sequence[Tensor],
+    first_outputs: Sequence[Tensor],
+    second: Sequence[Tensor],
+    second_outputs: Sequence[Tensor],
+    factors: Sequence[float] = (1.0, 1.0, 1.0),
+) -> None:
+    """Reduce one or two float32 matrices of partial sums over their rows, in one launch; deterministic.
+
+    Args:
+        first: one matrix (P, sizes of `first_outputs` together), dense.
+        first_outputs: one or two dense tensors of one dtype.
+        second: likewise, or empty.
+        second_outputs: up to four dense tensors of the same dtype.
+        factors: of the first and the second of `first_outputs`, and of all `second_outputs`.
+    """
+    block = 1024 if INTERPRETED else 32
+    sources = first[0], second[0] if second else first[0]
+    parts = [source.shape[0] for source in sources]
+    outputs = [*first_outputs, first_outputs[0]][:2]
+    outputs += [*second_outputs, *[first_outputs[0]] * 4][:4]
+    sizes = [*[output.numel() for output in first_outputs], 0][:2]
+    sizes += [*[output.numel() for output in second_outputs], 0, 0, 0, 0][:4]
+    widths = [128 * block if count == 1 else 16 * block if count <= 32 else block for count in parts]
+    programs = sum(cdiv(size, widths[place > 1]) for place, size in enumerate(sizes))
     launch(
         _sum_parts_kernel,
-        (cdiv(size, block * rows if parts.shape[0] == 1 else block),),
-        parts,
-        output,
-        size,
-        parts.shape[0],
-        factor,
-        INDEX=index_type(parts, output),
+        (programs,),
+        *sources,
+        *outputs,
+        *parts,
+        *sizes,
+        *(float(factor) for factor in factors),
+        INDEX=index_type(*sources, *outputs),
         BLOCK=block,
-        ROWS=rows,
         num_warps=4,
     )
-    return output

@@ -36,13 +36,12 @@ from .runtime import (
     splits,
     store,
     sum_all_parts,
-    sum_parts,
 )
 
 # Never specialised on: neither a size of 1 nor a multiple of 16 compiles a kernel anew. What a layout promises about
 # alignment is told by the constants `LEFT`, `RIGHT` and so on, which have few values.
 _GENERAL = [
-    *("m", "n", "k", "depth_per_part"),
+    *("m", "n", "k", "depth_per_part", "tiles"),
     *(f"{tensor}_stride_{axis}" for tensor in ("input", "mat1", "mat2", "grad", "result") for axis in "mnk"),
     *(f"{tensor}_ptr" for tensor in ("input", "mat1", "mat2", "output", "grad", "result", "column_sums")),
 ]
@@ -86,13 +85,12 @@ def _product(
     OUTPUT: tl.constexpr,
     RIGHT: tl.constexpr,
     MASKED: tl.constexpr,
-    SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of left (m, k) @ right (k, n) over the depths `first` to `last`, and if SUMS the sums of left's rows.
+    """One tile of left (m, k) @ right (k, n) over the depths `first` to `last`.
 
     If MASKED, `left` is a gradient, closed as it is loaded where relu was off in `output`. It is the left operand, as
     that is the one that matrix units take from registers; the right one goes from memory to shared memory and stays
@@ -110,7 +108,6 @@ def _product(
     output_rows, output_depth = bound(m, -OUTPUT), bound(k, OUTPUT)
     right_depth, right_columns = bound(k, -RIGHT), bound(n, RIGHT)
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(first, last, BLOCK_K):
         depth = start + tl.arange(0, BLOCK_K)
         left = load(left_pointers, (row < left_rows)[:, None] & (depth < left_depth)[None, :])
@@ -118,13 +115,11 @@ def _product(
             mask = (row < output_rows)[:, None] & (depth < output_depth)[None, :]
             left = tl.where(load(output_pointers, mask) <= 0, 0.0, left).to(left.dtype)
             output_pointers += BLOCK_K * output_stride_k
-        if SUMS:
-            row_sum += tl.sum(left.to(tl.float32), axis=1)
         right = load(right_pointers, (depth < right_depth)[:, None] & (column < right_columns)[None, :])
         product = dot(left, right, product, PRECISION)
         left_pointers += BLOCK_K * left_stride_k
         right_pointers += BLOCK_K * right_stride_k
-    return product, row_sum
+    return product
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -160,10 +155,10 @@ def _forward_kernel(
     row, column = _position(m, n, INDEX, BLOCK_M, BLOCK_N, GROUP)
     row += tl.arange(0, BLOCK_M)
     column += tl.arange(0, BLOCK_N)
-    product, _ = _product(
+    product = _product(
         mat1_ptr, mat1_ptr, mat2_ptr, row, column, 0, k, m, n, k,
         mat1_stride_m, mat1_stride_k, mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
-        LEFT, LEFT, RIGHT, False, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        LEFT, LEFT, RIGHT, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     product *= alpha
     mask = (row < m)[:, None] & (column < bound(n, RESULT))[None, :]
@@ -192,6 +187,7 @@ def _grad_mat1_kernel(
     mat2_stride_k,
     mat2_stride_n,
     alpha,
+    MASKED: tl.constexpr,
     LEFT: tl.constexpr,
     OUTPUT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -207,10 +203,10 @@ def _grad_mat1_kernel(
     row, column = _position(m, k, INDEX, BLOCK_M, BLOCK_N, GROUP)
     row += tl.arange(0, BLOCK_M)
     column += tl.arange(0, BLOCK_N)
-    product, _ = _product(
+    product = _product(
         grad_ptr, output_ptr, mat2_ptr, row, column, 0, n, m, k, n,
         grad_stride_m, grad_stride_n, n, 1, mat2_stride_n, mat2_stride_k,
-        LEFT, OUTPUT, RIGHT, True, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        LEFT, OUTPUT, RIGHT, MASKED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     mask = (row < m)[:, None] & (column < bound(k, RESULT))[None, :]
     store(pointers(result_ptr, row, column, k, 1, RESULT), product * alpha, mask)
@@ -233,9 +229,10 @@ def _grad_mat2_kernel(
     result_stride_n,
     result_stride_k,
     depth_per_part,
+    tiles,
     alpha,
     beta,
-    NEED_INPUT: tl.constexpr,
+    MASKED: tl.constexpr,
     LEFT: tl.constexpr,
     OUTPUT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -248,68 +245,84 @@ def _grad_mat2_kernel(
     GROUP: tl.constexpr,
 ):
     """One part of grad^T @ mat1, up to alpha, and of grad's column sums, up to beta."""
-    row, column = _position(n, k, INDEX, BLOCK_M, BLOCK_N, GROUP)
-    first_tile = column == 0
-    row += tl.arange(0, BLOCK_M)
-    column += tl.arange(0, BLOCK_N)
     part = tl.program_id(1).to(INDEX)
     first = part * depth_per_part
-    product, row_sum = _product(
-        grad_ptr, output_ptr, mat1_ptr, row, column, first, tl.minimum(first + depth_per_part, m), n, k, m,
-        grad_stride_n, grad_stride_m, 1, n, mat1_stride_m, mat1_stride_k,
-        LEFT, OUTPUT, RIGHT, True, NEED_INPUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    result_ptr += part * n * k
-    mask = (row < bound(n, -RESULT))[:, None] & (column < bound(k, RESULT))[None, :]
-    store(pointers(result_ptr, row, column, result_stride_n, result_stride_k, RESULT), product * alpha, mask)
-    if NEED_INPUT:
-        store(column_sums_ptr + part * n + row, row_sum * beta, (row < n) & first_tile)
+    last = tl.minimum(first + depth_per_part, m)
+    if tl.program_id(0) < tiles:
+        row, column = _position(n, k, INDEX, BLOCK_M, BLOCK_N, GROUP)
+        row += tl.arange(0, BLOCK_M)
+        column += tl.arange(0, BLOCK_N)
+        product = _product(
+            grad_ptr, output_ptr, mat1_ptr, row, column, first, last, n, k, m,
+            grad_stride_n, grad_stride_m, 1, n, mat1_stride_m, mat1_stride_k,
+            LEFT, OUTPUT, RIGHT, MASKED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        mask = (row < bound(n, -RESULT))[:, None] & (column < bound(k, RESULT))[None, :]
+        result = pointers(result_ptr + part * n * k, row, column, result_stride_n, result_stride_k, RESULT)
+        store(result, product * alpha, mask)
+    else:
+        # Matrix units would sum rounded numbers where products are of tf32.
+        block = tl.program_id(0) - tiles
+        _column_sums(
+            column_sums_ptr + part * n, grad_ptr, output_ptr, block.to(INDEX) * 64 + tl.arange(0, 64), first, last, n,
+            grad_stride_m, grad_stride_n, beta, MASKED, -LEFT, -OUTPUT,
+        )  # fmt: skip
 
 
 @triton.jit
-def _closed(grad_ptr, output_ptr, row, column, m, n, grad_stride_m, grad_stride_n, GRAD: tl.constexpr, OUTPUT: tl.constexpr):
-    """Load a tile of grad_output, closed where relu was off in the contiguous output; NaN counts as on, as in PyTorch."""
-    mask = (row < bound(m, -GRAD))[:, None] & (column < bound(n, GRAD))[None, :]
-    grad = load(pointers(grad_ptr, row, column, grad_stride_m, grad_stride_n, GRAD), mask)
-    mask = (row < m)[:, None] & (column < bound(n, OUTPUT))[None, :]
-    output = load(pointers(output_ptr, row, column, n, 1, OUTPUT), mask)
-    return tl.where(output <= 0, 0.0, grad.to(tl.float32))
-
-
-@triton.jit(do_not_specialize=_GENERAL)
-def _column_sums_kernel(
+def _column_sums(
+    result_ptr,
     grad_ptr,
     output_ptr,
-    column_sums_ptr,
+    column,
+    first,
+    last,
+    n,
+    grad_stride_m,
+    grad_stride_n,
+    beta,
+    MASKED: tl.constexpr,
+    GRAD: tl.constexpr,
+    OUTPUT: tl.constexpr,
+):
+    """Sum the rows `first` to `last` of some columns of the closed gradient, 32 at a time, then these 32 by a tree."""
+    total = tl.zeros((32, column.shape[0]), tl.float32)
+    for start in range(first, last, 32):
+        row = start + tl.arange(0, 32)
+        total += _closed(
+            grad_ptr, output_ptr, row, column, last, n, grad_stride_m, grad_stride_n, MASKED, GRAD, OUTPUT
+        )
+    store(result_ptr + column, tl.sum(total, axis=0) * beta, column < n)
+
+
+@triton.jit
+def _closed(
+    grad_ptr,
+    output_ptr,
+    row,
+    column,
     m,
     n,
     grad_stride_m,
     grad_stride_n,
-    depth_per_part,
-    beta,
+    MASKED: tl.constexpr,
     GRAD: tl.constexpr,
     OUTPUT: tl.constexpr,
-    INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
-    """One part of grad's column sums, up to beta, where the gradient of mat2 is not asked for.
+    """Load a tile of grad_output in float32, closed where relu was off in the contiguous output unless it is already.
 
-    Tile: BLOCK_N columns, BLOCK_M rows at a time of the `depth_per_part` rows of a part. Shapes and strides: as of
-    `_grad_mat2_kernel`. Cost per row: reads 2 * N elements.
+    NaN counts as on, as in PyTorch. No load may reach beyond row m, a multiple of the elements of a load.
     """
-    column = tl.program_id(0).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
-    part = tl.program_id(1).to(INDEX)
-    first = part * depth_per_part
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(first, tl.minimum(first + depth_per_part, m), BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        total += _closed(grad_ptr, output_ptr, row, column, m, n, grad_stride_m, grad_stride_n, GRAD, OUTPUT)
-    store(column_sums_ptr + part * n + column, tl.sum(total, axis=0) * beta, column < n)
+    mask = (row < bound(m, -GRAD))[:, None] & (column < bound(n, GRAD))[None, :]
+    grad = load(pointers(grad_ptr, row, column, grad_stride_m, grad_stride_n, GRAD), mask).to(tl.float32)
+    if MASKED:
+        mask = (row < m)[:, None] & (column < bound(n, OUTPUT))[None, :]
+        grad = tl.where(load(pointers(output_ptr, row, column, n, 1, OUTPUT), mask) <= 0, 0.0, grad)
+    return grad
 
 
 @triton.jit(do_not_specialize=_GENERAL)
-def _grad_input_kernel(
+def _close_kernel(
     grad_ptr,
     output_ptr,
     result_ptr,
@@ -317,14 +330,16 @@ def _grad_input_kernel(
     n,
     grad_stride_m,
     grad_stride_n,
-    beta,
+    factor,
     GRAD: tl.constexpr,
     OUTPUT: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Gradient of a full-size input: grad_input = beta * grad_output where output > 0, else 0.
+    """Close grad_output where relu was off: result = factor * grad_output where output > 0, else 0.
+
+    That is the gradient of a full-size input, and what both products take where closing it once pays.
 
     Tile: BLOCK_M rows x BLOCK_N columns. Shapes and strides: grad_output (M, N), any strides (0 too); output and result
     contiguous. Cost per row: reads 2 * N elements, writes N.
@@ -332,9 +347,20 @@ def _grad_input_kernel(
     across = (n + BLOCK_N - 1) // BLOCK_N
     row = (tl.program_id(0) // across).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = (tl.program_id(0) % across).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
-    grad = _closed(grad_ptr, output_ptr, row, column, m, n, grad_stride_m, grad_stride_n, GRAD, OUTPUT)
+    grad = _closed(grad_ptr, output_ptr, row, column, m, n, grad_stride_m, grad_stride_n, True, GRAD, OUTPUT)
     mask = (row < m)[:, None] & (column < bound(n, OUTPUT))[None, :]
-    store(pointers(result_ptr, row, column, n, 1, OUTPUT), grad * beta, mask)
+    store(pointers(result_ptr, row, column, n, 1, OUTPUT), grad * factor, mask)
+
+
+_SUM_COLUMNS = 64
+"""Columns of which a program sums the gradient, 32 rows at a time."""
+
+_CLOSE_FROM = 2048
+"""Columns of both gradients' products together from which the gradient is closed once before instead of in each tile.
+
+Modelled: a tile of 128 columns that closes the gradient itself reads the output from L2 into shared memory and on into
+registers. Closing it once is three passes over memory, as long as eight such tiles take in either product.
+"""
 
 
 def _tile(dtype: torch.dtype, rows: int, columns: int, depth: int) -> dict[str, Any]:
@@ -344,10 +370,7 @@ def _tile(dtype: torch.dtype, rows: int, columns: int, depth: int) -> dict[str, 
     """
     precision = dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
     if INTERPRETED:
-        return {"PRECISION": precision, **interpreted_tile(rows, columns, depth)}
-    # Exact float32 runs on the FMA units with both operands in registers: a wider tile spills.
-    widest = 32 if dtype == torch.float32 and precision == "ieee" else 64
-    block_n = min(widest, max(16, next_power_of_2(columns)))
+        return {"PRECISION": precision, "GROUP": 8, **interpreted_tile(rows, columns, depth)}
     import os
     import json
     t = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64 if dtype.itemsize==2 else 32, "GROUP": 8, "num_warps": 8, "num_stages": 3, **all_registers()}
@@ -464,74 +487,108 @@ def _backward(
     beta, alpha = factors
     addend, need_mat1, need_mat2 = wanted
     (m, k), n = mat1.shape, mat2.shape[1]
-    output = contiguous(output)
-    grad_mat1 = _grad_mat1(grad_output, output, mat1, mat2, alpha) if need_mat1 else None
-    grad_input = grad_mat2 = None
+    grad, output = grad_output, contiguous(output)
+    grad_input = grad_mat1 = grad_mat2 = None
+    masked = True
+    if addend in ("full", "broadcast"):
+        grad_input = _close(grad, output, beta, None if addend == "full" else torch.float32)
+    if addend == "full" and beta == 1:
+        grad, masked = grad_input, False
+    elif k * (need_mat1 + need_mat2) >= _CLOSE_FROM:
+        grad, masked = _close(grad, output), False
+    if need_mat1:
+        grad_mat1 = empty((m, k), mat1)
+        _grad_mat1(grad, output, mat1, mat2, grad_mat1, masked, alpha)
     if need_mat2:
         grad_mat2 = empty((n, k) if _columns_first(mat2) else (k, n), mat1)
     if addend == "row":
         grad_input = empty((n,), mat1)
-    if grad_mat2 is not None and grad_mat2.numel() > 0:
-        _grad_mat2(grad_output, output, mat1, grad_mat2, grad_input, _columns_first(mat2), beta, alpha)
-    elif grad_input is not None:
-        _column_sums(grad_output, output, grad_input, beta)
-    if addend in ("full", "broadcast"):
-        grad_input = empty((m, n), output, None if addend == "full" else torch.float32)
-        _grad_input(grad_output, output, grad_input, beta)
+    if need_mat2 or addend == "row":
+        grad_bias = grad_input if addend == "row" else None
+        _grad_mat2(grad, output, mat1, grad_mat2, grad_bias, _columns_first(mat2), masked, beta, alpha)
     return grad_input, grad_mat1, grad_mat2
 
 
-def _grad_mat1(grad_output: Tensor, output: Tensor, mat1: Tensor, mat2: Tensor, alpha: float) -> Tensor:
+def _close(grad_output: Tensor, output: Tensor, factor: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+    m, n = output.shape
+    result = empty((m, n), output, dtype)
+    tile = {"BLOCK_M": 256, "BLOCK_N": 128} if INTERPRETED else {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
+    launch(
+        _close_kernel,
+        (cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"]),),
+        grad_output,
+        output,
+        result,
+        m,
+        n,
+        *grad_output.stride(),
+        factor,
+        GRAD=layout(grad_output),
+        OUTPUT=layout(output),
+        INDEX=index_type(grad_output, output, result),
+        **tile,
+    )
+    return result
+
+
+def _grad_mat1(
+    grad: Tensor, output: Tensor, mat1: Tensor, mat2: Tensor, grad_mat1: Tensor, masked: bool, alpha: float
+) -> None:
     (m, k), n = mat1.shape, mat2.shape[1]
-    grad_mat1 = empty((m, k), mat1)
     tile = _tile(mat1.dtype, m, k, n)
     launch(
         _grad_mat1_kernel,
         (cdiv(m, tile["BLOCK_M"]) * cdiv(k, tile["BLOCK_N"]),),
-        grad_output,
+        grad,
         output,
         mat2,
         grad_mat1,
         m,
         n,
         k,
-        *grad_output.stride(),
+        *grad.stride(),
         *mat2.stride(),
         alpha,
-        LEFT=layout(grad_output),
+        MASKED=masked,
+        LEFT=layout(grad),
         OUTPUT=layout(output),
         RIGHT=-layout(mat2),
         RESULT=layout(grad_mat1),
-        INDEX=index_type(grad_output, output, mat2, grad_mat1),
+        INDEX=index_type(grad, output, mat2, grad_mat1),
         **tile,
     )
-    return grad_mat1
 
 
 def _grad_mat2(
-    grad_output: Tensor,
+    grad: Tensor,
     output: Tensor,
     mat1: Tensor,
-    grad_mat2: Tensor,
+    grad_mat2: Tensor | None,
     grad_bias: Tensor | None,
     transposed: bool,
+    masked: bool,
     beta: float,
     alpha: float,
 ) -> None:
     (m, k), n = mat1.shape, output.shape[1]
     tile = _tile(mat1.dtype, n, k, m)
-    tiles = cdiv(n, tile["BLOCK_M"]) * cdiv(k, tile["BLOCK_N"])
-    parts, depth_per_part = splits(m, tile["BLOCK_K"], 4 * tiles)
-    sums, column_sums, factors = grad_mat2, output if grad_bias is None else grad_bias, (alpha, beta)
+    tiles = 0 if grad_mat2 is None else cdiv(n, tile["BLOCK_M"]) * cdiv(k, tile["BLOCK_N"])
+    sum_tiles = 0 if grad_bias is None else cdiv(n, _SUM_COLUMNS)
+    parts, depth_per_part = splits(m, tile["BLOCK_K"], max(1, 4 * (tiles or sum_tiles)))
+    sums = output if grad_mat2 is None else grad_mat2
+    column_sums = output if grad_bias is None else grad_bias
+    factors = alpha, beta
     if parts > 1:
-        sums = empty((parts, *grad_mat2.shape), mat1, torch.float32)
-        column_sums = sums if grad_bias is None else empty((parts, n), mat1, torch.float32)
-        factors = (1.0, 1.0)
-    width = layout(sums[0] if parts > 1 else sums)
+        factors = 1.0, 1.0
+        if grad_mat2 is not None:
+            sums = empty((parts, *grad_mat2.shape), mat1, torch.float32)
+        if grad_bias is not None:
+            column_sums = empty((parts, n), mat1, torch.float32)
+    width = layout(sums[0] if sums.dim() == 3 else sums)
     launch(
         _grad_mat2_kernel,
-        (tiles, parts),
-        grad_output,
+        (tiles + sum_tiles, parts),
+        grad,
         output,
         mat1,
         sums,
@@ -539,73 +596,20 @@ def _grad_mat2(
         m,
         n,
         k,
-        *grad_output.stride(),
+        *grad.stride(),
         *mat1.stride(),
         *((k, 1) if transposed else (1, n)),
         depth_per_part,
+        tiles,
         *factors,
-        NEED_INPUT=grad_bias is not None,
-        LEFT=-layout(grad_output),
+        MASKED=masked,
+        LEFT=-layout(grad),
         OUTPUT=-layout(output),
         RIGHT=layout(mat1),
         RESULT=width if transposed else -width,
-        INDEX=index_type(grad_output, output, mat1, sums),
-        **tile,
-    )
-    if parts > 1 and grad_bias is None:
-        sum_parts(sums, grad_mat2, alpha)
-    elif parts > 1:
-        sum_all_parts((sums,), (grad_mat2,), (column_sums,), (grad_bias,), (alpha, 1.0, beta))
-
-
-def _column_sums(grad_output: Tensor, output: Tensor, grad_bias: Tensor, beta: float) -> None:
-    m, n = output.shape
-    tile = _element_tile()
-    across = cdiv(n, tile["BLOCK_N"])
-    parts, depth_per_part = splits(m, tile["BLOCK_M"], max(1, across))
-    sums = grad_bias if parts == 1 else empty((parts, n), output, torch.float32)
-    launch(
-        _column_sums_kernel,
-        (across, parts),
-        grad_output,
-        output,
-        sums,
-        m,
-        n,
-        *grad_output.stride(),
-        depth_per_part,
-        beta if parts == 1 else 1.0,
-        GRAD=layout(grad_output),
-        OUTPUT=layout(output),
-        INDEX=index_type(grad_output, output, sums),
+        INDEX=index_type(grad, output, mat1, sums),
         **tile,
     )
     if parts > 1:
-        sum_parts(sums, grad_bias, beta)
-
-
-def _grad_input(grad_output: Tensor, output: Tensor, grad_input: Tensor, beta: float) -> None:
-    m, n = output.shape
-    tile = _element_tile()
-    launch(
-        _grad_input_kernel,
-        (cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"]),),
-        grad_output,
-        output,
-        grad_input,
-        m,
-        n,
-        *grad_output.stride(),
-        beta,
-        GRAD=layout(grad_output),
-        OUTPUT=layout(output),
-        INDEX=index_type(grad_output, output, grad_input),
-        **tile,
-    )
-
-
-def _element_tile() -> dict[str, Any]:
-    """Choose the tile of what only passes elements on."""
-    if INTERPRETED:
-        return {"BLOCK_M": 256, "BLOCK_N": 128}
-    return {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
+        found = [(s, (g,), f) for s, g, f in ((sums, grad_mat2, alpha), (column_sums, grad_bias, beta)) if g is not None]
+        sum_all_parts(*found)

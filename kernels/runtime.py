@@ -438,11 +438,35 @@ def _sum_rows(
         store(output_ptr + element, tl.sum(total, axis=0) * factor, element < size)
 
 
+@triton.jit
+def _pick(block, width, ptr0, ptr1, ptr2, ptr3, size0, size1, size2, size3):
+    """Find the output that block number `block` of `width` elements belongs to, and the block's number in it.
+
+    Returns:
+        Pointer and size of the output, where it starts in a row of parts, and the number, which is beyond the output's
+        own blocks if the block belongs to none of the four.
+    """
+    ptr, size, offset = ptr0, size0, size0 * 0
+    blocks = (size + width - 1) // width
+    if block >= blocks:
+        block -= blocks
+        ptr, size, offset = ptr1, size1, size0
+        blocks = (size + width - 1) // width
+        if block >= blocks:
+            block -= blocks
+            ptr, size, offset = ptr2, size2, size0 + size1
+            blocks = (size + width - 1) // width
+            if block >= blocks:
+                block -= blocks
+                ptr, size, offset = ptr3, size3, size0 + size1 + size2
+    return ptr, size, offset, block
+
+
 @triton.jit(
     do_not_specialize=[
         *("first_ptr", "second_ptr", "first_parts", "second_parts"),
-        *(f"output{i}_ptr" for i in range(6)),
-        *(f"size{i}" for i in range(6)),
+        *(f"output{i}_ptr" for i in range(8)),
+        *(f"size{i}" for i in range(8)),
     ]
 )
 def _sum_parts_kernel(
@@ -454,6 +478,8 @@ def _sum_parts_kernel(
     output3_ptr,
     output4_ptr,
     output5_ptr,
+    output6_ptr,
+    output7_ptr,
     first_parts,
     second_parts,
     size0,
@@ -462,17 +488,17 @@ def _sum_parts_kernel(
     size3,
     size4,
     size5,
-    factor0,
-    factor1,
-    factor2,
+    size6,
+    size7,
+    first_factor,
+    second_factor,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Add up the rows of two float32 matrices of partial sums, in an order that depends on the number of rows alone.
 
-    Row p of the first, (first_parts, size0 + size1), holds part p of outputs 0 and 1; row p of the second,
-    (second_parts, size2 + ... + size5), of outputs 2 to 5. Output 0 is multiplied by factor0, output 1 by factor1, the
-    others by factor2. A size of 0 leaves an output out.
+    Row p of the first, (first_parts, size0 + ... + size3), holds part p of outputs 0 to 3; row p of the second,
+    (second_parts, size4 + ... + size7), of outputs 4 to 7. A size of 0 leaves an output out.
 
     Tile: a program takes `_sum_width` elements of one output, and 1, 8 or 128 parts at a time, so that many loads are
     under way at once.
@@ -480,31 +506,20 @@ def _sum_parts_kernel(
     Cost per element of an output: reads one float32 a part, writes one element.
     """
     block = tl.program_id(0)
-    parts_ptr, parts, columns, offset, factor = first_ptr, first_parts, size0 + size1, 0, factor0
+    parts_ptr, parts, factor, columns = first_ptr, first_parts, first_factor, size0 + size1 + size2 + size3
     width = _sum_width(parts, BLOCK)
-    output_ptr, size = output0_ptr, size0
-    blocks = (size + width - 1) // width
-    if block >= blocks:
-        block -= blocks
-        offset, output_ptr, size, factor = size0, output1_ptr, size1, factor1
-        blocks = (size + width - 1) // width
-        if block >= blocks:
-            block -= blocks
-            parts_ptr, parts, columns, offset, factor = second_ptr, second_parts, size2 + size3 + size4 + size5, 0, factor2
-            width = _sum_width(parts, BLOCK)
-            output_ptr, size = output2_ptr, size2
-            blocks = (size + width - 1) // width
-            if block >= blocks:
-                block -= blocks
-                offset, output_ptr, size = size2, output3_ptr, size3
-                blocks = (size + width - 1) // width
-                if block >= blocks:
-                    block -= blocks
-                    offset, output_ptr, size = size2 + size3, output4_ptr, size4
-                    blocks = (size + width - 1) // width
-                    if block >= blocks:
-                        block -= blocks
-                        offset, output_ptr, size = size2 + size3 + size4, output5_ptr, size5
+    blocks = (size0 + width - 1) // width + (size1 + width - 1) // width
+    blocks += (size2 + width - 1) // width + (size3 + width - 1) // width
+    if block < blocks:
+        output_ptr, size, offset, block = _pick(
+            block, width, output0_ptr, output1_ptr, output2_ptr, output3_ptr, size0, size1, size2, size3
+        )
+    else:
+        parts_ptr, parts, factor, columns = second_ptr, second_parts, second_factor, size4 + size5 + size6 + size7
+        width = _sum_width(parts, BLOCK)
+        output_ptr, size, offset, block = _pick(
+            block - blocks, width, output4_ptr, output5_ptr, output6_ptr, output7_ptr, size4, size5, size6, size7
+        )
     first = block.to(INDEX) * width
     if parts == 1:
         _sum_rows(parts_ptr, offset, columns, parts, output_ptr, first, size, factor, 1, 128 * BLOCK)
@@ -516,44 +531,34 @@ def _sum_parts_kernel(
 
 def sum_parts(parts: Tensor, output: Tensor, factor: float = 1.0) -> Tensor:
     """Reduce float32 `parts` (P, *) over its first dimension into the dense `output` (*); deterministic."""
-    sum_all_parts((parts,), (output,), (), (), (factor, 1.0, 1.0))
+    sum_all_parts((parts, (output,), factor))
     return output
 
 
-def sum_all_parts(
-    first: Sequence[Tensor],
-    first_outputs: Sequence[Tensor],
-    second: Sequence[Tensor],
-    second_outputs: Sequence[Tensor],
-    factors: Sequence[float] = (1.0, 1.0, 1.0),
-) -> None:
+def sum_all_parts(*sums: tuple[Tensor, Sequence[Tensor], float]) -> None:
     """Reduce one or two float32 matrices of partial sums over their rows, in one launch; deterministic.
 
     Args:
-        first: one matrix (P, sizes of `first_outputs` together), dense.
-        first_outputs: one or two dense tensors of one dtype.
-        second: likewise, or empty.
-        second_outputs: up to four dense tensors of the same dtype.
-        factors: of the first and the second of `first_outputs`, and of all `second_outputs`.
+        sums: a matrix (P, *), dense; up to four dense tensors, all of one dtype, that a row holds one after the other;
+            and their factor. P may differ.
     """
     block = 1024 if INTERPRETED else 32
-    sources = first[0], second[0] if second else first[0]
-    parts = [source.shape[0] for source in sources]
-    outputs = [*first_outputs, first_outputs[0]][:2]
-    outputs += [*second_outputs, *[first_outputs[0]] * 4][:4]
-    sizes = [*[output.numel() for output in first_outputs], 0][:2]
-    sizes += [*[output.numel() for output in second_outputs], 0, 0, 0, 0][:4]
-    widths = [128 * block if count == 1 else 16 * block if count <= 32 else block for count in parts]
-    programs = sum(cdiv(size, widths[place > 1]) for place, size in enumerate(sizes))
+    sums = (*sums, (sums[0][0], (), 1.0))[:2]
+    outputs, sizes, programs = [], [], 0
+    for parts, found, _ in sums:
+        outputs += [*found, *[sums[0][1][0]] * 4][:4]
+        sizes += [*[output.numel() for output in found], 0, 0, 0, 0][:4]
+        width = 128 * block if parts.shape[0] == 1 else 16 * block if parts.shape[0] <= 32 else block
+        programs += sum(cdiv(output.numel(), width) for output in found)
     launch(
         _sum_parts_kernel,
         (programs,),
-        *sources,
+        *(parts for parts, _, _ in sums),
         *outputs,
-        *parts,
+        *(parts.shape[0] for parts, _, _ in sums),
         *sizes,
-        *(float(factor) for factor in factors),
-        INDEX=index_type(*sources, *outputs),
+        *(float(factor) for _, _, factor in sums),
+        INDEX=index_type(*(parts for parts, _, _ in sums), *outputs),
         BLOCK=block,
         num_warps=4,
     )

@@ -19,6 +19,7 @@ from .plans import planned
 from .runtime import (
     INTERPRETED,
     all_registers,
+    architecture,
     bound,
     cdiv,
     contiguous,
@@ -355,26 +356,49 @@ def _close_kernel(
 _SUM_COLUMNS = 64
 """Columns of which a program sums the gradient, 32 rows at a time."""
 
-_CLOSE_FROM = 2048
+_CLOSE_FROM = {"sm_90": 2048}
+_CLOSE_FROM_ELSEWHERE = 1024
 """Columns of both gradients' products together from which the gradient is closed once before instead of in each tile.
 
 Modelled: a tile of 128 columns that closes the gradient itself reads the output from L2 into shared memory and on into
-registers. Closing it once is three passes over memory, as long as eight such tiles take in either product.
+registers. Closing it once is three passes over memory, as long as eight such tiles take in either product. Warps of
+sm_80 and gfx942 share left operands, and each closes its own copy; sm_100 puts a closed operand back into shared memory.
 """
 
 
-def _tile(dtype: torch.dtype, rows: int, columns: int, depth: int) -> dict[str, Any]:
+def _tile(dtype: torch.dtype, rows: int | None, columns: int, depth: int, *, closes: bool = False) -> dict[str, Any]:
     """Choose the tile and precision of a product of `rows` x `columns` with inner dimension `depth`.
 
-    On a GPU it never depends on the rows, of which the batch may be one dimension.
+    Args:
+        dtype: of the operands.
+        rows: None where they are the forward's: a row's sums must not depend on how many rows travel with it.
+        columns: of the product.
+        depth: products summed.
+        closes: whether the left operand is closed in registers, across its rows: then a wide tile would spill.
     """
     precision = dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
     if INTERPRETED:
-        return {"PRECISION": precision, "GROUP": 8, **interpreted_tile(rows, columns, depth)}
-    import os
-    import json
-    t = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64 if dtype.itemsize==2 else 32, "GROUP": 8, "num_warps": 8, "num_stages": 3, **all_registers()}
-    return {"PRECISION": precision, **t, **json.loads(os.environ.get("TILE","{}"))}
+        return {"PRECISION": precision, "GROUP": 8, **interpreted_tile(rows or 1024, columns, depth)}
+    on, half = architecture(), dtype != torch.float32
+    block_n = min(128, max(16, next_power_of_2(columns)))
+    if not half and precision == "ieee":
+        # FMA units take both operands in registers: a wider tile spills, and runs on matrix units, in tf32, on sm_100.
+        block_n = min(block_n, 64 if on == "sm_90" else 32)
+        tile = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+    else:
+        large = columns > 128 and (rows is None or rows > 64)
+        block_m, block_k, stages = (128 if large else 64), (64 if half else 32), 3
+        if on == "sm_90" and not half and rows is not None and not closes and columns > 512:
+            # Twice as wide, a tile reads its left operand half as often: shared memory is what binds in tf32.
+            if cdiv(rows, block_m) * cdiv(columns, 256) >= 128:
+                block_n = 256
+        elif on == "sm_80":
+            block_k //= 2  # operands pass through registers
+        elif on not in ("sm_90", "sm_100"):
+            block_k, stages = 32, 2  # 64 KiB of shared memory
+        warps = 8 if large else 4
+        tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+    return {"PRECISION": precision, "GROUP": 8, **tile, **all_registers()}
 
 
 def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
@@ -401,7 +425,7 @@ def _forward(mat1: Tensor, mat2: Tensor, input: Tensor | None, factors: tuple[fl
     # The view is only asked for its strides: a plan knows the tensor that it is given.
     addend = mat1 if input is None else input.expand(m, n)
     row = addend.stride(0) == 0 or m == 1
-    tile = _tile(mat1.dtype, m, n, k)
+    tile = _tile(mat1.dtype, None, n, k)
     launch(
         _forward_kernel,
         (cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"]),),
@@ -494,7 +518,7 @@ def _backward(
         grad_input = _close(grad, output, beta, None if addend == "full" else torch.float32)
     if addend == "full" and beta == 1:
         grad, masked = grad_input, False
-    elif k * (need_mat1 + need_mat2) >= _CLOSE_FROM:
+    elif k * (need_mat1 + need_mat2) >= _CLOSE_FROM.get(architecture(), _CLOSE_FROM_ELSEWHERE):
         grad, masked = _close(grad, output), False
     if need_mat1:
         grad_mat1 = empty((m, k), mat1)
@@ -571,7 +595,7 @@ def _grad_mat2(
     alpha: float,
 ) -> None:
     (m, k), n = mat1.shape, output.shape[1]
-    tile = _tile(mat1.dtype, n, k, m)
+    tile = _tile(mat1.dtype, n, k, m, closes=masked)
     tiles = 0 if grad_mat2 is None else cdiv(n, tile["BLOCK_M"]) * cdiv(k, tile["BLOCK_N"])
     sum_tiles = 0 if grad_bias is None else cdiv(n, _SUM_COLUMNS)
     parts, depth_per_part = splits(m, tile["BLOCK_K"], max(1, 4 * (tiles or sum_tiles)))

@@ -42,7 +42,7 @@ from .runtime import (
 # Never specialised on: neither a size of 1 nor a multiple of 16 compiles a kernel anew. What a layout promises about
 # alignment is told by the constants `LEFT`, `RIGHT` and so on, which have few values.
 _GENERAL = [
-    *("m", "n", "k", "depth_per_part", "tiles"),
+    *("m", "n", "k", "depth_per_part", "tiles", "parts"),
     *(f"{tensor}_stride_{axis}" for tensor in ("input", "mat1", "mat2", "grad", "result") for axis in "mnk"),
     *(f"{tensor}_ptr" for tensor in ("input", "mat1", "mat2", "output", "grad", "result", "column_sums")),
 ]
@@ -140,6 +140,7 @@ def _forward_kernel(
     mat2_stride_n,
     beta,
     alpha,
+    CHUNK: tl.constexpr,
     INPUT: tl.constexpr,
     ADDEND: tl.constexpr,
     LEFT: tl.constexpr,
@@ -152,26 +153,152 @@ def _forward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Product, sum and relu: output = relu(beta * input + alpha * mat1 @ mat2)."""
+    """Product, sum and relu: output = relu(beta * input + alpha * mat1 @ mat2).
+
+    Tile: BLOCK_M rows x BLOCK_N columns of the output. The sum over K runs within the program, in one order whatever the
+    batch size M, and accumulates in float32; every CHUNK products it starts anew and is added to those before, so that
+    `_forward_parts_kernel` comes to the same bits.
+
+    Shapes and strides: mat1 (M, K) and mat2 (K, N), any strides, as LEFT and RIGHT tell; input (M, N) after
+    broadcasting, strides may be 0; output (M, N) contiguous.
+
+    Saves: nothing beyond the output, whose sign is relu's mask.
+
+    Cost per row ("image"): 2 * K * N FLOP; reads K elements of mat1, writes N; mat2 is shared.
+    """
     row, column = _position(m, n, INDEX, BLOCK_M, BLOCK_N, GROUP)
     row += tl.arange(0, BLOCK_M)
     column += tl.arange(0, BLOCK_N)
-    product = _product(
-        mat1_ptr, mat1_ptr, mat2_ptr, row, column, 0, k, m, n, k,
+    if CHUNK == 0:
+        total = _product(
+            mat1_ptr, mat1_ptr, mat2_ptr, row, column, 0, k, m, n, k,
+            mat1_stride_m, mat1_stride_k, mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
+            LEFT, LEFT, RIGHT, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for first in range(0, k, CHUNK):
+            total += _product(
+                mat1_ptr, mat1_ptr, mat2_ptr, row, column, first.to(INDEX), tl.minimum(first + CHUNK, k), m, n, k,
+                mat1_stride_m, mat1_stride_k, mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
+                LEFT, LEFT, RIGHT, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    _finish(
+        input_ptr, output_ptr, total, row, column, m, n, input_stride_m, input_stride_n, beta, alpha,
+        INPUT, ADDEND, RESULT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_GENERAL)
+def _forward_parts_kernel(
+    mat1_ptr,
+    mat2_ptr,
+    result_ptr,
+    m,
+    n,
+    k,
+    mat1_stride_m,
+    mat1_stride_k,
+    mat2_stride_k,
+    mat2_stride_n,
+    CHUNK: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    RESULT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """CHUNK products of each sum over K, for few rows: a program each instead of one for all, so that more of them run.
+
+    Tile and shapes: as of `_forward_kernel`; result float32 (chunks, M, N), contiguous, which `_finish_kernel` adds up.
+    """
+    row, column = _position(m, n, INDEX, BLOCK_M, BLOCK_N, GROUP)
+    row += tl.arange(0, BLOCK_M)
+    column += tl.arange(0, BLOCK_N)
+    part = tl.program_id(1).to(INDEX)
+    first = part * CHUNK
+    total = _product(
+        mat1_ptr, mat1_ptr, mat2_ptr, row, column, first, tl.minimum(first + CHUNK, k), m, n, k,
         mat1_stride_m, mat1_stride_k, mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
         LEFT, LEFT, RIGHT, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    product *= alpha
     mask = (row < m)[:, None] & (column < bound(n, RESULT))[None, :]
+    tl.store(pointers(result_ptr + part * m * n, row, column, n, 1, RESULT), total, mask=mask)
+
+
+@triton.jit(do_not_specialize=_GENERAL)
+def _finish_kernel(
+    input_ptr,
+    result_ptr,
+    output_ptr,
+    m,
+    n,
+    parts,
+    input_stride_m,
+    input_stride_n,
+    beta,
+    alpha,
+    INPUT: tl.constexpr,
+    ADDEND: tl.constexpr,
+    RESULT: tl.constexpr,
+    PARTS: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Add the chunks of `_forward_parts_kernel` in their order, as `_forward_kernel` does, and apply what follows.
+
+    Tile: BLOCK_M rows x BLOCK_N columns. Shapes: result float32 (parts, M, N), output (M, N), both contiguous.
+    """
+    across = (n + BLOCK_N - 1) // BLOCK_N
+    row = (tl.program_id(0) // across).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = (tl.program_id(0) % across).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (row < m)[:, None] & (column < bound(n, PARTS))[None, :]
+    found = pointers(result_ptr, row, column, n, 1, PARTS)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(0, parts):
+        total += tl.load(found, mask=mask, other=0.0)
+        found += m.to(INDEX) * n
+    _finish(
+        input_ptr, output_ptr, total, row, column, m, n, input_stride_m, input_stride_n, beta, alpha,
+        INPUT, ADDEND, RESULT,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    input_ptr,
+    output_ptr,
+    total,
+    row,
+    column,
+    m,
+    n,
+    input_stride_m,
+    input_stride_n,
+    beta,
+    alpha,
+    INPUT: tl.constexpr,
+    ADDEND: tl.constexpr,
+    RESULT: tl.constexpr,
+):
+    """Store relu(beta * input + alpha * total). The multiply-add is spelled out, so that every kernel rounds alike."""
     if INPUT == "row":
         inside = column < bound(n, ADDEND)
         addend = tl.load(pointers(input_ptr, tl.arange(0, 1), column, 0, 1, ADDEND), mask=inside[None, :], other=0.0)
-        product += beta * addend.to(tl.float32)
+        total = tl.fma(total, alpha, tl.broadcast_to(beta * addend.to(tl.float32), total.shape))
     elif INPUT == "full":
         inside = (row < bound(m, -ADDEND))[:, None] & (column < bound(n, ADDEND))[None, :]
         addend = load(pointers(input_ptr, row, column, input_stride_m, input_stride_n, ADDEND), inside)
-        product += beta * addend.to(tl.float32)
-    store(pointers(output_ptr, row, column, n, 1, RESULT), relu(product), mask)
+        total = tl.fma(total, alpha, beta * addend.to(tl.float32))
+    else:
+        total *= alpha
+    mask = (row < m)[:, None] & (column < bound(n, RESULT))[None, :]
+    store(pointers(output_ptr, row, column, n, 1, RESULT), relu(total), mask)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -200,7 +327,14 @@ def _grad_mat1_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Gradient of mat1: grad_mat1 = alpha * grad @ mat2^T, with grad = grad_output where output > 0, else 0."""
+    """Gradient of mat1: grad_mat1 = alpha * grad @ mat2^T, with grad = grad_output where output > 0, else 0.
+
+    Tile: BLOCK_M rows x BLOCK_N columns of grad_mat1 (M, K), contiguous; depth N. Unless MASKED, grad is closed already.
+
+    Shapes and strides: grad_output (M, N), any strides (0 too); output (M, N) contiguous; mat2 (K, N), any strides.
+
+    Cost per row: 2 * N * K FLOP; reads 2 * N elements, writes K.
+    """
     row, column = _position(m, k, INDEX, BLOCK_M, BLOCK_N, GROUP)
     row += tl.arange(0, BLOCK_M)
     column += tl.arange(0, BLOCK_N)
@@ -245,7 +379,20 @@ def _grad_mat2_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One part of grad^T @ mat1, up to alpha, and of grad's column sums, up to beta."""
+    """One part of grad^T @ mat1 and of grad's column sums, which `sum_all_parts` completes in a fixed order.
+
+    grad = grad_output where output > 0, else 0; unless MASKED, it is so already. The product, up to alpha, is the
+    transpose of grad_mat2; the column sums, up to beta, are the gradient of an input that was broadcast over rows (a
+    bias). A single part is the result itself, and `alpha` and `beta` its factors; of several parts they are 1.
+
+    Tile: the first `tiles` programs along the grid own BLOCK_M rows x BLOCK_N columns of grad_mat2^T (N, K), the others
+    64 columns of grad each; all sum over the `depth_per_part` rows of one part.
+
+    Shapes and strides: grad_output (M, N) and mat1 (M, K), any strides (0 too); output (M, N) contiguous; result
+    (parts, N, K) with the two strides given, dense; column_sums (parts, N).
+
+    Cost per row: 2 * N * K FLOP; reads 2 * N + K elements per tile.
+    """
     part = tl.program_id(1).to(INDEX)
     first = part * depth_per_part
     last = tl.minimum(first + depth_per_part, m)
@@ -353,6 +500,12 @@ def _close_kernel(
     store(pointers(result_ptr, row, column, n, 1, OUTPUT), grad * factor, mask)
 
 
+_CHUNK = 2048
+"""Products that the forward sums before it starts anew: the same for every batch size, so that parts add up alike."""
+
+_FEW_PROGRAMS = 64
+"""Tiles of the forward up to which chunks are summed by programs of their own: half of an H100's multiprocessors."""
+
 _SUM_COLUMNS = 64
 """Columns of which a program sums the gradient, 32 rows at a time."""
 
@@ -383,7 +536,7 @@ def _tile(dtype: torch.dtype, rows: int | None, columns: int, depth: int, *, clo
     block_n = min(128, max(16, next_power_of_2(columns)))
     if not half and precision == "ieee":
         # FMA units take both operands in registers: a wider tile spills, and runs on matrix units, in tf32, on sm_100.
-        block_n = min(block_n, 64 if on == "sm_90" else 32)
+        block_n = min(block_n, 64 if on == "sm_90" and rows is not None else 32)
         tile = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
     else:
         large = columns > 128 and (rows is None or rows > 64)
@@ -426,29 +579,53 @@ def _forward(mat1: Tensor, mat2: Tensor, input: Tensor | None, factors: tuple[fl
     addend = mat1 if input is None else input.expand(m, n)
     row = addend.stride(0) == 0 or m == 1
     tile = _tile(mat1.dtype, None, n, k)
-    launch(
-        _forward_kernel,
-        (cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"]),),
-        mat1 if input is None else input,
-        mat1,
-        mat2,
-        output,
-        m,
-        n,
-        k,
-        *addend.stride(),
-        *mat1.stride(),
-        *mat2.stride(),
-        beta,
-        alpha,
-        INPUT="none" if input is None else "row" if row and addend.stride(1) == 1 else "full",
-        ADDEND=0 if input is None else layout(addend),
-        LEFT=layout(mat1),
-        RIGHT=layout(mat2),
-        RESULT=layout(output),
-        INDEX=index_type(addend, mat1, mat2, output),
-        **tile,
-    )
+    chunk = tile["CHUNK"] = _CHUNK if k > _CHUNK else 0
+    programs = cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"])
+    index = index_type(addend, mat1, mat2, output)
+    operands = {"LEFT": layout(mat1), "RIGHT": layout(mat2), "INDEX": index}
+    given = mat1 if input is None else input
+    how = "none" if input is None else "row" if row and addend.stride(1) == 1 else "full"
+    ending = {"INPUT": how, "ADDEND": 0 if input is None else layout(addend), "RESULT": layout(output)}
+    strides = *mat1.stride(), *mat2.stride()
+    if chunk and programs <= _FEW_PROGRAMS:
+        parts = empty((cdiv(k, chunk), m, n), mat1, torch.float32)
+        width = layout(parts[0])
+        grid = programs, parts.shape[0]
+        launch(_forward_parts_kernel, grid, mat1, mat2, parts, m, n, k, *strides, RESULT=width, **operands, **tile)
+        elements = {"BLOCK_M": 256, "BLOCK_N": 128} if INTERPRETED else {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 2}
+        launch(
+            _finish_kernel,
+            (cdiv(m, elements["BLOCK_M"]) * cdiv(n, elements["BLOCK_N"]),),
+            given,
+            parts,
+            output,
+            m,
+            n,
+            parts.shape[0],
+            *addend.stride(),
+            beta,
+            alpha,
+            PARTS=width,
+            INDEX=index_type(addend, parts, output),
+            **ending,
+            **elements,
+        )
+    else:
+        sizes = m, n, k, *addend.stride(), *strides
+        launch(
+            _forward_kernel,
+            (programs,),
+            given,
+            mat1,
+            mat2,
+            output,
+            *sizes,
+            beta,
+            alpha,
+            **ending,
+            **operands,
+            **tile,
+        )
     return (output,)
 
 

@@ -87,6 +87,7 @@ def _product(
     RIGHT: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -101,7 +102,7 @@ def _product(
         left_stride_k = 1
     if RIGHT < 0:
         right_stride_k = 1
-    depth = first + tl.arange(0, BLOCK_K)
+    depth = (first + tl.arange(0, BLOCK_K)).to(INDEX)
     left_pointers = pointers(left_ptr, row, depth, left_stride_m, left_stride_k, LEFT)
     output_pointers = pointers(output_ptr, row, depth, output_stride_m, output_stride_k, OUTPUT)
     right_pointers = pointers(right_ptr, depth, column, right_stride_k, right_stride_n, RIGHT)
@@ -173,15 +174,15 @@ def _forward_kernel(
         total = _product(
             mat1_ptr, mat1_ptr, mat2_ptr, row, column, 0, k, m, n, k,
             mat1_stride_m, mat1_stride_k, mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
-            LEFT, LEFT, RIGHT, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            LEFT, LEFT, RIGHT, False, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for first in range(0, k, CHUNK):
             total += _product(
-                mat1_ptr, mat1_ptr, mat2_ptr, row, column, first.to(INDEX), tl.minimum(first + CHUNK, k), m, n, k,
+                mat1_ptr, mat1_ptr, mat2_ptr, row, column, first, tl.minimum(first + CHUNK, k), m, n, k,
                 mat1_stride_m, mat1_stride_k, mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
-                LEFT, LEFT, RIGHT, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                LEFT, LEFT, RIGHT, False, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     _finish(
         input_ptr, output_ptr, total, row, column, m, n, input_stride_m, input_stride_n, beta, alpha,
@@ -224,7 +225,7 @@ def _forward_parts_kernel(
     total = _product(
         mat1_ptr, mat1_ptr, mat2_ptr, row, column, first, tl.minimum(first + CHUNK, k), m, n, k,
         mat1_stride_m, mat1_stride_k, mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
-        LEFT, LEFT, RIGHT, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        LEFT, LEFT, RIGHT, False, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     mask = (row < m)[:, None] & (column < bound(n, RESULT))[None, :]
     tl.store(pointers(result_ptr + part * m * n, row, column, n, 1, RESULT), total, mask=mask)
@@ -341,7 +342,7 @@ def _grad_mat1_kernel(
     product = _product(
         grad_ptr, output_ptr, mat2_ptr, row, column, 0, n, m, k, n,
         grad_stride_m, grad_stride_n, n, 1, mat2_stride_n, mat2_stride_k,
-        LEFT, OUTPUT, RIGHT, MASKED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        LEFT, OUTPUT, RIGHT, MASKED, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     mask = (row < m)[:, None] & (column < bound(k, RESULT))[None, :]
     store(pointers(result_ptr, row, column, k, 1, RESULT), product * alpha, mask)
@@ -403,7 +404,7 @@ def _grad_mat2_kernel(
         product = _product(
             grad_ptr, output_ptr, mat1_ptr, row, column, first, last, n, k, m,
             grad_stride_n, grad_stride_m, 1, n, mat1_stride_m, mat1_stride_k,
-            LEFT, OUTPUT, RIGHT, MASKED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            LEFT, OUTPUT, RIGHT, MASKED, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         mask = (row < bound(n, -RESULT))[:, None] & (column < bound(k, RESULT))[None, :]
         result = pointers(result_ptr + part * n * k, row, column, result_stride_n, result_stride_k, RESULT)

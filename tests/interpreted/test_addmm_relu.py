@@ -126,7 +126,7 @@ LAYOUTS = ("rows of 16 bytes", "rows of 8 bytes", "rows", "columns of 16 bytes",
 
 
 def laid_out(layout, shape, dtype, device):
-    """Random numbers in one of the layouts that the kernels tell apart; an inner size may have to be a multiple of 8."""
+    """Random numbers in one of the layouts that the kernels tell apart; an inner size may need to be a multiple of 8."""
     rows, columns = shape
     numbers = torch.randn(shape, device=device).to(dtype)
     if layout == "expanded":
@@ -175,7 +175,7 @@ def variants_seen():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_variant_was_reached(dtype, variants_seen):
-    """Counts what the draws above reached: loads of 16 and 8 bytes and of single elements, along both axes, and none."""
+    """Counts what the draws above reached: loads of 16 bytes, of single elements, along both axes, and any strides."""
     if not variants_seen:
         pytest.skip("the draws were not run")
     wide = 16 // dtype.itemsize
@@ -202,7 +202,9 @@ def test_few_rows_split_the_depth(dtype, addmm, launches, device, shipped_tiles,
 
 @wide_and_narrow
 @pytest.mark.parametrize("addend", [(20,), (5, 20), None], ids=str)
-def test_chunks_of_a_sum_come_to_the_same_bits(addend, dtype, launches, device, shipped_tiles, monkeypatch, sums_in_order):
+def test_chunks_of_a_sum_come_to_the_same_bits(
+    addend, dtype, launches, device, shipped_tiles, monkeypatch, sums_in_order
+):
     """One program for all chunks or one for each: a row must not depend on how many travel with it."""
     monkeypatch.setattr(kernels, "_CHUNK", 64)
     case = AddmmCase("deep", 5, 200, 20, addend, *((0.7, 1.3) if addend else ()))

@@ -50,7 +50,7 @@ def launch(target, shape, dtype, precision, *, weight_rows=True, wanted=(True, T
 
 
 def main_loop(record):
-    """The instructions of the innermost loop that multiplies: the shortest way back to a block of matrix instructions."""
+    """The instructions of the innermost loop that multiplies: the shortest way back to its block."""
     program = reader.parse(record.machine_code)
     unit, best = MATRIX_UNITS[f"sm_{record.target.arch}"], []
     for number, block in enumerate(program.blocks):

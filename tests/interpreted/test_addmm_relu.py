@@ -126,7 +126,7 @@ LAYOUTS = ("rows of 16 bytes", "rows of 8 bytes", "rows", "columns of 16 bytes",
 
 
 def laid_out(layout, shape, dtype, device):
-    """Random numbers in one of the layouts that the kernels tell apart; an inner size may need to be a multiple of 8."""
+    """Random numbers in one of the layouts that the kernels tell apart; some need sizes that are multiples of 8."""
     rows, columns = shape
     numbers = torch.randn(shape, device=device).to(dtype)
     if layout == "expanded":

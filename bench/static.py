@@ -30,6 +30,8 @@ from unittest import mock
 
 import torch
 import triton
+from fastlenet.kernels import conv2d_relu_max_pool2d as convolution
+from fastlenet.kernels.geometry import ConvPoolGeometry
 from torch import Tensor
 
 import fastlenet
@@ -39,8 +41,6 @@ from bench.fake_driver import sass as disassemble
 from bench.rivals import precision_mode
 from bench.work import BACKWARD, FORWARD, LENET_OPERATORS, OTHER_OPERATORS, TRAIN_STEP, ConvCase, LinearCase, Work
 from fastlenet import environment, functional
-from fastlenet.kernels import conv2d_relu_max_pool2d as convolution
-from fastlenet.kernels.geometry import ConvPoolGeometry
 from fastlenet.__main__ import BAD_INPUT, Parser, complain
 from fastlenet.support import InputError, import_extra, write_json
 
@@ -590,7 +590,7 @@ class ConvShape:
         cells = 1
         for axis, length in enumerate(self.geometry.conv_size(self.size, self.kernel)):
             step, first = self.geometry.pool_stride[axis], -self.geometry.pool_padding[axis]
-            span = range(0, self.geometry.pool_size[axis] * self.geometry.pool_dilation[axis])
+            span = range(self.geometry.pool_size[axis] * self.geometry.pool_dilation[axis])
             seen = {first + step * i + k for i in range(self.pooled()[axis]) for k in span}
             cells *= len(seen & set(range(length)))
         depth = self.channels * math.prod(self.kernel)

@@ -176,7 +176,7 @@ def test_a_forced_backend_is_not_asked(monkeypatch, caplog):
 def test_the_committed_table_can_be_read():
     for entry in json.loads(configurations._COMMITTED.read_text(encoding="utf-8")):
         assert entry["evidence"]
-        assert entry["design"] in ("general", "patch_dot", "patch_fma", dispatch.LIBRARY)
+        assert entry["design"] in ("general", "patch_dot", "patch_fma", "column_fma", dispatch.LIBRARY)
 
 
 def test_another_table_is_noticed(monkeypatch):

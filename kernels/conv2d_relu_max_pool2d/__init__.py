@@ -1,12 +1,14 @@
 """conv2d + relu + max-pool in one kernel, and its gradients.
 
-One operator, three designs, a file each:
+One operator, four designs, a file each:
 
 - `general`: every geometry that PyTorch allows, sizes at run time.
-- `patch_dot`: small non-overlapping 2x2 pools on matrix units (tf32, float16, bfloat16).
-- `patch_fma`: the same pools in exact float32, on the FMA units.
+- `patch_fma`: few channels, on the FMA units, exactly; any stride, padding and small pool.
+- `patch_dot`: non-overlapping 2x2 pools on matrix units (tf32, float16, bfloat16), image sizes compiled in.
+- `column_fma`: the input's gradient of small images, exactly, image sizes compiled in.
 
-`configurations` lists where a design other than the general one runs, and with which tile.
+`rules` says which of them runs and with which tile; `configurations` lists where a clock, or LeNet's own figures, say
+otherwise.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from .. import configurations, rules
 from ..geometry import ConvPoolGeometry, memory_format
 from ..plans import planned
 from ..runtime import contiguous, dot_precision
-from . import general, patch_dot, patch_fma
+from . import column_fma, general, patch_dot, patch_fma
 
-DESIGNS = {"general": general, "patch_dot": patch_dot, "patch_fma": patch_fma}
+DESIGNS = {"column_fma": column_fma, "general": general, "patch_dot": patch_dot, "patch_fma": patch_fma}
 
 
 def _configured(
@@ -39,33 +41,42 @@ def _configured(
     key = "design", direction, geometry, input.dtype, precision, input.shape, weight.shape
     if key not in known:
         known[key] = _chosen(direction, geometry, input, weight, precision)
-    design, options = known[key]
+    chosen, ruled = known[key]
     last = memory_format(input, weight) == torch.channels_last
-    # What remains is the tensors' places in memory. Matrix units' loads take neighbours in pairs.
-    if design is patch_dot and (last or input.data_ptr() % 16):
-        return general, {}, last
+    # What remains is the tensors' places in memory, for which some designs are compiled.
+    dense = not last and input.data_ptr() % 16 == 0
+    design, options = chosen if dense or chosen[0] not in (patch_dot, column_fma) else ruled
     return design, options, last
+
+
+Choice = tuple[ModuleType, Mapping[str, int]]
 
 
 def _chosen(
     direction: str, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor, precision: str
-) -> tuple[ModuleType, Mapping[str, int]]:
-    """Choose by types, shapes and geometry."""
-    kernel = f"conv2d_relu_max_pool2d.{direction}"
-    entry = configurations.find(kernel, input.dtype, precision, geometry.key(input, weight))
+) -> tuple[Choice, Choice]:
+    """Choose by types, shapes and geometry: what the table says, else the rule, and what the rule alone says."""
+    (out_channels, in_channels), size = weight.shape[:2], (weight.shape[2], weight.shape[3])
+    rule = None
+    if configurations.architecture() != "interpreted":
+        rule = rules.choose(direction, geometry, in_channels, out_channels, size)
+    ruled = _usable(rule, geometry, input, weight) or (general, {})
+    entry = configurations.find(
+        f"conv2d_relu_max_pool2d.{direction}", input.dtype, precision, geometry.key(input, weight)
+    )
+    return _usable(entry, geometry, input, weight) or ruled, ruled
+
+
+def _usable(
+    found: configurations.Configuration | rules.Rule | None, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor
+) -> Choice | None:
+    """Return the design that was found with its options, or None if it cannot compute this call."""
     # The library may be listed where Triton is forced.
-    if entry is not None and entry.design in DESIGNS:
-        found: configurations.Configuration | rules.Rule | None = entry
-    elif configurations.architecture() == "interpreted":
-        found = None
-    else:
-        (out_channels, in_channels), size = weight.shape[:2], (weight.shape[2], weight.shape[3])
-        found = rules.choose(direction, geometry, in_channels, out_channels, size)
-    if found is None:
-        return general, {}
-    design = DESIGNS[found.design]
+    design = None if found is None else DESIGNS.get(found.design)
+    if found is None or design is None:
+        return None
     if design is not general and (0 in input.shape or not design.covers(geometry, input, weight)):
-        return general, {}
+        return None
     return design, found.options
 
 

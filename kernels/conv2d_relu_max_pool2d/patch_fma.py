@@ -42,8 +42,8 @@ def _below(position, limit):
 
 @triton.jit
 def _pixels(
-    pointer,
-    offset,
+    starts,
+    line,
     x,
     there,
     width,
@@ -55,27 +55,29 @@ def _pixels(
 ):
     """Load COUNT neighbours of a row, STEP elements apart, as float32; 0 for those that are not in the image.
 
-    Args:
-        pointer: to the images.
-        offset: of the first neighbour of each lane; of the first pair, counted in pairs, if PAIRS is not negative. So
-            the compiler knows that pairs begin at even addresses, and loads them as one.
+    PAIRS neighbours stand before the first that lies at an even address; -1 if that is not known. The rest is loaded
+    two at a time. Of the arguments
+
+        starts: pointers to the first neighbour of a row, or to the first pair. As these come from twice a number, the
+            compiler knows that pairs begin at even addresses.
+        line: how far from there the wanted row lies, in elements, or in pairs.
         x: the first neighbour's column.
-        there: whether a lane's row is there at all; looked at if MASKED.
+        there: whether a lane's row is there at all; looked at if MASKED or PADDED.
         width: columns of the image; looked at if PADDED.
-        PAIRS: how many neighbours stand before the first that lies at an even address, or -1 if that is not known.
     """
     values = ()
-    first = offset if PAIRS < 0 else offset * 2 - PAIRS
+    pointers = starts + line if PAIRS < 0 else starts + line * 2
+    LEAD: tl.constexpr = 0 if PAIRS < 0 else PAIRS
     for i in tl.static_range(COUNT if PAIRS < 0 else PAIRS):
         if PADDED:
             mask = there & _below(x + i, width)
-            values = values + (tl.load(pointer + (first + i * STEP), mask=mask, other=0.0).to(tl.float32),)
+            values = values + (tl.load(pointers + (i * STEP - LEAD), mask=mask, other=0.0).to(tl.float32),)
         elif MASKED:
-            values = values + (tl.load(pointer + (first + i * STEP), mask=there, other=0.0).to(tl.float32),)
+            values = values + (tl.load(pointers + (i * STEP - LEAD), mask=there, other=0.0).to(tl.float32),)
         else:
-            values = values + (tl.load(pointer + (first + i * STEP)).to(tl.float32),)
+            values = values + (tl.load(pointers + (i * STEP - LEAD)).to(tl.float32),)
     if PAIRS >= 0:
-        pairs = pointer + ((offset * 2)[:, None] + tl.arange(0, 2)[None, :])
+        pairs = pointers[:, None] + tl.arange(0, 2)[None, :]
         for i in tl.static_range((COUNT - PAIRS) // 2):
             if PADDED:
                 # A row of even length has both or neither.
@@ -88,11 +90,11 @@ def _pixels(
         if (COUNT - PAIRS) % 2 == 1:
             if PADDED:
                 mask = there & _below(x + (COUNT - 1), width)
-                values = values + (tl.load(pointer + (first + (COUNT - 1)), mask=mask, other=0.0).to(tl.float32),)
+                values = values + (tl.load(pointers + (COUNT - 1 - PAIRS), mask=mask, other=0.0).to(tl.float32),)
             elif MASKED:
-                values = values + (tl.load(pointer + (first + (COUNT - 1)), mask=there, other=0.0).to(tl.float32),)
+                values = values + (tl.load(pointers + (COUNT - 1 - PAIRS), mask=there, other=0.0).to(tl.float32),)
             else:
-                values = values + (tl.load(pointer + (first + (COUNT - 1))).to(tl.float32),)
+                values = values + (tl.load(pointers + (COUNT - 1 - PAIRS)).to(tl.float32),)
     return values
 
 
@@ -152,7 +154,7 @@ def _add_rows(
     return done
 
 
-@triton.jit(do_not_specialize=["lanes", "input_h", "input_w", "pooled_h", "pooled_w", "chunk", "chunks"])
+@triton.jit(do_not_specialize=["lanes", "input_h", "input_w", "output_h", "output_w", "chunk", "chunks"])
 def _forward_kernel(
     input_ptr,
     weight_ptr,
@@ -162,8 +164,8 @@ def _forward_kernel(
     lanes,
     input_h,
     input_w,
-    pooled_h,
-    pooled_w,
+    output_h,
+    output_w,
     chunk,
     chunks,
     IN_CHANNELS: tl.constexpr,
@@ -182,6 +184,8 @@ def _forward_kernel(
     POOL_PADDING_W: tl.constexpr,
     FIXED_H: tl.constexpr,
     FIXED_W: tl.constexpr,
+    FIXED_POOLED_H: tl.constexpr,
+    FIXED_POOLED_W: tl.constexpr,
     LAST: tl.constexpr,
     PADDED: tl.constexpr,
     CLIPPED: tl.constexpr,
@@ -225,6 +229,8 @@ def _forward_kernel(
     tiles: tl.constexpr = (OUT_CHANNELS + CHANNELS - 1) // CHANNELS
     height = FIXED_H if FIXED_H > 0 else input_h
     width = FIXED_W if FIXED_W > 0 else input_w
+    pooled_h = FIXED_POOLED_H if FIXED_POOLED_H > 0 else output_h
+    pooled_w = FIXED_POOLED_W if FIXED_POOLED_W > 0 else output_w
     first = tl.minimum(tl.program_id(0) % tiles * CHANNELS, OUT_CHANNELS - CHANNELS)
     number = tl.arange(0, BLOCK)
     lane = (tl.program_id(0) // tiles).to(INDEX) * (BLOCK - RW) + number
@@ -233,8 +239,12 @@ def _forward_kernel(
     lane = tl.minimum(lane, lanes - 1)
     columns = pooled_w + RW
     column = (lane % columns).to(tl.int32)
-    row = (lane // columns % chunks).to(tl.int32) * chunk
-    image = lane // columns // chunks
+    if RH == 0:  # then a chunk is a row of windows
+        row = (lane // columns % pooled_h).to(tl.int32)
+        image = lane // columns // pooled_h
+    else:
+        row = (lane // columns % chunks).to(tl.int32) * chunk
+        image = lane // columns // chunks
     mask &= column < pooled_w
     x = (column * POOL_STRIDE_W - POOL_PADDING_W) * STRIDE_W - PADDING_W
     # From here on offsets of pixels count pairs, where pairs are loaded.
@@ -262,15 +272,16 @@ def _forward_kernel(
                 conv = conv + (start,)
         offset = corner + y.to(INDEX) * line
         taps = taps_ptr
-        for channel in range(IN_CHANNELS):
+        for _channel in range(IN_CHANNELS):
+            starts = input_ptr + (offset if PAIRS < 0 else offset * 2)
             if UNROLL:
                 rows = ()
                 for r in tl.static_range(KERNEL_H):
                     for h in tl.static_range(r if r == 0 else r + SPAN - 1, r + SPAN):
                         rows = rows + (
                             _pixels(
-                                input_ptr,
-                                offset + h * line,
+                                starts,
+                                h * line,
                                 x,
                                 _below(y + h, limit_h),
                                 limit_w,
@@ -302,8 +313,8 @@ def _forward_kernel(
                         if h % STRIDE_H == 0:
                             rows = rows + (
                                 _pixels(
-                                    input_ptr,
-                                    offset + (r + h) * line,
+                                    starts,
+                                    (r + h) * line,
                                     x,
                                     _below(y + (r + h), limit_h),
                                     limit_w,
@@ -417,7 +428,8 @@ def _cells(
 ):
     """Gradients of a block's BH x BW cells, and what passes through the block's own window, 0 where argmax is not.
 
-    Args:
+    Of the arguments
+
         grads, argmaxes: pointers to the block's own window.
         i, j: its row and column; windows up to RH above and RW left of it reach the block.
         there: which lanes have a block at all.
@@ -451,7 +463,7 @@ def _cells(
     return cells, passed
 
 
-@triton.jit(do_not_specialize=["images", "input_h", "input_w", "pooled_h", "pooled_w"])
+@triton.jit(do_not_specialize=["images", "input_h", "input_w", "output_h", "output_w"])
 def _grad_weight_kernel(
     grad_ptr,
     argmax_ptr,
@@ -461,8 +473,8 @@ def _grad_weight_kernel(
     images,
     input_h,
     input_w,
-    pooled_h,
-    pooled_w,
+    output_h,
+    output_w,
     IN_CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
     KERNEL_H: tl.constexpr,
@@ -479,6 +491,8 @@ def _grad_weight_kernel(
     POOL_PADDING_W: tl.constexpr,
     FIXED_H: tl.constexpr,
     FIXED_W: tl.constexpr,
+    FIXED_POOLED_H: tl.constexpr,
+    FIXED_POOLED_W: tl.constexpr,
     LAST: tl.constexpr,
     PADDED: tl.constexpr,
     CLIPPED: tl.constexpr,
@@ -518,6 +532,8 @@ def _grad_weight_kernel(
     TALL: tl.constexpr = KERNEL_H // TAP_ROWS
     height = FIXED_H if FIXED_H > 0 else input_h
     width = FIXED_W if FIXED_W > 0 else input_w
+    pooled_h = FIXED_POOLED_H if FIXED_POOLED_H > 0 else output_h
+    pooled_w = FIXED_POOLED_W if FIXED_POOLED_W > 0 else output_w
     first_row = tl.program_id(0) % TALL * TAP_ROWS
     tile = tl.program_id(0) // TALL
     in_tiles: tl.constexpr = (IN_CHANNELS + INPUTS - 1) // INPUTS
@@ -556,7 +572,7 @@ def _grad_weight_kernel(
         weight_sums = weight_sums + (zero,)
     for _ in tl.static_range(CHANNELS):
         bias_sums = bias_sums + (zero,)
-    for round in range((images + step - 1) // step):
+    for _round in range((images + step - 1) // step):
         there = image < images
         row = tl.minimum(image, images - 1).to(INDEX)
         image += step
@@ -591,6 +607,7 @@ def _grad_weight_kernel(
         done = ()
         for c in tl.static_range(INPUTS):
             pixels = row * (height * line * (1 if LAST else IN_CHANNELS)) + (corner + c * plane)
+            starts = input_ptr + (pixels if PAIRS < 0 else pixels * 2)
             patch = ()
             for h in tl.static_range(HEIGHT):
                 inside = there
@@ -598,8 +615,8 @@ def _grad_weight_kernel(
                     inside = there & _below(y + h, limit_h)
                 patch = patch + (
                     _pixels(
-                        input_ptr,
-                        pixels + h * line,
+                        starts,
+                        h * line,
                         x,
                         inside,
                         limit_w,
@@ -668,12 +685,13 @@ def _spread(
 ):
     """Add what a block's cells send to the pixels under them, for CHANNELS input channels.
 
-    Args:
-        sums: of each channel's ((BH - 1) * stride + KH) x ((BW - 1) * stride + KW) pixels.
-        cells: gradients of the block's cells.
-        weights: pointer to the first channel's taps.
-        there: of each cell which lanes have it; looked at if CLIPPED. A cell that is not there has no gradient, but
-            must not meet an infinite weight.
+    Of the arguments
+
+    sums: of each channel's ((BH - 1) * stride + KH) x ((BW - 1) * stride + KW) pixels.
+    cells: gradients of the block's cells.
+    weights: pointer to the first channel's taps.
+    there: of each cell which lanes have it; looked at if CLIPPED. A cell that is not there has no gradient, but
+        must not meet an infinite weight.
     """
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     SPAN_H: tl.constexpr = (BH - 1) * STRIDE_H + KERNEL_H
@@ -698,7 +716,7 @@ def _spread(
     return done
 
 
-@triton.jit(do_not_specialize=["lanes", "input_h", "input_w", "pooled_h", "pooled_w", "chunk"])
+@triton.jit(do_not_specialize=["lanes", "input_h", "input_w", "output_h", "output_w", "chunk"])
 def _grad_input_kernel(
     grad_ptr,
     argmax_ptr,
@@ -707,8 +725,8 @@ def _grad_input_kernel(
     lanes,
     input_h,
     input_w,
-    pooled_h,
-    pooled_w,
+    output_h,
+    output_w,
     chunk,
     IN_CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
@@ -726,12 +744,15 @@ def _grad_input_kernel(
     POOL_PADDING_W: tl.constexpr,
     FIXED_H: tl.constexpr,
     FIXED_W: tl.constexpr,
+    FIXED_POOLED_H: tl.constexpr,
+    FIXED_POOLED_W: tl.constexpr,
     LAST: tl.constexpr,
     CLIPPED: tl.constexpr,
     PAIRS: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
+    EXTRA: tl.constexpr,
 ):
     """Gradient of the input in exact float32, without atomics.
 
@@ -744,13 +765,14 @@ def _grad_input_kernel(
     its column and keeps the rows of pixels that are not complete in registers, so that no product is wasted on rows
     beside the image; a row that is complete is added up over lanes by shuffles, and stored. The first MW lanes of a
     program only lend what they have to the lanes right of them, as do the first MH rows of a later chunk to those
-    below. A program's number counts the tiles of channels first, so that neighbours read the same gradients.
+    below. The last lane of a row stores EXTRA blocks of pixels right of its own, too. A program's number counts the
+    tiles of channels first, so that neighbours read the same gradients.
 
     Shapes and strides: grad and argmax (N, O, PH, PW) and output (N, C, H, W) contiguous or, if LAST, channels_last;
     weight (O, C, KH, KW) contiguous.
 
-    Cost per image: 2 * BH * BW * PH * (PW + MW) * O * C * KH * KW FLOP; reads gradients and argmax once per tile of
-    channels, writes C * H * W elements.
+    Cost per image: 2 * BH * BW * (PH + RH) * (PW + RW) * O * C * KH * KW FLOP; reads gradients and argmax once per
+    tile of channels, writes C * H * W elements.
     """
     BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
     BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
@@ -769,6 +791,8 @@ def _grad_input_kernel(
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     height = FIXED_H if FIXED_H > 0 else input_h
     width = FIXED_W if FIXED_W > 0 else input_w
+    pooled_h = FIXED_POOLED_H if FIXED_POOLED_H > 0 else output_h
+    pooled_w = FIXED_POOLED_W if FIXED_POOLED_W > 0 else output_w
     tiles: tl.constexpr = (IN_CHANNELS + CHANNELS - 1) // CHANNELS
     first = tl.minimum(tl.program_id(0) % tiles * CHANNELS, IN_CHANNELS - CHANNELS)
     number = tl.arange(0, BLOCK)
@@ -776,16 +800,14 @@ def _grad_input_kernel(
     inside = (lane >= 0) & (lane < lanes)
     mask = inside & (number >= MW)
     lane = tl.maximum(tl.minimum(lane, lanes - 1), 0)
-    columns = (width + (ORIGIN_W + QW - 1)) // QW
+    columns = pooled_w + RW
     j = (lane % columns).to(tl.int32)
     image = lane // columns
-    there = inside & (j < pooled_w + RW)
     column_step = OUT_CHANNELS if LAST else 1
     row_step = pooled_w * column_step
     out_plane = 1 if LAST else pooled_h * pooled_w
     windows_h, windows_w = j * 0 + pooled_h, j * 0 + pooled_w
-    # A lane without a block looks at its row's last window, and takes nothing of it.
-    window = image * (OUT_CHANNELS * pooled_h * pooled_w) + tl.minimum(j, pooled_w + RW - 1) * column_step
+    window = image * (OUT_CHANNELS * pooled_h * pooled_w) + j * column_step
     cell_x = j * POOL_STRIDE_W - POOL_PADDING_W
     conv_h = (j * 0 + height + (2 * PADDING_H - KERNEL_H)) // STRIDE_H + 1
     conv_w = (j * 0 + width + (2 * PADDING_W - KERNEL_W)) // STRIDE_W + 1
@@ -795,6 +817,7 @@ def _grad_input_kernel(
     plane = 1 if LAST else height * line
     corner = image * (height * line * (1 if LAST else IN_CHANNELS))
     corner += first * plane + (x * STEP if PAIRS < 0 else (x + PAIRS) >> 1)
+    starts = output_ptr + (corner if PAIRS < 0 else corner * 2)
     limit_w = j * 0 + width
 
     kept = ()
@@ -816,13 +839,13 @@ def _grad_input_kernel(
                 for a in tl.static_range(BW):
                     cell_y = j * 0 + (t * POOL_STRIDE_H - POOL_PADDING_H + b)
                     cells_there = cells_there + (_below(cell_y, conv_h) & _below(cell_x + a, conv_w),)
-        for channel in range(tl.where(t < pooled_h + RH, OUT_CHANNELS, 0)):
+        for _channel in range(tl.where(t < pooled_h + RH, OUT_CHANNELS, 0)):
             cells, _own = _cells(
                 grad_ptr + offset,
                 argmax_ptr + offset,
                 j * 0 + t,
                 j,
-                there,
+                inside,
                 windows_h,
                 windows_w,
                 row_step,
@@ -856,35 +879,46 @@ def _grad_input_kernel(
             for h in tl.static_range(QH):
                 y = t * QH + (h - ORIGIN_H)
                 rows = mask & (t >= begin) & (y >= 0) & (y < height)
-                values = ()
-                for w in tl.static_range(QW):
-                    total = tl.zeros((BLOCK,), tl.float32)
-                    # From the block farthest left on.
-                    for m in tl.static_range(MW, -1, -1):
-                        if h < SPAN_H and w + m * QW < SPAN_W:
-                            # What a lane without a block has may be zero times infinity.
-                            sent = tl.where(there, sums[(c * SPAN_H + h) * SPAN_W + w + m * QW], 0.0)
-                            if m > 0:
-                                sent = tl.gather(sent, tl.maximum(number - m, 0), axis=0)
-                                sent = tl.where(j >= m, sent, 0.0)
-                            total += sent
-                    values = values + (total,)
-                _store_row(output_ptr, corner + (y * line + c * plane), x, rows, limit_w, values, QW, STEP, PAIRS)
+                for e in tl.static_range(EXTRA + 1):
+                    values = ()
+                    for w in tl.static_range(QW):
+                        total = tl.zeros((BLOCK,), tl.float32)
+                        # From the block farthest left on.
+                        for m in tl.static_range(MW, e - 1, -1):
+                            if h < SPAN_H and w + m * QW < SPAN_W:
+                                sent = sums[(c * SPAN_H + h) * SPAN_W + w + m * QW]
+                                if m > e:
+                                    sent = tl.gather(sent, tl.maximum(number - (m - e), 0), axis=0)
+                                    sent = tl.where(j >= m - e, sent, 0.0)
+                                total += sent
+                        values = values + (total,)
+                    _store_row(
+                        starts,
+                        y * line + (c * plane + e * (QW * STEP if PAIRS < 0 else QW // 2)),
+                        x + e * QW,
+                        rows if e == 0 else rows & (j == columns - 1),
+                        limit_w,
+                        values,
+                        QW,
+                        STEP,
+                        PAIRS,
+                    )
 
 
 @triton.jit
-def _store_row(pointer, offset, x, there, width, values, COUNT: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr):
+def _store_row(starts, line, x, there, width, values, COUNT: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr):
     """Store COUNT neighbours of a row, as `_pixels` loads them."""
-    first = offset if PAIRS < 0 else offset * 2 - PAIRS
+    pointers = starts + line if PAIRS < 0 else starts + line * 2
+    LEAD: tl.constexpr = 0 if PAIRS < 0 else PAIRS
     for i in tl.static_range(COUNT if PAIRS < 0 else PAIRS):
-        store(pointer + (first + i * STEP), values[i], there & _below(x + i, width))
+        store(pointers + (i * STEP - LEAD), values[i], there & _below(x + i, width))
     if PAIRS >= 0:
-        pairs = pointer + ((offset * 2)[:, None] + tl.arange(0, 2)[None, :])
+        pairs = pointers[:, None] + tl.arange(0, 2)[None, :]
         for i in tl.static_range((COUNT - PAIRS) // 2):
             mask = there & _below(x + (PAIRS + 2 * i), width)
             store(pairs + 2 * i, tl.join(values[PAIRS + 2 * i], values[PAIRS + 2 * i + 1]), mask[:, None])
         if (COUNT - PAIRS) % 2 == 1:
-            store(pointer + (first + (COUNT - 1)), values[COUNT - 1], there & _below(x + (COUNT - 1), width))
+            store(pointers + (COUNT - 1 - PAIRS), values[COUNT - 1], there & _below(x + (COUNT - 1), width))
 
 
 # --- launching -------------------------------------------------------------------------------------------------------
@@ -907,7 +941,7 @@ class _Axis:
     def __init__(self, geometry: ConvPoolGeometry, axis: int, size: int, kernel: int, pooled: int) -> None:
         self.stride, self.padding = geometry.stride[axis], geometry.padding[axis]
         self.pool, self.pool_stride = geometry.pool_size[axis], geometry.pool_stride[axis]
-        self.pool_padding = geometry.pool_padding[axis]
+        self.pool_padding, self.pooled = geometry.pool_padding[axis], pooled
         self.cells = min(self.pool, self.pool_stride)
         self.reach = (self.pool - 1) // self.pool_stride if self.pool > self.pool_stride else 0
         self.span = (self.cells - 1) * self.stride + kernel
@@ -947,6 +981,8 @@ def _constants(
         **dict(zip(("POOL_PADDING_H", "POOL_PADDING_W"), geometry.pool_padding, strict=True)),
         "FIXED_H": input.shape[2] if fixed else 0,
         "FIXED_W": input.shape[3] if fixed else 0,
+        "FIXED_POOLED_H": axes[0].pooled if fixed else 0,
+        "FIXED_POOLED_W": axes[1].pooled if fixed else 0,
         "LAST": last,
         "CLIPPED": axes[0].clipped or axes[1].clipped,
         "PAIRS": axes[1].origin % 2 if even else -1,
@@ -1043,7 +1079,8 @@ def grad_input(
     images, channels = input.shape[:2]
     limit = min(options["CHANNELS"], channels)
     tiles, halo = cdiv(channels, limit), (width.span - 1) // width.step
-    columns = images * cdiv(input.shape[3] + width.origin, width.step)
+    blocks = argmax.shape[3] + width.reach
+    columns = images * blocks
     rows = cdiv(input.shape[2] + height.origin, height.step)
     tile = _block_and_warps(columns, tiles, halo, options.get("POSITIONS", 2))
     groups = cdiv(columns, tile["BLOCK"] - halo) * tiles
@@ -1063,6 +1100,7 @@ def grad_input(
         **_constants(geometry, input, weight, last, axes, options),
         INDEX=index_type(grad_output, result),
         CHANNELS=limit,
+        EXTRA=max(0, cdiv(input.shape[3] + width.origin, width.step) - blocks),
         num_stages=1,
         **tile,
         **_registers(options.get("maxnreg", 168)),

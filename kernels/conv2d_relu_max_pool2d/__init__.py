@@ -56,10 +56,12 @@ def _chosen(
     direction: str, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor, precision: str
 ) -> tuple[Choice, Choice]:
     """Choose by types, shapes and geometry: what the table says, else the rule, and what the rule alone says."""
-    (out_channels, in_channels), size = weight.shape[:2], (weight.shape[2], weight.shape[3])
+    (out_channels, in_channels), kernel = weight.shape[:2], (weight.shape[2], weight.shape[3])
     rule = None
     if configurations.architecture() != "interpreted":
-        rule = rules.choose(direction, geometry, in_channels, out_channels, size)
+        exact = input.dtype == torch.float32 and precision == "ieee"
+        size = input.shape[2], input.shape[3]
+        rule = rules.choose(direction, geometry, in_channels, out_channels, kernel, size, exact)
     ruled = _usable(rule, geometry, input, weight) or (general, {})
     entry = configurations.find(
         f"conv2d_relu_max_pool2d.{direction}", input.dtype, precision, geometry.key(input, weight)

@@ -114,7 +114,9 @@ def _grad_weight(kernel: tuple[int, int], in_channels: int, out_channels: int, o
         taps, rows = kernel[1], 1
     if in_channels > 1 and (taps <= 16 or overlaps):
         inputs = _even(in_channels, max(1, min(4, 75 // taps)))
-        channels = _even(out_channels, max(1, min(8, 150 // (taps * inputs))))
+        # Larger kernels keep more pixels beside their accumulators.
+        most = (150 if taps <= 16 else 75) // (taps * inputs)
+        channels = _even(out_channels, max(1, min(8, most)))
         return Rule("patch_fma", {"CHANNELS": channels, "INPUTS": inputs, "TAP_ROWS": rows, "maxnreg": 255})
     channels = _even(out_channels, max(1, min(8, 100 // taps)))
     return Rule("patch_fma", {"CHANNELS": channels, "INPUTS": 1, "TAP_ROWS": rows})

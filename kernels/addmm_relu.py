@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plans import planned
 from .runtime import (
     INTERPRETED,
     all_registers,
@@ -571,7 +570,6 @@ def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, al
     return _forward(mat1, mat2, None if beta == 0 else input, (float(beta), float(alpha)))[0]
 
 
-@planned(torch.backends.cuda.matmul)
 def _forward(mat1: Tensor, mat2: Tensor, input: Tensor | None, factors: tuple[float, float]) -> tuple[Tensor]:
     (m, k), n = mat1.shape, mat2.shape[1]
     beta, alpha = factors
@@ -676,7 +674,6 @@ def _columns_first(mat2: Tensor) -> bool:
     return mat2.stride(0) == 1 and mat2.stride(1) != 1
 
 
-@planned(torch.backends.cuda.matmul)
 def _backward(
     mat1: Tensor,
     mat2: Tensor,

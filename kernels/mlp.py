@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .configurations import architecture
-from .plans import planned
 from .runtime import (
     INTERPRETED,
     all_registers,
@@ -555,7 +554,6 @@ def _product(dtype: torch.dtype) -> dict[str, Any]:
     return {"PRECISION": precision, **tile}
 
 
-@planned(torch.backends.cuda.matmul)
 def mlp(
     input: Tensor,
     weight1: Tensor,
@@ -609,7 +607,6 @@ def mlp(
     return output, hidden1 if return_hidden else None, hidden2
 
 
-@planned(torch.backends.cuda.matmul)
 def mlp_backward(
     grad_output: Tensor,
     input: Tensor,

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .. import configurations, rules
 from ..geometry import ConvPoolGeometry, memory_format
-from ..plans import planned
 from ..runtime import contiguous, dot_precision
 from . import column_fma, general, patch_dot, patch_fma
 
@@ -87,7 +86,6 @@ def _laid_out(last: bool, *tensors: Tensor) -> list[Tensor]:
     return [contiguous(tensor, torch.channels_last if last else torch.contiguous_format) for tensor in tensors]
 
 
-@planned(torch.backends.cudnn.conv)
 def conv2d_relu_max_pool2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_argmax: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -111,7 +109,6 @@ def conv2d_relu_max_pool2d(
     return design.forward(input, contiguous(weight), bias, geometry, return_argmax, last, options)
 
 
-@planned(torch.backends.cudnn.conv)
 def conv2d_relu_max_pool2d_backward(
     grad_output: Tensor,
     input: Tensor,

@@ -1017,8 +1017,9 @@ def forward(
     options: Mapping[str, int],
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the forward; arguments and results as in `conv2d_relu_max_pool2d`, tensors dense in one layout."""
-    layout = torch.channels_last if last else torch.contiguous_format
     shape = geometry.output_shape(input, weight)
+    # Of one channel both layouts are the same memory, and stock's strides are the plain one's.
+    layout = torch.channels_last if last and shape[1] > 1 else torch.contiguous_format
     output = empty(shape, input, memory_format=layout)
     argmax = empty(shape, output, torch.uint8, layout) if return_argmax else None
     height, width = axes = _geometry(geometry, input, weight, shape[2:])

@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 import triton
+from fastlenet.kernels import conv2d_relu_max_pool2d as convolution
+from fastlenet.kernels.geometry import ConvPoolGeometry
 from torch import Tensor
 
 import fastlenet
@@ -544,6 +546,164 @@ def report(archs: Sequence[str], precisions: Sequence[str], only: str = "", oper
     }
 
 
+# --- any convolution -------------------------------------------------------------------------------------------------
+
+FLOOR_FLOP, FLOOR_BYTES = 60e3, 3e3
+"""Rates of a convolution's floor: FLOP and bytes a nanosecond. 60 TFLOP/s is nine tenths of an H100's FMA units."""
+
+FORWARD_PASS, GRAD_INPUT, GRAD_WEIGHT = "forward", "grad_input", "grad_weight"
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """A convolution, relu and max-pool on `batch` images: what ``--conv`` models.
+
+    Attributes:
+        batch, channels, size, out_channels, kernel: as of `torch.nn.functional.conv2d`; pairs in (height, width) order.
+        geometry: of convolution and pool.
+        channels_last: the layout of images, results and gradients.
+    """
+
+    batch: int
+    channels: int
+    size: tuple[int, int]
+    out_channels: int
+    kernel: tuple[int, int]
+    geometry: ConvPoolGeometry
+    channels_last: bool = False
+
+    def pooled(self) -> tuple[int, int]:
+        """Height and width of the result; raises `InputError` where the kernel or the window does not fit."""
+        conv = self.geometry.conv_size(self.size, self.kernel)
+        pooled = self.geometry.pooled_size(conv)
+        if min(*conv, *pooled) < 1:
+            raise InputError(f"nothing is left of {self.size[0]}x{self.size[1]} pixels: the result is {pooled}")
+        return pooled
+
+    def floor_ns(self, direction: str, itemsize: int) -> float:
+        """The least that one pass takes, per image: its products at 60 TFLOP/s, or its tensors at 3 TB/s.
+
+        Products count at the convolution cells that a window looks at, all cells of a window alike. Tensors count once:
+        the images or their gradient, the pooled cells and their argmax, and the weight, once a batch.
+        """
+        cells = 1
+        for axis, length in enumerate(self.geometry.conv_size(self.size, self.kernel)):
+            step, first = self.geometry.pool_stride[axis], -self.geometry.pool_padding[axis]
+            span = range(self.geometry.pool_size[axis] * self.geometry.pool_dilation[axis])
+            seen = {first + step * i + k for i in range(self.pooled()[axis]) for k in span}
+            cells *= len(seen & set(range(length)))
+        depth = self.channels * math.prod(self.kernel)
+        flop = 2 * cells * self.out_channels * depth
+        pooled = self.out_channels * math.prod(self.pooled())
+        moved = (
+            self.channels * math.prod(self.size) + pooled
+        ) * itemsize + pooled * self.geometry.argmax_dtype.itemsize
+        moved += (depth + 1) * self.out_channels * itemsize / self.batch
+        return max(flop / FLOOR_FLOP, moved / FLOOR_BYTES)
+
+
+def conv_rows(shape: ConvShape, arch: str, precision: str, input_grad: bool) -> list[Row]:
+    """What the forward of a training step and its gradients cost on one architecture: a row for each.
+
+    A row adds up all launches of its pass, `launches` lists them. Its kernel is the one that takes longest.
+    """
+    dtype, pooled = PRECISIONS[precision], shape.pooled()
+    layout = torch.channels_last if shape.channels_last else torch.contiguous_format
+    input = torch.empty(shape.batch, shape.channels, *shape.size, dtype=dtype, memory_format=layout)
+    weight = torch.empty(shape.out_channels, shape.channels, *shape.kernel, dtype=dtype)
+    bias = torch.empty(shape.out_channels, dtype=dtype)
+    outputs = (shape.batch, shape.out_channels, *pooled)
+    grad = torch.empty(outputs, dtype=dtype, memory_format=layout)
+    argmax = torch.empty(outputs, dtype=shape.geometry.argmax_dtype, memory_format=layout)
+    masks = {GRAD_INPUT: (True, False, False), GRAD_WEIGHT: (False, True, True)}
+    rows = []
+    for direction in (FORWARD_PASS, *([GRAD_INPUT] if input_grad else []), GRAD_WEIGHT):
+        begin = time.process_time() + os.times().children_user
+        with compiling_fastlenet(arch, precision) as records:
+            if direction == FORWARD_PASS:
+                convolution.conv2d_relu_max_pool2d(input, weight, bias, shape.geometry, True)
+            else:
+                operands = grad, input, weight, argmax, shape.geometry, masks[direction]
+                convolution.conv2d_relu_max_pool2d_backward(*operands)
+            seconds = time.process_time() + os.times().children_user - begin
+            found = [_row(record, call, arch, precision, shape.batch) for record in records for call in record.calls]
+        longest = max(found, key=lambda row: row["modelled_ns_per_image"] or row["registers"])
+        total = [row["modelled_ns_per_image"] for row in found]
+        rows.append(
+            {
+                "kernel": longest["kernel"],
+                "direction": direction,
+                "arch": arch,
+                "precision": precision,
+                "batch": shape.batch,
+                "modelled_ns_per_image": None if None in total else _rounded(sum(total)),
+                "floor_ns": _rounded(shape.floor_ns(direction, dtype.itemsize)),
+                "spill_bytes": max(row["spill_bytes"] for row in found),
+                "registers": max(row["registers"] for row in found),
+                "compiled": len(records),
+                "compile_seconds": round(seconds, 1),
+                "note": LABEL,
+                "launches": found,
+            }
+        )
+    return rows
+
+
+def _pair(text: str) -> tuple[int, int]:
+    """Read ``5`` or ``5x3``."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected a number or HEIGHTxWIDTH, got {text!r}")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _conv_shape(options: argparse.Namespace) -> ConvShape:
+    """Read what ``--conv`` and the options beside it say; raises `InputError`."""
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)-(\d+)", options.conv)
+    if found is None or options.kernel is None:
+        raise InputError(f"--conv takes CxHxW-O and needs --kernel, as in --conv 3x32x32-6 --kernel 5: {options.conv}")
+    channels, height, width, out_channels = map(int, found.groups())
+    pool = options.pool
+    geometry = ConvPoolGeometry(
+        *(options.stride, options.padding, (1, 1), 1),
+        *(pool, options.pool_stride or pool, options.pool_padding, (1, 1), options.ceil_mode),
+    )
+    if 0 in (channels, height, width, out_channels, options.batch, *options.kernel, *geometry.stride, *pool):
+        raise InputError("sizes, strides and the batch are at least 1")
+    if 0 in geometry.pool_stride or any(2 * p > size for p, size in zip(geometry.pool_padding, pool, strict=True)):
+        raise InputError("a pool's stride is at least 1, and its padding at most half a window")
+    if geometry.window_size > 255:
+        raise InputError(f"windows have at most 255 cells, got {geometry.window_size}")
+    size, last = (height, width), options.channels_last
+    return ConvShape(options.batch, channels, size, out_channels, options.kernel, geometry, last)
+
+
+def _print_conv(rows: Sequence[Row]) -> None:
+    print(f"ns per image; {LABEL}")
+    head = (
+        "arch",
+        "precision",
+        "pass",
+        "kernel",
+        "modelled",
+        "floor",
+        "ratio",
+        "regs",
+        "spill",
+        "kernels",
+        "compile s",
+    )
+    line = "{:7} {:9} {:11} {:44} {:>9} {:>8} {:>6} {:>5} {:>6} {:>7} {:>9}"
+    print(line.format(*head))
+    for row in rows:
+        modelled, floor = row["modelled_ns_per_image"], row["floor_ns"]
+        figures = ("", "") if modelled is None else (f"{modelled:.2f}", f"{modelled / floor:.2f}")
+        names = row["arch"], row["precision"], row["direction"], row["kernel"].partition(".")[2]
+        sizes = row["registers"], row["spill_bytes"], row["compiled"], row["compile_seconds"]
+        print(line.format(*names, figures[0], f"{floor:.2f}", figures[1], *sizes))
+    print(f"{sum(row['compiled'] for row in rows)} kernels, each of them compiled once for any number of images")
+
+
 # --- compile time ----------------------------------------------------------------------------------------------------
 
 
@@ -827,6 +987,19 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="compare with the committed file; exit code 1 if worse")
     parser.add_argument("--compile-times", action="store_true", help="measure compile times too, on this CPU")
     parser.add_argument("--compile-once", nargs=2, metavar=("ARCH", "PRECISION"), help=argparse.SUPPRESS)
+    conv = parser.add_argument_group("any convolution, relu and max-pool, instead of what fastlenet ships figures of")
+    conv.add_argument("--conv", metavar="CxHxW-O", help="input channels, height and width, output channels")
+    conv.add_argument("--kernel", type=_pair, metavar="K", help="size of the kernel, K or HxW")
+    conv.add_argument("--stride", type=_pair, default=(1, 1), metavar="S")
+    conv.add_argument("--padding", type=_pair, default=(0, 0), metavar="P")
+    conv.add_argument("--pool", type=_pair, default=(2, 2), metavar="Z", help="size of the pool's window (2)")
+    conv.add_argument("--pool-stride", type=_pair, metavar="Y", help="the window's size by default")
+    conv.add_argument("--pool-padding", type=_pair, default=(0, 0), metavar="Q")
+    conv.add_argument("--ceil-mode", action="store_true")
+    conv.add_argument("--input-grad", action="store_true", help="with the input's gradient")
+    conv.add_argument("--channels-last", action="store_true")
+    conv.add_argument("--batch", type=int, default=BATCH, metavar="N", help=f"images ({BATCH})")
+    conv.add_argument("--json", action="store_true", help="print the rows of --conv as JSON")
     options = parser.parse_args(arguments)
     options.arch = options.arch or list(TARGETS)
     options.precision = options.precision or list(PRECISIONS)
@@ -842,6 +1015,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(compile_once(*options.compile_once)))
         return 0
     try:
+        if options.conv:
+            works = [(arch, precision) for arch in options.arch for precision in options.precision]
+            shape = _conv_shape(options)
+            rows = [row for work in works for row in conv_rows(shape, *work, options.input_grad)]
+            print(json.dumps(rows, indent=1)) if options.json else _print_conv(rows)
+            return 0
         document = report(options.arch, options.precision, options.only)
         if options.compile_times:
             works = [(arch, precision) for arch in options.arch for precision in options.precision]

@@ -18,27 +18,109 @@ from torch import Tensor
 from .runtime import (
     INTERPRETED,
     all_registers,
+    architecture,
+    bound,
     cdiv,
+    contiguous,
     dot,
     dot_precision,
     empty,
     index_type,
     interpreted_tile,
     launch,
+    layout,
     load,
     next_power_of_2,
+    pointers,
     relu,
     splits,
     store,
-    sum_parts,
+    sum_all_parts,
 )
 
-# Never specialised on: neither a size of 1 nor a multiple of 16 compiles a kernel anew.
+# Never specialised on: neither a size of 1 nor a multiple of 16 compiles a kernel anew. What a layout promises about
+# alignment is told by the constants `LEFT`, `RIGHT` and so on, which have few values.
 _GENERAL = [
-    *("m", "n", "k", "rows_per_part", "parts_n"),
-    *(f"{tensor}_stride_{axis}" for tensor in ("input", "mat1", "mat2", "output", "grad", "result") for axis in "mnk"),
-    *(f"{tensor}_ptr" for tensor in ("input", "mat1", "mat2", "output", "grad", "result", "mat2_parts", "input_parts")),
+    *("m", "n", "k", "depth_per_part", "tiles", "parts"),
+    *(f"{tensor}_stride_{axis}" for tensor in ("input", "mat1", "mat2", "grad", "result") for axis in "mnk"),
+    *(f"{tensor}_ptr" for tensor in ("input", "mat1", "mat2", "output", "grad", "result", "column_sums")),
 ]
+
+
+@triton.jit
+def _position(m, n, INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """First row and first column of this program's tile of an (m, n) result.
+
+    Programs take GROUP tiles of one column, then those of the next: what runs at the same time shares rows and columns,
+    which then come from L2.
+    """
+    program = tl.program_id(0)
+    tiles_m = (m + BLOCK_M - 1) // BLOCK_M
+    per_group = (n + BLOCK_N - 1) // BLOCK_N * GROUP
+    first = program // per_group * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    rest = program % per_group
+    return ((first + rest % height) * BLOCK_M).to(INDEX), (rest // height * BLOCK_N).to(INDEX)
+
+
+@triton.jit
+def _product(
+    left_ptr,
+    output_ptr,
+    right_ptr,
+    row,
+    column,
+    first,
+    last,
+    m,
+    n,
+    k,
+    left_stride_m,
+    left_stride_k,
+    output_stride_m,
+    output_stride_k,
+    right_stride_k,
+    right_stride_n,
+    LEFT: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of left (m, k) @ right (k, n) over the depths `first` to `last`.
+
+    If MASKED, `left` is a gradient, closed as it is loaded where relu was off in `output`. It is the left operand, as
+    that is the one that matrix units take from registers; the right one goes from memory to shared memory and stays
+    there until it is multiplied.
+    """
+    if LEFT > 0:
+        left_stride_k = 1
+    if RIGHT < 0:
+        right_stride_k = 1
+    depth = (first + tl.arange(0, BLOCK_K)).to(INDEX)
+    left_pointers = pointers(left_ptr, row, depth, left_stride_m, left_stride_k, LEFT)
+    output_pointers = pointers(output_ptr, row, depth, output_stride_m, output_stride_k, OUTPUT)
+    right_pointers = pointers(right_ptr, depth, column, right_stride_k, right_stride_n, RIGHT)
+    left_rows, left_depth = bound(m, -LEFT), bound(k, LEFT)
+    output_rows, output_depth = bound(m, -OUTPUT), bound(k, OUTPUT)
+    right_depth, right_columns = bound(k, -RIGHT), bound(n, RIGHT)
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, last, BLOCK_K):
+        depth = start + tl.arange(0, BLOCK_K)
+        left = load(left_pointers, (row < left_rows)[:, None] & (depth < left_depth)[None, :])
+        if MASKED:
+            mask = (row < output_rows)[:, None] & (depth < output_depth)[None, :]
+            left = tl.where(load(output_pointers, mask) <= 0, 0.0, left).to(left.dtype)
+            output_pointers += BLOCK_K * output_stride_k
+        right = load(right_pointers, (depth < right_depth)[:, None] & (column < right_columns)[None, :])
+        product = dot(left, right, product, PRECISION)
+        left_pointers += BLOCK_K * left_stride_k
+        right_pointers += BLOCK_K * right_stride_k
+    return product
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -58,52 +140,165 @@ def _forward_kernel(
     mat2_stride_n,
     beta,
     alpha,
-    HAS_INPUT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    INPUT: tl.constexpr,
+    ADDEND: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    RESULT: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Product, sum and relu: output = relu(beta * input + alpha * mat1 @ mat2).
 
-    Tile: BLOCK_M rows x BLOCK_N columns of the output; the sum over K runs within the program, in one order whatever
-    the batch size M, and accumulates in float32.
+    Tile: BLOCK_M rows x BLOCK_N columns of the output. The sum over K runs within the program, in one order whatever
+    the batch size M, and accumulates in float32. After every CHUNK products a new sum starts, which is then added to
+    those before, so that `_forward_parts_kernel` comes to the same bits.
 
-    Shapes and strides: mat1 (M, K) and mat2 (K, N), any strides; input (M, N) after broadcasting, strides may be 0;
-    output (M, N) contiguous.
+    Shapes and strides: mat1 (M, K) and mat2 (K, N), any strides, as LEFT and RIGHT tell; input (M, N) after
+    broadcasting, strides may be 0; output (M, N) contiguous.
 
     Saves: nothing beyond the output, whose sign is relu's mask.
 
     Cost per row ("image"): 2 * K * N FLOP; reads K elements of mat1, writes N; mat2 is shared.
     """
-    row = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = row < m
-    column_mask = column < n
-    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, k, BLOCK_K):
-        depth = start + tl.arange(0, BLOCK_K).to(INDEX)
-        depth_mask = depth < k
-        offset = (row * mat1_stride_m)[:, None] + (depth * mat1_stride_k)[None, :]
-        left = load(mat1_ptr + offset, row_mask[:, None] & depth_mask[None, :])
-        offset = (depth * mat2_stride_k)[:, None] + (column * mat2_stride_n)[None, :]
-        right = load(mat2_ptr + offset, depth_mask[:, None] & column_mask[None, :])
-        product = dot(left, right, product, PRECISION)
-    mask = row_mask[:, None] & column_mask[None, :]
-    product *= alpha
-    if HAS_INPUT:
-        offset = (row * input_stride_m)[:, None] + (column * input_stride_n)[None, :]
-        product += beta * load(input_ptr + offset, mask).to(tl.float32)
-    store(output_ptr + (row * n)[:, None] + column[None, :], relu(product), mask)
+    row, column = _position(m, n, INDEX, BLOCK_M, BLOCK_N, GROUP)
+    row += tl.arange(0, BLOCK_M)
+    column += tl.arange(0, BLOCK_N)
+    if CHUNK == 0:
+        total = _product(
+            mat1_ptr, mat1_ptr, mat2_ptr, row, column, 0, k, m, n, k,
+            mat1_stride_m, mat1_stride_k, mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
+            LEFT, LEFT, RIGHT, False, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for first in range(0, k, CHUNK):
+            total += _product(
+                mat1_ptr, mat1_ptr, mat2_ptr, row, column, first, tl.minimum(first + CHUNK, k), m, n, k,
+                mat1_stride_m, mat1_stride_k, mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
+                LEFT, LEFT, RIGHT, False, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    _finish(
+        input_ptr, output_ptr, total, row, column, m, n, input_stride_m, input_stride_n, beta, alpha,
+        INPUT, ADDEND, RESULT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_GENERAL)
+def _forward_parts_kernel(
+    mat1_ptr,
+    mat2_ptr,
+    result_ptr,
+    m,
+    n,
+    k,
+    mat1_stride_m,
+    mat1_stride_k,
+    mat2_stride_k,
+    mat2_stride_n,
+    CHUNK: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    RESULT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """CHUNK products of each sum over K, for few rows: a program each instead of one for all, so that more of them run.
+
+    Tile and shapes: as of `_forward_kernel`; result float32 (chunks, M, N), contiguous, which `_finish_kernel` adds up.
+    """
+    row, column = _position(m, n, INDEX, BLOCK_M, BLOCK_N, GROUP)
+    row += tl.arange(0, BLOCK_M)
+    column += tl.arange(0, BLOCK_N)
+    part = tl.program_id(1).to(INDEX)
+    first = part * CHUNK
+    total = _product(
+        mat1_ptr, mat1_ptr, mat2_ptr, row, column, first, tl.minimum(first + CHUNK, k), m, n, k,
+        mat1_stride_m, mat1_stride_k, mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
+        LEFT, LEFT, RIGHT, False, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    mask = (row < m)[:, None] & (column < bound(n, RESULT))[None, :]
+    tl.store(pointers(result_ptr + part * m * n, row, column, n, 1, RESULT), total, mask=mask)
+
+
+@triton.jit(do_not_specialize=_GENERAL)
+def _finish_kernel(
+    input_ptr,
+    result_ptr,
+    output_ptr,
+    m,
+    n,
+    parts,
+    input_stride_m,
+    input_stride_n,
+    beta,
+    alpha,
+    INPUT: tl.constexpr,
+    ADDEND: tl.constexpr,
+    RESULT: tl.constexpr,
+    PARTS: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Add the chunks of `_forward_parts_kernel` in their order, as `_forward_kernel` does, and apply what follows.
+
+    Tile: BLOCK_M rows x BLOCK_N columns. Shapes: result float32 (parts, M, N), output (M, N), both contiguous.
+    """
+    across = (n + BLOCK_N - 1) // BLOCK_N
+    row = (tl.program_id(0) // across).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = (tl.program_id(0) % across).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (row < m)[:, None] & (column < bound(n, PARTS))[None, :]
+    found = pointers(result_ptr, row, column, n, 1, PARTS)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(parts):
+        total += tl.load(found, mask=mask, other=0.0)
+        found += m.to(INDEX) * n
+    _finish(
+        input_ptr, output_ptr, total, row, column, m, n, input_stride_m, input_stride_n, beta, alpha,
+        INPUT, ADDEND, RESULT,
+    )  # fmt: skip
 
 
 @triton.jit
-def _masked_grad(grad_ptr, output_ptr, row, column, n, grad_stride_m, grad_stride_n, mask):
-    """Load grad_output (any strides) where relu was on in the contiguous output; NaN counts as on, as in PyTorch."""
-    output = load(output_ptr + row * n + column, mask)
-    grad = load(grad_ptr + row * grad_stride_m + column * grad_stride_n, mask)
-    return tl.where(output <= 0, 0.0, grad).to(grad.dtype)
+def _finish(
+    input_ptr,
+    output_ptr,
+    total,
+    row,
+    column,
+    m,
+    n,
+    input_stride_m,
+    input_stride_n,
+    beta,
+    alpha,
+    INPUT: tl.constexpr,
+    ADDEND: tl.constexpr,
+    RESULT: tl.constexpr,
+):
+    """Store relu(beta * input + alpha * total). The multiply-add is spelled out, so that every kernel rounds alike."""
+    if INPUT == "row":
+        inside = column < bound(n, ADDEND)
+        addend = tl.load(pointers(input_ptr, tl.arange(0, 1), column, 0, 1, ADDEND), mask=inside[None, :], other=0.0)
+        total = tl.fma(total, alpha, tl.broadcast_to(beta * addend.to(tl.float32), total.shape))
+    elif INPUT == "full":
+        inside = (row < bound(m, -ADDEND))[:, None] & (column < bound(n, ADDEND))[None, :]
+        addend = load(pointers(input_ptr, row, column, input_stride_m, input_stride_n, ADDEND), inside)
+        total = tl.fma(total, alpha, beta * addend.to(tl.float32))
+    else:
+        total *= alpha
+    mask = (row < m)[:, None] & (column < bound(n, RESULT))[None, :]
+    store(pointers(output_ptr, row, column, n, 1, RESULT), relu(total), mask)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -120,35 +315,37 @@ def _grad_mat1_kernel(
     mat2_stride_k,
     mat2_stride_n,
     alpha,
+    MASKED: tl.constexpr,
+    LEFT: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    RESULT: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Gradient of mat1: grad_mat1 = alpha * grad @ mat2^T, with grad = grad_output where output > 0, else 0.
 
-    Tile: BLOCK_M rows x BLOCK_N columns of grad_mat1 (M, K), contiguous; depth N.
+    Tile: BLOCK_M rows x BLOCK_N columns of grad_mat1 (M, K), contiguous; depth N. Unless MASKED, grad is
+    closed already.
 
     Shapes and strides: grad_output (M, N), any strides (0 too); output (M, N) contiguous; mat2 (K, N), any strides.
 
     Cost per row: 2 * N * K FLOP; reads 2 * N elements, writes K.
     """
-    row = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = row < m
-    column_mask = column < k
-    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, n, BLOCK_K):
-        depth = start + tl.arange(0, BLOCK_K).to(INDEX)
-        depth_mask = depth < n
-        mask = row_mask[:, None] & depth_mask[None, :]
-        grad = _masked_grad(grad_ptr, output_ptr, row[:, None], depth[None, :], n, grad_stride_m, grad_stride_n, mask)
-        offset = (column * mat2_stride_k)[None, :] + (depth * mat2_stride_n)[:, None]
-        right = load(mat2_ptr + offset, depth_mask[:, None] & column_mask[None, :])
-        product = dot(grad, right, product, PRECISION)
-    mask = row_mask[:, None] & column_mask[None, :]
-    store(result_ptr + (row * k)[:, None] + column[None, :], product * alpha, mask)
+    row, column = _position(m, k, INDEX, BLOCK_M, BLOCK_N, GROUP)
+    row += tl.arange(0, BLOCK_M)
+    column += tl.arange(0, BLOCK_N)
+    product = _product(
+        grad_ptr, output_ptr, mat2_ptr, row, column, 0, n, m, k, n,
+        grad_stride_m, grad_stride_n, n, 1, mat2_stride_n, mat2_stride_k,
+        LEFT, OUTPUT, RIGHT, MASKED, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    mask = (row < m)[:, None] & (column < bound(k, RESULT))[None, :]
+    store(pointers(result_ptr, row, column, k, 1, RESULT), product * alpha, mask)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -156,8 +353,8 @@ def _grad_mat2_kernel(
     grad_ptr,
     output_ptr,
     mat1_ptr,
-    mat2_parts_ptr,
-    input_parts_ptr,
+    result_ptr,
+    column_sums_ptr,
     m,
     n,
     k,
@@ -165,60 +362,114 @@ def _grad_mat2_kernel(
     grad_stride_n,
     mat1_stride_m,
     mat1_stride_k,
-    result_stride_k,
     result_stride_n,
-    rows_per_part,
-    NEED_MAT2: tl.constexpr,
-    NEED_INPUT: tl.constexpr,
+    result_stride_k,
+    depth_per_part,
+    tiles,
+    alpha,
+    beta,
+    MASKED: tl.constexpr,
+    LEFT: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    RESULT: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """One part of mat1^T @ grad and of grad's column sums, which `sum_parts` completes in a fixed order.
+    """One part of grad^T @ mat1 and of grad's column sums, which `sum_all_parts` completes in a fixed order.
 
-    grad = grad_output where output > 0, else 0. The first product is grad_mat2 up to alpha, the column sums are the
-    gradient of an input that was broadcast over rows (a bias) up to beta.
+    grad = grad_output where output > 0, else 0; unless MASKED, it is so already. The product, up to alpha, is the
+    transpose of grad_mat2; the column sums, up to beta, are the gradient of an input that was broadcast over rows (a
+    bias). A single part is the result itself, and `alpha` and `beta` its factors; of several parts they are 1.
 
-    Tile: BLOCK_M rows x BLOCK_N columns of grad_mat2 (K, N); the sum runs over the `rows_per_part` rows of one part.
+    Tile: the first `tiles` programs along the grid own BLOCK_M rows x BLOCK_N columns of grad_mat2^T (N, K), the others
+    64 columns of grad each; all sum over the `depth_per_part` rows of one part.
 
-    Shapes and strides: grad_output (M, N) and mat1 (M, K), any strides (0 too); output (M, N) contiguous; mat2_parts
-    float32 (parts, K, N) with mat2's own order of dimensions, dense; input_parts float32 (parts, N).
+    Shapes and strides: grad_output (M, N) and mat1 (M, K), any strides (0 too); output (M, N) contiguous; result
+    (parts, N, K) with the two strides given, dense; column_sums (parts, N).
 
     Cost per row: 2 * N * K FLOP; reads 2 * N + K elements per tile.
     """
-    column_tiles = (n + BLOCK_N - 1) // BLOCK_N
-    inner = (tl.program_id(0) // column_tiles).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = (tl.program_id(0) % column_tiles).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1).to(INDEX)
-    inner_mask = inner < k
-    column_mask = column < n
-    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    column_sum = tl.zeros((BLOCK_N,), tl.float32)
-    first = part * rows_per_part
-    for start in range(0, rows_per_part, BLOCK_K):
-        row = first + start + tl.arange(0, BLOCK_K)
-        row_mask = row < m
-        mask = row_mask[:, None] & column_mask[None, :]
-        grad = _masked_grad(grad_ptr, output_ptr, row[:, None], column[None, :], n, grad_stride_m, grad_stride_n, mask)
-        if NEED_INPUT:
-            column_sum += tl.sum(grad.to(tl.float32), axis=0)
-        if NEED_MAT2:
-            offset = (inner * mat1_stride_k)[:, None] + (row * mat1_stride_m)[None, :]
-            left = load(mat1_ptr + offset, inner_mask[:, None] & row_mask[None, :])
-            product = dot(left, grad, product, PRECISION)
-    if NEED_MAT2:
-        offset = part * k * n + (inner * result_stride_k)[:, None] + (column * result_stride_n)[None, :]
-        tl.store(mat2_parts_ptr + offset, product, mask=inner_mask[:, None] & column_mask[None, :])
-    if NEED_INPUT:
-        # Every tile of the inner dimension has the same sum; the first writes it.
-        first_tile = tl.program_id(0) < column_tiles
-        tl.store(input_parts_ptr + part * n + column, column_sum, mask=column_mask & first_tile)
+    first = part * depth_per_part
+    last = tl.minimum(first + depth_per_part, m)
+    if tl.program_id(0) < tiles:
+        row, column = _position(n, k, INDEX, BLOCK_M, BLOCK_N, GROUP)
+        row += tl.arange(0, BLOCK_M)
+        column += tl.arange(0, BLOCK_N)
+        product = _product(
+            grad_ptr, output_ptr, mat1_ptr, row, column, first, last, n, k, m,
+            grad_stride_n, grad_stride_m, 1, n, mat1_stride_m, mat1_stride_k,
+            LEFT, OUTPUT, RIGHT, MASKED, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        mask = (row < bound(n, -RESULT))[:, None] & (column < bound(k, RESULT))[None, :]
+        result = pointers(result_ptr + part * n * k, row, column, result_stride_n, result_stride_k, RESULT)
+        store(result, product * alpha, mask)
+    else:
+        # Matrix units would sum rounded numbers where products are of tf32.
+        block = tl.program_id(0) - tiles
+        _column_sums(
+            column_sums_ptr + part * n, grad_ptr, output_ptr, block.to(INDEX) * 64 + tl.arange(0, 64), first, last, n,
+            grad_stride_m, grad_stride_n, beta, MASKED, -LEFT, -OUTPUT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _column_sums(
+    result_ptr,
+    grad_ptr,
+    output_ptr,
+    column,
+    first,
+    last,
+    n,
+    grad_stride_m,
+    grad_stride_n,
+    beta,
+    MASKED: tl.constexpr,
+    GRAD: tl.constexpr,
+    OUTPUT: tl.constexpr,
+):
+    """Sum the rows `first` to `last` of some columns of the closed gradient, 32 at a time, then these 32 by a tree."""
+    total = tl.zeros((32, column.shape[0]), tl.float32)
+    for start in range(first, last, 32):
+        row = start + tl.arange(0, 32)
+        total += _closed(grad_ptr, output_ptr, row, column, last, n, grad_stride_m, grad_stride_n, MASKED, GRAD, OUTPUT)
+    store(result_ptr + column, tl.sum(total, axis=0) * beta, column < n)
+
+
+@triton.jit
+def _closed(
+    grad_ptr,
+    output_ptr,
+    row,
+    column,
+    m,
+    n,
+    grad_stride_m,
+    grad_stride_n,
+    MASKED: tl.constexpr,
+    GRAD: tl.constexpr,
+    OUTPUT: tl.constexpr,
+):
+    """Load a tile of grad_output in float32, closed where relu was off in the contiguous output unless it is already.
+
+    NaN counts as on, as in PyTorch. No load may reach beyond row m, a multiple of the elements of a load.
+    """
+    mask = (row < bound(m, -GRAD))[:, None] & (column < bound(n, GRAD))[None, :]
+    grad = load(pointers(grad_ptr, row, column, grad_stride_m, grad_stride_n, GRAD), mask).to(tl.float32)
+    if MASKED:
+        mask = (row < m)[:, None] & (column < bound(n, OUTPUT))[None, :]
+        grad = tl.where(load(pointers(output_ptr, row, column, n, 1, OUTPUT), mask) <= 0, 0.0, grad)
+    return grad
 
 
 @triton.jit(do_not_specialize=_GENERAL)
-def _grad_input_kernel(
+def _close_kernel(
     grad_ptr,
     output_ptr,
     result_ptr,
@@ -226,35 +477,81 @@ def _grad_input_kernel(
     n,
     grad_stride_m,
     grad_stride_n,
-    beta,
+    factor,
+    GRAD: tl.constexpr,
+    OUTPUT: tl.constexpr,
     INDEX: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Gradient of a full-size input: grad_input = beta * grad_output where output > 0, else 0.
+    """Close grad_output where relu was off: result = factor * grad_output where output > 0, else 0.
 
-    Tile: BLOCK elements of M * N. Shapes and strides: grad_output any strides (0 too); output and result contiguous.
-    Cost per row: reads 2 * N elements, writes N.
+    That is the gradient of a full-size input, and what both products take where closing it once pays.
+
+    Tile: BLOCK_M rows x BLOCK_N columns. Shapes and strides: grad_output (M, N), any strides (0 too); output and result
+    contiguous. Cost per row: reads 2 * N elements, writes N.
     """
-    element = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    row = element // n
-    mask = row < m
-    grad = _masked_grad(grad_ptr, output_ptr, row, element % n, n, grad_stride_m, grad_stride_n, mask)
-    store(result_ptr + element, grad.to(tl.float32) * beta, mask)
+    across = (n + BLOCK_N - 1) // BLOCK_N
+    row = (tl.program_id(0) // across).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = (tl.program_id(0) % across).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
+    grad = _closed(grad_ptr, output_ptr, row, column, m, n, grad_stride_m, grad_stride_n, True, GRAD, OUTPUT)
+    mask = (row < m)[:, None] & (column < bound(n, OUTPUT))[None, :]
+    store(pointers(result_ptr, row, column, n, 1, OUTPUT), grad * factor, mask)
 
 
-def _tile(dtype: torch.dtype, rows: int, columns: int, depth: int) -> dict[str, Any]:
+_CHUNK = 2048
+"""Products that the forward sums before it starts anew: the same for every batch size, so that parts add up alike."""
+
+_FEW_PROGRAMS = 64
+"""Tiles of the forward up to which chunks are summed by programs of their own: half of an H100's multiprocessors."""
+
+_SUM_COLUMNS = 64
+"""Columns of which a program sums the gradient, 32 rows at a time."""
+
+_CLOSE_FROM = {"sm_90": 2048}
+_CLOSE_FROM_ELSEWHERE = 1024
+"""Columns of both gradients' products together from which the gradient is closed once before instead of in each tile.
+
+Modelled: a tile of 128 columns that closes the gradient itself reads the output from L2 into shared memory and on into
+registers. Closing it once is three passes over memory, as long as eight such tiles take in either product. Warps of
+sm_80 and gfx942 share left operands, and each closes its own copy. sm_100 puts a closed operand back into shared
+memory.
+"""
+
+
+def _tile(dtype: torch.dtype, rows: int | None, columns: int, depth: int, *, closes: bool = False) -> dict[str, Any]:
     """Choose the tile and precision of a product of `rows` x `columns` with inner dimension `depth`.
 
-    On a GPU it never depends on the rows, of which the batch may be one dimension.
+    Args:
+        dtype: of the operands.
+        rows: None where they are the forward's: a row's sums must not depend on how many rows travel with it.
+        columns: of the product.
+        depth: products summed.
+        closes: whether the left operand is closed in registers, across its rows: then a wide tile would spill.
     """
     precision = dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
     if INTERPRETED:
-        return {"PRECISION": precision, **interpreted_tile(rows, columns, depth)}
-    # Exact float32 runs on the FMA units with both operands in registers: a wider tile spills.
-    widest = 32 if dtype == torch.float32 and precision == "ieee" else 64
-    block_n = min(widest, max(16, next_power_of_2(columns)))
-    blocks = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 16}
-    return {"PRECISION": precision, **blocks, "num_warps": 4, "num_stages": 2, **all_registers()}
+        return {"PRECISION": precision, "GROUP": 8, **interpreted_tile(rows or 1024, columns, depth)}
+    on, half = architecture(), dtype != torch.float32
+    block_n = min(128, max(16, next_power_of_2(columns)))
+    if not half and precision == "ieee":
+        # FMA units take both operands in registers: a wider tile spills, and runs on matrix units, in tf32, on sm_100.
+        block_n = min(block_n, 64 if on == "sm_90" and rows is not None else 32)
+        tile = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+    else:
+        large = columns > 128 and (rows is None or rows > 64)
+        block_m, block_k, stages = (128 if large else 64), (64 if half else 32), 3
+        if on == "sm_90" and not half and rows is not None and not closes and columns > 512:
+            # Twice as wide, a tile reads its left operand half as often: shared memory is what binds in tf32.
+            if cdiv(rows, block_m) * cdiv(columns, 256) >= 128:
+                block_n = 256
+        elif on == "sm_80":
+            block_k //= 2  # operands pass through registers
+        elif on not in ("sm_90", "sm_100"):
+            block_k, stages = 32, 2  # 64 KiB of shared memory
+        warps = 8 if large else 4
+        tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+    return {"PRECISION": precision, "GROUP": 8, **tile, **all_registers()}
 
 
 def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
@@ -270,30 +567,65 @@ def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, al
     Returns:
         relu(beta * input + alpha * (mat1 @ mat2)), (M, N) contiguous.
     """
+    return _forward(mat1, mat2, None if beta == 0 else input, (float(beta), float(alpha)))[0]
+
+
+def _forward(mat1: Tensor, mat2: Tensor, input: Tensor | None, factors: tuple[float, float]) -> tuple[Tensor]:
     (m, k), n = mat1.shape, mat2.shape[1]
+    beta, alpha = factors
     output = empty((m, n), mat1)
-    addend = mat1 if input is None or beta == 0 else input.expand(m, n)
-    tile = _tile(mat1.dtype, m, n, k)
-    launch(
-        _forward_kernel,
-        (cdiv(m, tile["BLOCK_M"]), cdiv(n, tile["BLOCK_N"])),
-        addend,
-        mat1,
-        mat2,
-        output,
-        m,
-        n,
-        k,
-        *addend.stride(),
-        *mat1.stride(),
-        *mat2.stride(),
-        float(beta),
-        float(alpha),
-        HAS_INPUT=input is not None and beta != 0,
-        INDEX=index_type(addend, mat1, mat2, output),
-        **tile,
-    )
-    return output
+    # The view is only asked for its strides: a plan knows the tensor that it is given.
+    addend = mat1 if input is None else input.expand(m, n)
+    row = addend.stride(0) == 0 or m == 1
+    tile = _tile(mat1.dtype, None, n, k)
+    chunk = tile["CHUNK"] = _CHUNK if k > _CHUNK else 0
+    programs = cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"])
+    index = index_type(addend, mat1, mat2, output)
+    operands = {"LEFT": layout(mat1), "RIGHT": layout(mat2), "INDEX": index}
+    given = mat1 if input is None else input
+    how = "none" if input is None else "row" if row and addend.stride(1) == 1 else "full"
+    ending = {"INPUT": how, "ADDEND": 0 if input is None else layout(addend), "RESULT": layout(output)}
+    strides = *mat1.stride(), *mat2.stride()
+    if chunk and programs <= _FEW_PROGRAMS:
+        parts = empty((cdiv(k, chunk), m, n), mat1, torch.float32)
+        width = layout(parts[0])
+        grid = programs, parts.shape[0]
+        launch(_forward_parts_kernel, grid, mat1, mat2, parts, m, n, k, *strides, RESULT=width, **operands, **tile)
+        elements = {"BLOCK_M": 256, "BLOCK_N": 128} if INTERPRETED else {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 2}
+        launch(
+            _finish_kernel,
+            (cdiv(m, elements["BLOCK_M"]) * cdiv(n, elements["BLOCK_N"]),),
+            given,
+            parts,
+            output,
+            m,
+            n,
+            parts.shape[0],
+            *addend.stride(),
+            beta,
+            alpha,
+            PARTS=width,
+            INDEX=index_type(addend, parts, output),
+            **ending,
+            **elements,
+        )
+    else:
+        sizes = m, n, k, *addend.stride(), *strides
+        launch(
+            _forward_kernel,
+            (programs,),
+            given,
+            mat1,
+            mat2,
+            output,
+            *sizes,
+            beta,
+            alpha,
+            **ending,
+            **operands,
+            **tile,
+        )
+    return (output,)
 
 
 def addmm_relu_backward(
@@ -322,108 +654,163 @@ def addmm_relu_backward(
         The three gradients, grad_mat2 in mat2's order of dimensions; None where not asked for.
     """
     need_input, need_mat1, need_mat2 = output_mask
-    output = output.contiguous()
-    grad_mat1 = _grad_mat1(grad_output, output, mat1, mat2, alpha) if need_mat1 else None
-    is_bias = tuple(input_size) in ((mat2.shape[1],), (1, mat2.shape[1]))
-    grad_bias, grad_mat2 = _grad_mat2(grad_output, output, mat1, mat2, beta, alpha, need_input and is_bias, need_mat2)
-    if not need_input:
-        return None, grad_mat1, grad_mat2
-    if grad_bias is not None:
-        return grad_bias.view(tuple(input_size)), grad_mat1, grad_mat2
-    return _grad_input(grad_output, output, input_size, beta), grad_mat1, grad_mat2
+    n, size = mat2.shape[1], tuple(input_size)
+    is_bias = need_input and size in ((n,), (1, n))
+    # A sum over a broadcast dimension is left to PyTorch, in float32.
+    addend = "none" if not need_input else "row" if is_bias else "full" if size == tuple(output.shape) else "broadcast"
+    factors, wanted = (float(beta), float(alpha)), (addend, bool(need_mat1), bool(need_mat2))
+    grad_input, grad_mat1, grad_mat2 = _backward(mat1, mat2, grad_output, output, factors, wanted)
+    if grad_mat2 is not None and _columns_first(mat2):
+        grad_mat2 = grad_mat2.t()
+    if grad_input is not None and addend == "row":
+        grad_input = grad_input.view(size)
+    elif grad_input is not None and addend == "broadcast":
+        grad_input = grad_input.sum_to_size(size).to(output.dtype)
+    return grad_input, grad_mat1, grad_mat2
 
 
-def _grad_mat1(grad_output: Tensor, output: Tensor, mat1: Tensor, mat2: Tensor, alpha: float) -> Tensor:
+def _columns_first(mat2: Tensor) -> bool:
+    """Whether a column's elements are neighbours, as of nn.Linear's weight: so are its gradient's then."""
+    return mat2.stride(0) == 1 and mat2.stride(1) != 1
+
+
+def _backward(
+    mat1: Tensor,
+    mat2: Tensor,
+    grad_output: Tensor,
+    output: Tensor,
+    factors: tuple[float, float],
+    wanted: tuple[str, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Launch the kernels; grad_mat2 comes as (N, K) where `_columns_first` says so."""
+    beta, alpha = factors
+    addend, need_mat1, need_mat2 = wanted
     (m, k), n = mat1.shape, mat2.shape[1]
-    grad_mat1 = empty((m, k), mat1)
+    grad, output = grad_output, contiguous(output)
+    grad_input = grad_mat1 = grad_mat2 = None
+    masked = True
+    if addend in ("full", "broadcast"):
+        grad_input = _close(grad, output, beta, None if addend == "full" else torch.float32)
+    if addend == "full" and beta == 1:
+        grad, masked = grad_input, False
+    elif k * (need_mat1 + need_mat2) >= _CLOSE_FROM.get(architecture(), _CLOSE_FROM_ELSEWHERE):
+        grad, masked = _close(grad, output), False
+    if need_mat1:
+        grad_mat1 = empty((m, k), mat1)
+        _grad_mat1(grad, output, mat1, mat2, grad_mat1, masked, alpha)
+    if need_mat2:
+        grad_mat2 = empty((n, k) if _columns_first(mat2) else (k, n), mat1)
+    if addend == "row":
+        grad_input = empty((n,), mat1)
+    if need_mat2 or addend == "row":
+        grad_bias = grad_input if addend == "row" else None
+        _grad_mat2(grad, output, mat1, grad_mat2, grad_bias, _columns_first(mat2), masked, beta, alpha)
+    return grad_input, grad_mat1, grad_mat2
+
+
+def _close(grad_output: Tensor, output: Tensor, factor: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+    m, n = output.shape
+    result = empty((m, n), output, dtype)
+    tile = {"BLOCK_M": 256, "BLOCK_N": 128} if INTERPRETED else {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
+    launch(
+        _close_kernel,
+        (cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"]),),
+        grad_output,
+        output,
+        result,
+        m,
+        n,
+        *grad_output.stride(),
+        factor,
+        GRAD=layout(grad_output),
+        OUTPUT=layout(output),
+        INDEX=index_type(grad_output, output, result),
+        **tile,
+    )
+    return result
+
+
+def _grad_mat1(
+    grad: Tensor, output: Tensor, mat1: Tensor, mat2: Tensor, grad_mat1: Tensor, masked: bool, alpha: float
+) -> None:
+    (m, k), n = mat1.shape, mat2.shape[1]
     tile = _tile(mat1.dtype, m, k, n)
     launch(
         _grad_mat1_kernel,
-        (cdiv(m, tile["BLOCK_M"]), cdiv(k, tile["BLOCK_N"])),
-        grad_output,
+        (cdiv(m, tile["BLOCK_M"]) * cdiv(k, tile["BLOCK_N"]),),
+        grad,
         output,
         mat2,
         grad_mat1,
         m,
         n,
         k,
-        *grad_output.stride(),
+        *grad.stride(),
         *mat2.stride(),
-        float(alpha),
-        INDEX=index_type(grad_output, output, mat2, grad_mat1),
+        alpha,
+        MASKED=masked,
+        LEFT=layout(grad),
+        OUTPUT=layout(output),
+        RIGHT=-layout(mat2),
+        RESULT=layout(grad_mat1),
+        INDEX=index_type(grad, output, mat2, grad_mat1),
         **tile,
     )
-    return grad_mat1
 
 
 def _grad_mat2(
-    grad_output: Tensor,
+    grad: Tensor,
     output: Tensor,
     mat1: Tensor,
-    mat2: Tensor,
+    grad_mat2: Tensor | None,
+    grad_bias: Tensor | None,
+    transposed: bool,
+    masked: bool,
     beta: float,
     alpha: float,
-    need_bias: bool,
-    need_mat2: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    if not (need_bias or need_mat2):
-        return None, None
-    (m, k), n = mat1.shape, mat2.shape[1]
-    tile = _tile(mat1.dtype, k, n, m)
-    column_tiles = cdiv(n, tile["BLOCK_N"])
-    # A tile of no depth still sums the bias's gradient.
-    tiles = (max(1, cdiv(k, tile["BLOCK_M"])) if need_mat2 else 1) * column_tiles
-    parts, rows_per_part = splits(m, tile["BLOCK_K"], max(1, tiles))
-    transposed = mat2.stride(0) == 1 and mat2.stride(1) != 1
-    mat2_parts = empty((parts, n, k) if transposed else (parts, k, n), mat1, torch.float32) if need_mat2 else None
-    bias_parts = empty((parts, n), mat1, torch.float32) if need_bias else None
-    strides: Any = (1, k) if transposed else (n, 1)
+) -> None:
+    (m, k), n = mat1.shape, output.shape[1]
+    tile = _tile(mat1.dtype, n, k, m, closes=masked)
+    tiles = 0 if grad_mat2 is None else cdiv(n, tile["BLOCK_M"]) * cdiv(k, tile["BLOCK_N"])
+    sum_tiles = 0 if grad_bias is None else cdiv(n, _SUM_COLUMNS)
+    parts, depth_per_part = splits(m, tile["BLOCK_K"], max(1, 4 * (tiles or sum_tiles)))
+    sums = output if grad_mat2 is None else grad_mat2
+    column_sums = output if grad_bias is None else grad_bias
+    factors = alpha, beta
+    if parts > 1:
+        factors = 1.0, 1.0
+        if grad_mat2 is not None:
+            sums = empty((parts, *grad_mat2.shape), mat1, torch.float32)
+        if grad_bias is not None:
+            column_sums = empty((parts, n), mat1, torch.float32)
+    width = layout(sums[0] if sums.dim() == 3 else sums)
     launch(
         _grad_mat2_kernel,
-        (tiles, parts),
-        grad_output,
+        (tiles + sum_tiles, parts),
+        grad,
         output,
         mat1,
-        output if mat2_parts is None else mat2_parts,
-        output if bias_parts is None else bias_parts,
+        sums,
+        column_sums,
         m,
         n,
         k,
-        *grad_output.stride(),
+        *grad.stride(),
         *mat1.stride(),
-        *strides,
-        rows_per_part,
-        NEED_MAT2=need_mat2,
-        NEED_INPUT=need_bias,
-        INDEX=index_type(grad_output, output, mat1, mat2_parts),
+        *((k, 1) if transposed else (1, n)),
+        depth_per_part,
+        tiles,
+        *factors,
+        MASKED=masked,
+        LEFT=-layout(grad),
+        OUTPUT=-layout(output),
+        RIGHT=layout(mat1),
+        RESULT=width if transposed else -width,
+        INDEX=index_type(grad, output, mat1, sums),
         **tile,
     )
-    grad_bias = grad_mat2 = None
-    if bias_parts is not None:
-        grad_bias = sum_parts(bias_parts, empty((n,), mat1), float(beta))
-    if mat2_parts is not None:
-        grad_mat2 = sum_parts(mat2_parts, empty(mat2_parts.shape[1:], mat1), float(alpha))
-        grad_mat2 = grad_mat2.t() if transposed else grad_mat2
-    return grad_bias, grad_mat2
-
-
-def _grad_input(grad_output: Tensor, output: Tensor, input_size: Sequence[int], beta: float) -> Tensor:
-    m, n = output.shape
-    full = tuple(input_size) == (m, n)
-    # A sum over a broadcast dimension is left to PyTorch, in float32.
-    grad_input = empty((m, n), output, None if full else torch.float32)
-    block = 4096 if INTERPRETED else 1024
-    launch(
-        _grad_input_kernel,
-        (cdiv(m * n, block),),
-        grad_output,
-        output,
-        grad_input,
-        m,
-        n,
-        *grad_output.stride(),
-        float(beta),
-        INDEX=index_type(grad_output, output),
-        BLOCK=block,
-    )
-    return grad_input if full else grad_input.sum_to_size(tuple(input_size)).to(output.dtype)
+    if parts > 1:
+        found = [
+            (s, (g,), f) for s, g, f in ((sums, grad_mat2, alpha), (column_sums, grad_bias, beta)) if g is not None
+        ]
+        sum_all_parts(*found)

@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .configurations import architecture
-from .plans import planned
 from .runtime import (
     INTERPRETED,
     all_registers,
@@ -38,15 +37,16 @@ from .runtime import (
     relu,
     splits,
     store,
+    sum_all_parts,
 )
 
 # Never specialised on: neither a size of 1 nor a multiple of 16 compiles a kernel anew.
 _GENERAL = [
-    *("m", "k", "p", "q", "r", "rows_per_part", "row_parts", "weight_parts", "weight_tiles"),
+    *("m", "k", "p", "q", "r", "rows_per_part", "weight_tiles"),
     *("grad_stride_m", "grad_stride_r"),
     *(f"{tensor}_ptr" for tensor in ("input", "weight1", "bias1", "weight2", "bias2", "weight3", "bias3", "output")),
     *(f"{tensor}_ptr" for tensor in ("hidden1", "hidden2", "grad", "grad1", "grad2", "result", "row_sums")),
-    *(f"{tensor}_ptr" for tensor in ("weight_sums", "result1", "result2", "result3", "sum1", "sum2", "sum3")),
+    "weight_sums_ptr",
 ]
 
 
@@ -111,7 +111,6 @@ def _forward_kernel(
     q,
     r,
     SAVE: tl.constexpr,
-    EXACT: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
@@ -122,14 +121,12 @@ def _forward_kernel(
     SLICES_Q: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """All three layers for BLOCK_M rows.
+    """All three layers for BLOCK_M rows, on matrix units.
 
     hidden1 is made BLOCK_P features at a time, each block feeding hidden2's sums, which stay in registers as SLICES_Q
-    slices of BLOCK_Q features. If EXACT, all of hidden1 is stored first and read again, BLOCK_K features at a time: on
-    FMA units an operand that comes from registers is held there over its whole depth, which leaves no room for many
-    outputs a lane. Every sum runs within the program in one order, whatever the batch, in float32.
+    slices of BLOCK_Q features. Every sum runs within the program in one order, whatever the batch, in float32.
 
-    Saves: hidden1 and hidden2 if SAVE, whose signs are relu's masks; else nothing, but for hidden1 if EXACT.
+    Saves: hidden1 and hidden2 if SAVE, whose signs are relu's masks; else nothing.
 
     Cost per row ("image"): 2 * (K * P + P * Q + Q * R) FLOP; reads K elements, writes R, and P + Q if SAVE; the weights
     are read once per program.
@@ -146,9 +143,8 @@ def _forward_kernel(
     else:
         row += first_row
     sums = ()
-    if not EXACT:
-        for _ in tl.static_range(SLICES_Q):
-            sums = sums + (tl.zeros((BLOCK_M, BLOCK_Q), tl.float32),)
+    for _ in tl.static_range(SLICES_Q):
+        sums = sums + (tl.zeros((BLOCK_M, BLOCK_Q), tl.float32),)
     for first in range(0, p, BLOCK_P):
         column1 = first + tl.arange(0, BLOCK_P)
         product = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
@@ -158,51 +154,115 @@ def _forward_kernel(
             right = _load(weight1_ptr, column1, depth, p, k, ALIGNED, True)
             product = dot(left, right, product, PRECISION)
         hidden = _hidden(product, bias1_ptr, row, column1, m, p)
-        if SAVE or EXACT:
+        if SAVE:
             _store(hidden1_ptr, row, column1, m, p, hidden, ALIGNED)
-        if not EXACT:
-            hidden = operand(hidden, input_ptr)
-            for i in tl.static_range(SLICES_Q):
-                right = _load(weight2_ptr, i * BLOCK_Q + tl.arange(0, BLOCK_Q), column1, q, p, ALIGNED, True)
-                total = dot(hidden, right, sums[i], PRECISION)
-                sums = sums[:i] + (total,) + sums[i + 1 :]
-    if EXACT:
-        # What other lanes of this program stored is read.
-        tl.debug_barrier()
-        for _ in tl.static_range(SLICES_Q):
-            sums = sums + (tl.zeros((BLOCK_M, BLOCK_Q), tl.float32),)
-        for start in range(0, p, BLOCK_K):
-            depth = start + tl.arange(0, BLOCK_K)
-            left = _load(hidden1_ptr, row, depth, m, p, ALIGNED)
-            for i in tl.static_range(SLICES_Q):
-                right = _load(weight2_ptr, i * BLOCK_Q + tl.arange(0, BLOCK_Q), depth, q, p, ALIGNED, True)
-                total = dot(left, right, sums[i], PRECISION)
-                sums = sums[:i] + (total,) + sums[i + 1 :]
+        hidden = operand(hidden, input_ptr)
+        for i in tl.static_range(SLICES_Q):
+            right = _load(weight2_ptr, i * BLOCK_Q + tl.arange(0, BLOCK_Q), column1, q, p, ALIGNED, True)
+            total = dot(hidden, right, sums[i], PRECISION)
+            sums = sums[:i] + (total,) + sums[i + 1 :]
     for i in tl.static_range(SLICES_Q):
         column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
         hidden = _hidden(sums[i], bias2_ptr, row, column2, m, q)
         if SAVE:
             _store(hidden2_ptr, row, column2, m, q, hidden, ALIGNED)
         sums = sums[:i] + (operand(hidden, input_ptr),) + sums[i + 1 :]
-    if EXACT:
-        # One output after the other: a tl.dot would need more registers than there are.
-        for column3 in range(r):
-            total3 = tl.zeros((BLOCK_M,), tl.float32)
-            for i in tl.static_range(SLICES_Q):
-                column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
-                weight = load(weight3_ptr + column3 * q + column2, column2 < q)
-                total3 += tl.sum(sums[i] * weight[None, :], axis=1)
-            total3 += tl.load(bias3_ptr + column3)
-            store(output_ptr + row * r + column3, total3, row < m)
+    for first in tl.range(0, r, BLOCK_R, num_stages=1, disable_licm=True):
+        columns3 = first + tl.arange(0, BLOCK_R)
+        product3 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for i in tl.static_range(SLICES_Q):
+            right = _load(weight3_ptr, columns3, i * BLOCK_Q + tl.arange(0, BLOCK_Q), r, q, ALIGNED, True)
+            product3 = dot(sums[i], right, product3, PRECISION)
+        product3 += tl.load(bias3_ptr + columns3, mask=columns3 < r, other=0.0).to(tl.float32)[None, :]
+        _store(output_ptr, row, columns3, m, r, product3, False)
+
+
+@triton.jit(do_not_specialize=_GENERAL)
+def _exact_forward_kernel(
+    input_ptr,
+    weight1_ptr,
+    bias1_ptr,
+    weight2_ptr,
+    bias2_ptr,
+    weight3_ptr,
+    bias3_ptr,
+    output_ptr,
+    hidden1_ptr,
+    hidden2_ptr,
+    m,
+    k,
+    p,
+    q,
+    r,
+    SAVE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    SLICES_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """All three layers for BLOCK_M rows in exact float32, on FMA units.
+
+    All of hidden1 is stored first and read again, BLOCK_K features at a time: an operand that comes from registers is
+    held there over its whole depth, which leaves no room for many outputs a lane. hidden2's sums stay in registers as
+    SLICES_Q slices of BLOCK_Q features. Every sum runs within the program in one order, whatever the batch.
+
+    Saves: hidden1; hidden2 if SAVE. Their signs are relu's masks.
+
+    Cost per row ("image"): as of `_forward_kernel`, and writes and reads P always.
+    """
+    row = tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0).to(INDEX) * BLOCK_M
+    if INDEX == tl.int64:  # noqa: SIM300  (a type is no constant here)
+        # Only a tile's beginning takes 64 bits, which every lane would need registers for.
+        input_ptr += first_row * k
+        output_ptr += first_row * r
+        hidden1_ptr += first_row * p
+        hidden2_ptr += first_row * q
+        m = tl.minimum(m - first_row, BLOCK_M).to(tl.int32)
     else:
-        for first in tl.range(0, r, BLOCK_R, num_stages=1, disable_licm=True):
-            columns3 = first + tl.arange(0, BLOCK_R)
-            product3 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-            for i in tl.static_range(SLICES_Q):
-                right = _load(weight3_ptr, columns3, i * BLOCK_Q + tl.arange(0, BLOCK_Q), r, q, ALIGNED, True)
-                product3 = dot(sums[i], right, product3, PRECISION)
-            product3 += tl.load(bias3_ptr + columns3, mask=columns3 < r, other=0.0).to(tl.float32)[None, :]
-            _store(output_ptr, row, columns3, m, r, product3, False)
+        row += first_row
+    sums = ()
+    for first in range(0, p, BLOCK_P):
+        column1 = first + tl.arange(0, BLOCK_P)
+        product = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+        for start in range(0, k, BLOCK_K):
+            depth = start + tl.arange(0, BLOCK_K)
+            left = _load(input_ptr, row, depth, m, k, ALIGNED)
+            right = _load(weight1_ptr, column1, depth, p, k, ALIGNED, True)
+            product = dot(left, right, product, PRECISION)
+        hidden = _hidden(product, bias1_ptr, row, column1, m, p)
+        _store(hidden1_ptr, row, column1, m, p, hidden, ALIGNED)
+    # What other lanes of this program stored is read.
+    tl.debug_barrier()
+    for _ in tl.static_range(SLICES_Q):
+        sums = sums + (tl.zeros((BLOCK_M, BLOCK_Q), tl.float32),)
+    for start in range(0, p, BLOCK_K):
+        depth = start + tl.arange(0, BLOCK_K)
+        left = _load(hidden1_ptr, row, depth, m, p, ALIGNED)
+        for i in tl.static_range(SLICES_Q):
+            right = _load(weight2_ptr, i * BLOCK_Q + tl.arange(0, BLOCK_Q), depth, q, p, ALIGNED, True)
+            total = dot(left, right, sums[i], PRECISION)
+            sums = sums[:i] + (total,) + sums[i + 1 :]
+    for i in tl.static_range(SLICES_Q):
+        column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        hidden = _hidden(sums[i], bias2_ptr, row, column2, m, q)
+        if SAVE:
+            _store(hidden2_ptr, row, column2, m, q, hidden, ALIGNED)
+        sums = sums[:i] + (operand(hidden, input_ptr),) + sums[i + 1 :]
+    # One output after the other: a tl.dot would need more registers than there are.
+    for column3 in range(r):
+        total3 = tl.zeros((BLOCK_M,), tl.float32)
+        for i in tl.static_range(SLICES_Q):
+            column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            weight = load(weight3_ptr + column3 * q + column2, column2 < q)
+            total3 += tl.sum(sums[i] * weight[None, :], axis=1)
+        total3 += tl.load(bias3_ptr + column3)
+        store(output_ptr + row * r + column3, total3, row < m)
 
 
 @triton.jit
@@ -229,7 +289,6 @@ def _grad_hidden_kernel(
     grad_stride_m,
     grad_stride_r,
     SUMS: tl.constexpr,
-    EXACT: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
@@ -244,7 +303,7 @@ def _grad_hidden_kernel(
 
     grad2 (M, Q) = grad_output @ weight3 where hidden2 > 0, grad1 (M, P) = grad2 @ weight2 where hidden1 > 0, else 0.
     row_sums, float32 (programs, R * Q + P + Q + R), if SUMS: this program's grad_output^T @ hidden2 and the column sums
-    of grad1, grad2 and grad_output, which `_fold_kernel` completes: the gradients of weight3 and of the biases. The
+    of grad1, grad2 and grad_output, which `sum_all_parts` completes: the gradients of weight3 and of the biases. The
     column sums are taken before grad1 and grad2 are rounded.
 
     Shapes and strides: grad_output (M, R), any strides (0 too); all else contiguous.
@@ -258,37 +317,21 @@ def _grad_hidden_kernel(
     for i in tl.static_range(SLICES_Q):
         hiddens = hiddens + (_load(hidden2_ptr, row, i * BLOCK_Q + tl.arange(0, BLOCK_Q), m, q, ALIGNED),)
         grads = grads + (tl.zeros((BLOCK_M, BLOCK_Q), tl.float32),)
-    if EXACT:
-        # One output after the other: a tl.dot over BLOCK_M rows would need more registers than there are.
-        pointers = grad_ptr + row * grad_stride_m
-        for column3 in range(r):
-            grad3 = load(pointers, row < m)
-            pointers += grad_stride_r
+    for first in tl.range(0, r, BLOCK_R, num_stages=1, disable_licm=True):
+        column3 = first + tl.arange(0, BLOCK_R)
+        offset = (row * grad_stride_m)[:, None] + (column3 * grad_stride_r)[None, :]
+        grad = load(grad_ptr + offset, (row < m)[:, None] & (column3 < r)[None, :])
+        if SUMS:
+            total = tl.sum(grad.to(tl.float32), axis=0)
+            tl.store(sums_ptr + r * q + p + q + column3, total, mask=column3 < r)
+        for i in tl.static_range(SLICES_Q):
+            column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            right = _load(weight3_ptr, column3, column2, r, q, ALIGNED)
+            total = dot(grad, right, grads[i], PRECISION)
+            grads = grads[:i] + (total,) + grads[i + 1 :]
             if SUMS:
-                tl.store(sums_ptr + r * q + p + q + column3, tl.sum(grad3, axis=0))
-            for i in tl.static_range(SLICES_Q):
-                column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
-                weight = load(weight3_ptr + column3 * q + column2, column2 < q)
-                grads = grads[:i] + (grads[i] + grad3[:, None] * weight[None, :],) + grads[i + 1 :]
-                if SUMS:
-                    total3 = tl.sum(grad3[:, None] * hiddens[i], axis=0)
-                    tl.store(sums_ptr + column3 * q + column2, total3, mask=column2 < q)
-    else:
-        for first in tl.range(0, r, BLOCK_R, num_stages=1, disable_licm=True):
-            column3 = first + tl.arange(0, BLOCK_R)
-            offset = (row * grad_stride_m)[:, None] + (column3 * grad_stride_r)[None, :]
-            grad = load(grad_ptr + offset, (row < m)[:, None] & (column3 < r)[None, :])
-            if SUMS:
-                total = tl.sum(grad.to(tl.float32), axis=0)
-                tl.store(sums_ptr + r * q + p + q + column3, total, mask=column3 < r)
-            for i in tl.static_range(SLICES_Q):
-                column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
-                right = _load(weight3_ptr, column3, column2, r, q, ALIGNED)
-                total = dot(grad, right, grads[i], PRECISION)
-                grads = grads[:i] + (total,) + grads[i + 1 :]
-                if SUMS:
-                    product = dot(tl.trans(grad), hiddens[i], None, PRECISION)
-                    _store(sums_ptr, column3, column2, r, q, product, False)
+                product = dot(tl.trans(grad), hiddens[i], None, PRECISION)
+                _store(sums_ptr, column3, column2, r, q, product, False)
     for i in tl.static_range(SLICES_Q):
         column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
         closed = _masked(grads[i], hiddens[i], row, column2, m, q)
@@ -296,22 +339,87 @@ def _grad_hidden_kernel(
             tl.store(sums_ptr + r * q + p + column2, tl.sum(closed, axis=0), mask=column2 < q)
         _store(grad2_ptr, row, column2, m, q, closed, ALIGNED)
         grads = grads[:i] + (operand(closed, grad2_ptr),) + grads[i + 1 :]
-    if EXACT:
-        # What other lanes of this program stored is read: see `_forward_kernel`.
-        tl.debug_barrier()
     for first in tl.range(0, p, BLOCK_P, num_stages=1, disable_licm=True):
         column1 = first + tl.arange(0, BLOCK_P)
         product1 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-        if EXACT:
-            for start in range(0, q, BLOCK_K):
-                depth = start + tl.arange(0, BLOCK_K)
-                left = _load(grad2_ptr, row, depth, m, q, ALIGNED)
-                right = _load(weight2_ptr, depth, column1, q, p, ALIGNED)
-                product1 = dot(left, right, product1, PRECISION)
-        else:
-            for i in tl.static_range(SLICES_Q):
-                right = _load(weight2_ptr, i * BLOCK_Q + tl.arange(0, BLOCK_Q), column1, q, p, ALIGNED)
-                product1 = dot(grads[i], right, product1, PRECISION)
+        for i in tl.static_range(SLICES_Q):
+            right = _load(weight2_ptr, i * BLOCK_Q + tl.arange(0, BLOCK_Q), column1, q, p, ALIGNED)
+            product1 = dot(grads[i], right, product1, PRECISION)
+        closed1 = _masked(product1, _load(hidden1_ptr, row, column1, m, p, ALIGNED), row, column1, m, p)
+        if SUMS:
+            tl.store(sums_ptr + r * q + column1, tl.sum(closed1, axis=0), mask=column1 < p)
+        _store(grad1_ptr, row, column1, m, p, closed1, ALIGNED)
+
+
+@triton.jit(do_not_specialize=_GENERAL)
+def _exact_grad_hidden_kernel(
+    grad_ptr,
+    hidden1_ptr,
+    hidden2_ptr,
+    weight2_ptr,
+    weight3_ptr,
+    grad1_ptr,
+    grad2_ptr,
+    row_sums_ptr,
+    m,
+    p,
+    q,
+    r,
+    grad_stride_m,
+    grad_stride_r,
+    SUMS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    SLICES_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Gradients of both hidden layers as of `_grad_hidden_kernel`, in exact float32, on FMA units.
+
+    The last layer goes output by output, as outer products; grad2 is stored and read again, as hidden1 is forward.
+    """
+    row = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    sums_ptr = row_sums_ptr + tl.program_id(0).to(tl.int64) * (r * q + p + q + r)
+    hiddens = ()
+    grads = ()
+    for i in tl.static_range(SLICES_Q):
+        hiddens = hiddens + (_load(hidden2_ptr, row, i * BLOCK_Q + tl.arange(0, BLOCK_Q), m, q, ALIGNED),)
+        grads = grads + (tl.zeros((BLOCK_M, BLOCK_Q), tl.float32),)
+    # One output after the other: a tl.dot over BLOCK_M rows would need more registers than there are.
+    pointers = grad_ptr + row * grad_stride_m
+    for column3 in range(r):
+        grad3 = load(pointers, row < m)
+        pointers += grad_stride_r
+        if SUMS:
+            tl.store(sums_ptr + r * q + p + q + column3, tl.sum(grad3, axis=0))
+        for i in tl.static_range(SLICES_Q):
+            column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            weight = load(weight3_ptr + column3 * q + column2, column2 < q)
+            grads = grads[:i] + (grads[i] + grad3[:, None] * weight[None, :],) + grads[i + 1 :]
+            if SUMS:
+                total3 = tl.sum(grad3[:, None] * hiddens[i], axis=0)
+                tl.store(sums_ptr + column3 * q + column2, total3, mask=column2 < q)
+    for i in tl.static_range(SLICES_Q):
+        column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        closed = _masked(grads[i], hiddens[i], row, column2, m, q)
+        if SUMS:
+            tl.store(sums_ptr + r * q + p + column2, tl.sum(closed, axis=0), mask=column2 < q)
+        _store(grad2_ptr, row, column2, m, q, closed, ALIGNED)
+        grads = grads[:i] + (operand(closed, grad2_ptr),) + grads[i + 1 :]
+    # What other lanes of this program stored is read.
+    tl.debug_barrier()
+    for first in tl.range(0, p, BLOCK_P, num_stages=1, disable_licm=True):
+        column1 = first + tl.arange(0, BLOCK_P)
+        product1 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+        for start in range(0, q, BLOCK_K):
+            depth = start + tl.arange(0, BLOCK_K)
+            left = _load(grad2_ptr, row, depth, m, q, ALIGNED)
+            right = _load(weight2_ptr, depth, column1, q, p, ALIGNED)
+            product1 = dot(left, right, product1, PRECISION)
         closed1 = _masked(product1, _load(hidden1_ptr, row, column1, m, p, ALIGNED), row, column1, m, p)
         if SUMS:
             tl.store(sums_ptr + r * q + column1, tl.sum(closed1, axis=0), mask=column1 < p)
@@ -343,7 +451,7 @@ def _product_kernel(
     """The three large products of the backward, a tile of BLOCK_I x BLOCK_J of one of them per program.
 
     The first `weight_tiles` programs, which take longest, own one part, of `rows_per_part` rows, of a tile of grad1^T @
-    input (P, K) or of grad2^T @ hidden1 (Q, P): the gradients of weight1 and weight2, which `_fold_kernel` completes.
+    input (P, K) or of grad2^T @ hidden1 (Q, P): the gradients of weight1 and weight2, which `sum_all_parts` completes.
     weight_sums, float32 (parts, P * K + Q * P), holds the parts. The others own a tile of grad_input (M, K) = grad1 @
     weight1.
 
@@ -383,63 +491,6 @@ def _product_kernel(
             right = _load(weight1_ptr, depth, column, p, k, ALIGNED)
             product = dot(left, right, product, PRECISION)
         _store(result_ptr, row, column, m, k, product, ALIGNED)
-
-
-@triton.jit(do_not_specialize=_GENERAL)
-def _fold_kernel(
-    weight_sums_ptr,
-    row_sums_ptr,
-    result1_ptr,
-    result2_ptr,
-    result3_ptr,
-    sum1_ptr,
-    sum2_ptr,
-    sum3_ptr,
-    weight_parts,
-    row_parts,
-    k,
-    p,
-    q,
-    r,
-    BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """Add up the parts of all six parameters' gradients, in an order that depends on the shapes alone.
-
-    A program owns BLOCK elements of one gradient and adds DEPTH parts at a time.
-    """
-    block = tl.program_id(0)
-    parts, columns, parts_ptr, output_ptr, size = weight_parts, p * k + q * p, weight_sums_ptr, result1_ptr, p * k
-    offset = 0
-    blocks = (size + BLOCK - 1) // BLOCK
-    if block >= blocks:
-        block -= blocks
-        offset, output_ptr, size = p * k, result2_ptr, q * p
-        blocks = (size + BLOCK - 1) // BLOCK
-        if block >= blocks:
-            block -= blocks
-            parts, columns, parts_ptr, offset = row_parts, r * q + p + q + r, row_sums_ptr, 0
-            output_ptr, size = result3_ptr, r * q
-            blocks = (size + BLOCK - 1) // BLOCK
-            if block >= blocks:
-                block -= blocks
-                offset, output_ptr, size = r * q, sum1_ptr, p
-                blocks = (size + BLOCK - 1) // BLOCK
-                if block >= blocks:
-                    block -= blocks
-                    offset, output_ptr, size = r * q + p, sum2_ptr, q
-                    blocks = (size + BLOCK - 1) // BLOCK
-                    if block >= blocks:
-                        block -= blocks
-                        offset, output_ptr, size = r * q + p + q, sum3_ptr, r
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((DEPTH, BLOCK), tl.float32)
-    pointers = parts_ptr + offset + tl.arange(0, DEPTH).to(tl.int64)[:, None] * columns + column[None, :]
-    for first in range(0, parts, DEPTH):
-        mask = (first + tl.arange(0, DEPTH) < parts)[:, None] & (column < size)[None, :]
-        total += tl.load(pointers, mask=mask, other=0.0)
-        pointers += DEPTH * columns.to(tl.int64)
-    store(output_ptr + column, tl.sum(total, axis=0), column < size)
 
 
 def _aligned(*matrices: Tensor) -> bool:
@@ -483,7 +534,7 @@ def _through_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[s
         tile = {"BLOCK_M": rows, "BLOCK_K": 32, "BLOCK_P": block_p, "BLOCK_Q": 32, "num_warps": 8, "num_stages": stages}
         tile |= registers
     slices = max(1, cdiv(q, tile["BLOCK_Q"]))
-    return {"PRECISION": precision, "SLICES_Q": slices, "BLOCK_R": 16, "EXACT": exact, **tile}
+    return {"PRECISION": precision, "SLICES_Q": slices, "BLOCK_R": 16, **tile}
 
 
 def _product(dtype: torch.dtype) -> dict[str, Any]:
@@ -503,7 +554,6 @@ def _product(dtype: torch.dtype) -> dict[str, Any]:
     return {"PRECISION": precision, **tile}
 
 
-@planned(torch.backends.cuda.matmul)
 def mlp(
     input: Tensor,
     weight1: Tensor,
@@ -534,10 +584,11 @@ def mlp(
     output = empty((m, r), input)
     aligned = _aligned(operands[0], operands[1], operands[3], operands[5])
     tile = _through_layers(input.dtype, p, q, aligned)
-    hidden1 = empty((m, p), input) if return_hidden or tile["EXACT"] else None
+    exact = _exact(input.dtype, tile["PRECISION"])
+    hidden1 = empty((m, p), input) if return_hidden or exact else None
     hidden2 = empty((m, q), input) if return_hidden else None
     launch(
-        _forward_kernel,
+        _exact_forward_kernel if exact else _forward_kernel,
         (cdiv(m, tile["BLOCK_M"]),),
         *operands,
         output,
@@ -556,7 +607,6 @@ def mlp(
     return output, hidden1 if return_hidden else None, hidden2
 
 
-@planned(torch.backends.cuda.matmul)
 def mlp_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -591,10 +641,11 @@ def mlp_backward(
     aligned = _aligned(input, hidden1, hidden2, weight1, weight2, weight3)
     grad1, grad2 = empty((m, p), input), empty((m, q), input)
     layers = _through_layers(input.dtype, p, q, aligned)
+    exact = _exact(input.dtype, layers["PRECISION"])
     row_parts = cdiv(m, layers["BLOCK_M"])
     row_sums = empty((row_parts, r * q + p + q + r), input, torch.float32) if need_sums else None
     launch(
-        _grad_hidden_kernel,
+        _exact_grad_hidden_kernel if exact else _grad_hidden_kernel,
         (row_parts,),
         grad_output,
         hidden1,
@@ -622,7 +673,7 @@ def mlp_backward(
     tiles += cdiv(q, tile["BLOCK_I"]) * cdiv(p, tile["BLOCK_J"])
     # Half to a third as many parts as for a kernel of their own: the tiles of grad_input keep the device busy too. On
     # matrix units a part's rows then take about as long as all else that a multiprocessor has to do.
-    parts, rows_per_part = splits(m, tile["BLOCK_D"], max(1, (2 if layers["EXACT"] else 3) * tiles))
+    parts, rows_per_part = splits(m, tile["BLOCK_D"], max(1, (2 if exact else 3) * tiles))
     weight_sums = empty((parts, p * k + q * p), input, torch.float32) if need_sums else None
     weight_tiles = tiles * parts if need_sums else 0
     launch(
@@ -649,22 +700,7 @@ def mlp_backward(
     if weight_sums is None or row_sums is None:
         return grad_input, None, None, None, None, None, None
     grads = [empty(shape, input) for shape in ((p, k), (q, p), (r, q), (p,), (q,), (r,))]
-    block = 1024 if INTERPRETED else 128
-    launch(
-        _fold_kernel,
-        (sum(cdiv(grad.numel(), block) for grad in grads),),
-        weight_sums,
-        row_sums,
-        *grads,
-        parts,
-        row_parts,
-        k,
-        p,
-        q,
-        r,
-        BLOCK=block,
-        DEPTH=8,
-    )
+    sum_all_parts((weight_sums, grads[:2], 1.0), (row_sums, grads[2:], 1.0))
     weight1_grad, weight2_grad, weight3_grad, *bias_grads = grads
     found = weight1_grad, bias_grads[0], weight2_grad, bias_grads[1], weight3_grad, bias_grads[2]
     return grad_input, *(grad if needed else None for grad, needed in zip(found, output_mask[1:], strict=True))

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run in Triton's interpreter in this process (``TRITON_INTERPRET=1``)."""
@@ -260,6 +261,27 @@ def index_type(*tensors: Tensor | None) -> tl.dtype:
     return tl.int32
 
 
+def layout(matrix: Tensor) -> int:
+    """Tell how a matrix's elements lie, for `pointers`.
+
+    Returns:
+        Elements that a load may take at a time (16 bytes, 8 bytes, or one element), where rows are dense; the same,
+        negative, where columns are; 0 where neither is.
+    """
+    row_stride, column_stride = matrix.stride()
+    if column_stride == 1:
+        sign, length, stride = 1, matrix.shape[1], row_stride
+    elif row_stride == 1:
+        sign, length, stride = -1, matrix.shape[0], column_stride
+    else:
+        return 0
+    size = matrix.element_size()
+    for bytes in (16, 8):
+        if matrix.data_ptr() % bytes == stride * size % bytes == length * size % bytes == 0:
+            return sign * (bytes // size)
+    return sign
+
+
 def dot_precision(dtype: torch.dtype, fp32_precision: str) -> str:
     """Translate PyTorch's precision switch (``"tf32"``, ``"ieee"`` or ``"none"``) to ``tl.dot``'s."""
     return "tf32" if dtype == torch.float32 and fp32_precision == "tf32" else "ieee"
@@ -306,6 +328,30 @@ def load(pointers, mask=None):
 
 
 @triton.jit
+def pointers(ptr, row, column, row_stride, column_stride, LAYOUT: tl.constexpr):
+    """Pointers to the elements [row, column] of a matrix; LAYOUT, by `layout`, promises how they lie."""
+    ELEMENT: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    if LAYOUT > 0:
+        # One after the other: the sum of both offsets would be widened and added for each element.
+        found = (ptr + (row * row_stride)[:, None]) + column[None, :]
+        found = tl.multiple_of(found, (1, LAYOUT * ELEMENT))
+    elif LAYOUT < 0:
+        found = (ptr + (column * column_stride)[None, :]) + row[:, None]
+        found = tl.multiple_of(found, (-LAYOUT * ELEMENT, 1))
+    else:
+        found = (ptr + (row * row_stride)[:, None]) + (column * column_stride)[None, :]
+    return found
+
+
+@triton.jit
+def bound(size, LAYOUT: tl.constexpr):
+    """Return `size` as a multiple of the LAYOUT elements of a load, which it is: a mask must not split a load."""
+    if LAYOUT > 1:
+        size = size // LAYOUT * LAYOUT
+    return size
+
+
+@triton.jit
 def _bfloat16_bits(values):
     """Round float32 `values` to the nearest bfloat16, as 32-bit integers: the interpreter's conversion truncates."""
     bits = values.to(tl.uint32, bitcast=True)
@@ -331,17 +377,31 @@ def tf32(values, PRECISION: tl.constexpr):
     """Round float32 `values` to the nearest tf32 where products are of tf32; others stay as they are.
 
     A matrix unit cuts 13 bits off, a bias towards 0 and twice the error. Added up, two rounded operands keep a product
-    within 2**-10 of itself. The interpreter's tl.dot multiplies whole numbers, so there the bits are cut off here.
+    within 2**-10 of itself. NVIDIA's GPUs from sm_80 on have an instruction that rounds halves away from 0, which the
+    integers here do as well, elsewhere and in the interpreter. The interpreter's tl.dot multiplies whole numbers, so
+    the bits are cut off here.
     """
     if PRECISION == "tf32":
-        bits = values.to(tl.int32, bitcast=True)
-        rounded = bits + 0x1000
         if INTERPRETED:
-            rounded = rounded & -0x2000
-        # The sum would carry a NaN's bits into its sign.
-        finite = (bits & 0x7F800000) != 0x7F800000
-        values = tl.where(finite, rounded, bits).to(tl.float32, bitcast=True)
+            values = _tf32_by_integers(values)
+        elif cuda_capability_geq(8):
+            values = tl.inline_asm_elementwise(
+                "cvt.rna.tf32.f32 $0, $1;", "=r,r", [values], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            values = _tf32_by_integers(values)
     return values
+
+
+@triton.jit
+def _tf32_by_integers(values):
+    bits = values.to(tl.int32, bitcast=True)
+    rounded = bits + 0x1000
+    if INTERPRETED:
+        rounded = rounded & -0x2000
+    # The sum would carry a NaN's bits into its sign.
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, rounded, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -366,46 +426,177 @@ def relu(values):
     return tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit(do_not_specialize=["size", "parts"])
-def _sum_parts_kernel(
-    parts_ptr, output_ptr, size, parts, factor, INDEX: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
-    """Add up the rows of a (parts, size) float32 matrix in a fixed order: output[i] = factor * sum_p parts[p, i].
+@triton.jit
+def _sum_width(parts, BLOCK: tl.constexpr):
+    """Elements that a program of `_sum_parts_kernel` takes: the fewer numbers it adds up for each, the more."""
+    return tl.where(parts == 1, 128 * BLOCK, tl.where(parts <= 32, 16 * BLOCK, BLOCK))
 
-    A program takes BLOCK columns. It adds rows p, p + ROWS, p + 2 * ROWS, ... first to last, then these ROWS sums by a
-    tree, so that many loads are under way at once. Of a single row, which is only scaled and rounded, it takes
-    ROWS * BLOCK columns.
+
+@triton.jit
+def _sum_rows(
+    parts_ptr,
+    offset,
+    columns,
+    parts,
+    output_ptr,
+    first,
+    size,
+    factor,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add up BLOCK columns, from `offset + first` on, of a (parts, columns) matrix.
+
+    Rows p, p + ROWS, ... are added first to last, then these ROWS sums by a tree.
     """
-    if parts == 1:
-        element = tl.program_id(0).to(INDEX) * (ROWS * BLOCK) + tl.arange(0, ROWS * BLOCK)
-        single = tl.load(parts_ptr + element, mask=element < size)
-        store(output_ptr + element, single * factor, element < size)
+    element = first + tl.arange(0, BLOCK)
+    found = parts_ptr + (offset + element)
+    outputs = output_ptr + element
+    if ALIGNED:
+        found = tl.multiple_of(found, 16)
+        outputs = tl.multiple_of(outputs, 4 * output_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        size = size // 4 * 4
+    if ROWS == 1:
+        store(outputs, tl.load(found, mask=element < size) * factor, element < size)
     else:
-        offset = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
         row = tl.arange(0, ROWS)
-        mask = offset < size
+        rows = (row.to(element.dtype) * columns)[:, None]
         total = tl.zeros((ROWS, BLOCK), tl.float32)
-        for first in range(0, parts, ROWS):
-            pointers = parts_ptr + (first + row).to(INDEX)[:, None] * size + offset[None, :]
-            total += tl.load(pointers, mask=(first + row < parts)[:, None] & mask[None, :], other=0.0)
-        store(output_ptr + offset, tl.sum(total, axis=0) * factor, mask)
+        for start in range(0, parts, ROWS):
+            pointers = found[None, :] + rows
+            if ALIGNED:
+                pointers = tl.multiple_of(pointers, (1, 16))
+            total += tl.load(pointers, mask=(start + row < parts)[:, None] & (element < size)[None, :], other=0.0)
+            found += columns.to(element.dtype) * ROWS
+        store(outputs, tl.sum(total, axis=0) * factor, element < size)
+
+
+@triton.jit
+def _pick(block, width, ptr0, ptr1, ptr2, ptr3, size0, size1, size2, size3):
+    """Find the output that block number `block` of `width` elements belongs to, and the block's number in it.
+
+    Returns:
+        Pointer and size of the output, where it starts in a row of parts, and the number, which is beyond the output's
+        own blocks if the block belongs to none of the four.
+    """
+    ptr, size, offset = ptr0, size0, size0 * 0
+    blocks = (size + width - 1) // width
+    if block >= blocks:
+        block -= blocks
+        ptr, size, offset = ptr1, size1, size0
+        blocks = (size + width - 1) // width
+        if block >= blocks:
+            block -= blocks
+            ptr, size, offset = ptr2, size2, size0 + size1
+            blocks = (size + width - 1) // width
+            if block >= blocks:
+                block -= blocks
+                ptr, size, offset = ptr3, size3, size0 + size1 + size2
+    return ptr, size, offset, block
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("first_ptr", "second_ptr", "first_parts", "second_parts"),
+        *(f"output{i}_ptr" for i in range(8)),
+        *(f"size{i}" for i in range(8)),
+    ]
+)
+def _sum_parts_kernel(
+    first_ptr,
+    second_ptr,
+    output0_ptr,
+    output1_ptr,
+    output2_ptr,
+    output3_ptr,
+    output4_ptr,
+    output5_ptr,
+    output6_ptr,
+    output7_ptr,
+    first_parts,
+    second_parts,
+    size0,
+    size1,
+    size2,
+    size3,
+    size4,
+    size5,
+    size6,
+    size7,
+    first_factor,
+    second_factor,
+    ALIGNED: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add up the rows of two float32 matrices of partial sums, in an order that depends on the number of rows alone.
+
+    Row p of the first, (first_parts, size0 + ... + size3), holds part p of outputs 0 to 3; row p of the second,
+    (second_parts, size4 + ... + size7), of outputs 4 to 7. A size of 0 leaves an output out. ALIGNED promises
+    sizes that are multiples of four, so that loads take 16 bytes.
+
+    Tile: a program takes `_sum_width` elements of one output, and 1, 8 or 128 parts at a time, so that many loads are
+    under way at once.
+
+    Cost per element of an output: reads one float32 a part, writes one element.
+    """
+    block = tl.program_id(0)
+    parts_ptr, parts, factor, columns = first_ptr, first_parts, first_factor, size0 + size1 + size2 + size3
+    width = _sum_width(parts, BLOCK)
+    blocks = (size0 + width - 1) // width + (size1 + width - 1) // width
+    blocks += (size2 + width - 1) // width + (size3 + width - 1) // width
+    if block < blocks:
+        output_ptr, size, offset, block = _pick(
+            block, width, output0_ptr, output1_ptr, output2_ptr, output3_ptr, size0, size1, size2, size3
+        )
+    else:
+        parts_ptr, parts, factor, columns = second_ptr, second_parts, second_factor, size4 + size5 + size6 + size7
+        width = _sum_width(parts, BLOCK)
+        output_ptr, size, offset, block = _pick(
+            block - blocks, width, output4_ptr, output5_ptr, output6_ptr, output7_ptr, size4, size5, size6, size7
+        )
+    first = block.to(INDEX) * width
+    if parts == 1:
+        _sum_rows(parts_ptr, offset, columns, parts, output_ptr, first, size, factor, ALIGNED, 1, 128 * BLOCK)
+    elif parts <= 32:
+        _sum_rows(parts_ptr, offset, columns, parts, output_ptr, first, size, factor, ALIGNED, 8, 16 * BLOCK)
+    else:
+        _sum_rows(parts_ptr, offset, columns, parts, output_ptr, first, size, factor, ALIGNED, 128, BLOCK)
 
 
 def sum_parts(parts: Tensor, output: Tensor, factor: float = 1.0) -> Tensor:
     """Reduce float32 `parts` (P, *) over its first dimension into the dense `output` (*); deterministic."""
-    size, rows = output.numel(), 128
-    block = 4096 if INTERPRETED else 32
+    sum_all_parts((parts, (output,), factor))
+    return output
+
+
+def sum_all_parts(*sums: tuple[Tensor, Sequence[Tensor], float]) -> None:
+    """Reduce one or two float32 matrices of partial sums over their rows, in one launch; deterministic.
+
+    Args:
+        sums: a matrix (P, *), dense; up to four dense tensors, all of one dtype, that a row holds one after the other;
+            and their factor. P may differ.
+    """
+    block = 1024 if INTERPRETED else 32
+    sums = (*sums, (sums[0][0], (), 1.0))[:2]
+    outputs, sizes, programs = [], [], 0
+    for parts, found, _ in sums:
+        outputs += [*found, *[sums[0][1][0]] * 4][:4]
+        sizes += [*[output.numel() for output in found], 0, 0, 0, 0][:4]
+        width = 128 * block if parts.shape[0] == 1 else 16 * block if parts.shape[0] <= 32 else block
+        programs += sum(cdiv(output.numel(), width) for output in found)
     launch(
         _sum_parts_kernel,
-        (cdiv(size, block * rows if parts.shape[0] == 1 else block),),
-        parts,
-        output,
-        size,
-        parts.shape[0],
-        factor,
-        INDEX=index_type(parts, output),
+        (programs,),
+        *(parts for parts, _, _ in sums),
+        *outputs,
+        *(parts.shape[0] for parts, _, _ in sums),
+        *sizes,
+        *(float(factor) for _, _, factor in sums),
+        # Whether every output, and its part of a row, starts at a multiple of four elements and has as many.
+        ALIGNED=all(size % 4 == 0 for size in sizes),
+        INDEX=index_type(*(parts for parts, _, _ in sums), *outputs),
         BLOCK=block,
-        ROWS=rows,
         num_warps=4,
     )
-    return output

@@ -65,9 +65,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(params=["stock", "kernels"])
 def either(request: pytest.FixtureRequest) -> str:
     """Once with stock's operators, once with the Functions around stand-ins for compiled CPU kernels."""
-    if request.param == "kernels":
-        request.getfixturevalue("cpu_kernels")
+    request.getfixturevalue("cpu_kernels" if request.param == "kernels" else "no_cpu_kernels")
     return str(request.param)
+
+
+@pytest.fixture
+def no_cpu_kernels() -> Iterator[None]:
+    """Let calls on a CPU run as where no compiled kernels are installed."""
+    from harness.plain_cpu import plain_cpu
+
+    with plain_cpu() as module:
+        module.missing = "numba is not installed"
+        yield
 
 
 @pytest.fixture

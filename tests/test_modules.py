@@ -346,7 +346,7 @@ def test_meta_to_empty_in_stock_order():
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the checks of arguments read sizes
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_jit_trace(frozen, networks, images, tmp_path, either):
-    """Frozen, the operators are recorded whole; else stock's are, with gradients. Batches stay open, and traces save."""
+    """Frozen, the operators are recorded whole; else stock's are, with gradients. Batches stay open."""
     fused = networks[0].requires_grad_(not frozen)
     traced = torch.jit.trace(fused, images[:2])
     assert ("fastlenet::conv2d_relu_max_pool2d" in str(traced.inlined_graph)) is frozen

@@ -48,7 +48,7 @@ FULL = AddmmCase("full addend", 7, 19, 11, (7, 11))
 special = pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 
 
-# --- accuracy -----------------------------------------------------------------------------------------------------------
+# --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
 @conv_cases([*CONV_CASES, TOO_BIG_WINDOW])
@@ -156,7 +156,7 @@ def test_a_bias_with_rows_of_its_own(bias):
     linear_relu_is_stocks((2, 3), (5, 7), bias)
 
 
-# --- special values -----------------------------------------------------------------------------------------------------
+# --- special values ---------------------------------------------------------------------------------------------------
 
 
 @dtypes
@@ -248,7 +248,7 @@ def test_a_window_without_a_cell():
         assert_same_values(actual, wanted, name=name)
 
 
-# --- layouts, reproducibility, memory -----------------------------------------------------------------------------------
+# --- layouts, reproducibility, memory ---------------------------------------------------------------------------------
 
 
 @parametrize_dtypes(torch.float32, torch.float64)

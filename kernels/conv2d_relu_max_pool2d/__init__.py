@@ -1,12 +1,14 @@
 """conv2d + relu + max-pool in one kernel, and its gradients.
 
-One operator, three designs, a file each:
+One operator, four designs, a file each:
 
 - `general`: every geometry that PyTorch allows, sizes at run time.
-- `patch_dot`: small non-overlapping 2x2 pools on matrix units (tf32, float16, bfloat16).
-- `patch_fma`: the same pools in exact float32, on the FMA units.
+- `patch_fma`: few channels, on the FMA units, exactly; any stride, padding and small pool.
+- `patch_dot`: non-overlapping 2x2 pools on matrix units (tf32, float16, bfloat16), image sizes compiled in.
+- `column_fma`: the input's gradient of small images, exactly, image sizes compiled in.
 
-`configurations` lists where a design other than the general one runs, and with which tile.
+`rules` says which of them runs and with which tile; `configurations` lists where a clock, or LeNet's own figures, say
+otherwise.
 """
 
 from __future__ import annotations
@@ -17,49 +19,73 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import configurations
+from .. import configurations, rules
 from ..geometry import ConvPoolGeometry, memory_format
-from ..plans import planned
 from ..runtime import contiguous, dot_precision
-from . import general, patch_dot, patch_fma
+from . import column_fma, general, patch_dot, patch_fma
 
-DESIGNS = {"general": general, "patch_dot": patch_dot, "patch_fma": patch_fma}
+DESIGNS = {"column_fma": column_fma, "general": general, "patch_dot": patch_dot, "patch_fma": patch_fma}
 
 
 def _configured(
     direction: str, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor
-) -> tuple[ModuleType, Mapping[str, int]]:
-    """Return the design and the configuration listed for this call; else the general kernels with tiles of their own.
+) -> tuple[ModuleType, Mapping[str, int], bool]:
+    """Return the design and the configuration for this call, and whether the operands lie as channels_last.
 
-    A listed design compiles for the shape of the images, never for their number.
+    The table decides first, then the rule, and the general kernels take what is left. Nothing depends on the number of
+    images.
     """
     precision = dot_precision(input.dtype, torch.backends.cudnn.conv.fp32_precision)
     known = configurations.remembered()
     key = "design", direction, geometry, input.dtype, precision, input.shape, weight.shape
     if key not in known:
-        known[key] = _listed(f"conv2d_relu_max_pool2d.{direction}", geometry, input, weight, precision)
-    design, options = known[key]
-    # What remains is the tensors' places in memory. A patch kernel's loads take neighbours in pairs.
-    if design is not general and (memory_format(input, weight) != torch.contiguous_format or input.data_ptr() % 16):
-        return general, {}
-    return design, options
+        known[key] = _chosen(direction, geometry, input, weight, precision)
+    chosen, ruled = known[key]
+    last = memory_format(input, weight) == torch.channels_last
+    # What remains is the tensors' places in memory, for which some designs are compiled.
+    dense = not last and input.data_ptr() % 16 == 0
+    design, options = chosen if dense or chosen[0] not in (patch_dot, column_fma) else ruled
+    return design, options, last
 
 
-def _listed(
-    kernel: str, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor, precision: str
-) -> tuple[ModuleType, Mapping[str, int]]:
-    """Look the design and the configuration up by types, shapes and geometry."""
-    entry = configurations.find(kernel, input.dtype, precision, geometry.key(input, weight))
+Choice = tuple[ModuleType, Mapping[str, int]]
+
+
+def _chosen(
+    direction: str, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor, precision: str
+) -> tuple[Choice, Choice]:
+    """Choose by types, shapes and geometry: what the table says, else the rule, and what the rule alone says."""
+    (out_channels, in_channels), kernel = weight.shape[:2], (weight.shape[2], weight.shape[3])
+    rule = None
+    if configurations.architecture() != "interpreted":
+        exact = input.dtype == torch.float32 and precision == "ieee"
+        size = input.shape[2], input.shape[3]
+        rule = rules.choose(direction, geometry, in_channels, out_channels, kernel, size, exact)
+    ruled = _usable(rule, geometry, input, weight) or (general, {})
+    entry = configurations.find(
+        f"conv2d_relu_max_pool2d.{direction}", input.dtype, precision, geometry.key(input, weight)
+    )
+    return _usable(entry, geometry, input, weight) or ruled, ruled
+
+
+def _usable(
+    found: configurations.Configuration | rules.Rule | None, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor
+) -> Choice | None:
+    """Return the design that was found with its options, or None if it cannot compute this call."""
     # The library may be listed where Triton is forced.
-    design = None if entry is None else DESIGNS.get(entry.design)
-    if entry is None or design is None:
-        return general, {}
+    design = None if found is None else DESIGNS.get(found.design)
+    if found is None or design is None:
+        return None
     if design is not general and (0 in input.shape or not design.covers(geometry, input, weight)):
-        return general, {}
-    return design, entry.options
+        return None
+    return design, found.options
 
 
-@planned(torch.backends.cudnn.conv)
+def _laid_out(last: bool, *tensors: Tensor) -> list[Tensor]:
+    """Lay operands out as a specialised kernel takes them: dense, in one layout."""
+    return [contiguous(tensor, torch.channels_last if last else torch.contiguous_format) for tensor in tensors]
+
+
 def conv2d_relu_max_pool2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_argmax: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -75,14 +101,14 @@ def conv2d_relu_max_pool2d(
     Returns:
         The pooled output (N, G * O, PH, PW), channels_last if input or weight is, and its argmax or None.
     """
-    design, options = _configured("forward", geometry, input, weight)
+    design, options, last = _configured("forward", geometry, input, weight)
     if design is general:
         return general.forward(input, weight, bias, geometry, return_argmax, options)
     bias = None if bias is None else contiguous(bias)
-    return design.forward(contiguous(input), contiguous(weight), bias, return_argmax, options)
+    (input,) = _laid_out(last, input)
+    return design.forward(input, contiguous(weight), bias, geometry, return_argmax, last, options)
 
 
-@planned(torch.backends.cudnn.conv)
 def conv2d_relu_max_pool2d_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -107,17 +133,19 @@ def conv2d_relu_max_pool2d_backward(
     need_input, need_weight, need_bias = output_mask
     grad_input = grad_weight = grad_bias = None
     if need_input:
-        design, options = _configured("grad_input", geometry, input, weight)
+        design, options, last = _configured("grad_input", geometry, input, weight)
         if design is general:
             grad_input = general.grad_input(grad_output, input, weight, argmax, geometry, options)
         else:
-            tensors = (contiguous(tensor) for tensor in (grad_output, input, weight, argmax))
-            grad_input = design.grad_input(*tensors, options)
+            # Of the images only the shape matters.
+            grad, code = _laid_out(last, grad_output, argmax)
+            grad_input = design.grad_input(grad, input, contiguous(weight), code, geometry, last, options)
     if need_weight or need_bias:
-        design, options = _configured("grad_weight", geometry, input, weight)
+        design, options, last = _configured("grad_weight", geometry, input, weight)
         if design is general:
             operands = grad_output, input, weight, argmax, geometry, options
             return grad_input, *general.grad_weight(*operands, need_weight, need_bias)
-        tensors = (contiguous(tensor) for tensor in (grad_output, input, weight, argmax))
-        grad_weight, grad_bias = design.grad_weight(*tensors, options)
+        grad, images, code = _laid_out(last, grad_output, input, argmax)
+        grad_weight, grad_bias = design.grad_weight(grad, images, contiguous(weight), code, geometry, last, options)
+        grad_weight = contiguous(grad_weight, memory_format(input, weight))
     return grad_input, grad_weight if need_weight else None, grad_bias if need_bias else None

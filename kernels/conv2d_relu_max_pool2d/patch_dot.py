@@ -621,7 +621,13 @@ def _share(tiles: int, rows: int, programs: int) -> tuple[int, int]:
 
 
 def forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, return_argmax: bool, configuration: Mapping[str, int]
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: ConvPoolGeometry,
+    return_argmax: bool,
+    last: bool,
+    configuration: Mapping[str, int],
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the forward; arguments and results as in `conv2d_relu_max_pool2d`, tensors contiguous."""
     shape = _shape(input, weight)
@@ -651,7 +657,13 @@ def forward(
 
 
 def grad_input(
-    grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, configuration: Mapping[str, int]
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    argmax: Tensor,
+    geometry: ConvPoolGeometry,
+    last: bool,
+    configuration: Mapping[str, int],
 ) -> Tensor:
     """Launch the gradient of the input; all tensors contiguous."""
     result = empty(input.shape, input)
@@ -674,7 +686,13 @@ def grad_input(
 
 
 def grad_weight(
-    grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, configuration: Mapping[str, int]
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    argmax: Tensor,
+    geometry: ConvPoolGeometry,
+    last: bool,
+    configuration: Mapping[str, int],
 ) -> tuple[Tensor, Tensor]:
     """Launch the gradients of the weight and the bias; all tensors contiguous."""
     shape = _shape(input, weight)

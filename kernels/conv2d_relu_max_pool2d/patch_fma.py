@@ -1,16 +1,23 @@
-"""Small non-overlapping 2x2 pools in exact float32, on the FMA units.
+"""Convolutions of few channels on the FMA units: a lane computes whole results in its own registers.
 
-`tl.dot` in ``ieee`` mode feeds the FMA units operand by operand through shared memory; here a lane computes whole
-results in its own registers instead. All sizes but the batch are compile-time constants, so that every loop over taps
-is unrolled and every address is a register plus a constant. Every result is a chain of fused multiply-adds in a fixed
-order, or a fixed sum of some, so tiles may depend on the batch without changing a bit.
+A lane owns a block: the cells of the convolution in which one pooling window starts and no other, 2 x 2 for a pool of
+2x2/2 or 3x3/2, 3 x 3 for 3x3/3. Where windows overlap, a window's other cells lie in the blocks of the next lanes, from
+which they are shuffled, and of the next row, which the same lane computes next. So no cell is computed twice, but at
+the border of a program.
 
-Letters: N images, C input and O output channels, H x W input, KH x KW kernel, PH x PW pooled output, P = PH * PW.
+Channels, kernel, strides, paddings and the window are compile-time constants, so that loops over taps are unrolled.
+Image sizes are numbers at run time, unless the table's `FIXED` asks for them to be constants. Images lie as NCHW or as
+channels_last. Every result is a chain of fused multiply-adds in a fixed order, or a fixed sum of some, so tiles may
+depend on the batch without changing a bit of the forward.
+
+Letters: N images, C input and O output channels, H x W input, KH x KW kernel, PH x PW pooled output, BH x BW cells of
+a block; RH and RW: how many blocks further down and right a window reaches (0 where windows do not overlap).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -22,62 +29,167 @@ from ..runtime import INTERPRETED, all_registers, cdiv, empty, index_type, launc
 
 
 @triton.jit
-def _adjacent(pointers, mask, COUNT: tl.constexpr):
-    """Load the COUNT elements that start at each pointer, two at a time where their addresses allow it.
+def _block(POOL: tl.constexpr, POOL_STRIDE: tl.constexpr):
+    """Cells of a block along one axis."""
+    return POOL if POOL < POOL_STRIDE else POOL_STRIDE
 
-    Where the mask, if there is one, is off, they are 0.
+
+@triton.jit
+def _below(position, limit):
+    """Whether 0 <= position < limit, by one comparison."""
+    return position.to(tl.uint32) < limit.to(tl.uint32)
+
+
+@triton.jit
+def _pixels(
+    starts,
+    line,
+    x,
+    there,
+    width,
+    COUNT: tl.constexpr,
+    STEP: tl.constexpr,
+    PADDED: tl.constexpr,
+    MASKED: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Load COUNT neighbours of a row, STEP elements apart, as float32; 0 for those that are not in the image.
+
+    PAIRS neighbours stand before the first that lies at an even address; -1 if that is not known. The rest is loaded
+    two at a time. Of the arguments
+
+        starts: pointers to the first neighbour of a row, or to the first pair. As these come from twice a number, the
+            compiler knows that pairs begin at even addresses.
+        line: how far from there the wanted row lies, in elements, or in pairs.
+        x: the first neighbour's column.
+        there: whether a lane's row is there at all; looked at if MASKED or PADDED.
+        width: columns of the image; looked at if PADDED.
     """
     values = ()
-    for i in tl.static_range(COUNT // 2):
-        pairs = pointers[:, None] + (2 * i + tl.arange(0, 2))[None, :]
-        if mask is None:
-            values = values + tl.split(tl.load(pairs).to(tl.float32))
+    pointers = starts + line if PAIRS < 0 else starts + line * 2
+    LEAD: tl.constexpr = 0 if PAIRS < 0 else PAIRS
+    for i in tl.static_range(COUNT if PAIRS < 0 else PAIRS):
+        if PADDED:
+            mask = there & _below(x + i, width)
+            values = values + (tl.load(pointers + (i * STEP - LEAD), mask=mask, other=0.0).to(tl.float32),)
+        elif MASKED:
+            values = values + (tl.load(pointers + (i * STEP - LEAD), mask=there, other=0.0).to(tl.float32),)
         else:
-            values = values + tl.split(tl.load(pairs, mask=mask[:, None], other=0.0).to(tl.float32))
-    if COUNT % 2 == 1:
-        if mask is None:
-            values = values + (tl.load(pointers + (COUNT - 1)).to(tl.float32),)
-        else:
-            values = values + (tl.load(pointers + (COUNT - 1), mask=mask, other=0.0).to(tl.float32),)
+            values = values + (tl.load(pointers + (i * STEP - LEAD)).to(tl.float32),)
+    if PAIRS >= 0:
+        pairs = pointers[:, None] + tl.arange(0, 2)[None, :]
+        for i in tl.static_range((COUNT - PAIRS) // 2):
+            if PADDED:
+                # A row of even length has both or neither.
+                mask = there & _below(x + (PAIRS + 2 * i), width)
+                values = values + tl.split(tl.load(pairs + 2 * i, mask=mask[:, None], other=0.0).to(tl.float32))
+            elif MASKED:
+                values = values + tl.split(tl.load(pairs + 2 * i, mask=there[:, None], other=0.0).to(tl.float32))
+            else:
+                values = values + tl.split(tl.load(pairs + 2 * i).to(tl.float32))
+        if (COUNT - PAIRS) % 2 == 1:
+            if PADDED:
+                mask = there & _below(x + (COUNT - 1), width)
+                values = values + (tl.load(pointers + (COUNT - 1 - PAIRS), mask=mask, other=0.0).to(tl.float32),)
+            elif MASKED:
+                values = values + (tl.load(pointers + (COUNT - 1 - PAIRS), mask=there, other=0.0).to(tl.float32),)
+            else:
+                values = values + (tl.load(pointers + (COUNT - 1 - PAIRS)).to(tl.float32),)
     return values
 
 
 @triton.jit
-def _pool(cells, RETURN_ARGMAX: tl.constexpr):
-    """Maximum and argmax of a window's four cells, in scan order, after relu."""
-    best = cells[0]
+def _better(best, value, argmax, code, RETURN_ARGMAX: tl.constexpr):
+    """Let `value`, which comes later in scan order, win over `best` if it is larger or NaN."""
     if RETURN_ARGMAX:
-        # In float32, which one instruction selects; integers become masks and shifts. Adding 2**23 moves a small number
-        # into the last bits.
-        argmax = tl.zeros(best.shape, tl.float32)
-        for cell in tl.static_range(1, 4):
-            wins = (cells[cell] > best) | (cells[cell] != cells[cell])
-            best = tl.where(wins, cells[cell], best)
-            argmax = tl.where(wins, 1.0 * cell, argmax)
-        argmax = tl.where(best <= 0, 255.0, argmax) + 8388608.0
-        return relu(best), argmax.to(tl.int32, bitcast=True).to(tl.uint8)
+        wins = (value > best) | (value != value)
+        return tl.where(wins, value, best), tl.where(wins, code, argmax)
     else:  # noqa: RET505  (Triton compiles what follows a return)
-        for cell in tl.static_range(1, 4):
-            best = tl.maximum(best, cells[cell], propagate_nan=tl.PropagateNan.ALL)
-        return relu(best), best
+        return tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL), argmax
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _finish(outputs, argmax_ptrs, best, argmax, mask, RETURN_ARGMAX: tl.constexpr):
+    """Store a pooled cell after relu, and its argmax.
+
+    An argmax is a float32, which one instruction selects; integers become masks and shifts. Adding 2**23 moves a small
+    number into the last bits.
+    """
+    store(outputs, relu(best), mask)
+    if RETURN_ARGMAX:
+        argmax = tl.where(best <= 0, 255.0, argmax) + 8388608.0
+        tl.store(argmax_ptrs, argmax.to(tl.int32, bitcast=True).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _add_rows(
+    conv,
+    rows,
+    taps,
+    R: tl.constexpr,
+    FIRST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """Add kernel row R, whose weights are at `taps`, times its pixels to the cells of all channels.
+
+    `rows[FIRST + STRIDE_H * b]` are the pixels of the cells in row b.
+    """
+    done = ()
+    for o in tl.static_range(CHANNELS):
+        cells = conv[o * BH * BW : (o + 1) * BH * BW]
+        for q in tl.static_range(KERNEL_W):
+            tap = tl.load(taps + (o * DEPTH + R * KERNEL_W + q)).to(tl.float32)
+            new = ()
+            for b in tl.static_range(BH):
+                for a in tl.static_range(BW):
+                    new = new + (tl.fma(rows[FIRST + b * STRIDE_H][a * STRIDE_W + q], tap, cells[b * BW + a]),)
+            cells = new
+        done = done + cells
+    return done
+
+
+@triton.jit(do_not_specialize=["lanes", "input_h", "input_w", "output_h", "output_w", "chunk", "chunks"])
 def _forward_kernel(
     input_ptr,
     weight_ptr,
     bias_ptr,
     output_ptr,
     argmax_ptr,
-    rows,
+    lanes,
+    input_h,
+    input_w,
+    output_h,
+    output_w,
+    chunk,
+    chunks,
     IN_CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
-    INPUT_H: tl.constexpr,
-    INPUT_W: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
-    POOLED_H: tl.constexpr,
-    POOLED_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    POOL_H: tl.constexpr,
+    POOL_W: tl.constexpr,
+    POOL_STRIDE_H: tl.constexpr,
+    POOL_STRIDE_W: tl.constexpr,
+    POOL_PADDING_H: tl.constexpr,
+    POOL_PADDING_W: tl.constexpr,
+    FIXED_H: tl.constexpr,
+    FIXED_W: tl.constexpr,
+    FIXED_POOLED_H: tl.constexpr,
+    FIXED_POOLED_W: tl.constexpr,
+    LAST: tl.constexpr,
+    PADDED: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    PAIRS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RETURN_ARGMAX: tl.constexpr,
     INDEX: tl.constexpr,
@@ -90,70 +202,268 @@ def _forward_kernel(
     Maths: as in `general`. Each convolution cell is one chain of fused multiply-adds, from the bias through
     (channel, kernel row, kernel column) in order, whatever the tile: no result depends on it.
 
-    Tile: BLOCK pooled positions (rows of N * P, two a lane) x CHANNELS output channels; a program's number counts the
-    tiles of channels first, so that neighbours read the same input. A lane keeps the window's four cells of every
-    channel. Per input channel it slides down its (KH + 1) x (KW + 1) patch with two rows in registers; weights are
-    scalars that all lanes share, loaded once for the eight products of two positions.
+    Tile: BLOCK lanes (two or four a thread) x CHANNELS output channels; a program's number counts the tiles of channels
+    first, so that neighbours read the same input. Where windows do not overlap, a lane is a pooled cell (n, i, j). Else
+    it is a column of blocks (n, chunk, j) with RW more of them than PW, and computes `chunk` + RH rows of blocks one
+    after the other; the last RW lanes of a program only lend their cells to those before them. Per input channel a lane
+    slides down its patch of ((BH - 1) * stride + KH) x ((BW - 1) * stride + KW) pixels; weights are scalars that all
+    lanes share, loaded once for the BH * BW products of each lane. The last tile of channels begins earlier, if they do
+    not come out even: some results are then stored twice, by the same bits.
 
-    Shapes and strides: input (N, C, H, W), weight (O, C, KH, KW), bias (O), output and argmax (N, O, PH, PW), all
-    contiguous.
+    Shapes and strides: input (N, C, H, W), output and argmax (N, O, PH, PW), all contiguous or, if LAST, all
+    channels_last; weight (O, C, KH, KW) and bias (O) contiguous.
 
     Saves: one byte of argmax per pooled cell, nothing else.
 
-    Cost per image: 8 * P * O * C * KH * KW FLOP; reads the input once per tile of channels, writes O * P outputs and as
-    many bytes of argmax. For every 8 multiply-adds one weight is loaded.
+    Cost per image: 2 * BH * BW * PH * PW * O * C * KH * KW FLOP, (PH + RH) * (PW + RW) for overlapping windows; reads
+    the input once per tile of channels, writes O * PH * PW outputs and as many bytes of argmax.
     """
-    tiles: tl.constexpr = OUT_CHANNELS // CHANNELS
-    row = (tl.program_id(0) // tiles).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    first = tl.program_id(0) % tiles * CHANNELS
-    mask = row < rows
-    # Rows beyond the last repeat it: loads need no mask then.
-    row = tl.minimum(row, rows - 1)
-    image = row // (POOLED_H * POOLED_W)
-    position = row % (POOLED_H * POOLED_W)
-    corner = position // POOLED_W * (2 * INPUT_W) + position % POOLED_W * 2
-    pixels = input_ptr + (image * (IN_CHANNELS * INPUT_H * INPUT_W) + corner)
-    depth: tl.constexpr = IN_CHANNELS * KERNEL_H * KERNEL_W
-    taps = weight_ptr + first * depth
+    BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
+    BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
+    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H if POOL_H > POOL_STRIDE_H else 0
+    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W if POOL_W > POOL_STRIDE_W else 0
+    WIDTH: tl.constexpr = (BW - 1) * STRIDE_W + KERNEL_W
+    SPAN: tl.constexpr = (BH - 1) * STRIDE_H + 1  # rows of pixels that one kernel row meets
+    STEP: tl.constexpr = IN_CHANNELS if LAST else 1
+    DEPTH: tl.constexpr = IN_CHANNELS * KERNEL_H * KERNEL_W
+    tiles: tl.constexpr = (OUT_CHANNELS + CHANNELS - 1) // CHANNELS
+    height = FIXED_H if FIXED_H > 0 else input_h
+    width = FIXED_W if FIXED_W > 0 else input_w
+    pooled_h = FIXED_POOLED_H if FIXED_POOLED_H > 0 else output_h
+    pooled_w = FIXED_POOLED_W if FIXED_POOLED_W > 0 else output_w
+    first = tl.minimum(tl.program_id(0) % tiles * CHANNELS, OUT_CHANNELS - CHANNELS)
+    number = tl.arange(0, BLOCK)
+    lane = (tl.program_id(0) // tiles).to(INDEX) * (BLOCK - RW) + number
+    mask = (lane < lanes) & (number < BLOCK - RW)
+    # Lanes beyond the last repeat it: without padding loads need no mask then.
+    lane = tl.minimum(lane, lanes - 1)
+    columns = pooled_w + RW
+    column = (lane % columns).to(tl.int32)
+    if RH == 0:  # then a chunk is a row of windows
+        row = (lane // columns % pooled_h).to(tl.int32)
+        image = lane // columns // pooled_h
+    else:
+        row = (lane // columns % chunks).to(tl.int32) * chunk
+        image = lane // columns // chunks
+    mask &= column < pooled_w
+    x = (column * POOL_STRIDE_W - POOL_PADDING_W) * STRIDE_W - PADDING_W
+    # From here on offsets of pixels count pairs, where pairs are loaded.
+    line = width * STEP if PAIRS < 0 else width >> 1
+    corner = image * (height * line * (1 if LAST else IN_CHANNELS)) + (x * STEP if PAIRS < 0 else (x + PAIRS) >> 1)
+    limit_w = x * 0 + width
+    limit_h = x * 0 + height
+    position = 1 if not LAST else OUT_CHANNELS
+    plane = 1 if LAST else pooled_h * pooled_w
+    outputs = image * (OUT_CHANNELS * pooled_h * pooled_w) + first * plane + column * position
+    taps_ptr = weight_ptr + first * DEPTH
 
-    conv = ()
-    for o in tl.static_range(CHANNELS):
-        start = tl.zeros((BLOCK,), tl.float32)
-        if HAS_BIAS:
-            start += tl.load(bias_ptr + first + o).to(tl.float32)
-        conv = conv + (start, start, start, start)
-    for _ in range(IN_CHANNELS):
-        upper = _adjacent(pixels, None, KERNEL_W + 1)
-        for _ in tl.range(KERNEL_H, loop_unroll_factor=UNROLL):
-            pixels += INPUT_W
-            lower = _adjacent(pixels, None, KERNEL_W + 1)
-            done = ()
+    pending = ()
+    for _ in tl.static_range(RH * CHANNELS):
+        pending = pending + (tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32))
+    for step in range(chunk + RH if RH > 0 else 1):
+        cell_y = (row + step) * POOL_STRIDE_H - POOL_PADDING_H
+        y = cell_y * STRIDE_H - PADDING_H
+        conv = ()
+        for o in tl.static_range(CHANNELS):
+            start = tl.zeros((BLOCK,), tl.float32)
+            if HAS_BIAS:
+                start += tl.load(bias_ptr + first + o).to(tl.float32)
+            for _ in tl.static_range(BH * BW):
+                conv = conv + (start,)
+        offset = corner + y.to(INDEX) * line
+        taps = taps_ptr
+        for _channel in range(IN_CHANNELS):
+            starts = input_ptr + (offset if PAIRS < 0 else offset * 2)
+            if UNROLL:
+                rows = ()
+                for r in tl.static_range(KERNEL_H):
+                    for h in tl.static_range(r if r == 0 else r + SPAN - 1, r + SPAN):
+                        rows = rows + (
+                            _pixels(
+                                starts,
+                                h * line,
+                                x,
+                                _below(y + h, limit_h),
+                                limit_w,
+                                WIDTH,
+                                STEP,
+                                PADDED,
+                                False,
+                                PAIRS,
+                            ),
+                        )
+                    conv = _add_rows(
+                        conv,
+                        rows,
+                        taps,
+                        r,
+                        r,
+                        CHANNELS,
+                        DEPTH,
+                        KERNEL_W,
+                        STRIDE_H,
+                        STRIDE_W,
+                        BH,
+                        BW,
+                    )
+            else:
+                for r in range(KERNEL_H):
+                    rows = ()
+                    for h in tl.static_range(SPAN):
+                        if h % STRIDE_H == 0:
+                            rows = rows + (
+                                _pixels(
+                                    starts,
+                                    (r + h) * line,
+                                    x,
+                                    _below(y + (r + h), limit_h),
+                                    limit_w,
+                                    WIDTH,
+                                    STEP,
+                                    PADDED,
+                                    False,
+                                    PAIRS,
+                                ),
+                            )
+                    conv = _add_rows(
+                        conv,
+                        rows,
+                        taps + r * KERNEL_W,
+                        0,
+                        0,
+                        CHANNELS,
+                        DEPTH,
+                        KERNEL_W,
+                        1,
+                        STRIDE_W,
+                        BH,
+                        BW,
+                    )
+            offset += 1 if LAST else height * line
+            taps += KERNEL_H * KERNEL_W
+
+        if CLIPPED:
+            conv_h = (limit_h + (2 * PADDING_H - KERNEL_H)) // STRIDE_H + 1
+            conv_w = (limit_w + (2 * PADDING_W - KERNEL_W)) // STRIDE_W + 1
+            cell_x = column * POOL_STRIDE_W - POOL_PADDING_W
+            clipped = ()
             for o in tl.static_range(CHANNELS):
-                a, b, c, d = conv[4 * o], conv[4 * o + 1], conv[4 * o + 2], conv[4 * o + 3]
-                for i in tl.static_range(KERNEL_W):
-                    tap = tl.load(taps + (o * depth + i)).to(tl.float32)
-                    a = tl.fma(upper[i], tap, a)
-                    b = tl.fma(upper[i + 1], tap, b)
-                    c = tl.fma(lower[i], tap, c)
-                    d = tl.fma(lower[i + 1], tap, d)
-                done = done + (a, b, c, d)
-            conv = done
-            upper = lower
-            taps += KERNEL_W
-        pixels += (INPUT_H - KERNEL_H) * INPUT_W
+                for b in tl.static_range(BH):
+                    for a in tl.static_range(BW):
+                        there = _below(cell_y + b, conv_h) & _below(cell_x + a, conv_w)
+                        clipped = clipped + (tl.where(there, conv[(o * BH + b) * BW + a], float("-inf")),)
+            conv = clipped
+        done = mask & (row + step - RH < pooled_h)
+        if RH > 0:
+            done &= step >= RH
+        here = outputs + (row + step - RH).to(INDEX) * (pooled_w * position)
+        waiting = ()
+        for o in tl.static_range(CHANNELS):
+            windows = pending[2 * RH * o : 2 * RH * (o + 1)]
+            best = tl.full((BLOCK,), float("-inf"), tl.float32)
+            argmax = tl.zeros((BLOCK,), tl.float32)
+            for b in tl.static_range(BH):
+                # The row's best for the window that starts in this block, its code counted from the row's first.
+                for w in tl.static_range(POOL_W):
+                    value = conv[(o * BH + b) * BW + w % BW]
+                    if w >= BW:
+                        value = tl.gather(value, tl.minimum(number + w // BW, BLOCK - 1), axis=0)
+                    if RH == 0:
+                        if b == 0 and w == 0:
+                            best = value
+                        else:
+                            best, argmax = _better(best, value, argmax, 1.0 * (b * POOL_W + w), RETURN_ARGMAX)
+                    elif w == 0:
+                        row_best = value
+                        row_argmax = tl.zeros((BLOCK,), tl.float32)
+                    else:
+                        row_best, row_argmax = _better(row_best, value, row_argmax, 1.0 * w, RETURN_ARGMAX)
+                if RH > 0:
+                    merged = ()
+                    for k in tl.static_range(RH):
+                        # Oldest first: this block lies RH - k blocks below the window's own.
+                        old, code = windows[2 * k], windows[2 * k + 1]
+                        if (RH - k) * BH + b < POOL_H:
+                            offset_code = 1.0 * (((RH - k) * BH + b) * POOL_W)
+                            old, code = _better(old, row_best, code, row_argmax + offset_code, RETURN_ARGMAX)
+                        merged = merged + (old, code)
+                    windows = merged
+                    if b == 0:
+                        best = row_best
+                        argmax = row_argmax
+                    else:
+                        best, argmax = _better(best, row_best, argmax, row_argmax + 1.0 * (b * POOL_W), RETURN_ARGMAX)
+            if RH > 0:
+                _finish(
+                    output_ptr + here + o * plane,
+                    argmax_ptr + here + o * plane,
+                    windows[0],
+                    windows[1],
+                    done,
+                    RETURN_ARGMAX,
+                )
+                waiting = waiting + windows[2:] + (best, argmax)
+            else:
+                _finish(output_ptr + here + o * plane, argmax_ptr + here + o * plane, best, argmax, done, RETURN_ARGMAX)
+        pending = waiting
 
-    size: tl.constexpr = POOLED_H * POOLED_W
-    offset = image * (OUT_CHANNELS * size) + (position + first * size)
-    outputs = output_ptr + offset
-    argmax_ptrs = argmax_ptr + offset
-    for o in tl.static_range(CHANNELS):
-        best, argmax = _pool(conv[4 * o : 4 * o + 4], RETURN_ARGMAX)
-        store(outputs + o * size, best, mask)
-        if RETURN_ARGMAX:
-            tl.store(argmax_ptrs + o * size, argmax, mask=mask)
+
+@triton.jit
+def _cells(
+    grads,
+    argmaxes,
+    i,
+    j,
+    there,
+    pooled_h,
+    pooled_w,
+    row_step,
+    column_step,
+    POOL_H: tl.constexpr,
+    POOL_W: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    RH: tl.constexpr,
+    RW: tl.constexpr,
+):
+    """Gradients of a block's BH x BW cells, and what passes through the block's own window, 0 where argmax is not.
+
+    Of the arguments
+
+        grads, argmaxes: pointers to the block's own window.
+        i, j: its row and column; windows up to RH above and RW left of it reach the block.
+        there: which lanes have a block at all.
+        row_step, column_step: elements from window to window.
+    """
+    cells = ()
+    passed = tl.zeros(j.shape, tl.float32)
+    for k in tl.static_range(RH + 1):
+        for w in tl.static_range(RW + 1):
+            mask = there
+            if RH + RW > 0:
+                mask = there & _below(i - k, pooled_h) & _below(j - w, pooled_w)
+            offset = k * row_step + w * column_step
+            if RH + RW > 0:
+                grad = tl.load(grads - offset, mask=mask, other=0.0).to(tl.float32)
+                argmax = tl.load(argmaxes - offset, mask=mask, other=255).to(tl.int32)
+            else:
+                grad = tl.load(grads).to(tl.float32)
+                argmax = tl.where(there, tl.load(argmaxes).to(tl.int32), 255)
+            new = ()
+            for b in tl.static_range(BH):
+                for a in tl.static_range(BW):
+                    if k * BH + b < POOL_H and w * BW + a < POOL_W:
+                        share = tl.where(argmax == (k * BH + b) * POOL_W + w * BW + a, grad, 0.0)
+                        new = new + (share if k + w == 0 else cells[b * BW + a] + share,)
+                    else:
+                        new = new + (cells[b * BW + a],)
+            cells = new
+            if k + w == 0:
+                passed = tl.where(argmax == 255, 0.0, grad)
+    return cells, passed
 
 
-@triton.jit(do_not_specialize=["images"])
+@triton.jit(do_not_specialize=["images", "input_h", "input_w", "output_h", "output_w"])
 def _grad_weight_kernel(
     grad_ptr,
     argmax_ptr,
@@ -161,251 +471,463 @@ def _grad_weight_kernel(
     weight_parts_ptr,
     bias_parts_ptr,
     images,
+    input_h,
+    input_w,
+    output_h,
+    output_w,
     IN_CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
-    INPUT_H: tl.constexpr,
-    INPUT_W: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
-    POOLED_H: tl.constexpr,
-    POOLED_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    POOL_H: tl.constexpr,
+    POOL_W: tl.constexpr,
+    POOL_STRIDE_H: tl.constexpr,
+    POOL_STRIDE_W: tl.constexpr,
+    POOL_PADDING_H: tl.constexpr,
+    POOL_PADDING_W: tl.constexpr,
+    FIXED_H: tl.constexpr,
+    FIXED_W: tl.constexpr,
+    FIXED_POOLED_H: tl.constexpr,
+    FIXED_POOLED_W: tl.constexpr,
+    LAST: tl.constexpr,
+    PADDED: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    PAIRS: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    TAP_ROWS: tl.constexpr,
 ):
     """Gradients of the weight and the bias in exact float32: one part of each sum, which `sum_parts` completes.
 
-    Maths: as in `general`: ``grad_weight[o, c, i, j] = sum over (n, p, cell) of where(argmax[n, o, p] == cell,
-    grad[n, o, p], 0) * input[n, c, h(p, cell) + i, w(p, cell) + j]``. All four cells are multiplied, zero or not, so
-    that NaN and infinities in the input go where PyTorch's go.
+    Maths: as in `general`: ``grad_weight[o, c, r, q] = sum over (n, cell) of grad_conv[n, o, cell] * input[n, c,
+    cell * stride - padding + (r, q)]``, where grad_conv[cell] sums the gradients of the windows whose argmax is the
+    cell (`_cells`). Cells that get nothing are multiplied as well, so that NaN and infinities in the input go where
+    PyTorch's go.
 
-    Tile: a lane stays on one pooled position and steps through images, num_programs(1) * BLOCK // P at a time; it adds
-    up CHANNELS * KH * KW weights of one input channel (and, in the first input channel's programs, the biases) in
-    registers. At the end lanes are summed by a tree. Lanes beyond a multiple of P idle.
+    Tile: a lane stays on one block of cells and steps through images, num_programs(1) * BLOCK // ((PH + RH) *
+    (PW + RW)) at a time; it adds up CHANNELS x INPUTS x TAP_ROWS x KW weights (and, in the first of these programs, the
+    biases) in registers. At the end lanes are summed by a tree. Lanes beyond a multiple of the blocks idle. The last
+    tile of channels begins earlier, if they do not come out even, and stores some sums twice, by the same bits.
 
-    Shapes and strides: grad and argmax (N, O, PH, PW) and input (N, C, H, W) contiguous; weight_parts (parts, O, C, KH,
-    KW) and bias_parts (parts, O) float32, contiguous.
+    Shapes and strides: grad and argmax (N, O, PH, PW) and input (N, C, H, W) contiguous or, if LAST, channels_last;
+    weight_parts (parts, O, C, KH, KW) and bias_parts (parts, O) float32, contiguous.
 
     Cost per image: as the forward; reads the input once per tile of output channels, gradients and argmax once per
-    input channel.
+    tile of input channels.
     """
-    size: tl.constexpr = POOLED_H * POOLED_W
-    taps: tl.constexpr = KERNEL_H * KERNEL_W
-    in_channel = tl.program_id(0) % IN_CHANNELS
-    first = tl.program_id(0) // IN_CHANNELS * CHANNELS
+    BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
+    BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
+    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H if POOL_H > POOL_STRIDE_H else 0
+    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W if POOL_W > POOL_STRIDE_W else 0
+    WIDTH: tl.constexpr = (BW - 1) * STRIDE_W + KERNEL_W
+    HEIGHT: tl.constexpr = (BH - 1) * STRIDE_H + TAP_ROWS
+    STEP: tl.constexpr = IN_CHANNELS if LAST else 1
+    TAPS: tl.constexpr = TAP_ROWS * KERNEL_W
+    TALL: tl.constexpr = KERNEL_H // TAP_ROWS
+    height = FIXED_H if FIXED_H > 0 else input_h
+    width = FIXED_W if FIXED_W > 0 else input_w
+    pooled_h = FIXED_POOLED_H if FIXED_POOLED_H > 0 else output_h
+    pooled_w = FIXED_POOLED_W if FIXED_POOLED_W > 0 else output_w
+    first_row = tl.program_id(0) % TALL * TAP_ROWS
+    tile = tl.program_id(0) // TALL
+    in_tiles: tl.constexpr = (IN_CHANNELS + INPUTS - 1) // INPUTS
+    in_channel = tl.minimum(tile % in_tiles * INPUTS, IN_CHANNELS - INPUTS)
+    first = tl.minimum(tile // in_tiles * CHANNELS, OUT_CHANNELS - CHANNELS)
+    with_bias = tl.program_id(0) % (TALL * in_tiles) == 0
     part = tl.program_id(1)
+    columns = pooled_w + RW
+    size = (pooled_h + RH) * columns
     lane = part * BLOCK + tl.arange(0, BLOCK)
     step = tl.num_programs(1) * BLOCK // size
-    position = lane % size
-    corner = position // POOLED_W * (2 * INPUT_W) + position % POOLED_W * 2 + in_channel * (INPUT_H * INPUT_W)
-    position += first * size
     image = tl.where(lane < step * size, lane // size, images)
+    i = lane % size // columns
+    j = lane % columns
+    cell_y = i * POOL_STRIDE_H - POOL_PADDING_H
+    cell_x = j * POOL_STRIDE_W - POOL_PADDING_W
+    y = cell_y * STRIDE_H - PADDING_H + first_row
+    x = cell_x * STRIDE_W - PADDING_W
+    # From here on offsets of pixels count pairs, where pairs are loaded.
+    line = width * STEP if PAIRS < 0 else width >> 1
+    plane = 1 if LAST else height * line
+    corner = y * line + (x * STEP if PAIRS < 0 else (x + PAIRS) >> 1) + in_channel * plane
+    column_step = OUT_CHANNELS if LAST else 1
+    row_step = pooled_w * column_step
+    out_plane = 1 if LAST else pooled_h * pooled_w
+    window = i * row_step + j * column_step + first * out_plane
+    limit_h, limit_w = x * 0 + height, x * 0 + width
+    windows_h, windows_w = x * 0 + pooled_h, x * 0 + pooled_w
+    conv_h = (limit_h + (2 * PADDING_H - KERNEL_H)) // STRIDE_H + 1
+    conv_w = (limit_w + (2 * PADDING_W - KERNEL_W)) // STRIDE_W + 1
 
     weight_sums = ()
     bias_sums = ()
     zero = tl.zeros((BLOCK,), tl.float32)
-    for _ in tl.static_range(CHANNELS * taps):
+    for _ in tl.static_range(INPUTS * CHANNELS * TAPS):
         weight_sums = weight_sums + (zero,)
     for _ in tl.static_range(CHANNELS):
         bias_sums = bias_sums + (zero,)
-    for _ in range((images + step - 1) // step):
+    for _round in range((images + step - 1) // step):
         there = image < images
         row = tl.minimum(image, images - 1).to(INDEX)
         image += step
-        grads = grad_ptr + (row * (OUT_CHANNELS * size) + position)
-        argmax_ptrs = argmax_ptr + (row * (OUT_CHANNELS * size) + position)
+        offset = row * (OUT_CHANNELS * pooled_h * pooled_w) + window
         cells = ()
         passed = ()
         for o in tl.static_range(CHANNELS):
-            grad = tl.load(grads + o * size).to(tl.float32)
-            argmax = tl.where(there, tl.load(argmax_ptrs + o * size).to(tl.int32), 255)
-            for cell in tl.static_range(4):
-                cells = cells + (tl.where(argmax == cell, grad, 0.0),)
-            passed = passed + (tl.where(argmax == 255, 0.0, grad),)
-        if in_channel == 0:
+            found, own = _cells(
+                grad_ptr + (offset + o * out_plane),
+                argmax_ptr + (offset + o * out_plane),
+                i,
+                j,
+                there,
+                windows_h,
+                windows_w,
+                row_step,
+                column_step,
+                POOL_H,
+                POOL_W,
+                BH,
+                BW,
+                RH,
+                RW,
+            )
+            cells = cells + found
+            passed = passed + (own,)
+        if with_bias:
             done = ()
             for o in tl.static_range(CHANNELS):
                 done = done + (bias_sums[o] + passed[o],)
             bias_sums = done
-        pixels = input_ptr + (row * (IN_CHANNELS * INPUT_H * INPUT_W) + corner)
-        patch = ()
-        for i in tl.static_range(KERNEL_H + 1):
-            patch = patch + (_adjacent(pixels + i * INPUT_W, there, KERNEL_W + 1),)
         done = ()
-        for o in tl.static_range(CHANNELS):
-            for i in tl.static_range(KERNEL_H):
-                for j in tl.static_range(KERNEL_W):
-                    total = weight_sums[o * taps + i * KERNEL_W + j]
-                    total = tl.fma(cells[4 * o], patch[i][j], total)
-                    total = tl.fma(cells[4 * o + 1], patch[i][j + 1], total)
-                    total = tl.fma(cells[4 * o + 2], patch[i + 1][j], total)
-                    total = tl.fma(cells[4 * o + 3], patch[i + 1][j + 1], total)
-                    done = done + (total,)
+        for c in tl.static_range(INPUTS):
+            pixels = row * (height * line * (1 if LAST else IN_CHANNELS)) + (corner + c * plane)
+            starts = input_ptr + (pixels if PAIRS < 0 else pixels * 2)
+            patch = ()
+            for h in tl.static_range(HEIGHT):
+                inside = there
+                if PADDED:
+                    inside = there & _below(y + h, limit_h)
+                patch = patch + (
+                    _pixels(
+                        starts,
+                        h * line,
+                        x,
+                        inside,
+                        limit_w,
+                        WIDTH,
+                        STEP,
+                        PADDED,
+                        True,
+                        PAIRS,
+                    ),
+                )
+            for r in tl.static_range(TAP_ROWS):
+                sums = ()
+                for o in tl.static_range(CHANNELS):
+                    sums = (
+                        sums
+                        + weight_sums[
+                            ((c * TAP_ROWS + r) * CHANNELS + o) * KERNEL_W : ((c * TAP_ROWS + r) * CHANNELS + o + 1)
+                            * KERNEL_W
+                        ]
+                    )
+                for b in tl.static_range(BH):
+                    for a in tl.static_range(BW):
+                        seen = ()
+                        for q in tl.static_range(KERNEL_W):
+                            pixel = patch[b * STRIDE_H + r][a * STRIDE_W + q]
+                            if CLIPPED:
+                                # A cell that is not there must not meet an infinity.
+                                pixel = tl.where(_below(cell_y + b, conv_h) & _below(cell_x + a, conv_w), pixel, 0.0)
+                            seen = seen + (pixel,)
+                        new = ()
+                        for o in tl.static_range(CHANNELS):
+                            cell = cells[(o * BH + b) * BW + a]
+                            for q in tl.static_range(KERNEL_W):
+                                new = new + (tl.fma(cell, seen[q], sums[o * KERNEL_W + q]),)
+                        sums = new
+                done = done + sums
         weight_sums = done
 
     channel = part.to(INDEX) * OUT_CHANNELS + first
-    for o in tl.static_range(CHANNELS):
-        entry = weight_parts_ptr + ((channel + o) * IN_CHANNELS + in_channel) * taps
-        for k in tl.static_range(taps):
-            tl.store(entry + k, tl.sum(weight_sums[o * taps + k]))
-    if in_channel == 0:
+    for c in tl.static_range(INPUTS):
+        for o in tl.static_range(CHANNELS):
+            entry = ((channel + o) * IN_CHANNELS + in_channel + c) * (KERNEL_H * KERNEL_W) + first_row * KERNEL_W
+            for r in tl.static_range(TAP_ROWS):
+                for q in tl.static_range(KERNEL_W):
+                    total = weight_sums[((c * TAP_ROWS + r) * CHANNELS + o) * KERNEL_W + q]
+                    tl.store(weight_parts_ptr + (entry + r * KERNEL_W + q), tl.sum(total))
+    if with_bias:
         for o in tl.static_range(CHANNELS):
             tl.store(bias_parts_ptr + channel + o, tl.sum(bias_sums[o]))
 
 
 @triton.jit
-def _add_cells(
-    total, cells, kernel, ROW: tl.constexpr, COLUMN: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr
-):
-    """Add what a window's two cells of one row send to a pixel, if they reach it.
-
-    The pixel lies ROW rows below the cells and COLUMN columns right of the first.
-    """
-    if ROW >= 0 and ROW < KERNEL_H:
-        if COLUMN < KERNEL_W:
-            total = tl.fma(cells[0], kernel[ROW * KERNEL_W + COLUMN], total)
-        if COLUMN > 0:
-            total = tl.fma(cells[1], kernel[ROW * KERNEL_W + COLUMN - 1], total)
-    return total
-
-
-@triton.jit
-def _add_window(
+def _spread(
     sums,
-    upper,
-    lower,
-    kernels,
-    ROW: tl.constexpr,
-    ROWS: tl.constexpr,
+    cells,
+    weights,
     CHANNELS: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    there,
+    CLIPPED: tl.constexpr,
 ):
-    """Add what a window's cells send to ROWS rows of KW + 1 pixels per channel, the window beginning in row ROW."""
-    taps: tl.constexpr = KERNEL_H * KERNEL_W
-    width: tl.constexpr = KERNEL_W + 1
-    start: tl.constexpr = ROW if ROW > 0 else 0
-    stop: tl.constexpr = ROW + KERNEL_H + 1 if ROW + KERNEL_H + 1 < ROWS else ROWS
+    """Add what a block's cells send to the pixels under them, for CHANNELS input channels.
+
+    Of the arguments
+
+    sums: of each channel's ((BH - 1) * stride + KH) x ((BW - 1) * stride + KW) pixels.
+    cells: gradients of the block's cells.
+    weights: pointer to the first channel's taps.
+    there: of each cell which lanes have it; looked at if CLIPPED. A cell that is not there has no gradient, but
+        must not meet an infinite weight.
+    """
+    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    SPAN_H: tl.constexpr = (BH - 1) * STRIDE_H + KERNEL_H
+    SPAN_W: tl.constexpr = (BW - 1) * STRIDE_W + KERNEL_W
+    done = ()
     for c in tl.static_range(CHANNELS):
-        kernel = kernels[c * taps : (c + 1) * taps]
-        done = ()
-        for h in tl.static_range(start, stop):
-            for w in tl.static_range(width):
-                total = sums[(c * ROWS + h) * width + w]
-                total = _add_cells(total, upper, kernel, h - ROW, w, KERNEL_H, KERNEL_W)
-                total = _add_cells(total, lower, kernel, h - ROW - 1, w, KERNEL_H, KERNEL_W)
+        kernel = ()
+        for k in tl.static_range(TAPS):
+            kernel = kernel + (tl.load(weights + (c * TAPS + k)).to(tl.float32),)
+        for h in tl.static_range(SPAN_H):
+            row = sums[(c * SPAN_H + h) * SPAN_W : (c * SPAN_H + h + 1) * SPAN_W]
+            for w in tl.static_range(SPAN_W):
+                total = row[w]
+                for b in tl.static_range(BH):
+                    if h >= b * STRIDE_H and h < b * STRIDE_H + KERNEL_H:
+                        for a in tl.static_range(BW):
+                            if w >= a * STRIDE_W and w < a * STRIDE_W + KERNEL_W:
+                                tap = kernel[(h - b * STRIDE_H) * KERNEL_W + (w - a * STRIDE_W)]
+                                new = tl.fma(cells[b * BW + a], tap, total)
+                                total = tl.where(there[b * BW + a], new, total) if CLIPPED else new
                 done = done + (total,)
-        sums = sums[: (c * ROWS + start) * width] + done + sums[(c * ROWS + stop) * width :]
-    return sums
+    return done
 
 
-@triton.jit(do_not_specialize=["images"])
+@triton.jit(do_not_specialize=["lanes", "input_h", "input_w", "output_h", "output_w", "chunk"])
 def _grad_input_kernel(
     grad_ptr,
     argmax_ptr,
     weight_ptr,
     output_ptr,
-    images,
+    lanes,
+    input_h,
+    input_w,
+    output_h,
+    output_w,
+    chunk,
     IN_CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
-    INPUT_H: tl.constexpr,
-    INPUT_W: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
-    POOLED_H: tl.constexpr,
-    POOLED_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    POOL_H: tl.constexpr,
+    POOL_W: tl.constexpr,
+    POOL_STRIDE_H: tl.constexpr,
+    POOL_STRIDE_W: tl.constexpr,
+    POOL_PADDING_H: tl.constexpr,
+    POOL_PADDING_W: tl.constexpr,
+    FIXED_H: tl.constexpr,
+    FIXED_W: tl.constexpr,
+    FIXED_POOLED_H: tl.constexpr,
+    FIXED_POOLED_W: tl.constexpr,
+    LAST: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    PAIRS: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
-    STRIP: tl.constexpr,
+    EXTRA: tl.constexpr,
 ):
     """Gradient of the input in exact float32, without atomics.
 
-    Maths: as in `general`. A pixel receives from up to KW // 2 + 1 columns of windows: per column one chain of fused
-    multiply-adds over (output channel, window, cell) in order, and these sums from right to left, whatever the tile.
+    Maths: as in `general`. A block of cells covers pixels of its own, QH = pool stride x stride of them down and QW
+    right, and reaches MH blocks further down and MW further right. Per block a pixel sums one chain of fused
+    multiply-adds over (output channel, cell); blocks below each other go on with the same chain, and those beside each
+    other are added from right to left, whatever the tile.
 
-    Tile: BLOCK // PW images x STRIP rows of 2x2 blocks of pixels x CHANNELS input channels. A lane owns a column of
-    windows and adds up what these send to the KW + 1 columns of pixels below them, so that no product is wasted on
-    windows beside the image. A window's gradient is spread over its four cells by argmax, once for all pixels and
-    channels that it reaches; windows that do not reach the strip are skipped. At the end a pixel's sums meet in memory:
-    each lane stores its own two columns, then adds in the two after them, and so on, with a barrier between.
-    A program's number counts the tiles of one group of images first, so that neighbours read the same gradients.
+    Tile: BLOCK lanes, columns of blocks (n, j), x CHANNELS input channels x `chunk` rows of blocks. A lane slides down
+    its column and keeps the rows of pixels that are not complete in registers, so that no product is wasted on rows
+    beside the image; a row that is complete is added up over lanes by shuffles, and stored. The first MW lanes of a
+    program only lend what they have to the lanes right of them, as do the first MH rows of a later chunk to those
+    below. The last lane of a row stores EXTRA blocks of pixels right of its own, too. A program's number counts the
+    tiles of channels first, so that neighbours read the same gradients.
 
-    Shapes and strides: grad and argmax (N, O, PH, PW), weight (O, C, KH, KW), output (N, C, H, W), all contiguous.
+    Shapes and strides: grad and argmax (N, O, PH, PW) and output (N, C, H, W) contiguous or, if LAST, channels_last;
+    weight (O, C, KH, KW) contiguous.
 
-    Cost per image: 8 * P * O * C * KH * KW FLOP; reads gradients and argmax once per tile of channels, and those of
-    KH // 2 rows again per strip; writes C * H * W elements, and reads and writes them KW // 2 times more in cache.
+    Cost per image: 2 * BH * BW * (PH + RH) * (PW + RW) * O * C * KH * KW FLOP; reads gradients and argmax once per
+    tile of channels, writes C * H * W elements.
     """
-    size: tl.constexpr = POOLED_H * POOLED_W
-    taps: tl.constexpr = KERNEL_H * KERNEL_W
-    strips: tl.constexpr = (INPUT_H + 2 * STRIP - 1) // (2 * STRIP)
-    above: tl.constexpr = KERNEL_H // 2
-    width: tl.constexpr = KERNEL_W + 1
-    tile = tl.program_id(0) % (strips * (IN_CHANNELS // CHANNELS))
-    top = tile % strips * STRIP
-    first = tile // strips * CHANNELS
-    group = (tl.program_id(0) // (strips * (IN_CHANNELS // CHANNELS))).to(INDEX)
-    lane = tl.arange(0, BLOCK)
-    column = lane % POOLED_W
-    image = group * (BLOCK // POOLED_W) + lane // POOLED_W
-    mask = (lane < BLOCK // POOLED_W * POOLED_W) & (image < images)
-    # Images beyond the last repeat it: loads need no mask then.
-    image = tl.minimum(image, images - 1)
-    window = image * (OUT_CHANNELS * size) + ((top - above) * POOLED_W + column)
-    grads = grad_ptr + window
-    argmax_ptrs = argmax_ptr + window
-    weights = weight_ptr + first * taps
+    BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
+    BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
+    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H if POOL_H > POOL_STRIDE_H else 0
+    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W if POOL_W > POOL_STRIDE_W else 0
+    SPAN_H: tl.constexpr = (BH - 1) * STRIDE_H + KERNEL_H
+    SPAN_W: tl.constexpr = (BW - 1) * STRIDE_W + KERNEL_W
+    QH: tl.constexpr = POOL_STRIDE_H * STRIDE_H
+    QW: tl.constexpr = POOL_STRIDE_W * STRIDE_W
+    MH: tl.constexpr = (SPAN_H - 1) // QH
+    MW: tl.constexpr = (SPAN_W - 1) // QW
+    KEPT: tl.constexpr = SPAN_H - QH if SPAN_H > QH else 0
+    ORIGIN_H: tl.constexpr = POOL_PADDING_H * STRIDE_H + PADDING_H
+    ORIGIN_W: tl.constexpr = POOL_PADDING_W * STRIDE_W + PADDING_W
+    STEP: tl.constexpr = IN_CHANNELS if LAST else 1
+    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    height = FIXED_H if FIXED_H > 0 else input_h
+    width = FIXED_W if FIXED_W > 0 else input_w
+    pooled_h = FIXED_POOLED_H if FIXED_POOLED_H > 0 else output_h
+    pooled_w = FIXED_POOLED_W if FIXED_POOLED_W > 0 else output_w
+    tiles: tl.constexpr = (IN_CHANNELS + CHANNELS - 1) // CHANNELS
+    first = tl.minimum(tl.program_id(0) % tiles * CHANNELS, IN_CHANNELS - CHANNELS)
+    number = tl.arange(0, BLOCK)
+    lane = (tl.program_id(0) // tiles).to(INDEX) * (BLOCK - MW) + (number - MW)
+    inside = (lane >= 0) & (lane < lanes)
+    mask = inside & (number >= MW)
+    lane = tl.maximum(tl.minimum(lane, lanes - 1), 0)
+    columns = pooled_w + RW
+    j = (lane % columns).to(tl.int32)
+    image = lane // columns
+    column_step = OUT_CHANNELS if LAST else 1
+    row_step = pooled_w * column_step
+    out_plane = 1 if LAST else pooled_h * pooled_w
+    windows_h, windows_w = j * 0 + pooled_h, j * 0 + pooled_w
+    window = image * (OUT_CHANNELS * pooled_h * pooled_w) + j * column_step
+    cell_x = j * POOL_STRIDE_W - POOL_PADDING_W
+    conv_h = (j * 0 + height + (2 * PADDING_H - KERNEL_H)) // STRIDE_H + 1
+    conv_w = (j * 0 + width + (2 * PADDING_W - KERNEL_W)) // STRIDE_W + 1
+    x = j * QW - ORIGIN_W
+    # From here on offsets of pixels count pairs, where pairs are stored.
+    line = width * STEP if PAIRS < 0 else width >> 1
+    plane = 1 if LAST else height * line
+    corner = image * (height * line * (1 if LAST else IN_CHANNELS))
+    corner += first * plane + (x * STEP if PAIRS < 0 else (x + PAIRS) >> 1)
+    starts = output_ptr + (corner if PAIRS < 0 else corner * 2)
+    limit_w = j * 0 + width
 
-    sums = ()
-    for _ in tl.static_range(2 * STRIP * width * CHANNELS):
-        sums = sums + (tl.zeros((BLOCK,), tl.float32),)
-    for _ in range(OUT_CHANNELS):
-        kernels = ()
-        for k in tl.static_range(CHANNELS * taps):
-            kernels = kernels + (tl.load(weights + k).to(tl.float32),)
-        for u in tl.static_range(above + STRIP):
-            # Of a single strip the windows' rows are known when it is compiled.
-            if strips > 1 or (u >= above and u < POOLED_H + above):  # noqa: SIM102
-                if strips == 1 or ((top + u >= above) & (top + u < POOLED_H + above)):
-                    argmax = tl.load(argmax_ptrs + u * POOLED_W).to(tl.int32)
-                    grad = tl.load(grads + u * POOLED_W).to(tl.float32)
-                    upper = (tl.where(argmax == 0, grad, 0.0), tl.where(argmax == 1, grad, 0.0))
-                    lower = (tl.where(argmax == 2, grad, 0.0), tl.where(argmax == 3, grad, 0.0))
-                    sums = _add_window(
-                        sums, upper, lower, kernels, 2 * (u - above), 2 * STRIP, CHANNELS, KERNEL_H, KERNEL_W
-                    )
-        grads += size
-        argmax_ptrs += size
-        weights += IN_CHANNELS * taps
-
-    corner = image * (IN_CHANNELS * INPUT_H * INPUT_W) + (top * (2 * INPUT_W) + column * 2)
-    pixels = output_ptr + (corner + first * (INPUT_H * INPUT_W))
-    pair = tl.arange(0, 2)[None, :]
-    last = column == POOLED_W - 1
-    nothing = tl.zeros((BLOCK,), tl.float32)
-    for block in tl.static_range((INPUT_W + 1) // 2 - POOLED_W + 1):
-        # Only the last lane goes on where no window reaches.
-        there = mask if 2 * block < width else mask & last
-        if block > 0:
-            tl.debug_barrier()
+    kept = ()
+    for _ in tl.static_range(CHANNELS * KEPT * SPAN_W):
+        kept = kept + (tl.zeros((BLOCK,), tl.float32),)
+    begin = tl.program_id(1) * chunk
+    end = tl.minimum(begin + chunk, (height + (ORIGIN_H + QH - 1)) // QH)
+    for t in range(tl.maximum(begin - MH, 0), end):
+        sums = ()
         for c in tl.static_range(CHANNELS):
-            for h in tl.static_range(2 * STRIP):
-                pointers = pixels[:, None] + ((c * INPUT_H + h) * INPUT_W + 2 * block) + pair
-                inside = there[:, None] & (column[:, None] * 2 + 2 * block + pair < INPUT_W) & (2 * top + h < INPUT_H)
-                values = tl.join(
-                    sums[(c * 2 * STRIP + h) * width + 2 * block] if 2 * block < width else nothing,
-                    sums[(c * 2 * STRIP + h) * width + 2 * block + 1] if 2 * block + 1 < width else nothing,
-                )
-                if block > 0:
-                    # The last lane meets columns beyond the windows' own first: nothing is there yet.
-                    values += tl.load(pointers, mask=inside & (column < POOLED_W - 1)[:, None], other=0.0)
-                tl.store(pointers, values, mask=inside)
+            sums = sums + kept[c * KEPT * SPAN_W : (c + 1) * KEPT * SPAN_W]
+            for _ in tl.static_range((SPAN_H - KEPT) * SPAN_W):
+                sums = sums + (tl.zeros((BLOCK,), tl.float32),)
+        offset = window + t * row_step
+        weights = weight_ptr + first * TAPS
+        cells_there = ()
+        if CLIPPED:
+            for b in tl.static_range(BH):
+                for a in tl.static_range(BW):
+                    cell_y = j * 0 + (t * POOL_STRIDE_H - POOL_PADDING_H + b)
+                    cells_there = cells_there + (_below(cell_y, conv_h) & _below(cell_x + a, conv_w),)
+        for _channel in range(tl.where(t < pooled_h + RH, OUT_CHANNELS, 0)):
+            cells, _own = _cells(
+                grad_ptr + offset,
+                argmax_ptr + offset,
+                j * 0 + t,
+                j,
+                inside,
+                windows_h,
+                windows_w,
+                row_step,
+                column_step,
+                POOL_H,
+                POOL_W,
+                BH,
+                BW,
+                RH,
+                RW,
+            )
+            sums = _spread(
+                sums,
+                cells,
+                weights,
+                CHANNELS,
+                KERNEL_H,
+                KERNEL_W,
+                STRIDE_H,
+                STRIDE_W,
+                BH,
+                BW,
+                cells_there,
+                CLIPPED,
+            )
+            offset += out_plane
+            weights += IN_CHANNELS * TAPS
+        kept = ()
+        for c in tl.static_range(CHANNELS):
+            kept = kept + sums[(c * SPAN_H + SPAN_H - KEPT) * SPAN_W : (c + 1) * SPAN_H * SPAN_W]
+            for h in tl.static_range(QH):
+                y = t * QH + (h - ORIGIN_H)
+                rows = mask & (t >= begin) & (y >= 0) & (y < height)
+                for e in tl.static_range(EXTRA + 1):
+                    values = ()
+                    for w in tl.static_range(QW):
+                        total = tl.zeros((BLOCK,), tl.float32)
+                        # From the block farthest left on.
+                        for m in tl.static_range(MW, e - 1, -1):
+                            if h < SPAN_H and w + m * QW < SPAN_W:
+                                sent = sums[(c * SPAN_H + h) * SPAN_W + w + m * QW]
+                                if m > e:
+                                    sent = tl.gather(sent, tl.maximum(number - (m - e), 0), axis=0)
+                                    sent = tl.where(j >= m - e, sent, 0.0)
+                                total += sent
+                        values = values + (total,)
+                    _store_row(
+                        starts,
+                        y * line + (c * plane + e * (QW * STEP if PAIRS < 0 else QW // 2)),
+                        x + e * QW,
+                        rows if e == 0 else rows & (j == columns - 1),
+                        limit_w,
+                        values,
+                        QW,
+                        STEP,
+                        PAIRS,
+                    )
+
+
+@triton.jit
+def _store_row(starts, line, x, there, width, values, COUNT: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr):
+    """Store COUNT neighbours of a row, as `_pixels` loads them."""
+    pointers = starts + line if PAIRS < 0 else starts + line * 2
+    LEAD: tl.constexpr = 0 if PAIRS < 0 else PAIRS
+    for i in tl.static_range(COUNT if PAIRS < 0 else PAIRS):
+        store(pointers + (i * STEP - LEAD), values[i], there & _below(x + i, width))
+    if PAIRS >= 0:
+        pairs = pointers[:, None] + tl.arange(0, 2)[None, :]
+        for i in tl.static_range((COUNT - PAIRS) // 2):
+            mask = there & _below(x + (PAIRS + 2 * i), width)
+            store(pairs + 2 * i, tl.join(values[PAIRS + 2 * i], values[PAIRS + 2 * i + 1]), mask[:, None])
+        if (COUNT - PAIRS) % 2 == 1:
+            store(pointers + (COUNT - 1 - PAIRS), values[COUNT - 1], there & _below(x + (COUNT - 1), width))
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
 
 
 def covers(geometry: ConvPoolGeometry, input: Tensor, weight: Tensor) -> bool:
-    """Whether these kernels can compute this convolution and pool, and hold one channel's taps in registers."""
-    plain = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
-    return geometry == plain and weight[0, 0].numel() <= 49 and min(geometry.output_shape(input, weight)[2:]) > 0
+    """Whether these kernels can compute this convolution and pool."""
+    plain = geometry.dilation == geometry.pool_dilation == (1, 1) and geometry.groups == 1
+    return plain and geometry.window_size <= 254 and min(geometry.output_shape(input, weight)) > 0
 
 
 def _registers(limit: int) -> dict[str, int]:
@@ -413,117 +935,199 @@ def _registers(limit: int) -> dict[str, int]:
     return {"maxnreg": limit} if not INTERPRETED and all_registers() else {}
 
 
-def _divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is not above `limit`."""
-    return max(d for d in range(1, max(1, limit) + 1) if number % d == 0)
+class _Axis:
+    """How blocks lie along one axis."""
+
+    def __init__(self, geometry: ConvPoolGeometry, axis: int, size: int, kernel: int, pooled: int) -> None:
+        self.stride, self.padding = geometry.stride[axis], geometry.padding[axis]
+        self.pool, self.pool_stride = geometry.pool_size[axis], geometry.pool_stride[axis]
+        self.pool_padding, self.pooled = geometry.pool_padding[axis], pooled
+        self.cells = min(self.pool, self.pool_stride)
+        self.reach = (self.pool - 1) // self.pool_stride if self.pool > self.pool_stride else 0
+        self.span = (self.cells - 1) * self.stride + kernel
+        self.origin = self.pool_padding * self.stride + self.padding
+        self.step = self.pool_stride * self.stride
+        last = (pooled + self.reach - 1) * self.pool_stride + self.cells - self.pool_padding
+        conv = (size + 2 * self.padding - kernel) // self.stride + 1
+        self.clipped = self.pool_padding > 0 or last > conv
+        """Whether a block has cells that the convolution has not."""
+        self.padded = self.origin > 0 or (last - 1) * self.stride + kernel - self.padding > size
+        """Whether a block looks at pixels that the image has not."""
 
 
-def _tile(rows: int, channels: int, limit: int) -> dict[str, int]:
-    """Choose how many rows, two a lane, and how many channels a program takes.
-
-    Small batches get small programs, down to one channel, until there are about four for each of 128 multiprocessors.
-    No result depends on the choice.
-
-    Args:
-        rows: lanes' worth of work along the batch.
-        channels: how many there are; a program takes a divisor of it.
-        limit: the most channels that registers hold.
-    """
-    if INTERPRETED:
-        return {"BLOCK": min(4096, triton.next_power_of_2(rows)), "CHANNELS": _divisor(channels, limit)}
-    tile = {}
-    for num_warps, at_most in ((4, limit), (1, limit), (1, min(4, limit)), (1, min(2, limit)), (1, 1)):
-        tile = {"BLOCK": 64 * num_warps, "CHANNELS": _divisor(channels, at_most), "num_warps": num_warps}
-        if cdiv(rows, tile["BLOCK"]) * channels // tile["CHANNELS"] >= 512:
-            break
-    return tile
+def _geometry(geometry: ConvPoolGeometry, input: Tensor, weight: Tensor, pooled: Sequence[int]) -> tuple[Any, Any]:
+    """How blocks lie along both axes."""
+    height, width = (
+        _Axis(geometry, axis, input.shape[2 + axis], weight.shape[2 + axis], pooled[axis]) for axis in (0, 1)
+    )
+    return height, width
 
 
-def _sizes(input: Tensor, weight: Tensor, pooled: Tensor) -> dict[str, int]:
-    """List the sizes that the kernels take as constants."""
+def _constants(
+    geometry: ConvPoolGeometry, input: Tensor, weight: Tensor, last: bool, axes: Any, options: Mapping[str, int]
+) -> dict[str, Any]:
+    """List what the kernels take as constants: all sizes but the images'."""
+    fixed = options.get("FIXED", 0)
+    # Pairs of a row's neighbours, where both rows and blocks begin at even addresses, or all blocks at odd ones.
+    even = not last and input.data_ptr() % 16 == 0 and input.shape[3] % 2 == 0 and axes[1].step % 2 == 0
     return {
         "IN_CHANNELS": weight.shape[1],
         "OUT_CHANNELS": weight.shape[0],
-        **dict(zip(("INPUT_H", "INPUT_W"), input.shape[2:], strict=True)),
         **dict(zip(("KERNEL_H", "KERNEL_W"), weight.shape[2:], strict=True)),
-        **dict(zip(("POOLED_H", "POOLED_W"), pooled.shape[2:], strict=True)),
+        **dict(zip(("STRIDE_H", "STRIDE_W"), geometry.stride, strict=True)),
+        **dict(zip(("PADDING_H", "PADDING_W"), geometry.padding, strict=True)),
+        **dict(zip(("POOL_H", "POOL_W"), geometry.pool_size, strict=True)),
+        **dict(zip(("POOL_STRIDE_H", "POOL_STRIDE_W"), geometry.pool_stride, strict=True)),
+        **dict(zip(("POOL_PADDING_H", "POOL_PADDING_W"), geometry.pool_padding, strict=True)),
+        "FIXED_H": input.shape[2] if fixed else 0,
+        "FIXED_W": input.shape[3] if fixed else 0,
+        "FIXED_POOLED_H": axes[0].pooled if fixed else 0,
+        "FIXED_POOLED_W": axes[1].pooled if fixed else 0,
+        "LAST": last,
+        "CLIPPED": axes[0].clipped or axes[1].clipped,
+        "PAIRS": axes[1].origin % 2 if even else -1,
     }
 
 
+def _block_and_warps(lanes: int, tiles: int, halo: int, positions: int) -> dict[str, int]:
+    """Choose how many lanes a program takes, and its warps.
+
+    Programs of four warps, unless that leaves fewer than about four for each of 128 multiprocessors, or lanes must
+    exchange what they have, which only those of one warp do cheaply. No result depends on the choice.
+
+    Args:
+        lanes: how many there are.
+        tiles: programs for each group of lanes.
+        halo: lanes of a program that only lend.
+        positions: lanes that a thread takes.
+    """
+    if INTERPRETED:
+        return {"BLOCK": min(4096, triton.next_power_of_2(max(lanes, 2) + halo))}
+    num_warps = 4 if halo == 0 and cdiv(lanes, 128 * positions) * tiles >= 512 else 1
+    return {"BLOCK": 32 * positions * num_warps, "num_warps": num_warps}
+
+
 def forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, return_argmax: bool, configuration: Mapping[str, int]
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: ConvPoolGeometry,
+    return_argmax: bool,
+    last: bool,
+    options: Mapping[str, int],
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch the forward; arguments and results as in `conv2d_relu_max_pool2d`, tensors contiguous."""
-    pooled = ((size - kernel + 1) // 2 for size, kernel in zip(input.shape[2:], weight.shape[2:], strict=True))
-    output = empty((input.shape[0], weight.shape[0], *pooled), input)
-    argmax = empty(output.shape, output, torch.uint8) if return_argmax else None
-    rows, channels = input.shape[0] * output.shape[2] * output.shape[3], weight.shape[0]
-    tile = _tile(rows, channels, configuration["CHANNELS"])
+    """Launch the forward; arguments and results as in `conv2d_relu_max_pool2d`, tensors dense in one layout."""
+    shape = geometry.output_shape(input, weight)
+    # Of one channel both layouts are the same memory, and stock's strides are the plain one's.
+    layout = torch.channels_last if last and shape[1] > 1 else torch.contiguous_format
+    output = empty(shape, input, memory_format=layout)
+    argmax = empty(shape, output, torch.uint8, layout) if return_argmax else None
+    height, width = axes = _geometry(geometry, input, weight, shape[2:])
+    images, channels, pooled_h, pooled_w = shape
+    # Overlapping windows: few chunks of rows, as each computes `reach` rows of the next once more.
+    columns = images * (pooled_w + width.reach)
+    limit = min(options["CHANNELS"], channels)
+    tiles = cdiv(channels, limit)
+    chunks = pooled_h if height.reach == 0 else max(1, min(pooled_h, 65536 // (columns * tiles)))
+    chunk = cdiv(pooled_h, chunks)
+    chunks = cdiv(pooled_h, chunk)
+    lanes = columns * chunks
+    tile = _block_and_warps(lanes, tiles, width.reach, options.get("POSITIONS", 2))
+    if not INTERPRETED and height.reach == width.reach == 0:
+        # Small batches take fewer channels a program.
+        for fewer in (4, 2, 1):
+            if cdiv(lanes, tile["BLOCK"]) * cdiv(channels, limit) < 512 and limit > fewer:
+                limit = fewer
     launch(
         _forward_kernel,
-        (cdiv(rows, tile["BLOCK"]) * (channels // tile["CHANNELS"]),),
+        (cdiv(lanes, tile["BLOCK"] - width.reach) * cdiv(channels, limit),),
         input,
         weight,
         weight if bias is None else bias,
         output,
         output if argmax is None else argmax,
-        rows,
-        **_sizes(input, weight, output),
+        lanes,
+        *input.shape[2:],
+        *shape[2:],
+        chunk,
+        chunks,
+        **_constants(geometry, input, weight, last, axes, options),
+        PADDED=height.padded or width.padded,
         HAS_BIAS=bias is not None,
         RETURN_ARGMAX=return_argmax,
         INDEX=index_type(input, output),
-        UNROLL=weight.shape[2] if tile["CHANNELS"] * weight[0, 0].numel() <= 200 else 1,
+        CHANNELS=limit,
+        UNROLL=bool(options.get("UNROLL", 1)),
         num_stages=1,
         **tile,
-        # Three programs of four warps then fit on a multiprocessor; more registers would save few instructions.
-        **_registers(configuration.get("maxnreg", 168)),
+        **_registers(options.get("maxnreg", 168)),
     )
     return output, argmax
 
 
 def grad_input(
-    grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, configuration: Mapping[str, int]
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    argmax: Tensor,
+    geometry: ConvPoolGeometry,
+    last: bool,
+    options: Mapping[str, int],
 ) -> Tensor:
-    """Launch the gradient of the input; all tensors contiguous."""
-    result = empty(input.shape, input)
-    channels = _divisor(weight.shape[1], configuration["CHANNELS"])
-    tiles = cdiv(input.shape[2], 2 * configuration["STRIP"]) * (weight.shape[1] // channels)
-    images, columns = input.shape[0], argmax.shape[3]
-    # Programs of one warp until there are about four of four warps for each of 128 multiprocessors.
-    num_warps = 4 if cdiv(images, max(1, 128 // columns)) * tiles >= 512 else 1
-    lanes = min(4096, images * columns) if INTERPRETED else 32 * num_warps
-    block = triton.next_power_of_2(max(lanes, columns))
+    """Launch the gradient of the input; all tensors dense, images and gradients in one layout."""
+    result = empty(input.shape, input, memory_format=torch.channels_last if last else torch.contiguous_format)
+    height, width = axes = _geometry(geometry, input, weight, argmax.shape[2:])
+    images, channels = input.shape[:2]
+    limit = min(options["CHANNELS"], channels)
+    tiles, halo = cdiv(channels, limit), (width.span - 1) // width.step
+    blocks = argmax.shape[3] + width.reach
+    columns = images * blocks
+    rows = cdiv(input.shape[2] + height.origin, height.step)
+    tile = _block_and_warps(columns, tiles, halo, options.get("POSITIONS", 2))
+    groups = cdiv(columns, tile["BLOCK"] - halo) * tiles
+    # Whole columns, if there are enough of them: each chunk computes what reaches it from above once more.
+    chunk = cdiv(rows, max(1, min(rows, 1024 // groups)))
     launch(
         _grad_input_kernel,
-        (cdiv(images, block // columns) * tiles,),
+        (groups, cdiv(rows, chunk)),
         grad_output,
         argmax,
         weight,
         result,
-        images,
-        **_sizes(input, weight, argmax),
+        columns,
+        *input.shape[2:],
+        *argmax.shape[2:],
+        chunk,
+        **_constants(geometry, input, weight, last, axes, options),
         INDEX=index_type(grad_output, result),
-        BLOCK=block,
-        CHANNELS=channels,
-        STRIP=configuration["STRIP"],
-        num_warps=num_warps,
+        CHANNELS=limit,
+        EXTRA=max(0, cdiv(input.shape[3] + width.origin, width.step) - blocks),
         num_stages=1,
-        # Three programs of four warps on a multiprocessor, as in the forward.
-        **_registers(configuration.get("maxnreg", 168)),
+        **tile,
+        **_registers(options.get("maxnreg", 168)),
     )
     return result
 
 
 def grad_weight(
-    grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, configuration: Mapping[str, int]
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    argmax: Tensor,
+    geometry: ConvPoolGeometry,
+    last: bool,
+    options: Mapping[str, int],
 ) -> tuple[Tensor, Tensor]:
-    """Launch the gradients of the weight and the bias; all tensors contiguous."""
-    (out_channels, in_channels), size = weight.shape[:2], argmax.shape[2] * argmax.shape[3]
-    channels = _divisor(out_channels, configuration["CHANNELS"])
-    tiles = out_channels // channels * in_channels
+    """Launch the gradients of the weight and the bias; all tensors dense, images and gradients in one layout."""
+    height, width = axes = _geometry(geometry, input, weight, argmax.shape[2:])
+    out_channels, in_channels, kernel_h, _ = weight.shape
+    size = (argmax.shape[2] + height.reach) * (argmax.shape[3] + width.reach)
+    channels, inputs = min(options["CHANNELS"], out_channels), min(options.get("INPUTS", 1), in_channels)
+    tap_rows = options.get("TAP_ROWS", kernel_h)
+    tiles = cdiv(out_channels, channels) * cdiv(in_channels, inputs) * (kernel_h // tap_rows)
     # One warp a program: its lanes are then summed without a barrier. As many as some 132 multiprocessors hold at once,
-    # with four images or more a lane, and at least one lane for each position.
-    block, registers = 1024 if INTERPRETED else 32, configuration.get("maxnreg", 168)
+    # with four images or more a lane, and at least one lane for each block.
+    block, registers = 1024 if INTERPRETED else 32 * options.get("POSITIONS", 1), options.get("maxnreg", 168)
     programs = 132 * (65536 // (32 * registers))
     parts = max(cdiv(size, block), min(cdiv(argmax.shape[0] * size, 4 * block), programs // tiles))
     weight_parts = empty((parts, *weight.shape), input, torch.float32)
@@ -537,10 +1141,15 @@ def grad_weight(
         weight_parts,
         bias_parts,
         input.shape[0],
-        **_sizes(input, weight, argmax),
+        *input.shape[2:],
+        *argmax.shape[2:],
+        **_constants(geometry, input, weight, last, axes, options),
+        PADDED=height.padded or width.padded,
         INDEX=index_type(input, grad_output, weight_parts),
         BLOCK=block,
         CHANNELS=channels,
+        INPUTS=inputs,
+        TAP_ROWS=tap_rows,
         num_warps=1,
         num_stages=1,
         **_registers(registers),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from fastlenet.kernels import addmm_relu as addmm
-from fastlenet.kernels import configurations, mlp, runtime
+from fastlenet.kernels import configurations, mlp, rules, runtime
 from fastlenet.kernels import conv2d_relu_max_pool2d as conv
 from harness.cases import conv_case
 from harness.fake_driver import TARGETS, CompiledKernelRecord, assert_shipped_without_spills, compiling_for, opcodes
@@ -44,6 +44,13 @@ PRODUCTS = {
     "addmm grad_mat1": "_grad_mat1_kernel",
     "addmm grad_mat2": "_grad_mat2_kernel",
 }
+
+
+@pytest.fixture(autouse=True)
+def _general_kernels(monkeypatch):
+    """Few channels would go to the FMA units: the convolution's tests here are of the general kernels."""
+    monkeypatch.setattr(rules, "choose", lambda *_: None)
+
 
 every_target = pytest.mark.parametrize("target", TARGETS)
 
@@ -150,7 +157,9 @@ def test_shipped_configurations(target, mode, width, compiled):
         # Exact float32 products of matrices keep both operands in registers, and would spill in a wider tile; those of
         # convolutions would run on sm_100's matrix units, in tf32.
         small = mode == IEEE and (name.startswith("addmm") or target == "sm_100")
-        widest = 32 if small else 128 if name.startswith("conv grad") else 64
+        widest = 32 if small else 64 if name == "conv forward" else 128
+        if name.startswith("addmm grad") and mode == IEEE and target == "sm_90":
+            widest = 64
         assert tile(record) == min(widest, width), name
         assert record.constexprs["PRECISION"] == mode.precision
         if record.target.backend == "cuda":
@@ -204,15 +213,15 @@ def test_every_form_of_each_launcher(target, mode):
         assert (with_bias.constexprs["HAS_BIAS"], with_argmax.constexprs["RETURN_ARGMAX"]) == (True, True)
         # A bias, an addend of the output's size and one of another size have kernels of their own.
         product, mat2 = launchers.addmm(64, 128, mode.dtype, addend=None, masks=[(False, False, True)])
-        assert product.constexprs["HAS_INPUT"] is False
-        assert (mat2.constexprs["NEED_MAT2"], mat2.constexprs["NEED_INPUT"]) == (True, False)
-        _, bias = launchers.addmm(64, 128, mode.dtype, masks=[(True, False, False)])
-        assert (bias.constexprs["NEED_MAT2"], bias.constexprs["NEED_INPUT"]) == (False, True)
+        assert product.constexprs["INPUT"] == "none"
+        assert mat2.name == "_grad_mat2_kernel"
+        with_bias, _ = launchers.addmm(64, 128, mode.dtype, masks=[(True, False, False)])
+        assert with_bias.constexprs["INPUT"] == "row"
         for size in ((64, 128), (64, 1)):
             _, addend = launchers.addmm(64, 128, mode.dtype, addend=size, masks=[(True, False, False)])
             # In float32 both forms are the same kernel.
             if size == (64, 128) or mode.dtype != torch.float32:
-                assert addend.name == "_grad_input_kernel"
+                assert addend.name == "_close_kernel"
         check(records)
 
 
@@ -302,7 +311,13 @@ def test_new_shapes_compile_nothing_new():
                 grad = _unaligned(output) if awkward else output.sum().expand_as(output)
                 addmm.addmm_relu_backward(grad, output, mat1, mat2, (n,), 1, 0.5, everything[0])
                 counts.append(len(records))
-        assert counts[-12:] == [10] * 12  # and forward and two gradients here
+        # A product's kernels differ by how operands lie; sizes compile nothing new once a layout is known.
+        for m, k, n in [(32, 72, 128), (7, 128, 80), (100, 104, 96)]:
+            mat1, mat2, bias = (torch.randn(shape).half() for shape in ((m, k), (k, n), (n,)))
+            output = addmm.addmm_relu(bias, mat1, mat2, 1, 0.5)
+            addmm.addmm_relu_backward(output, output, mat1, mat2, (n,), 1, 0.5, everything[0])
+            counts.append(len(records))
+        assert counts[-3] == counts[-1]
     assert launchers.records is records
 
 
@@ -393,14 +408,14 @@ def test_listed_configurations_spill_nothing(architecture):
         tensors = case.random(dtype)
         pooled = case.geometry.output_shape(tensors["input"], tensors["weight"])
         grad, argmax = torch.empty(pooled, dtype=dtype), torch.empty(pooled, dtype=torch.uint8)
-        design = {"patch_dot": conv.patch_dot, "patch_fma": conv.patch_fma}[entry.design]
+        design = conv.DESIGNS[entry.design]
         with fp32_precision("tf32" if mode == "tf32" else "ieee"), compiling_for(architecture) as records:
             if kernel.endswith("forward"):
                 for return_argmax in (True, False):
-                    design.forward(*tensors.values(), return_argmax, entry.options)
+                    design.forward(*tensors.values(), case.geometry, return_argmax, False, entry.options)
             else:
                 launcher = getattr(design, kernel.rpartition(".")[2])
-                launcher(grad, tensors["input"], tensors["weight"], argmax, entry.options)
+                launcher(grad, tensors["input"], tensors["weight"], argmax, case.geometry, False, entry.options)
             check(records)
 
 

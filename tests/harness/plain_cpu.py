@@ -23,9 +23,10 @@ class PlainCPU(types.ModuleType):
         super().__init__("fastlenet.cpu")
         self.calls: list[str] = []
         self.reason: str | None = None
+        self.missing: str | None = None
 
     def unavailable(self) -> str | None:
-        return None
+        return self.missing
 
     def covers(self, dtype: Any, image: Any, weight: Any, geometry: Any) -> str | None:
         assert len(image) == 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -87,11 +87,14 @@ def test_shipped_tiles(case, dtype, addmm, device, shipped_tiles):
 def test_several_parts_do_occur(shipped_tiles, device, launches, monkeypatch):
     """Guards the test above: its shapes must give the two-stage sum more than two parts."""
     case = next(case for case in SHIPPED_ADDMM if case.name == "several parts")
-    sum_parts, parts = kernels.sum_parts, []
-    monkeypatch.setattr(kernels, "sum_parts", lambda *args: (parts.append(len(args[0])), sum_parts(*args))[1])
+    sum_all_parts, parts = kernels.sum_all_parts, []
+    monkeypatch.setattr(
+        kernels, "sum_all_parts", lambda *sums: (parts.append([len(s[0]) for s in sums]), sum_all_parts(*sums))[1]
+    )
     run(ADDMM.fused, case.random(torch.float32, device=device), case.keywords)
-    assert len(parts) == 2
-    assert min(parts) > 2
+    # The parts of mat2's gradient and the bias's are added up by one launch.
+    assert [len(sums) for sums in parts] == [2]
+    assert min(parts[0]) > 2
     assert {(c["BLOCK_M"], c["BLOCK_K"]) for _, c in launches if "BLOCK_M" in c} == {(64, 16)}
 
 
@@ -115,6 +118,122 @@ def test_linear_relu(leading, weight, bias, watched, device):
     result = watched(linear_relu, tensors, {})
     for (name, actual), (_, expected) in zip(result.tensors(), stock.tensors(), strict=True):
         assert_same_values(actual, expected, allow_empty=True, name=name)
+
+
+# --- variants ------------------------------------------------------------------------------------------------------
+
+LAYOUTS = ("rows of 16 bytes", "rows of 8 bytes", "rows", "columns of 16 bytes", "columns", "any strides", "expanded")
+
+
+def laid_out(layout, shape, dtype, device):
+    """Random numbers in one of the layouts that the kernels tell apart; some need sizes that are multiples of 8."""
+    rows, columns = shape
+    numbers = torch.randn(shape, device=device).to(dtype)
+    if layout == "expanded":
+        return torch.full((1, 1), 0.5, device=device, dtype=dtype).expand(shape)  # sums of it are exact in any order
+    # Elements between neighbours, between rows, and before the first.
+    wide = 16 // dtype.itemsize
+    step, pitch, first = {"16": (1, wide, 0), "8 ": (1, wide // 2, 0), "": (1, 1, 1), "any": (2, 1, 1)}[
+        next((key for key in ("16", "8 ", "any") if key in layout), "")
+    ]
+    inner, outer = (columns, rows) if "columns" not in layout else (rows, columns)
+    stride = -(-inner * step // pitch) * pitch + (pitch if layout != "rows of 16 bytes" else 0)
+    strides = (stride, step) if "columns" not in layout else (step, stride)
+    memory = torch.zeros(first + stride * max(1, outer) + inner * step, device=device, dtype=dtype)
+    return memory[first:].as_strided(shape, strides).copy_(numbers)
+
+
+@pytest.mark.parametrize("seed", range(examples(10)))
+@wide_and_narrow
+def test_drawn_layouts_reach_every_variant(dtype, seed, addmm, launches, device, shipped_tiles, variants_seen):
+    """Each operand in each layout over ten draws: as accurate as stock, and the constants that the kernels got."""
+    generator = torch.Generator().manual_seed(seed)
+    m, k, n = (int(torch.randint(1, top, (), generator=generator)) for top in (90, 60, 80))
+    # Every draw takes the next layout for each operand, so that ten reach all.
+    first, second, third = (LAYOUTS[(seed + shift) % len(LAYOUTS)] for shift in (0, 2, 4))
+    if any("bytes" in layout for layout in (first, second, third)):
+        m, k, n = (-(-size // 8) * 8 for size in (m, k, n))
+    tensors = {
+        "input": torch.randn(n, device=device).to(dtype),
+        "mat1": laid_out(first, (m, k), dtype, device),
+        "mat2": laid_out(second, (k, n), dtype, device),
+    }
+    case = AddmmCase("drawn", m, k, n, (n,))
+    grad = laid_out(third, (m, n), dtype, device)
+    result = run(ADDMM.fused, tensors, case.keywords, grad)
+    ADDMM.judge(case, tensors, grad, result)
+    for name, constants in launches:
+        for operand in ("LEFT", "RIGHT"):
+            if operand in constants:
+                variants_seen[dtype, name, operand].add(constants[operand])
+
+
+@pytest.fixture(scope="module")
+def variants_seen():
+    return defaultdict(set)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_variant_was_reached(dtype, variants_seen):
+    """Counts what the draws above reached: loads of 16 bytes, of single elements, along both axes, and any strides."""
+    if not variants_seen:
+        pytest.skip("the draws were not run")
+    wide = 16 // dtype.itemsize
+    for (seen, name, operand), values in variants_seen.items():
+        if seen != dtype:
+            continue
+        # Of the gradient's product with mat1 the left operand is a transpose.
+        assert {wide, -wide, 0} <= values, (name, operand, values)
+        assert {1, -1} & values, (name, operand, values)
+    assert len([key for key in variants_seen if key[0] == dtype]) == 6
+
+
+@wide_and_narrow
+def test_few_rows_split_the_depth(dtype, addmm, launches, device, shipped_tiles, monkeypatch):
+    """Chunks of a sum by programs of their own: as accurate as stock, with each kind of addend."""
+    monkeypatch.setattr(kernels, "_CHUNK", 64)
+    for addend in ((20,), (5, 20), (5, 1), None):
+        case = AddmmCase("deep", 5, 200, 20, addend, *((0.5, -2) if addend else ()))
+        addmm.random(case, case.random(dtype, device=device))
+    names = Counter(name for name, _ in launches)
+    assert names["_forward_parts_kernel"] == names["_finish_kernel"] == 4
+    assert names["_forward_kernel"] == 0
+
+
+@wide_and_narrow
+@pytest.mark.parametrize("addend", [(20,), (5, 20), None], ids=str)
+def test_chunks_of_a_sum_come_to_the_same_bits(
+    addend, dtype, launches, device, shipped_tiles, monkeypatch, sums_in_order
+):
+    """One program for all chunks or one for each: a row must not depend on how many travel with it."""
+    monkeypatch.setattr(kernels, "_CHUNK", 64)
+    case = AddmmCase("deep", 5, 200, 20, addend, *((0.7, 1.3) if addend else ()))
+    tensors = case.random(dtype, device=device)
+    few = run(ADDMM.fused, tensors, case.keywords).output
+    monkeypatch.setattr(kernels, "_FEW_PROGRAMS", 0)
+    many = run(ADDMM.fused, tensors, case.keywords).output
+    assert Counter(name for name, _ in launches)["_forward_kernel"] == 1
+    assert {c["CHUNK"] for name, c in launches if name.startswith("_forward")} == {64}
+    assert_bitwise_equal(few, many)
+
+
+@wide_and_narrow
+@pytest.mark.parametrize("case", [SMALL, FULL, FC], ids=["bias", "full addend", "LeNet fc2"])
+def test_closed_once_for_both_products(case, dtype, addmm, launches, device, monkeypatch):
+    """Where tiles are many the gradient is closed by a kernel of its own: the same gradients, bit for bit."""
+    tensors = case.random(dtype, device=device)
+    grad = upstream(ADDMM.stock(**tensors, **case.keywords))
+    by_tiles = run(ADDMM.fused, tensors, case.keywords, grad)
+    launches.clear()
+    monkeypatch.setattr(kernels, "_CLOSE_FROM_ELSEWHERE", 1)
+    once = addmm.random(case, tensors)
+    masked = {c["MASKED"] for name, c in launches if "MASKED" in c}
+    assert masked == {False}
+    assert Counter(name for name, _ in launches)["_close_kernel"] == 1
+    result = run(ADDMM.fused, tensors, case.keywords, grad)
+    for name in NAMES:
+        assert_bitwise_equal(result.grads[name], by_tiles.grads[name], name=name)
+    assert once.output is not None
 
 
 # --- special values ------------------------------------------------------------------------------------------------
@@ -166,20 +285,28 @@ def test_no_gradient_where_relu_is_off(addmm, device):
 
 @pytest.mark.parametrize("wanted", [c for n in (1, 2, 3) for c in itertools.combinations(NAMES, n)], ids="+".join)
 @pytest.mark.parametrize("case", [SMALL, FULL], ids=["bias", "full addend"])
-def test_only_requested_gradients_are_computed(case, wanted, launches, watched, device):
+def test_only_requested_gradients_are_computed(case, wanted, launches, monkeypatch, watched, device):
     """What nobody asked for is not launched, and what was asked for does not depend on the rest."""
     tensors = case.exact(torch.float32, device=device)
     grad = upstream(ADDMM.stock(**tensors, **case.keywords))
     complete = run(ADDMM.fused, tensors, case.keywords, grad)
     launches.clear()
+    grids, launch = [], kernels.launch
+
+    def noted(kernel, grid, *args, **constants):
+        grids.append((kernel.fn.__name__, grid))
+        launch(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(kernels, "launch", noted)
     result = watched(ADDMM.fused, tensors, case.keywords, grad, wanted)
     bias = "input" in wanted and case is SMALL
     expected = {"_forward_kernel": 1, "_grad_mat1_kernel": int("mat1" in wanted)}
-    expected |= {"_grad_mat2_kernel": int("mat2" in wanted or bias), "_sum_parts_kernel": int("mat2" in wanted) + bias}
-    expected |= {"_grad_input_kernel": int("input" in wanted and not bias)}
+    expected |= {"_grad_mat2_kernel": int("mat2" in wanted or bias)}
+    expected |= {"_close_kernel": int("input" in wanted and not bias)}
     assert Counter(name for name, _ in launches) == Counter(expected)
-    needs = [(c["NEED_MAT2"], c["NEED_INPUT"]) for name, c in launches if name == "_grad_mat2_kernel"]
-    assert needs == ([("mat2" in wanted, bias)] if "mat2" in wanted or bias else [])
+    # A tile of mat2's gradient has a program, 64 columns of the bias's have one.
+    found = [grid for name, grid in grids if name == "_grad_mat2_kernel"]
+    assert found == ([(int("mat2" in wanted) + bias, 1)] if "mat2" in wanted or bias else [])
     for name in NAMES:
         if name in wanted:
             assert_bitwise_equal(result.grads[name], complete.grads[name])
@@ -300,8 +427,8 @@ def test_kernels_are_launched_on_the_tensors_device(monkeypatch, watched):
     second = torch.cuda.device_count() > 1 and not modes.interpreting()
     device = torch.device("cuda:1" if second else modes.kernel_device())
     ADDMM.under(watched).random(SMALL, SMALL.random(torch.float32, device=device))
-    # Forward, two gradients, two sums of parts; on the current device there is nothing to do.
-    assert len(guarded) == (5 if second or modes.interpreting() else 0)
+    # Forward and two gradients; on the current device there is nothing to do.
+    assert len(guarded) == (3 if second or modes.interpreting() else 0)
     assert {d.type for d in guarded} <= {device.type}
     if second:
         assert {d.index for d in guarded} == {1}

@@ -6,6 +6,8 @@ numbers are small integers, so that any order of summation gives the same.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,7 +100,7 @@ def test_overlapping_windows_beyond_a_block(device):
 def test_the_head(rows, widths, device):
     input = integers(rows, widths[0], device=device)
     parameters = []
-    for inner, outer in zip(widths[:-1], widths[1:], strict=True):
+    for inner, outer in itertools.pairwise(widths):
         # Few terms a row, so that sums stay small.
         sparse = integers(outer, inner, device=device) * (torch.rand(outer, inner, device=device) < 0.04)
         parameters += [sparse, integers(outer, device=device)]

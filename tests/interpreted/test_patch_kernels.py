@@ -1,4 +1,4 @@
-"""The convolution's specialised designs, `patch_dot` and `patch_fma`, before the judge of the general kernels.
+"""The convolution's specialised designs, `patch_dot`, `patch_fma` and `column_fma`, before the general kernels' judge.
 
 LeNet's shapes run as they ship. Two small shapes, listed for these tests only, make all else cheap.
 """
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fastlenet.kernels import configurations
+from fastlenet.kernels import configurations, rules
 from fastlenet.kernels.conv2d_relu_max_pool2d import patch_dot
-from harness.cases import ConvCase, conv_case
+from harness.cases import DTYPES, ConvCase, conv_case
+from harness.draw import Drawn
+from harness.fuzz import assume, examples, given, settings, st
 from harness.judge import assert_bitwise_equal, assert_same_values, exact_grid
 from harness.modes import interpreting
 from harness.operators import CONV, far_apart, fp32_precision, run, upstream
@@ -74,7 +76,8 @@ def _small_shapes_are_listed(monkeypatch):
     for shape, tiles in TILES.items():
         for direction, dot in tiles.items():
             for mode in ("tf32", "ieee", "float16", "bfloat16"):
-                design = "patch_fma" if mode == "ieee" else "patch_dot"
+                exact = "column_fma" if direction == "grad_input" else "patch_fma"
+                design = exact if mode == "ieee" else "patch_dot"
                 options = dot if design == "patch_dot" else {"CHANNELS": 3, "STRIP": 2}
                 key = f"conv2d_relu_max_pool2d.{direction}", "sm_90", mode, shape
                 table[key] = configurations.Configuration(design, options, "for a test")
@@ -96,7 +99,7 @@ def conv(watched):
     return CONV.under(watched)
 
 
-CONSTANTS = {"patch_dot": "OUT_PAD", "patch_fma": "CHANNELS"}
+CONSTANTS = {"patch_dot": "OUT_PAD", "patch_fma": "POOL_STRIDE_H", "column_fma": "STRIP"}
 
 
 def expect(launches, **designs: str) -> None:
@@ -124,7 +127,8 @@ def test_as_accurate_as_stock(mode, case, conv, device, launches):
         weight = mode.design if mode.dtype != torch.float32 else "patch_fma"
         expect(launches, forward="patch_fma", grad_weight=weight)
     else:
-        expect(launches, forward=mode.design, grad_input=mode.design, grad_weight=mode.design)
+        exact = "column_fma" if mode.design == "patch_fma" else mode.design
+        expect(launches, forward=mode.design, grad_input=exact, grad_weight=mode.design)
 
 
 @modes
@@ -157,6 +161,160 @@ def test_any_number_of_images(mode, images, watched, device):
         CONV.under(watched).exact(case, case.exact(mode.dtype, device=device))
 
 
+# --- the rule ------------------------------------------------------------------------------------------------------
+
+RULED = [
+    conv_case("odd sizes", (3, 2, 9, 11), (5, 2, 3, 3)),
+    conv_case("even kernel", (3, 1, 8, 10), (3, 1, 4, 2)),
+    conv_case("padded", (2, 3, 6, 8), (4, 3, 3, 3), padding=1),
+    conv_case("padded by an odd number of pairs", (2, 1, 8, 8), (2, 1, 5, 5), padding=2),
+    conv_case("overlapping windows", (3, 2, 9, 10), (3, 2, 3, 3), padding=1, pool_size=3, pool_stride=2),
+    conv_case("windows that share two rows", (2, 1, 7, 6), (2, 1, 2, 2), pool_size=3, pool_stride=1),
+    conv_case("overlapping one way", (2, 2, 7, 9), (2, 2, 2, 3), pool_size=(3, 2), pool_stride=(3, 1)),
+    conv_case("windows of 3 x 3", (2, 1, 11, 10), (4, 1, 3, 2), pool_size=3),
+    conv_case("gaps between windows", (2, 2, 9, 10), (3, 2, 2, 2), pool_size=2, pool_stride=3),
+    conv_case("stride", (2, 2, 13, 12), (3, 2, 3, 3), stride=2, padding=1),
+    conv_case("stride beyond the kernel", (2, 1, 12, 13), (2, 1, 1, 2), stride=(3, 4), pool_size=2),
+    conv_case("ceil mode", (2, 1, 8, 9), (2, 1, 3, 3), pool_size=3, pool_stride=2, pool_padding=1, ceil_mode=True),
+    conv_case("a stem of 7 x 7", (1, 1, 14, 12), (2, 1, 7, 7), stride=2, padding=3, pool_size=3, pool_stride=2),
+]
+FIRST_LAYER = conv_case("a first layer of 11 x 11", (1, 1, 27, 31), (2, 1, 11, 11), stride=4, padding=2, pool_size=2)
+ruled = pytest.mark.parametrize("case", RULED, ids=str)
+
+
+@pytest.mark.parametrize("mode", [TF32, BFLOAT], ids=str)
+@ruled
+def test_the_rule_takes_few_channels_to_the_fma_units(case, mode, conv, device, launches):
+    with fp32_precision(mode.precision):
+        conv.random(case, case.random(mode.dtype, device=device), allow_zero=True)
+        expect(launches, forward="patch_fma", grad_input="patch_fma", grad_weight="patch_fma")
+
+
+@ruled
+def test_what_the_rule_takes_equals_stock_where_arithmetic_is_exact(case, conv, device, launches):
+    conv.exact(case, case.exact(torch.float32, device=device))
+    expect(launches, forward="patch_fma", grad_input="patch_fma", grad_weight="patch_fma")
+
+
+def test_a_first_layer_with_a_large_kernel(conv, device, launches):
+    """Its kernel rows are shared between programs; its images' gradient, which few ask for, stays general."""
+    conv.exact(FIRST_LAYER, FIRST_LAYER.exact(torch.float32, device=device))
+    assert {name for name, constants in launches if "POOL_STRIDE_H" in constants} == {
+        "_forward_kernel",
+        "_grad_weight_kernel",
+    }
+    conv.random(FIRST_LAYER, FIRST_LAYER.random(torch.float32, device=device), allow_zero=True)
+
+
+@pytest.mark.parametrize("images", [0, 1, 70])
+@pytest.mark.parametrize("case", [RULED[0], RULED[4]], ids=str)
+def test_the_rule_at_any_number_of_images(images, case, conv, device):
+    """Also more than one program's lanes, of which the last lend their cells to none."""
+    case = conv_case("images", (images, *case.input[1:]), case.weight, **case.keywords)
+    conv.exact(case, case.exact(torch.float32, device=device))
+
+
+@pytest.mark.parametrize("kind", kinds_for(torch.empty(1, 1, 1, 1)))
+@pytest.mark.parametrize("name", ["input", "weight", "grad"])
+def test_the_rule_takes_awkward_layouts(name, kind, conv, device, launches):
+    """Channels last as it is, others copied, unaligned ones by single loads: never on the general kernels."""
+    case = conv_case("layouts", (3, 2, 8, 6), (3, 2, 3, 3), padding=1, pool_size=3, pool_stride=2)
+    tensors = case.exact(torch.float16, device=device)
+    if name != "grad":
+        tensors[name] = awkward(tensors[name], kind)
+    conv.exact(case, tensors, kind if name == "grad" else "contiguous")
+    expect(launches, forward="patch_fma", grad_input="patch_fma", grad_weight="patch_fma")
+
+
+def test_unaligned_images_are_loaded_one_by_one(conv, device, launches):
+    case = RULED[2]
+    tensors = case.exact(torch.float16, device=device)
+    shifted = torch.cat([tensors["input"].new_zeros(1), tensors["input"].flatten()])[1:].view(case.input)
+    conv.exact(case, tensors | {"input": shifted})
+    assert {constants["PAIRS"] for name, constants in launches if name == "_forward_kernel"} == {-1}
+
+
+@pytest.mark.parametrize("value", SPECIAL, ids=str)
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_nan_and_infinities_by_the_rule(name, value, conv, device):
+    """Every cell lies in a window and none in the padding, so that stock's own definition decides."""
+    case = conv_case("special", (3, 2, 9, 9), (3, 2, 3, 3), pool_size=3, pool_stride=2)
+    tensors = case.exact(torch.float32, device=device)
+    flat = tensors[name].view(-1)
+    flat[torch.tensor([0, flat.numel() // 2, flat.numel() - 1])] = value
+    conv.exact(case, tensors)
+
+
+def test_a_sample_does_not_depend_on_its_batch_by_the_rule(device):
+    case = conv_case("batch", (40, 2, 9, 10), (3, 2, 3, 3), padding=1, pool_size=3, pool_stride=2)
+    tensors = case.random(torch.float32, device=device)
+    images = tensors.pop("input")
+    with torch.no_grad():
+        whole = CONV.fused(images, **tensors, **case.keywords)
+        for batch, sample in ((1, 0), (1, 39), (7, 33)):
+            part = CONV.fused(images[sample : sample + batch].clone(), **tensors, **case.keywords)
+            assert_bitwise_equal(part, whole[sample : sample + batch], name=f"{batch} from sample {sample}")
+
+
+def test_where_the_rule_ends():
+    """Few channels go to the FMA units, more only exactly, or where the general gradient would waste its products."""
+    geometry = RULED[0].geometry
+
+    def design(direction, channels, exact, size=(16, 16), kernel=(3, 3), geometry=geometry):
+        found = rules.choose(direction, geometry, channels, 64, kernel, size, exact)
+        return None if found is None else found.design
+
+    assert [design("forward", channels, False) for channels in (31, 32)] == ["patch_fma", None]
+    assert [design("grad_weight", channels, True) for channels in (64, 65)] == ["patch_fma", None]
+    assert design("grad_input", 32, False, (13, 13)) == "patch_fma"
+    assert design("grad_input", 64, False, (16, 16)) is None
+    assert design("forward", 3, True, (32, 32), (12, 12)) is None
+    dilated = conv_case("", (1,), (1, 1, 3, 3), dilation=2).geometry
+    assert design("forward", 3, True, geometry=dilated) is None
+
+
+if hasattr(st, "composite"):
+
+    @st.composite
+    def ruled_calls(draw):
+        """A call that the rule takes."""
+        kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+        pool = draw(st.sampled_from([1, 2, 3, (2, 3), (3, 1)]))
+        keywords = {
+            "stride": draw(st.sampled_from([1, 1, 2, (1, 3), 4])),
+            "padding": draw(st.sampled_from([0, 1, (2, 0), 3])),
+            "pool_size": pool,
+            "pool_stride": draw(st.sampled_from([None, 1, 2, 3, (2, 1)])),
+            "pool_padding": 0 if pool in (1, (3, 1)) else draw(st.sampled_from([0, 1])),
+            "ceil_mode": draw(st.booleans()),
+        }
+        input = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(4, 13)), draw(st.integers(4, 13))
+        weight = draw(st.integers(1, 5)), input[1], *kernel
+        case = conv_case("drawn", input, weight, bias=draw(st.booleans()), **keywords)
+        geometry = case.geometry
+        assume(min(geometry.conv_size(input[2:], kernel)) > 0)
+        assume(min(geometry.pooled_size(geometry.conv_size(input[2:], kernel))) > 0)
+        kinds = {
+            name: draw(st.sampled_from(["contiguous", "channels_last", "sliced"])) for name in (*case.shapes, "grad")
+        }
+        return Drawn(case, draw(st.sampled_from(DTYPES)), kinds, draw(st.booleans()), draw(st.integers(0, 2**16)))
+
+else:
+    ruled_calls = st
+
+
+@settings(max_examples=examples(20))
+@given(call=ruled_calls())
+def test_drawn_calls_by_the_rule(call, conv, device, launches):
+    launches.clear()
+    tensors, kind = call.tensors(device), call.grad_kind(4)
+    if call.exact:
+        conv.exact(call.case, tensors, kind)
+    else:
+        conv.random(call.case, tensors, kind, allow_zero=True)
+    expect(launches, forward="patch_fma", grad_input="patch_fma", grad_weight="patch_fma")
+
+
 # --- layouts -------------------------------------------------------------------------------------------------------
 
 
@@ -186,16 +344,14 @@ def test_what_the_design_cannot_load_runs_on_the_general_kernels(conv, device, l
 
 @designs
 def test_addresses_of_64_bits(mode, monkeypatch, conv, device, launches):
-    from fastlenet.kernels.conv2d_relu_max_pool2d import patch_fma
+    from fastlenet.kernels.conv2d_relu_max_pool2d import column_fma, patch_fma
 
     tl = pytest.importorskip("triton.language")
-    for module in (patch_dot, patch_fma):
+    for module in (column_fma, patch_dot, patch_fma):
         monkeypatch.setattr(module, "index_type", lambda *_: tl.int64)
     with fp32_precision(mode.precision):
         conv.exact(SMALL, SMALL.exact(mode.dtype, device=device))
-    assert {str(constants["INDEX"]) for _, constants in launches if "KS" in constants and "INDEX" in constants} <= {
-        "int64"
-    }
+    assert {str(constants["INDEX"]) for _, constants in launches if "INDEX" in constants} <= {"int64"}
 
 
 def test_an_input_beyond_two_to_the_31_is_addressed(watched, device):

@@ -179,7 +179,7 @@ def test_operands_that_do_not_fit():
         chain(input, [*parameters[:4], torch.randn(6, 17, dtype=torch.float64), *parameters[5:]], links)
     with pytest.raises(RuntimeError, match=r"bias5 of size \(2,\), as weight5 has 2 rows"):
         chain(input, [*parameters[:9], torch.randn(3, dtype=torch.float64)], links)
-    with pytest.raises(RuntimeError, match="3D .unbatched. or 4D"):
+    with pytest.raises(RuntimeError, match=r"3D \(unbatched\) or 4D"):
         chain(input[0, 0], parameters, links)
     with pytest.raises(RuntimeError, match="same dtype"):
         chain(input.float(), parameters, links)
@@ -193,8 +193,8 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.parametrize("what", [
-    "nothing", "hook", "pre-hook", "backward hook", "parametrization", "another layer", "another forward", "global hook",
-    "a geometry that is a list",
+    "nothing", "hook", "pre-hook", "backward hook", "parametrization", "another layer", "another forward",
+    "global hook", "a geometry that is a list",
 ])  # fmt: skip
 def test_lenet_is_a_chain_unless_a_layer_is_watched_or_changed(what, either):
     torch.manual_seed(0)

@@ -80,7 +80,7 @@ def test_layers_in_front_of_layers_that_work_in_place():
 
 @pytest.mark.parametrize("stride", [(1, 2), (2, 2)])
 def test_a_strided_pointwise_kernel_in_channels_last(stride, either):
-    """Stock's weight gradient writes beyond its memory there (torch 2.13), so kernels' fallbacks take the plain layout."""
+    """Stock's weight gradient writes beyond its memory there (torch 2.13): the reference takes the plain layout."""
     images = torch.randn(3, 8, 30, 30).to(memory_format=torch.channels_last)
     weight = torch.randn(16, 8, 1, 1, requires_grad=True)
     if either == "stock":

@@ -1,0 +1,129 @@
+"""Which design computes a convolution, and with which tile, where the table of configurations has no entry.
+
+Free of triton, so that `dispatch` may ask as well. The number of images never decides; image sizes decide in one case
+only. All ratios below are modelled (`python -m bench.static --conv`), against products at 60 TFLOP/s on an H100.
+
+- **FMA units** (`patch_fma`) for up to 31 input channels in every type and precision, and for up to 64 in exact
+  float32. So few products leave matrix units waiting: an H100 took 65 us for LeNet's first layer on FMA units and 106
+  on matrix units, though the model had it the other way round. Any stride, padding and pool whose cells fit in
+  registers.
+- **General kernels**, on matrix units, for the rest: from 32 channels on their steps are full. They take 0.47 to 0.62
+  of the floor forward and 0.49 to 0.78 for the weight's gradient.
+- **The input's gradient from 32 channels on**: the general kernel computes every pixel from all cells around it, so it
+  takes 0.48 * 64 / C * pixels / cells of the floor. Where that is more than the 1.3 of `patch_fma`, as without padding
+  on small images, the FMA units take it.
+
+Tiles of `patch_fma` follow from registers. A thread has 168 of them if three programs of four warps shall fit on a
+multiprocessor; accumulators take some 70 to 100, pixels, weights and addresses the rest. The weight's gradient of small
+kernels takes 255: only then do four input channels share what spreading a gradient over its cells costs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .geometry import ConvPoolGeometry
+
+
+class Rule(NamedTuple):
+    """A design and its tile."""
+
+    design: str
+    options: dict[str, int]
+
+
+MOST_CHANNELS, MOST_EXACT = 31, 64
+"""Input channels up to which FMA units are taken, by matrix units' types and by exact float32."""
+
+_GENERAL_GRAD_INPUT, _FMA_GRAD_INPUT = 0.48, 1.3
+"""Modelled times of the input's gradient, in units of the floor: 64 channels of padded images, and any on FMA units."""
+
+
+def choose(
+    direction: str,
+    geometry: ConvPoolGeometry,
+    channels: int,
+    out_channels: int,
+    kernel: tuple[int, int],
+    size: tuple[int, int],
+    exact: bool,
+) -> Rule | None:
+    """Return the specialised design for a convolution, or None where the general kernels stay.
+
+    Args:
+        direction: ``"forward"``, ``"grad_input"`` or ``"grad_weight"``.
+        geometry: of convolution and pool.
+        channels: input channels.
+        out_channels: output channels.
+        kernel: height and width.
+        size: height and width of the images.
+        exact: whether products are of exact float32.
+    """
+    if geometry.groups != 1 or geometry.dilation != (1, 1) or geometry.pool_dilation != (1, 1):
+        return None
+    (pool_h, pool_w), (step_h, step_w) = geometry.pool_size, geometry.pool_stride
+    cells = min(pool_h, step_h) * min(pool_w, step_w)
+    taps = kernel[0] * kernel[1]
+    if cells > 9 or max(pool_h, pool_w) > 5 or taps > 121 or max(*geometry.stride, *geometry.pool_stride) > 4:
+        return None
+    if channels > (MOST_EXACT if exact else MOST_CHANNELS) and not (
+        direction == "grad_input" and channels <= MOST_EXACT and _wasteful(geometry, channels, kernel, size)
+    ):
+        return None
+    overlaps = pool_h > step_h or pool_w > step_w
+    if direction == "forward":
+        return _forward(cells, taps, out_channels, overlaps)
+    if direction == "grad_weight":
+        return _grad_weight(kernel, channels, out_channels, overlaps)
+    spans = [
+        (min(pool, step) - 1) * stride + length
+        for pool, step, stride, length in zip(
+            geometry.pool_size, geometry.pool_stride, geometry.stride, kernel, strict=True
+        )
+    ]
+    return _grad_input(spans[0] * spans[1], channels)
+
+
+def _wasteful(geometry: ConvPoolGeometry, channels: int, kernel: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether the general kernel takes longer than FMA units for the input's gradient."""
+    pooled = geometry.pooled_size(geometry.conv_size(size, kernel))
+    cells = 1
+    for windows, pool, step in zip(pooled, geometry.pool_size, geometry.pool_stride, strict=True):
+        cells *= max(1, windows) * min(pool, step)
+    padded = 16
+    while padded < channels:
+        padded *= 2
+    return _GENERAL_GRAD_INPUT * 64 / padded * size[0] * size[1] / cells > _FMA_GRAD_INPUT
+
+
+def _even(number: int, most: int) -> int:
+    """Channels of a tile, at most `most`, so that tiles cover `number` with the least overlap."""
+    most = max(1, min(number, most))
+    return min(range(1, most + 1), key=lambda n: (-(-number // n) * n * (1 + 0.5 / n), -n))
+
+
+def _forward(cells: int, taps: int, out_channels: int, overlaps: bool) -> Rule:
+    # Two lanes a thread: so many accumulators for each channel. Rows that wait for the next take some more.
+    channels = _even(out_channels, min(6 if overlaps else 8, 72 // (2 * cells)))
+    return Rule("patch_fma", {"CHANNELS": channels, "UNROLL": int(taps * channels * cells <= 1000)})
+
+
+def _grad_weight(kernel: tuple[int, int], in_channels: int, out_channels: int, overlaps: bool) -> Rule:
+    taps, rows = kernel[0] * kernel[1], kernel[0]
+    if taps > 100:
+        taps, rows = kernel[1], 1
+    if in_channels > 1 and (taps <= 16 or overlaps):
+        inputs = _even(in_channels, max(1, min(4, 75 // taps)))
+        # Larger kernels keep more pixels beside their accumulators.
+        most = (150 if taps <= 16 else 75) // (taps * inputs)
+        channels = _even(out_channels, max(1, min(8, most)))
+        return Rule("patch_fma", {"CHANNELS": channels, "INPUTS": inputs, "TAP_ROWS": rows, "maxnreg": 255})
+    channels = _even(out_channels, max(1, min(8, 100 // taps)))
+    return Rule("patch_fma", {"CHANNELS": channels, "INPUTS": 1, "TAP_ROWS": rows})
+
+
+def _grad_input(span: int, channels: int) -> Rule | None:
+    if span > 160:
+        return None
+    positions = 2 if span <= 72 else 1
+    return Rule("patch_fma", {"CHANNELS": _even(channels, max(1, 96 // (span * positions))), "POSITIONS": positions})

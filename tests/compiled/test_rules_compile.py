@@ -1,0 +1,57 @@
+"""What the rule of designs takes, compiled for every architecture: no spills, and few variants."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastlenet.kernels import conv2d_relu_max_pool2d as conv
+from harness.cases import conv_case
+from harness.fake_driver import TARGETS, assert_shipped_without_spills, compiling_for
+
+every_target = pytest.mark.parametrize("target", TARGETS)
+
+RULED = {
+    "CIFAR's tutorial": conv_case("", (8192, 3, 32, 32), (6, 3, 5, 5)),
+    "digits": conv_case("", (8192, 1, 28, 28), (32, 1, 3, 3)),
+    "sixteen channels": conv_case("", (8192, 16, 14, 14), (32, 16, 3, 3)),
+    "padded, overlapping windows": conv_case(
+        "", (1024, 3, 32, 32), (32, 3, 5, 5), padding=2, pool_size=3, pool_stride=2
+    ),
+}
+
+
+def run_ruled(case, dtype, images=None, kind=torch.contiguous_format):
+    """A training step's kernels, with and without argmax."""
+    shape = (images or case.input[0], *case.input[1:])
+    input, weight = torch.empty(shape, dtype=dtype, memory_format=kind), torch.empty(case.weight, dtype=dtype)
+    bias, geometry = torch.empty(case.weight[0], dtype=dtype), case.geometry
+    output, argmax = conv.conv2d_relu_max_pool2d(input, weight, bias, geometry, True)
+    conv.conv2d_relu_max_pool2d(input, weight, bias, geometry, False)
+    conv.conv2d_relu_max_pool2d_backward(output, input, weight, argmax, geometry, (True, True, True))
+
+
+@every_target
+@pytest.mark.parametrize("case", RULED.values(), ids=RULED)
+def test_what_the_rule_takes_spills_nothing(target, case):
+    with compiling_for(target) as records:
+        run_ruled(case, torch.float32)
+        assert_shipped_without_spills(records)
+        specialised = [record for record in records if record.module.endswith("patch_fma")]
+        # Forward twice and both gradients; the rest sums parts.
+        assert len(specialised) == 4
+        assert {record.name for record in records} - {record.name for record in specialised} == {"_sum_parts_kernel"}
+
+
+def test_the_number_of_images_compiles_nothing_new():
+    """Nor does their size: a training compiles four kernels of a layer and the sum, and two more for odd rows."""
+    case = RULED["digits"]
+    with compiling_for("sm_90") as records:
+        counts = []
+        for images in (8192, 5000, 8191):
+            run_ruled(case, torch.float32, images)
+            counts.append(len(records))
+        assert counts == [5] * 3
+        run_ruled(conv_case("", (8192, 1, 26, 30), case.weight), torch.float32)
+        assert len(records) == 5
+        run_ruled(conv_case("", (8192, 1, 27, 27), case.weight), torch.float32)
+        assert len(records) == 9  # rows of odd length are loaded number by number

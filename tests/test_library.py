@@ -108,7 +108,7 @@ def test_the_head_multiplies_exact_numbers_by_the_library(precision):
 
 def test_choosing_loads_no_triton():
     code = (
-        "import sys, torch; from fastlenet.kernels import configurations; "
+        "import sys, torch; from fastlenet import library; from fastlenet.kernels import configurations; "
         "configurations.architecture = lambda: 'sm_90'; "
         "print(library.product('forward', torch.empty(2, 4096), torch.empty(4096, 4096)), 'triton' in sys.modules)"
     )

@@ -1,4 +1,4 @@
-"""Who computes: fastlenet and its rivals, each in its best honest form, bound to the same data.
+"""Who computes: fastlenet and its baselines, each in its best honest form, bound to the same data.
 
 An `Implementation` is a model in one of three forms (fused by fastlenet, stock, or stock's own partly fused library
 calls), a memory layout, and a way to run it: eagerly, compiled, or replayed from a CUDA graph. `Call` binds one to a

@@ -339,8 +339,8 @@ def onnx(images: list[int], threads: int) -> None:
                     command = [sys.executable, "-m", "bench.cpu_kernels", *arguments]
                     run = subprocess.run(command, check=True, capture_output=True, text=True)
                     values.append(float(run.stdout.split()[-1]))
-            own, rival = (statistics.median(values) for values in found.values())
-            print(f"LeNet inference {count:>5}: {own:.3f} ms, ONNX Runtime {rival / own:.2f}x", flush=True)
+            own, baseline = (statistics.median(values) for values in found.values())
+            print(f"LeNet inference {count:>5}: {own:.3f} ms, ONNX Runtime {baseline / own:.2f}x", flush=True)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ NAMES = {
 }
 DIRECTIONS = {"forward": "forward", "backward": "backward", "forward_backward": "forward + backward"}
 LEGEND = (
-    "Times are medians of interleaved rounds in one process, with the interquartile range. A rival's column says how "
+    "Times are medians of interleaved rounds in one process, with the interquartile range. A baseline's column says how "
     "many times as long it takes as fastlenet: above 1x fastlenet is faster; ~ marks ranges that overlap, so no clear "
     "difference. 'floor' is how many times as long fastlenet takes as the least memory traffic and arithmetic would at "
     "the rates measured on this device. 'red' means that the parity check failed, so there is no time."
@@ -40,9 +40,9 @@ class Goal(NamedTuple):
         direction: of the comparison.
         batch: of the comparison.
         eager: against stock eager: how many times as fast at least, or of memory which part at most.
-        best: the same against the best of `rivals`, or None.
+        best: the same against the best of `baselines`, or None.
         memory: the goal is about peak memory, not time.
-        graphed: a CUDA graph of ours is set against one of eager's, and against the rivals as they are.
+        graphed: a CUDA graph of fastlenet is set against one of eager's, and against the baselines as they are.
     """
 
     direction: str
@@ -55,10 +55,10 @@ class Goal(NamedTuple):
 
 @dataclass(frozen=True)
 class Goals:
-    """A kind of device's goals; `precision` and `rivals` (which "the best" is chosen from) hold for all."""
+    """A kind of device's goals; `precision` and `baselines` (which "the best" is chosen from) hold for all."""
 
     precision: str
-    rivals: tuple[str, ...]
+    baselines: tuple[str, ...]
     goals: tuple[Goal, ...]
     saved_bytes: int = 12_800
     worst_operator: float = 0.95
@@ -195,15 +195,15 @@ def sections(rows: Iterable[Row]) -> list[tuple[str, list[list[str]]]]:
         some = [comparison for comparison in everything if comparison.first["level"] == level]
         if not some:
             continue
-        rivals = list(dict.fromkeys(name for comparison in some for name in comparison.rows if name != OURS))
-        head = ["work", "batch", "mode", "fastlenet", *rivals, "floor", "saved/image", "peak memory"]
-        lines = [_cells(comparison, rivals) for comparison in some]
+        baselines = list(dict.fromkeys(name for comparison in some for name in comparison.rows if name != OURS))
+        head = ["work", "batch", "mode", "fastlenet", *baselines, "floor", "saved/image", "peak memory"]
+        lines = [_cells(comparison, baselines) for comparison in some]
         keep = [i for i in range(len(head)) if i < 4 or any(cells[i] for cells in lines)]
         result.append((title, [[cells[i] for i in keep] for cells in [head, *lines]]))
     return result
 
 
-def _cells(comparison: Comparison, rivals: Sequence[str]) -> list[str]:
+def _cells(comparison: Comparison, baselines: Sequence[str]) -> list[str]:
     row = comparison.first
     ours = comparison.rows.get(OURS, row)
     median = comparison.median(OURS)
@@ -213,7 +213,7 @@ def _cells(comparison: Comparison, rivals: Sequence[str]) -> list[str]:
         str(row["batch"]),
         mode(row),
         time,
-        *(comparison.ratio_text(name) for name in rivals),
+        *(comparison.ratio_text(name) for name in baselines),
         "" if comparison.floor_ratio is None else f"{comparison.floor_ratio:.1f}x",
         _against_eager(comparison, "saved_bytes_per_image", lambda value: f"{value:,.0f} B"),
         _against_eager(comparison, "peak_bytes", lambda value: f"{value / 1e6:,.1f} MB"),
@@ -248,7 +248,7 @@ def goals(results: dict[str, Any]) -> list[list[str]]:
             lines.append([f"peak memory, {title}", _against(value, goal.eager, most=True), ""])
             continue
         ours, eager = (f"{OURS} graphed", f"{EAGER} graphed") if goal.graphed else (OURS, EAGER)
-        ratios = [ratio for name in wanted.rivals if (ratio := comparison.ratio(name, ours))]
+        ratios = [ratio for name in wanted.baselines if (ratio := comparison.ratio(name, ours))]
         best = "" if goal.best is None else _against(min(ratios, default=None), goal.best)
         lines.append(
             [title + ", as CUDA graphs" * goal.graphed, _against(comparison.ratio(eager, ours), goal.eager), best]
@@ -267,7 +267,7 @@ def goals(results: dict[str, Any]) -> list[list[str]]:
         ratio, worst = min(operators, key=lambda pair: pair[0])
         title = f"worst operator: {label(worst.first)}"
         lines.append([title, _against(ratio, wanted.worst_operator), ""])
-    return [["goal", "against stock eager", f"against the best of {', '.join(wanted.rivals)}"], *lines]
+    return [["goal", "against stock eager", f"against the best of {', '.join(wanted.baselines)}"], *lines]
 
 
 def _against(value: float | None, goal: float, most: bool = False) -> str:
@@ -371,7 +371,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Draw the picture.
 
     Above, for LeNet's training step and inference: speed against stock eager by batch, a line for each implementation,
-    and as a dashed line the speed at the floor. Below: every operator against eager and against its best rival.
+    and as a dashed line the speed at the floor. Below: every operator against eager and against its best baseline.
 
     Raises:
         MissingPackageError: without matplotlib.
@@ -486,7 +486,7 @@ def _name_lines(figure: Any) -> None:
 
 
 def _draw_bars(axes: Any, operators: list[Comparison]) -> None:
-    """Each operator's ratio against eager as a bar, against its best rival as a mark."""
+    """Each operator's ratio against eager as a bar, against its best baseline as a mark."""
     operators = list(reversed(operators))
     heights = range(len(operators))
     ratios = [c.ratio(EAGER) for c in operators]
@@ -515,7 +515,7 @@ def _draw_bars(axes: Any, operators: list[Comparison]) -> None:
     axes.set_xlabel("fastlenet is slower (grey)      |      fastlenet is faster (red)")
     axes.set_title(f"Operators ({mode(operators[0].first)}): shape, direction, batch", fontsize=11)
     handles = [patch(color=COLOURS[OURS], alpha=0.8), mark]
-    axes.legend(handles, ["against stock eager", "against the best rival"], loc="lower right", fontsize=8.5)
+    axes.legend(handles, ["against stock eager", "against the best baseline"], loc="lower right", fontsize=8.5)
     axes.grid(axis="x", alpha=0.3)
 
 

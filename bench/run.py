@@ -1,4 +1,4 @@
-"""``fastlenet bench``: check, time and record fastlenet and its rivals on this machine.
+"""``fastlenet bench``: check, time and record fastlenet and its baselines on this machine.
 
 Every comparison is set up once for all its implementations; each is judged against a float64 reference and, if it
 passes, timed against the others in turns. Results are on the disk after every comparison.

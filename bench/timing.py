@@ -24,9 +24,9 @@ from bench.workloads import Cost, Results
 SMALL = 256
 
 
-# fastlenet's promise: an error of at most twice stock eager's. A rival is stock PyTorch in another form (channels_last
+# fastlenet's promise: an error of at most twice stock eager's. A baseline is stock PyTorch in another form (channels_last
 # convolutions, for one, are often 3 to 5 times less accurate in float32); it promised nothing, and to refuse its time
-# would hide a strong rival. Its check sees to it that it computes the same thing.
+# would hide a strong baseline. Its check sees to it that it computes the same thing.
 PROMISED, SAME_THING = 2.0, 16.0
 
 
@@ -47,7 +47,7 @@ def check_accuracy(
         reference: stock eager's from the same data in float64.
         step: relative size of a rounding step where that of the products is coarser than the results' own. Of a shallow
             convolution cuDNN computes exact products in tf32's mode too, so that stock's error says nothing of it.
-        factor: `PROMISED` for fastlenet, `SAME_THING` for its rivals.
+        factor: `PROMISED` for fastlenet, `SAME_THING` for its baselines.
 
     Returns:
         What is wrong, or None if nothing is.

@@ -320,7 +320,7 @@ def test_peak_memory_of_a_step_is_at_least_what_autograd_keeps():
 # ---- the commands
 
 
-# Where the commands run; a GPU has more modes and more rivals than a CPU.
+# Where the commands run; a GPU has more modes and more baselines than a CPU.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RATES = timing.Rates({2**20: 1e10}, {"ieee": 1e11, "bf16": 1e11}, None)
 together = pytest.mark.xdist_group("bench")
@@ -351,7 +351,7 @@ def test_bench_writes_what_the_contract_says(tiny):
     )
     assert about["bench"]["not_measured"] == []
     assert [(row["name"], row["batch"], row["impl"]) for row in results["rows"]] == [
-        (some.name, some.batch, rival.name) for some in TINY for rival in baselines.competitors(some, DEVICE)
+        (some.name, some.batch, baseline.name) for some in TINY for baseline in baselines.competitors(some, DEVICE)
     ]
     for row in results["rows"]:
         assert {

@@ -24,9 +24,9 @@ from bench.workloads import Cost, Results
 SMALL = 256
 
 
-# fastlenet's promise: an error of at most twice stock eager's. A baseline is stock PyTorch in another form (channels_last
-# convolutions, for one, are often 3 to 5 times less accurate in float32); it promised nothing, and to refuse its time
-# would hide a strong baseline. Its check sees to it that it computes the same thing.
+# fastlenet's promise: an error of at most twice stock eager's. A baseline is stock PyTorch in another form, which
+# promised nothing: channels_last convolutions, for one, are often 3 to 5 times less accurate in float32. To refuse its
+# time would hide a strong baseline. Its check sees to it that it computes the same thing.
 PROMISED, SAME_THING = 2.0, 16.0
 
 

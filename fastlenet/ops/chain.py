@@ -1,4 +1,4 @@
-"""A chain: a row of fused operators whose results in between are nobody's business, computed as one.
+"""A chain: a row of fused operators whose results in between nothing else sees, computed as one.
 
 Its links are convolutions with relu and max-pool, then linear maps with relu, then perhaps a last one without. Before
 the first linear map each sample becomes a row.

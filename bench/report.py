@@ -25,9 +25,9 @@ NAMES = {
 DIRECTIONS = {"forward": "forward", "backward": "backward", "forward_backward": "forward + backward"}
 LEGEND = (
     "Times are medians of interleaved rounds in one process, with the interquartile range. A baseline's column says "
-    "how many times as long it takes as fastlenet: above 1x fastlenet is faster; ~ marks ranges that overlap, so no clear "
-    "difference. 'floor' is how many times as long fastlenet takes as the least memory traffic and arithmetic would at "
-    "the rates measured on this device. 'red' means that the accuracy check failed, so there is no time."
+    "how many times as long it takes as fastlenet: above 1x fastlenet is faster; ~ marks ranges that overlap, so no "
+    "clear difference. 'floor' is how many times as long fastlenet takes as the least memory traffic and arithmetic "
+    "would at the rates measured on this device. 'red' means that the accuracy check failed, so there is no time."
 )
 
 Row = dict[str, Any]

@@ -7,7 +7,8 @@ dropped by the tuner, which checks all three.
 - `patch_dot`: tiles of 32 to 128 rows, filled by as many whole images, or rows of pooled cells, as they hold; two
   depths of a step, four or eight warps, all registers or 128 a thread; in the forward one or two stages of loads, in
   the weight's gradient one window or two by two in a patch.
-- `patch_fma`: channels that a lane computes at a time, block rows of a program where it has them, and registers.
+- `patch_fma`: the rule's tile with other numbers of channels and registers, and image sizes compiled in.
+- `column_fma`: channels, rows of a strip, registers.
 
 Products of tf32 and 16 bits may take either: few of them leave matrix units waiting.
 """
@@ -21,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import rules
 from ..geometry import ConvPoolGeometry
 from . import DESIGNS
 
@@ -42,10 +44,12 @@ def candidates(
     found: list[Candidate] = [("general", options) for options in _GENERAL]
     if not exact and DESIGNS["patch_dot"].covers(geometry, input, weight):
         found += [("patch_dot", options) for options in _patch_dot(direction, geometry, input, weight)]
-    # The input's gradient meets in memory, which must hold sums in full.
-    whole = direction != "grad_input" or input.dtype == torch.float32
-    if whole and DESIGNS["patch_fma"].covers(geometry, input, weight):
-        found += [("patch_fma", options) for options in _patch_fma(direction, input)]
+    if DESIGNS["patch_fma"].covers(geometry, input, weight):
+        found += [("patch_fma", options) for options in _patch_fma(direction, geometry, input, weight, exact)]
+    # The input's gradient by columns meets in memory, which must hold sums in full.
+    columns = direction == "grad_input" and input.dtype == torch.float32
+    if columns and DESIGNS["column_fma"].covers(geometry, input, weight):
+        found += [("column_fma", options) for options in _column_fma(input)]
     return found
 
 
@@ -85,11 +89,21 @@ def _patch_dot(direction: str, geometry: ConvPoolGeometry, input: Tensor, weight
                     yield {"IMAGES": images, "ROWS": rows, "WINDOWS": windows, **pads, **constants}
 
 
-def _patch_fma(direction: str, input: Tensor) -> Iterator[dict[str, int]]:
-    if direction == "grad_input":
-        strips = (1, 2, -(-input.shape[2] // 2))
-        spaces = product((1, 2, 3), strips, ({}, {"maxnreg": 128}))
-        yield from ({"CHANNELS": channels, "STRIP": strip, **registers} for channels, strip, registers in spaces)
-    else:
-        spaces = product((2, 3, 4, 6, 8), ({}, {"maxnreg": 128}, {"maxnreg": 255}))
-        yield from ({"CHANNELS": channels, **registers} for channels, registers in spaces)
+def _patch_fma(
+    direction: str, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor, exact: bool
+) -> Iterator[dict[str, int]]:
+    (out_channels, in_channels), kernel = weight.shape[:2], (weight.shape[2], weight.shape[3])
+    size = input.shape[2], input.shape[3]
+    rule = rules.choose(direction, geometry, in_channels, out_channels, kernel, size, exact)
+    spaces = product((2, 3, 4, 6, 8), ({}, {"maxnreg": 128}, {"maxnreg": 255}))
+    for channels, registers in spaces:
+        if direction != "grad_input":
+            yield {"CHANNELS": channels, "FIXED": 1, **registers}
+        if rule is not None:
+            yield {**rule.options, "CHANNELS": channels, **registers}
+
+
+def _column_fma(input: Tensor) -> Iterator[dict[str, int]]:
+    strips = (1, 2, -(-input.shape[2] // 2))
+    spaces = product((1, 2, 3), strips, ({}, {"maxnreg": 128}))
+    yield from ({"CHANNELS": channels, "STRIP": strip, **registers} for channels, strip, registers in spaces)

@@ -1,4 +1,4 @@
-"""The tuner, all but its clock: what it drops, what it takes, and that dispatch then follows the table it wrote."""
+"""The tuner, all but its clock: what it drops, what it takes, and that the decision then follows the table it wrote."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from fastlenet.kernels import configurations, dispatch
+from fastlenet.kernels import configurations
 from fastlenet.kernels.configurations import Configuration
 from fastlenet.kernels.conv2d_relu_max_pool2d import general
 from harness import modes
@@ -17,7 +17,7 @@ from harness import modes
 import fastlenet
 from bench import tune
 from bench.workloads import ConvCase, LinearCase
-from fastlenet import functional
+from fastlenet import functional, library
 from fastlenet.errors import InputError
 
 pytestmark = pytest.mark.skipif(not modes.interpreting(), reason="a GPU's clock is not injected")
@@ -74,7 +74,7 @@ def tuned(case=CASE, **times):
     return written, "\n".join(said)
 
 
-def test_the_fastest_is_written_and_dispatch_takes_it(table, offered, launches):
+def test_the_fastest_is_written_and_taken(table, offered, launches):
     before = json.loads(table.read_text())
     offered(SMALL)
     written, _ = tuned(BLOCK_N=0.5)
@@ -102,10 +102,10 @@ def test_the_library_is_written_where_it_wins(case, table, offered):
     assert (forward["design"], forward["options"]) == ("aten", {})
     if isinstance(case, ConvCase):
         input, weight = torch.empty(7, *case.input_shape), torch.empty(case.parameter_shapes["weight"])
-        reasons = [dispatch.convolution(way, input, weight, case.geometry) for way in ("forward", "backward")]
+        reasons = [library.convolution(way, input, weight, case.geometry) for way in ("forward", "backward")]
     else:
         mat1, mat2 = torch.empty(7, 5), torch.empty(5, 4)
-        reasons = [dispatch.product(way, mat1, mat2) for way in ("forward", "backward")]
+        reasons = [library.product(way, mat1, mat2) for way in ("forward", "backward")]
     assert all(reason.startswith("the table of configurations takes the library: measured on") for reason in reasons)
 
 

@@ -33,6 +33,7 @@ SLOW = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SLOW)
 def test_a_call_that_was_slow(name):
     """Timed in turns with stock; a machine's hiccup is given two more chances."""

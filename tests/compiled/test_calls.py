@@ -246,7 +246,9 @@ def test_a_plan_holds_only_where_it_was_made(what, gpu, launched, reasoned, monk
                 layer(images)
                 assert launched[-1][0].target.arch == 80
         elif what == "table":
-            monkeypatch.setattr(configurations, "table", lambda table={}: table)
+            place = "conv2d_relu_max_pool2d.forward", "sm_90", "ieee", (6, 14, 14, 16, 6, 5, 5)
+            listed = {place: configurations.Configuration("general", {}, "for a test")}
+            monkeypatch.setattr(configurations, "table", lambda: listed)
             layer(images)
             assert launched[-1][0].module.endswith("general")
         else:

@@ -199,7 +199,9 @@ def test_precision_table_and_driver_have_plans_of_their_own(launched, monkeypatc
         with fp32_precision("ieee"):
             assert kernels()[0] == "patch_fma"
             with monkeypatch.context() as patch:
-                patch.setattr(configurations, "table", functools.cache(dict))
+                place = "conv2d_relu_max_pool2d.forward", "sm_90", "ieee", (6, 14, 14, 16, 6, 5, 5)
+                listed = {place: configurations.Configuration("general", {}, "for a test")}
+                patch.setattr(configurations, "table", lambda: listed)
                 assert kernels() == ("general", "ieee", 90)
             assert kernels()[0] == "patch_fma"
     with compiling_for("sm_80"), fp32_precision("ieee"):
@@ -261,11 +263,11 @@ def test_hooks_on_launches_see_those_of_plans(reasoned):
             hooks.remove(print)
         assert len(reasoned) == 2
         seen = []
-        head._forward_kernel.add_pre_run_hook(lambda *_, **__: seen.append(True))
+        head._exact_forward_kernel.add_pre_run_hook(lambda *_, **__: seen.append(True))
         try:
             run(head.mlp, *tensors, False)
         finally:
-            head._forward_kernel.pre_run_hooks.clear()
+            head._exact_forward_kernel.pre_run_hooks.clear()
         assert (len(reasoned), len(seen)) == (3, 1)
         run(head.mlp, *tensors, False)
         assert len(reasoned) == 3

@@ -101,10 +101,10 @@ def _product(
         left_stride_k = 1
     if RIGHT < 0:
         right_stride_k = 1
-    depth = (first + tl.arange(0, BLOCK_K)).to(INDEX)
-    left_pointers = pointers(left_ptr, row, depth, left_stride_m, left_stride_k, LEFT)
-    output_pointers = pointers(output_ptr, row, depth, output_stride_m, output_stride_k, OUTPUT)
-    right_pointers = pointers(right_ptr, depth, column, right_stride_k, right_stride_n, RIGHT)
+    start_depth = (first + tl.arange(0, BLOCK_K)).to(INDEX)
+    left_pointers = pointers(left_ptr, row, start_depth, left_stride_m, left_stride_k, LEFT)
+    output_pointers = pointers(output_ptr, row, start_depth, output_stride_m, output_stride_k, OUTPUT)
+    right_pointers = pointers(right_ptr, start_depth, column, right_stride_k, right_stride_n, RIGHT)
     left_rows, left_depth = bound(m, -LEFT), bound(k, LEFT)
     output_rows, output_depth = bound(m, -OUTPUT), bound(k, OUTPUT)
     right_depth, right_columns = bound(k, -RIGHT), bound(n, RIGHT)
@@ -115,11 +115,11 @@ def _product(
         if MASKED:
             mask = (row < output_rows)[:, None] & (depth < output_depth)[None, :]
             left = tl.where(load(output_pointers, mask) <= 0, 0.0, left).to(left.dtype)
-            output_pointers += BLOCK_K * output_stride_k
+            output_pointers += BLOCK_K * tl.cast(output_stride_k, INDEX)
         right = load(right_pointers, (depth < right_depth)[:, None] & (column < right_columns)[None, :])
         product = dot(left, right, product, PRECISION)
-        left_pointers += BLOCK_K * left_stride_k
-        right_pointers += BLOCK_K * right_stride_k
+        left_pointers += BLOCK_K * tl.cast(left_stride_k, INDEX)
+        right_pointers += BLOCK_K * tl.cast(right_stride_k, INDEX)
     return product
 
 

@@ -524,8 +524,8 @@ def _through_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[s
     else:
         # Four slices of hidden2 leave registers for half as wide a block of hidden1. AMD's lanes have 256: less still.
         # On sm_80, which multiplies out of registers, rounding tf32 operands there takes the rest.
-        narrow = wide or (dtype == torch.float32 and architecture() == "sm_80")
-        block_p = min(max(32, next_power_of_2(p)), 64 if narrow else 128) if aligned else 32
+        rounded = dtype == torch.float32 and architecture() == "sm_80"
+        block_p = min(max(32, next_power_of_2(p)), 32 if rounded else 64 if wide else 128) if aligned else 32
         rows = 64
         if wide and dtype == torch.float32 and not registers:
             rows, block_p = 32, 32

@@ -17,6 +17,8 @@ from harness.operators import fp32_precision
 from bench import sass as reader
 from bench import static
 
+pytestmark = pytest.mark.thorough
+
 SHAPES = {
     "LeNet fc1": (8192, 400, 120),
     "784 to 512": (8192, 784, 512),

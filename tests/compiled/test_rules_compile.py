@@ -10,6 +10,8 @@ from harness.fake_driver import TARGETS, assert_shipped_without_spills, compilin
 
 every_target = pytest.mark.parametrize("target", TARGETS)
 
+pytestmark = pytest.mark.thorough
+
 RULED = {
     "CIFAR's tutorial": conv_case("", (8192, 3, 32, 32), (6, 3, 5, 5)),
     "digits": conv_case("", (8192, 1, 28, 28), (32, 1, 3, 3)),

@@ -160,6 +160,7 @@ def x():
 # --- counting ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @every_arch
 def test_a_kernel_without_branches_runs_as_it_stands(arch, x):
     record, execution = launch(arch, _add_kernel, x, x, grid=(10,), BLOCK=BLOCK)
@@ -317,6 +318,7 @@ def committed():
     return json.loads(PATH.read_text(encoding="utf-8"))
 
 
+@pytest.mark.thorough
 @needs_committed
 @pytest.mark.parametrize("precision", static.PRECISIONS)
 def test_no_kernel_of_lenet_got_dearer(precision, committed):
@@ -331,6 +333,7 @@ def test_no_kernel_of_lenet_got_dearer(precision, committed):
     assert not problems, "\n".join([f"against {PATH.name}:", *problems, refresh])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("precision", static.PRECISIONS)
 def test_no_kernel_of_lenet_spills(arch, precision):
@@ -340,6 +343,7 @@ def test_no_kernel_of_lenet_spills(arch, precision):
         assert_shipped_without_spills(records)
 
 
+@pytest.mark.thorough
 @needs_committed
 def test_the_committed_report_is_whole(committed):
     assert committed["environment"]["triton"] == triton.__version__
@@ -373,6 +377,7 @@ def figures(**changes):
     return {"rows": [row], "totals": static.totals([row])}
 
 
+@pytest.mark.thorough
 def test_comparison_tells_what_got_worse():
     before = figures()
     assert before["totals"][0]["modelled_ns_per_image"] == 3.0
@@ -389,6 +394,7 @@ def test_comparison_tells_what_got_worse():
     assert gone.startswith("only in the committed file")
 
 
+@pytest.mark.thorough
 def test_architectures_are_saved_one_by_one():
     def of(arch, commit, **changes):
         line = {"arch": arch, "precision": "bf16"}
@@ -404,6 +410,7 @@ def test_architectures_are_saved_one_by_one():
     assert [row["instructions"] for row in again["rows"]] == [100.0, 50.0]
 
 
+@pytest.mark.thorough
 def test_a_second_process_compiles_nothing():
     line = static.measure_compile("sm_90", "bf16")
     assert line["cold_compiled"] > 0
@@ -411,6 +418,7 @@ def test_a_second_process_compiles_nothing():
     assert 0 < line["warm_seconds"] < line["cold_seconds"]
 
 
+@pytest.mark.thorough
 def test_the_command_prints_and_writes(tmp_path, capsys):
     path = tmp_path / "report.json"
     options = ["--arch", "sm_90", "--precision", "fp16", "--only", "sum_parts", "--output", str(path)]
@@ -425,6 +433,7 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     assert "--save writes whole architectures" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_measurements_are_found_and_modelled(tmp_path):
     assert static.measured(tmp_path) == {}
     row = {"name": "linear_relu LeNet.fc2", "direction": "forward", "batch": 64, "precision": "bf16"}
@@ -442,6 +451,7 @@ def test_measurements_are_found_and_modelled(tmp_path):
     assert static.model_of(row | {"precision": "int8"}, "sm_90") is None
 
 
+@pytest.mark.thorough
 def test_profiled_kernels_find_their_model(monkeypatch):
     """The n-th launch of a name is its n-th row: LeNet has three forwards, of conv1, conv2 and the head."""
     step = Work(LENET, static.BATCH, torch.bfloat16, "bf16", TRAIN_STEP)
@@ -460,6 +470,7 @@ def test_profiled_kernels_find_their_model(monkeypatch):
     assert static.modelled_kernels(replace(step, batch=64), launched) == {}
 
 
+@pytest.mark.thorough
 def test_kernels_are_profiled_on_a_gpu_only(capsys):
     assert kernels.main([]) == 2
     assert capsys.readouterr().err == "bench.kernels: PyTorch sees no GPU\n"

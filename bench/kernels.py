@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.baselines import EAGER, FASTLENET, Call, Implementation, precision_mode
 from bench.run import ROOT
-from bench.static import RESULTS, modelled_kernels
+from bench.static.committed import RESULTS, modelled_kernels
 from bench.timing import in_short
 from bench.workloads import FORWARD, LENET, TRAIN_STEP, Work, cache_bytes, setup
 from fastlenet import environment

@@ -2,8 +2,8 @@
 
     python -m bench.overhead [--json] [--against CHECKOUT]
 
-A driver that answers for a GPU and launches nothing takes the place of Triton's own (`bench.fake_driver`), so tensors
-are on the CPU and no kernel runs. What is left is what a call costs before the GPU has anything to do: checks, the
+A driver that answers for a GPU and launches nothing takes the place of Triton's own (`bench.static.fake_driver`), so
+tensors are on the CPU and no kernel runs. What is left is what a call costs before the GPU has anything to do: checks, the
 decision, autograd's bookkeeping, allocations, and the launches' arguments.
 
 `inference` is LeNet's forward without gradients, `forward_backward` its forward and ``output.backward(gradient)``.
@@ -44,7 +44,7 @@ Samples = dict[str, list[float]]
 def silent_gpu() -> Iterator[None]:
     """Let Triton drive CPU tensors, as an H100's driver would, but launch nothing."""
     import fastlenet
-    from bench import fake_driver
+    from bench.static import fake_driver
 
     class Silent(fake_driver.FakeDriver):
         def launcher_cls(self, src: Any, metadata: Any) -> Any:

@@ -26,7 +26,7 @@ from fastlenet.kernels.configurations import Configuration
 
 import fastlenet
 from bench.baselines import EAGER, FASTLENET, Call, precision_mode, reference_results
-from bench.fake_driver import TARGETS
+from bench.static.fake_driver import TARGETS
 from bench.timing import check_accuracy, in_short, interleave
 from bench.workloads import (
     BACKWARD,
@@ -148,7 +148,7 @@ def unfit(slot: Slot, configuration: Configuration) -> str | None:
     architecture = configurations.architecture()
     if configuration.design == LIBRARY or architecture not in TARGETS:
         return None
-    from bench.static import compiling_fastlenet, run_operator
+    from bench.static.launches import compiling_fastlenet, run_operator
 
     precision = {"bfloat16": "bf16"}.get(slot.mode, slot.mode)
     with compiling_fastlenet(architecture, precision) as records, trying(slot, configuration):

@@ -69,7 +69,7 @@ def reporting_to(recording: Any) -> Iterator[None]:
 
 
 class DriverCache:
-    """What is remembered of Triton's active driver. Another driver (`bench.fake_driver`'s, in tests) starts anew.
+    """What is remembered of Triton's active driver. Another driver (that of `bench.static`, in tests) starts anew.
 
     Attributes:
         driver: the driver that all this belongs to.

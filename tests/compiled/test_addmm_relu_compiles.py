@@ -14,8 +14,8 @@ from fastlenet.kernels import addmm_relu as kernels
 from harness.fake_driver import assert_shipped_without_spills, compiling_for, opcodes, sass
 from harness.operators import fp32_precision
 
-from bench import sass as reader
-from bench import static
+from bench.static import model
+from bench.static import sass as reader
 
 pytestmark = pytest.mark.thorough
 
@@ -97,11 +97,11 @@ def test_machine_code_on_sm_90(shape, dtype, precision):
         # Beside the main loop only the bias is loaded in less: a lane of a matrix unit's result owns pairs of columns.
         less = sum(times for op, times in record.opcodes.items() if op.startswith("LDG.") and ".128" not in op)
         assert less <= (16 if record.name == "_forward_kernel" else 32 if narrow else 0), (name, record.opcodes)
-        integers = sum(static.classify(i.opcode) == "integer" for i in loop)
+        integers = sum(model.classify(i.opcode) == "integer" for i in loop)
         steps = sum(i.base == "HGMMA" for i in loop) * depth * (64 * tile["BLOCK_N"]) / 128
         assert integers <= steps / 8, f"{name}: {integers} integer instructions for {steps:.0f} multiply-adds a thread"
     for record, call in launches:
-        cost = static.cost(record, call)
+        cost = model.cost(record, call)
         limit = max(cost.times["tensor"], cost.times["memory"])
         # Kernels of some microseconds that only add up a few numbers are bound by neither.
         assert cost.ns <= max(1.3 * limit, 1000), f"{record}\n{cost}"
@@ -127,7 +127,7 @@ def test_other_architectures(target, shape, dtype, precision):
         assert all("LDGSTS" in op and (op.endswith(".128") or (narrow and op.endswith(".64"))) for op in copies), copies
         assert copies, record
         if target == "sm_80":
-            cost = static.cost(record, call)
+            cost = model.cost(record, call)
             assert cost.ns <= 1.3 * max(cost.times["tensor"], cost.times["memory"]), f"{record}\n{cost}"
 
 

@@ -13,7 +13,7 @@ from harness.fake_driver import compiling_for
 from harness.operators import fp32_precision
 
 import fastlenet
-from bench import fake_driver
+from bench.static import fake_driver
 from fastlenet import functional, selection
 
 PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)

@@ -15,7 +15,7 @@ from fastlenet.kernels.geometry import ConvPoolGeometry
 from harness.fake_driver import compiling_for
 from harness.operators import fp32_precision
 
-from bench import fake_driver
+from bench.static import fake_driver
 
 PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
 PADDED = PLAIN._replace(padding=(2, 1), pool_size=(3, 3), pool_stride=(2, 2))

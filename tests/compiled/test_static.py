@@ -15,10 +15,13 @@ import triton
 import triton.language as tl
 from harness.fake_driver import CompiledKernelRecord, assert_shipped_without_spills, compiling_for
 
-from bench import kernels, sass, static
+from bench import kernels
+from bench.static import __main__ as command
+from bench.static import committed, compile_time, launches, model, sass
+from bench.static.fake_driver import sass as disassemble
 from bench.workloads import LENET, TRAIN_STEP, Work
 
-every_arch = pytest.mark.parametrize("arch", static.DEVICES)
+every_arch = pytest.mark.parametrize("arch", model.DEVICES)
 
 
 @triton.jit
@@ -131,7 +134,7 @@ def launch(arch, kernel, *args, grid=(1,), **constants) -> tuple[CompiledKernelR
     with compiling_for(arch) as records:
         kernel[grid](*args, **constants)
         (record,) = records
-        return record, static.cost(record).execution
+        return record, model.cost(record).execution
 
 
 def active(execution: sass.Execution, opcode: str) -> float:
@@ -164,7 +167,7 @@ def x():
 @every_arch
 def test_a_kernel_without_branches_runs_as_it_stands(arch, x):
     record, execution = launch(arch, _add_kernel, x, x, grid=(10,), BLOCK=BLOCK)
-    text = static.disassemble(record)
+    text = disassemble(record)
     # Up to the first unconditional EXIT every line is an instruction that runs; behind it there is only padding.
     lines = [line for line in text.partition("EXIT ;")[0].splitlines() if line.lstrip().startswith("/*")]
     assert execution.warps == 10 * WARPS
@@ -238,11 +241,11 @@ def test_a_fallback_for_rare_data_is_listed_and_not_counted(arch, x):
     assert path.times == 1
     static_products = sum(opcode.startswith("FFMA") for opcode in _opcodes(record))
     assert static_products <= path.instructions < len(_opcodes(record))
-    assert f"branch on data {path.address:#06x}" in str(static.cost(record))
+    assert f"branch on data {path.address:#06x}" in str(model.cost(record))
 
 
 def _opcodes(record):
-    return [i.opcode for block in sass.parse(static.disassemble(record)).blocks for i in block.instructions]
+    return [i.opcode for block in sass.parse(disassemble(record)).blocks for i in block.instructions]
 
 
 @every_arch
@@ -262,7 +265,7 @@ def test_times_follow_from_the_device(x):
     images = 10 * BLOCK
     with compiling_for("sm_90") as records:
         _add_kernel[(10,)](x[:images], torch.empty(images), BLOCK=BLOCK)
-        cost = static.cost(records[0], images=images)
+        cost = model.cost(records[0], images=images)
     issued = cost.execution.total / (132 * 4 * 1.98)
     assert cost.times["issue"] == pytest.approx(issued)
     # Both tensors share no storage; the input is a view of a longer one.
@@ -281,8 +284,8 @@ def test_memory_counts_each_tensor_once():
         _add_kernel[(1,)](base, base, BLOCK=BLOCK)
         _add_kernel[(1,)](base[:400], base[300:], BLOCK=BLOCK)
         _add_kernel[(1,)](base[:1].expand(500), base[:400], BLOCK=BLOCK)
-        launches = [call for record in records for call in record.calls]
-    assert [static.memory_bytes(call) for call in launches] == [4000, 4000, 4 * 401]
+        calls = [call for record in records for call in record.calls]
+    assert [model.memory_bytes(call) for call in calls] == [4000, 4000, 4 * 401]
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -291,7 +294,7 @@ def test_matrix_rates(arch, x):
     half = x.half()
     with compiling_for(arch) as records:
         _dot_kernel[(1,)](half, half, x, 1, M=64, N=64, K=64)
-        device, cost = static.DEVICES[arch], static.cost(records[0])
+        device, cost = model.DEVICES[arch], model.cost(records[0])
     cycles = {"sm_80": 256, "sm_90": 128}[arch]
     assert cost.times["tensor"] == pytest.approx(cycles / device.processors / device.ghz)
 
@@ -300,16 +303,16 @@ def test_an_architecture_without_a_model_is_refused(x):
     with compiling_for("gfx942") as records:
         _add_kernel[(1,)](x, x, BLOCK=BLOCK)
         with pytest.raises(ValueError, match="no model of gfx942"):
-            static.cost(records[0])
+            model.cost(records[0])
 
 
 # --- the report ----------------------------------------------------------------------------------------------------
 
 CONTRACT = {"kernel", "shape", "dtype", "precision", "arch", "used_by", "registers", "spill_bytes", "shared_bytes"}
 CONTRACT |= {"num_warps", "instructions", "by_class", "issue_ns_per_image"}
-PATH = static.committed_path()
+PATH = committed.committed_path()
 needs_committed = pytest.mark.skipif(
-    not PATH.is_file(), reason=f"no committed figures for triton {triton.__version__} (refresh: {static.REFRESH})"
+    not PATH.is_file(), reason=f"no committed figures for triton {triton.__version__} (refresh: {committed.REFRESH})"
 )
 
 
@@ -320,26 +323,26 @@ def committed():
 
 @pytest.mark.thorough
 @needs_committed
-@pytest.mark.parametrize("precision", static.PRECISIONS)
+@pytest.mark.parametrize("precision", launches.PRECISIONS)
 def test_no_kernel_of_lenet_got_dearer(precision, committed):
-    today = static.report(["sm_90"], [precision], operators=False)
-    assert {use for row in today["rows"] for use in row["used_by"]} == {static.INFERENCE, static.STEP}
+    today = launches.report(["sm_90"], [precision], operators=False)
+    assert {use for row in today["rows"] for use in row["used_by"]} == {launches.INFERENCE, launches.STEP}
     for row in today["rows"]:
         assert set(row) >= CONTRACT
         assert row["by_class"].get("other", 0) <= 0.02 * row["instructions"], f"unknown instructions in {row['kernel']}"
         assert sum(row["by_class"].values()) == pytest.approx(row["instructions"], rel=1e-4)
-    problems = static.compare(today, committed)
-    refresh = f"if that is meant, refresh the committed figures:\n    {static.REFRESH}"
+    problems = committed.compare(today, committed)
+    refresh = f"if that is meant, refresh the committed figures:\n    {committed.REFRESH}"
     assert not problems, "\n".join([f"against {PATH.name}:", *problems, refresh])
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("precision", static.PRECISIONS)
+@pytest.mark.parametrize("precision", launches.PRECISIONS)
 def test_no_kernel_of_lenet_spills(arch, precision):
-    with static.compiling_fastlenet(arch, precision) as records:
-        for use in (static.INFERENCE, static.STEP):
-            static.run_lenet(use, static.PRECISIONS[precision])
+    with launches.compiling_fastlenet(arch, precision) as records:
+        for use in (launches.INFERENCE, launches.STEP):
+            launches.run_lenet(use, launches.PRECISIONS[precision])
         assert_shipped_without_spills(records)
 
 
@@ -352,12 +355,12 @@ def test_the_committed_report_is_whole(committed):
     found = {(row["arch"], row["precision"]) for row in committed["rows"]}
     architectures = {row["arch"] for row in committed["rows"]}
     assert "sm_90" in architectures
-    assert found == {(arch, precision) for arch in architectures for precision in static.PRECISIONS}
+    assert found == {(arch, precision) for arch in architectures for precision in launches.PRECISIONS}
     assert {(t["arch"], t["precision"], t["use"]) for t in committed["totals"]} == {
         (arch, precision, use)
-        for arch in architectures & set(static.DEVICES)
-        for precision in static.PRECISIONS
-        for use in (static.INFERENCE, static.STEP)
+        for arch in architectures & set(model.DEVICES)
+        for precision in launches.PRECISIONS
+        for use in (launches.INFERENCE, launches.STEP)
     }
     assert all(line["warm_compiled"] == 0 < line["cold_compiled"] for line in committed["compile"])
 
@@ -366,30 +369,30 @@ def figures(**changes):
     """A report of one row."""
     row: dict = dict.fromkeys(CONTRACT, "a") | {
         "arch": "sm_90",
-        "used_by": [static.INFERENCE],
-        "launches": {static.INFERENCE: 2},
+        "used_by": [launches.INFERENCE],
+        "launches": {launches.INFERENCE: 2},
         "spill_bytes": 0,
         "instructions": 100.0,
         "issue_ns_per_image": 1.0,
         "modelled_ns_per_image": 1.5,
     }
     row |= changes
-    return {"rows": [row], "totals": static.totals([row])}
+    return {"rows": [row], "totals": launches.totals([row])}
 
 
 @pytest.mark.thorough
 def test_comparison_tells_what_got_worse():
     before = figures()
     assert before["totals"][0]["modelled_ns_per_image"] == 3.0
-    assert static.compare(figures(instructions=104.9), before) == []
-    assert static.compare(figures(instructions=50.0, issue_ns_per_image=0.5), before) == []
-    row, total = static.compare(figures(instructions=106.0), before)
+    assert committed.compare(figures(instructions=104.9), before) == []
+    assert committed.compare(figures(instructions=50.0, issue_ns_per_image=0.5), before) == []
+    row, total = committed.compare(figures(instructions=106.0), before)
     assert row.startswith("instructions 100 -> 106 (+6%): a | a")
     assert total.startswith("instructions 200 -> 212 (+6%): total of sm_90")
-    assert len(static.compare(figures(issue_ns_per_image=1.06), before)) == 2
-    assert static.compare(figures(spill_bytes=8), before) == ["spills 8 bytes: a | a | a | a | sm_90"]
-    assert static.compare(figures(spill_bytes=8, arch="sm_100"), figures(arch="sm_100")) == []
-    new, gone = static.compare(figures(shape="b"), before)
+    assert len(committed.compare(figures(issue_ns_per_image=1.06), before)) == 2
+    assert committed.compare(figures(spill_bytes=8), before) == ["spills 8 bytes: a | a | a | a | sm_90"]
+    assert committed.compare(figures(spill_bytes=8, arch="sm_100"), figures(arch="sm_100")) == []
+    new, gone = committed.compare(figures(shape="b"), before)
     assert new.startswith("not in the committed file")
     assert gone.startswith("only in the committed file")
 
@@ -400,10 +403,10 @@ def test_architectures_are_saved_one_by_one():
         line = {"arch": arch, "precision": "bf16"}
         return figures(arch=arch, **changes) | {"environment": {"commit": commit}, "compile": [line]}
 
-    first = static.completed(of("sm_90", "a"), None)
-    both = static.completed(of("sm_80", "b"), first)
+    first = committed.completed(of("sm_90", "a"), None)
+    both = committed.completed(of("sm_80", "b"), first)
     assert both["commits"] == {"sm_80": "b", "sm_90": "a"}
-    again = static.completed(of("sm_90", "c", instructions=50.0), both)
+    again = committed.completed(of("sm_90", "c", instructions=50.0), both)
     assert again["commits"] == {"sm_80": "b", "sm_90": "c"}
     for part in ("rows", "totals", "compile"):
         assert [line["arch"] for line in again[part]] == ["sm_80", "sm_90"]
@@ -412,7 +415,7 @@ def test_architectures_are_saved_one_by_one():
 
 @pytest.mark.thorough
 def test_a_second_process_compiles_nothing():
-    line = static.measure_compile("sm_90", "bf16")
+    line = compile_time.measure_compile("sm_90", "bf16")
     assert line["cold_compiled"] > 0
     assert line["warm_compiled"] == 0
     assert 0 < line["warm_seconds"] < line["cold_seconds"]
@@ -422,52 +425,52 @@ def test_a_second_process_compiles_nothing():
 def test_the_command_prints_and_writes(tmp_path, capsys):
     path = tmp_path / "report.json"
     options = ["--arch", "sm_90", "--precision", "fp16", "--only", "sum_parts", "--output", str(path)]
-    assert static.main(options) == 0
+    assert command.main(options) == 0
     printed = " ".join(capsys.readouterr().out.split())  # a narrow terminal wraps lines
-    assert static.LABEL in printed
+    assert model.LABEL in printed
     assert "no GPU results in bench/results" in printed or "against measurement on" in printed
     assert set(json.loads(path.read_text())) >= {"environment", "rows", "totals", "note", "model"}
     with pytest.raises(SystemExit) as ended:
-        static.main(["--precision", "bf16", "--save"])
+        command.main(["--precision", "bf16", "--save"])
     assert ended.value.code == 2
     assert "--save writes whole architectures" in capsys.readouterr().err
 
 
 @pytest.mark.thorough
 def test_measurements_are_found_and_modelled(tmp_path):
-    assert static.measured(tmp_path) == {}
+    assert committed.measured(tmp_path) == {}
     row = {"name": "linear_relu LeNet.fc2", "direction": "forward", "batch": 64, "precision": "bf16"}
     rows = [row | {"impl": impl, "ok": ok} for impl, ok in (("fastlenet", True), ("eager", True), ("fastlenet", False))]
     for device in ("static", "cpu-some", "nvidia-h100-80gb-hbm3"):
         (tmp_path / device).mkdir()
         (tmp_path / device / "2026-01-01.json").write_text(json.dumps({"rows": rows}))
-    assert static.measured(tmp_path) == {"nvidia-h100-80gb-hbm3": rows[:1]}
-    forward = static.model_of(row, "sm_90")
-    backward = static.model_of(row | {"direction": "backward"}, "sm_90")
-    both = static.model_of(row | {"direction": "forward_backward"}, "sm_90")
+    assert committed.measured(tmp_path) == {"nvidia-h100-80gb-hbm3": rows[:1]}
+    forward = committed.model_of(row, "sm_90")
+    backward = committed.model_of(row | {"direction": "backward"}, "sm_90")
+    both = committed.model_of(row | {"direction": "forward_backward"}, "sm_90")
     assert forward > 0
     assert both == pytest.approx(forward + backward)
-    assert static.model_of(row | {"name": "something else"}, "sm_90") is None
-    assert static.model_of(row | {"precision": "int8"}, "sm_90") is None
+    assert committed.model_of(row | {"name": "something else"}, "sm_90") is None
+    assert committed.model_of(row | {"precision": "int8"}, "sm_90") is None
 
 
 @pytest.mark.thorough
 def test_profiled_kernels_find_their_model(monkeypatch):
     """The n-th launch of a name is its n-th row: LeNet has three forwards, of conv1, conv2 and the head."""
-    step = Work(LENET, static.BATCH, torch.bfloat16, "bf16", TRAIN_STEP)
+    step = Work(LENET, launches.BATCH, torch.bfloat16, "bf16", TRAIN_STEP)
     forward = "_forward_kernel"
     launched = [forward, "softmax", forward, forward, "_product_kernel", forward]
-    assert static.modelled_kernels(step, launched) == {}  # this machine has no GPU, so the rows are not of it
+    assert committed.modelled_kernels(step, launched) == {}  # this machine has no GPU, so the rows are not of it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    found = static.modelled_kernels(step, launched)
+    found = committed.modelled_kernels(step, launched)
     assert found.keys() == {0, 2, 3, 4}
-    newest = sorted((static.RESULTS / "static").glob("*.json"))[-1]
+    newest = sorted((committed.RESULTS / "static").glob("*.json"))[-1]
     rows = json.loads(newest.read_text())["rows"]
     rows = [row for row in rows if row["arch"] == "sm_90" and row["precision"] == "bf16"]
-    rows = [row for row in rows if static.STEP in row["used_by"] and row["kernel"].endswith("._forward_kernel")]
+    rows = [row for row in rows if launches.STEP in row["used_by"] and row["kernel"].endswith("._forward_kernel")]
     assert [found[i] for i in (0, 2, 3)] == [row["modelled_ns_per_image"] for row in rows]
-    assert static.modelled_kernels(replace(step, batch=64), launched) == {}
+    assert committed.modelled_kernels(replace(step, batch=64), launched) == {}
 
 
 @pytest.mark.thorough

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # pytest puts the tests' folders on the path, not the checkout's
     sys.path.append(str(ROOT))
 
-from bench.fake_driver import *  # noqa: E402, F403
-from bench.fake_driver import CompiledKernelRecord, assert_no_spills  # noqa: E402
+from bench.static.fake_driver import *  # noqa: E402, F403
+from bench.static.fake_driver import CompiledKernelRecord, assert_no_spills  # noqa: E402
 
 
 def pinned_triton() -> str:

@@ -3,8 +3,8 @@
     python -m bench.overhead [--json] [--against CHECKOUT]
 
 A driver that answers for a GPU and launches nothing takes the place of Triton's own (`bench.static.fake_driver`), so
-tensors are on the CPU and no kernel runs. What is left is what a call costs before the GPU has anything to do: checks, the
-decision, autograd's bookkeeping, allocations, and the launches' arguments.
+tensors are on the CPU and no kernel runs. What is left is what a call costs before the GPU has anything to do: checks,
+the decision, autograd's bookkeeping, allocations, and the launches' arguments.
 
 `inference` is LeNet's forward without gradients, `forward_backward` its forward and ``output.backward(gradient)``.
 `layers` gives the same for single layers, forward and backward together: none of them may pay for the chains.

@@ -10,7 +10,7 @@ GPU_SECONDS ?= 540
 RUN := $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all bench gpu hub lint clean
+.PHONY: demo test test-wide test-all bench gpu hub lint clean
 
 demo: $(VENV)/.test
 	$(RUN) -m fastlenet.training.demo --output $(OUTPUT)
@@ -18,8 +18,12 @@ demo: $(VENV)/.test
 test: $(VENV)/.test
 	$(RUN) tests/run.py
 
+# What `make test` leaves out: every value of every parameter once.
+test-wide: $(VENV)/.test
+	$(RUN) tests/run.py --tier wide --rest
+
 test-all: $(VENV)/.test
-	$(RUN) tests/run.py --all
+	$(RUN) tests/run.py --tier all
 
 bench: $(VENV)/.test
 	$(RUN) -m fastlenet bench --results $(RESULTS)

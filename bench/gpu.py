@@ -46,7 +46,7 @@ def commands(part: str, results: Path, seconds: float) -> dict[str, list[str]]:
     """Return the commands of a part by name; raise SystemExit with a clear line if the part cannot run here."""
     module = [sys.executable, "-m"]
     if part == "tests":
-        return {"tests": [sys.executable, "tests/run.py", "--only", "kernels", "--only", "plain"]}
+        return {"tests": [sys.executable, "tests/run.py", "--tier", "wide", "--only", "kernels", "--only", "plain"]}
     if part == "kernels":
         return {"kernels": [*module, "bench.kernels", "--results", str(results)]}
     if part == "bench":

@@ -35,31 +35,47 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if any(folder == collection_path or folder in collection_path.parents for folder in refused) else None
 
 
+TIERS = ("quick", "wide", "all")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option that the runner gives unless it is asked for everything."""
-    parser.addoption("--quick", action="store_true", help="as few combinations of parameters as show every value once")
+    """Add the options that the runner gives; without them every test is run."""
+    parser.addoption("--tier", choices=TIERS, default="all", help="how much is run: see tests/run.py")
+    parser.addoption("--rest", action="store_true", help="leave out what the tier before runs")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under ``--quick`` leave out tests marked ``thorough``, and combinations whose every value others show.
+    """Keep the tests of the tier, or with ``--rest`` those that it adds to the one before."""
+    tier = TIERS.index(config.getoption("--tier"))
+    before = tier - 1 if config.getoption("--rest") else -1
+    chosen = [before < place <= tier for place in _tiers(items)]
+    config.hook.pytest_deselected(items=[item for item, kept in zip(items, chosen, strict=True) if not kept])
+    items[:] = [item for item, kept in zip(items, chosen, strict=True) if kept]
 
-    Of a test's combinations, in order, those are kept that show a value of some parameter for the first time. So each
-    value of each parameter runs, but not with each value of the others.
+
+def _tiers(items: list[pytest.Item]) -> list[int]:
+    """The first tier that runs each test, as a place in `TIERS`.
+
+    ``quick`` runs each test function once for each implementation, ``wide`` each value of each parameter once, ``all``
+    each combination. Marks leave tests to later tiers: ``wide`` from quick, ``thorough`` from quick and wide.
     """
-    if not config.getoption("--quick"):
-        return
     seen: set[tuple[str, int, str]] = set()
-    kept, left = [], []
+    functions: set[tuple[str, str]] = set()
+    tiers = []
     for item in items:
+        name = item.nodeid.partition("[")[0]
+        spec = getattr(item, "callspec", None)
         # One id for each parametrisation of the test; pytest has no public name for them.
-        ids = getattr(getattr(item, "callspec", None), "_idlist", ())
-        values = {(item.nodeid.partition("[")[0], place, name) for place, name in enumerate(ids)}
-        chosen = item.get_closest_marker("thorough") is None and (not values or not values <= seen)
-        seen |= values if chosen else set()
-        (kept if chosen else left).append(item)
-    config.hook.pytest_deselected(items=left)
-    items[:] = kept
+        values = {(name, place, value) for place, value in enumerate(getattr(spec, "_idlist", ()))}
+        function = name, str(spec.params.get("either")) if spec else ""
+        if item.get_closest_marker("thorough") is not None or (values and values <= seen):
+            tiers.append(2)
+            continue
+        tiers.append(int(function in functions or item.get_closest_marker("wide") is not None))
+        functions.add(function)
+        seen |= values
+    return tiers
 
 
 @pytest.fixture(params=["stock", "kernels"])
@@ -90,7 +106,8 @@ def cpu_kernels() -> Iterator[Any]:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the markers known: pytest-xdist's too, which groups tests where it is installed."""
-    config.addinivalue_line("markers", "thorough: left out of the quick run; ``make test-all`` runs it")
+    config.addinivalue_line("markers", "wide: left out of ``make test``; ``make test-wide`` runs it")
+    config.addinivalue_line("markers", "thorough: left out of both; ``make test-all`` runs it")
     config.addinivalue_line("markers", "xdist_group(name): run by the same process as all others of that name")
 
 

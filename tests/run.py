@@ -1,4 +1,4 @@
-"""Run the test-suite: ``python tests/run.py [--all] [--only SUITE] [--jobs N] [pytest options]``.
+"""Run the test-suite: ``python tests/run.py [--tier TIER] [--rest] [--only SUITE] [--jobs N] [pytest options]``.
 
 Triton interprets kernels in one process and compiles them in another, so there are three suites:
 
@@ -6,8 +6,13 @@ Triton interprets kernels in one process and compiles them in another, so there 
 * ``kernels``: ``tests/interpreted``, with ``TRITON_INTERPRET=1``, or natively where there is a GPU;
 * ``compiled``: ``tests/compiled``, kernels cross-compiled for GPUs that need not be there.
 
-Without ``--all`` each test runs with as few combinations of its parameters as show every single value, and tests marked
-``thorough`` are left out (see ``conftest.py``). The suites run one after the other, each over all CPUs by pytest-xdist
+There are three tiers (see ``conftest.py``), and ``--rest`` leaves out what the tier before runs:
+
+* ``quick``, as ``make test`` runs it: each test once for each implementation;
+* ``wide``, as ``.ci/run`` runs it after quick: each value of each parameter once;
+* ``all``, as ``make test-all`` runs it: every combination.
+
+The suites run one after the other, each over all CPUs by pytest-xdist
 where that is installed. Unknown options go to every pytest. The last line is ``N passed, N failed, N skipped``; the
 exit code is 0 only if nothing failed and every suite had tests to run.
 """
@@ -34,6 +39,7 @@ TARGETS = {
     "compiled": [str(TESTS / "compiled")],
 }
 MOST_JOBS = 12
+TIERS = ("quick", "wide", "all")
 NOTHING_COLLECTED = 5
 Counts = dict[str, int]
 
@@ -52,7 +58,7 @@ def gpu_available() -> bool:
     return done.stdout.strip().endswith("True")
 
 
-def command(suite: str, report: Path, jobs: int, quick: bool, options: list[str]) -> list[str]:
+def command(suite: str, report: Path, jobs: int, tier: list[str], options: list[str]) -> list[str]:
     """The pytest command line of a suite."""
     line = [sys.executable, "-m", "pytest", "-q", *TARGETS[suite], f"--junitxml={report}", "-p", "no:cacheprovider"]
     if jobs > 1 and importlib.util.find_spec("xdist") is not None:
@@ -62,10 +68,10 @@ def command(suite: str, report: Path, jobs: int, quick: bool, options: list[str]
     if importlib.util.find_spec("pytest_timeout") is None:
         # The project's settings name that plugin's option; without the plugin, strict configuration would refuse it.
         line += ["-o", "addopts=-ra --strict-markers"]
-    return [*line, *(["--quick"] if quick else []), *options]
+    return [*line, *tier, *options]
 
 
-def environment(suite: str, native: bool, jobs: int) -> dict[str, str]:
+def environment(suite: str, native: bool, jobs: int, tier: str) -> dict[str, str]:
     """The environment of a suite."""
     env = dict(os.environ)
     env.pop("TRITON_INTERPRET", None)
@@ -76,6 +82,8 @@ def environment(suite: str, native: bool, jobs: int) -> dict[str, str]:
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         env.setdefault(variable, threads)
     env["PYTHONUNBUFFERED"] = "1"
+    if tier == TIERS[0]:
+        env.setdefault("FASTLENET_FUZZ", "0.2")
     return env
 
 
@@ -141,7 +149,8 @@ def _positive(text: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--all", action="store_true", help="run every combination and the tests marked thorough, too")
+    parser.add_argument("--tier", choices=TIERS, default=TIERS[0], help="how much to run (default: quick)")
+    parser.add_argument("--rest", action="store_true", help="leave out what the tier before runs")
     parser.add_argument("--only", choices=sorted(SUITES), action="append", help="run only this suite (may be repeated)")
     parser.add_argument(
         "--jobs",
@@ -156,18 +165,19 @@ def main(arguments: list[str] | None = None) -> int:
     native = not known.interpret and gpu_available()
     chosen = [suite for suite in SUITES if not known.only or suite in known.only]
     print(
-        f"suites: {', '.join(chosen)}{'' if known.all else ', each behaviour once (--all runs the rest)'}; "
+        f"suites: {', '.join(chosen)}, {known.tier}{' without what is run before it' if known.rest else ''}; "
         f"kernels {'run natively on the GPU' if native else 'interpreted'}; {known.jobs} processes on {cpus()} CPUs",
         flush=True,
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     finished = {}
+    tier = ["--tier", known.tier, *(["--rest"] if known.rest else [])]
     with tempfile.TemporaryDirectory(prefix="fastlenet-tests-") as folder:
         for suite in chosen:
             print(f"\n===== {suite} =====", flush=True)
             report, begin = Path(folder) / f"{suite}.xml", time.monotonic()
-            line = command(suite, report, known.jobs, not known.all, options)
-            counts, note = run(line, environment(suite, native, known.jobs), report)
+            line = command(suite, report, known.jobs, tier, options)
+            counts, note = run(line, environment(suite, native, known.jobs, known.tier), report)
             finished[suite] = counts, note, time.monotonic() - begin
     return summary(finished, bool(options))
 

@@ -410,6 +410,8 @@ def test_fuzz_draws(n):
 def test_fuzz_multiplier(monkeypatch):
     monkeypatch.setenv("FASTLENET_FUZZ", "7")
     assert examples(3) == 21
+    monkeypatch.setenv("FASTLENET_FUZZ", "0.2")
+    assert [examples(n) for n in (1, 10)] == [1, 2]
     monkeypatch.setenv("FASTLENET_FUZZ", "many")
     with pytest.raises(pytest.UsageError):
         multiplier()
@@ -479,13 +481,32 @@ def test_runner_notices_suites_without_tests(sample):
     assert lines[-2:] == ["no tests were collected in: compiled", "0 passed, 0 failed, 0 skipped"]
 
 
-def test_quick_runs_show_every_value_once(sample):
-    (sample.tests / "test_plain.py").write_text(
-        "import pytest\n\n\n@pytest.mark.parametrize('a', range(2))\n@pytest.mark.parametrize('b', range(3))\n"
-        "def test_pairs(a, b): pass\n\n\n@pytest.mark.thorough\ndef test_long(): pass\n\n\ndef test_one(): pass\n"
-    )
+TIERED = """
+import pytest
+
+@pytest.mark.parametrize("a", range(2))
+@pytest.mark.parametrize("b", range(3))
+def test_pairs(a, b): pass
+
+@pytest.mark.parametrize("either", "xy")
+@pytest.mark.parametrize("a", "pq")
+def test_two(a, either): pass
+
+@pytest.mark.thorough
+def test_long(): pass
+
+@pytest.mark.wide
+def test_wide(): pass
+
+def test_one(): pass
+"""
+
+
+def test_tiers_show_every_test_every_value_and_every_combination(sample):
+    (sample.tests / "test_plain.py").write_text(TIERED)
     ran = []
-    for options in ([], ["--quick"]):
+    for tier in ([], ["quick"], ["wide", "--rest"], ["all", "--rest"], ["wide"]):
+        options = ["--tier", *tier] if tier else []
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "tests/test_plain.py", "--collect-only", "-q", *options],
             cwd=sample.tests.parent,
@@ -494,8 +515,12 @@ def test_quick_runs_show_every_value_once(sample):
             check=False,
         )
         ran.append([line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line])
-    assert len(ran[0]) == 8
-    assert ran[1] == ["test_pairs[0-0]", "test_pairs[0-1]", "test_pairs[1-0]", "test_pairs[2-0]", "test_one"]
+    every, quick, then, rest, wide = ran
+    assert len(every) == 13
+    assert quick == ["test_pairs[0-0]", "test_two[p-x]", "test_two[p-y]", "test_one"]
+    assert then == ["test_pairs[0-1]", "test_pairs[1-0]", "test_pairs[2-0]", "test_two[q-x]", "test_wide"]
+    assert rest == ["test_pairs[1-1]", "test_pairs[2-1]", "test_two[q-y]", "test_long"]
+    assert set(wide) == {*quick, *then}
 
 
 def test_wrong_folder_for_the_process_is_explained(sample):

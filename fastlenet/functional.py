@@ -88,6 +88,7 @@ def conv2d_relu_max_pool2d(
         batched = input.dim() == 4
         checks.conv_shapes(name, input if batched else input.unsqueeze(0), weight, bias, groups, batched)
         input, padding = _named_padding(name, input, weight, padding, stride, dilation)
+    operands = autocast(input, weight, bias)
     geometry = ConvPoolGeometry(
         stride,
         checks.pair(name, "padding", padding),
@@ -99,7 +100,7 @@ def conv2d_relu_max_pool2d(
         checks.pair(name, "pool_dilation", pool_dilation),
         ceil_mode,
     )
-    return run(ops.CONV2D_RELU_MAX_POOL2D, geometry, *autocast(input, weight, bias))
+    return run(ops.CONV2D_RELU_MAX_POOL2D, geometry, *operands)
 
 
 def prepared_conv2d_relu_max_pool2d(

@@ -10,7 +10,7 @@ graphs fall back on them, and exported ones are taken apart into them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -162,14 +162,28 @@ def column_major(matrix: Tensor) -> bool:
 # --- chains ---------------------------------------------------------------------------------------------------------
 
 
-def chain(input: Tensor, parameters: Sequence[Tensor | None], links: Links) -> Tensor:
-    """Return what the links give, one after the other; before the first linear one, samples become rows."""
+def chain(
+    input: Tensor,
+    parameters: Sequence[Tensor | None],
+    links: Links,
+    convolve: Callable[..., Tensor] = conv2d_relu_max_pool2d,
+    linear_relu: Callable[..., Tensor] = linear_relu,
+) -> Tensor:
+    """Return what the links give, one after the other; before the first linear one, samples become rows.
+
+    Args:
+        input: of the first link, batched or not.
+        parameters: weight and bias of each link.
+        links: geometries, then linear maps.
+        convolve: computes a convolution, relu and max-pool from operands and geometry.
+        linear_relu: computes a linear map and relu from operands.
+    """
     convolved = False
     for index, link in enumerate(links):
         weight, bias = parameters[2 * index : 2 * index + 2]
         assert weight is not None
         if isinstance(link, ConvPoolGeometry):
-            input, convolved = conv2d_relu_max_pool2d(input, weight, bias, link), True
+            input, convolved = convolve(input, weight, bias, link), True
             continue
         if convolved:
             input, convolved = input.flatten(-3), False

@@ -248,23 +248,37 @@ def _walk(call: Call) -> Choice:
 # --- what is known of a kind of call --------------------------------------------------------------------------------
 
 
+class Form(NamedTuple):
+    """The form that a call takes (see `fastlenet.ops.registration`).
+
+    Attributes:
+        composed: whether stock's own operators compute it, with stock's derivatives.
+        apart: whether each of a composed call's parts is decided for itself.
+        differentiable: whether a backward may follow.
+    """
+
+    composed: bool
+    apart: bool
+    differentiable: bool
+
+
+COMPOSED = Form(composed=True, apart=False, differentiable=False)
+
+
 class Known:
     """All that is known of a kind of call.
 
     Attributes:
         choice: what runs it.
-        composed: whether stock's own operators do, with stock's derivatives.
+        form: the form that it takes.
         forward: the implementation's forward; on a GPU it follows the launches that its first call recorded.
         backward: likewise, for any gradient of the output.
-        apart: whether no kernel takes the whole, but kernels may take its parts.
     """
 
-    __slots__ = ("apart", "backward", "choice", "composed", "differentiable", "forward", "logged")
+    __slots__ = ("backward", "choice", "form", "forward", "logged")
 
     def __init__(self, call: Call, choice: Choice) -> None:
         self.choice = choice
-        self.composed = choice.forward == "aten"
-        self.differentiable = call.differentiable
         self.logged = False
         assert call.operator is not None
         by_library = None
@@ -273,7 +287,9 @@ class Known:
         if by_library is not None:
             self.choice = choice._replace(reason=f"{choice.reason}; a library multiplies its matrices: {by_library}")
         self.forward, self.backward = call.operator.implementation(choice.forward, by_library is not None)
-        self.apart = self.composed and backend() == "auto" and _parts_differ(call)
+        composed = choice.forward == "aten"
+        apart = composed and backend() == "auto" and _parts_differ(call)
+        self.form = Form(composed, apart, call.differentiable)
 
 
 def _parts_differ(call: Call) -> bool:
@@ -395,6 +411,7 @@ def choose_by_type(input: Tensor) -> Choice:
 
 def run(operator: Operator, settings: Any, *tensors: Any) -> Tensor:
     """Compute a call by what is known of its kind."""
+    known = None
     if not (
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()
@@ -403,41 +420,46 @@ def run(operator: Operator, settings: Any, *tensors: Any) -> Tensor:
         or torch.autograd.forward_ad._current_level >= 0
     ):
         known = find(operator, settings, tensors)
-        if known is not None:
-            if known.composed:
-                _log(known, operator, tensors)
-                if known.apart:
-                    return operator.one_by_one(run, settings, *tensors)
-                return operator.composition(settings, *tensors)
-            if _profiler_enabled():
-                with torch.profiler.record_function(f"{ops.NAMESPACE}::{operator.name}"):
-                    return operator.fused(settings, known, known.differentiable, *tensors)
-            return operator.fused(settings, known, known.differentiable, *tensors)
-    return _run_watched(operator, settings, tensors)
+    if known is None:
+        form = _watched(operator, settings, tensors)
+    else:
+        form = known.form
+        if form.composed:
+            _log(known, operator, tensors)
+    if form.composed:
+        return operator.composition(settings, *tensors, run=run if form.apart else None)
+    fused = operator.fused if known is None or not _profiler_enabled() else _profiled(operator)
+    return fused(settings, known, form.differentiable, *tensors)
 
 
-def _run_watched(operator: Operator, settings: Any, tensors: Sequence[Any]) -> Tensor:
-    """Compute a call that something records, maps or replaces, or whose operands are no plain tensors."""
+def _watched(operator: Operator, settings: Any, tensors: Sequence[Any]) -> Form:
+    """Tell how to compute a call that something records, maps or replaces, or whose operands are no plain tensors."""
     operator.check(settings, *tensors)
     compiling = torch.compiler.is_compiling()
     required = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if _are_functorch_transforms_active() or (not compiling and torch.autograd.forward_ad._current_level >= 0):
-        return operator.composition(settings, *tensors)
+        return COMPOSED
     if compiling or _proxied():
-        return operator.fused(settings, None, required and torch.is_grad_enabled(), *tensors)
+        return Form(composed=False, apart=False, differentiable=required and torch.is_grad_enabled())
     if _get_tracing_state() is not None:
         # A trace records operators below autograd, so gradients must be stock's business. What needs none is recorded
         # whole; PyTorch's check of a trace runs without gradients, so the mode must not decide.
-        if required:
-            return operator.composition(settings, *tensors)
-        if not operator.traceable:
-            return operator.one_by_one(run, settings, *tensors)
-        return operator.fused(settings, None, False, *tensors)
-    if any(tensor is not None and _is_batched(tensor) for tensor in tensors):
-        return operator.composition(settings, *tensors)
-    if choose(operator, settings, tensors).forward == "aten":
-        return operator.composition(settings, *tensors)
-    return operator.fused(settings, None, required and torch.is_grad_enabled(), *tensors)
+        apart = not required and not operator.traceable
+        return Form(composed=required or apart, apart=apart, differentiable=False)
+    batched = any(tensor is not None and _is_batched(tensor) for tensor in tensors)
+    if batched or choose(operator, settings, tensors).forward == "aten":
+        return COMPOSED
+    return Form(composed=False, apart=False, differentiable=required and torch.is_grad_enabled())
+
+
+def _profiled(operator: Operator) -> Callable[..., Tensor]:
+    """The operator's kernels under its name, as a profiler shows stock's operators."""
+
+    def fused(*args: Any) -> Tensor:
+        with torch.profiler.record_function(f"{ops.NAMESPACE}::{operator.name}"):
+            return operator.fused(*args)
+
+    return fused
 
 
 def _proxied() -> bool:
@@ -469,7 +491,7 @@ def _run_registered(operator: Operator, registered: Any, *args: Any) -> Any:
     if known is None:
         call = Call(operator, settings, tensors, differentiable)
         known = Known(call, Choice("aten", "aten", "an operand is no plain tensor"))
-    if known.composed:
+    if known.form.composed:
         _log(known, operator, tensors)
     return registered.run(known, *args)
 

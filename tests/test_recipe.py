@@ -100,7 +100,7 @@ class ScaleReLU(Operator):
         if scale.shape != input.shape[1:]:
             raise RuntimeError(f"{self.name}: expected scale of size {list(input.shape[1:])}, got {list(scale.shape)}")
 
-    def composition(self, settings, *tensors):
+    def composition(self, settings, *tensors, run=None):
         return reference_scale_relu(*tensors)
 
     def fused(self, settings, known, differentiable, *tensors):

@@ -130,7 +130,7 @@ class _Addmm(Operator):
         checks.same_type(_NAME, ("mat1", mat1), mat2=mat2, input=input)
         checks.matrices(_NAME, input, mat1, mat2)
 
-    def composition(self, settings: tuple[float, float], *tensors: Any) -> Tensor:
+    def composition(self, settings: tuple[float, float], *tensors: Any, run: Any = None) -> Tensor:
         input, mat1, mat2 = tensors
         return reference.addmm_relu(input, mat1, mat2, *settings)
 
@@ -182,7 +182,7 @@ class _Linear(_Addmm):
         checks.same_type("linear_relu", ("input", input), weight=weight, bias=bias)
         checks.linear_shapes("linear_relu", input, weight, bias)
 
-    def composition(self, settings: Any, *tensors: Any) -> Tensor:
+    def composition(self, settings: Any, *tensors: Any, run: Any = None) -> Tensor:
         return reference.linear_relu(*tensors)
 
     def fused(self, settings: Any, known: Any, differentiable: bool, *tensors: Any) -> Tensor:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastlenet import checks, reference
@@ -216,9 +215,15 @@ class _Operator(Operator):
     def check(self, settings: Links, *tensors: Any) -> None:
         checks.chain(_NAME, settings, *tensors)
 
-    def composition(self, settings: Links, *tensors: Any) -> Tensor:
+    def composition(self, settings: Links, *tensors: Any, run: Callable[..., Tensor] | None = None) -> Tensor:
         input, *parameters = tensors
-        return reference.chain(input, parameters, settings)
+        if run is None:
+            return reference.chain(input, parameters, settings)
+
+        def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry) -> Tensor:
+            return run(conv.CONV2D_RELU_MAX_POOL2D, geometry, input, weight, bias)
+
+        return reference.chain(input, parameters, settings, convolve, functools.partial(run, linear.LINEAR_RELU, None))
 
     def fused(self, settings: Links, known: Any, differentiable: bool, *tensors: Any) -> Tensor:
         input, *parameters = tensors
@@ -272,20 +277,6 @@ class _Operator(Operator):
             elif link == LINEAR_RELU:
                 input = input.new_empty((0, weight.shape[1]))
                 yield linear.LINEAR_RELU, None, (input, weight, bias)
-
-    def one_by_one(self, run: Callable[..., Tensor], settings: Links, *tensors: Any) -> Tensor:
-        input, *parameters = tensors
-        for index, link in enumerate(settings):
-            weight, bias = parameters[2 * index : 2 * index + 2]
-            if isinstance(link, ConvPoolGeometry):
-                input = run(conv.CONV2D_RELU_MAX_POOL2D, link, input, weight, bias)
-                continue
-            if index and isinstance(settings[index - 1], ConvPoolGeometry):
-                input = input.flatten(-3)
-            input = (
-                F.linear(input, weight, bias) if link == LINEAR else run(linear.LINEAR_RELU, None, input, weight, bias)
-            )
-        return input
 
     def registered(self) -> dict[str, Registered]:
         return {_NAME: Registered(_call, _run), f"{_NAME}_backward": Registered(_backward_call, _run_backward)}

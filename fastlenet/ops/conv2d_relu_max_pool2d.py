@@ -171,7 +171,7 @@ class _Operator(Operator):
         checks.geometry(_NAME, settings)
         checks.pooled_size(_NAME, images, weight, settings)
 
-    def composition(self, settings: ConvPoolGeometry, *tensors: Any) -> Tensor:
+    def composition(self, settings: ConvPoolGeometry, *tensors: Any, run: Any = None) -> Tensor:
         input, weight, bias = tensors
         return reference.conv2d_relu_max_pool2d(input, weight, bias, settings)
 

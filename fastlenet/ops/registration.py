@@ -66,8 +66,8 @@ class Operator(ABC):
         """Raise, as stock does, if the operands do not fit each other or the settings."""
 
     @abstractmethod
-    def composition(self, settings: Any, *tensors: Any) -> Tensor:
-        """Compute a call by stock's operators."""
+    def composition(self, settings: Any, *tensors: Any, run: Callable[..., Tensor] | None = None) -> Tensor:
+        """Compute a call by stock's operators; where `run` is given, it takes each of the call's parts."""
 
     @abstractmethod
     def fused(self, settings: Any, known: Any, differentiable: bool, *tensors: Any) -> Tensor:
@@ -88,10 +88,6 @@ class Operator(ABC):
     def parts(self, settings: Any, *tensors: Any) -> Iterator[tuple[Operator, Any, tuple[Any, ...]]]:
         """Yield the calls of other operators that a call is made of, with tensors of the right shapes."""
         yield from ()
-
-    def one_by_one(self, run: Callable[..., Tensor], settings: Any, *tensors: Any) -> Tensor:
-        """Compute a call by `run`, which takes each of its parts."""
-        raise NotImplementedError
 
     @abstractmethod
     def registered(self) -> dict[str, Registered]:

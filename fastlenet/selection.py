@@ -271,11 +271,12 @@ class Known:
     Attributes:
         choice: what runs it.
         form: the form that it takes.
+        compose: computes a plain call by stock's operators: in another order than elsewhere where that is faster.
         forward: the implementation's forward; on a GPU it follows the launches that its first call recorded.
         backward: likewise, for any gradient of the output.
     """
 
-    __slots__ = ("backward", "choice", "form", "forward", "logged")
+    __slots__ = ("backward", "choice", "compose", "form", "forward", "logged")
 
     def __init__(self, call: Call, choice: Choice) -> None:
         self.choice = choice
@@ -289,6 +290,12 @@ class Known:
         self.forward, self.backward = call.operator.implementation(choice.forward, by_library is not None)
         composed = choice.forward == "aten"
         apart = composed and backend() == "auto" and _parts_differ(call)
+        self.compose = call.operator.composition
+        if composed and not apart and backend() == "auto" and call.main.device.type == "cpu":
+            small = call.operator.small_composition(call.settings, *call.tensors)
+            if small is not None:
+                self.compose = small
+                self.choice = choice._replace(reason=f"{choice.reason}; its convolutions are matrix products")
         self.form = Form(composed, apart, call.differentiable)
 
 
@@ -421,13 +428,13 @@ def run(operator: Operator, settings: Any, *tensors: Any) -> Tensor:
     ):
         known = find(operator, settings, tensors)
     if known is None:
-        form = _watched(operator, settings, tensors)
+        form, compose = _watched(operator, settings, tensors), operator.composition
     else:
-        form = known.form
+        form, compose = known.form, known.compose
         if form.composed:
             _log(known, operator, tensors)
     if form.composed:
-        return operator.composition(settings, *tensors, run=run if form.apart else None)
+        return compose(settings, *tensors, run=run) if form.apart else compose(settings, *tensors)
     fused = operator.fused if known is None or not _profiler_enabled() else _profiled(operator)
     return fused(settings, known, form.differentiable, *tensors)
 

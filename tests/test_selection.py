@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from fastlenet.kernels import configurations
 from fastlenet.kernels.geometry import ConvPoolGeometry
+from harness.operators import stock_conv2d_relu_max_pool2d
 
 import fastlenet
 from fastlenet import functional, ops, selection
@@ -187,6 +188,58 @@ def test_parts_of_a_chain_that_no_kernel_takes_whole(cpu_kernels, monkeypatch):
     cpu_kernels.calls.clear()
     torch.testing.assert_close(network(images), output)
     assert cpu_kernels.calls == []
+
+
+# --- stock's operators for few images ------------------------------------------------------------------------------
+
+
+def convolutions(output):
+    return [name for name in walk(output) if "Conv" in name]
+
+
+PRODUCT, LIBRARY = ["SlowConv2DBackward0"], ["ConvolutionBackward0"]
+
+
+@pytest.mark.usefixtures("no_cpu_kernels")
+@pytest.mark.parametrize(
+    ("input", "weight", "options", "expected"),
+    [
+        ((1, 1, 32, 32), (6, 1, 5, 5), {}, PRODUCT),
+        ((8, 6, 14, 14), (16, 6, 5, 5), {"stride": 2, "padding": (1, 2)}, PRODUCT),
+        ((9, 6, 14, 14), (16, 6, 5, 5), {}, LIBRARY),
+        ((2, 6, 14, 14), (16, 6, 3, 3), {"dilation": 2}, LIBRARY),
+        ((2, 6, 14, 14), (16, 3, 5, 5), {"groups": 2}, LIBRARY),
+        ((2, 18, 14, 14), (16, 18, 3, 3), {}, LIBRARY),  # 162 products of a sum
+        ((1, 6, 64, 64), (16, 6, 5, 5), {}, LIBRARY),  # 2**23 products
+    ],
+)
+def test_few_small_convolutions_are_matrix_products(input, weight, options, expected):
+    """Under "auto", in the plain layout, in float32; with the results of stock's own."""
+    images, kernel, bias = torch.randn(input), torch.randn(weight, requires_grad=True), torch.randn(weight[0])
+    output = functional.conv2d_relu_max_pool2d(images, kernel, bias, **options)
+    assert convolutions(output) == expected
+    torch.testing.assert_close(output, stock_conv2d_relu_max_pool2d(images, kernel, bias, **options))
+    if input[1] > 1:
+        last = functional.conv2d_relu_max_pool2d(images.to(memory_format=torch.channels_last), kernel, bias, **options)
+        assert convolutions(last) == LIBRARY
+    double = (tensor.detach().double().requires_grad_() for tensor in (images, kernel, bias))
+    assert convolutions(functional.conv2d_relu_max_pool2d(*double, **options)) == LIBRARY
+    with fastlenet.use_backend("aten"):
+        assert convolutions(functional.conv2d_relu_max_pool2d(images, kernel, bias, **options)) == LIBRARY
+
+
+@pytest.mark.usefixtures("no_cpu_kernels")
+@pytest.mark.parametrize(("images", "expected"), [(1, PRODUCT * 2), (8, LIBRARY + PRODUCT), (9, LIBRARY * 2)])
+def test_convolutions_of_a_chain_are_matrix_products_each_by_its_size(images, expected):
+    """The second has too many products from eight images on."""
+    layers = [torch.nn.Conv2d(1, 15, 5), torch.nn.Conv2d(15, 40, 3), torch.nn.Linear(40 * 5 * 5, 10)]
+    parameters = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    input = torch.randn(images, 1, 28, 28)
+    output = functional.chain(input, parameters, (PLAIN, PLAIN, "linear"))
+    assert convolutions(output) == expected
+    first, second = (stock_conv2d_relu_max_pool2d(input, *parameters[:2]), parameters[2:4])
+    features = stock_conv2d_relu_max_pool2d(first, *second)
+    torch.testing.assert_close(output, F.linear(features.flatten(1), *parameters[4:]))
 
 
 # --- what is known -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlenet import checks, reference
-from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Links
+from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Links, memory_format
 from fastlenet.ops import addmm_relu as linear
 from fastlenet.ops import conv2d_relu_max_pool2d as conv
 from fastlenet.ops.registration import (
@@ -224,6 +224,31 @@ class _Operator(Operator):
             return run(conv.CONV2D_RELU_MAX_POOL2D, geometry, input, weight, bias)
 
         return reference.chain(input, parameters, settings, convolve, functools.partial(run, linear.LINEAR_RELU, None))
+
+    def small_composition(self, settings: Links, *tensors: Any) -> Callable[..., Tensor] | None:
+        input, *parameters = tensors
+        if input.dim() != 4 or not input.is_contiguous() or memory_format(input) == torch.channels_last:
+            return None
+        shape, found = tuple(input.shape), []
+        for link, weight in zip(settings, parameters[::2], strict=True):
+            if not isinstance(link, ConvPoolGeometry) or len(shape) != 4:
+                break
+            found.append(reference.faster_by_product(shape, weight, link))
+            conv = link.conv_size((shape[2], shape[3]), (weight.shape[2], weight.shape[3]))
+            shape = (shape[0], weight.shape[0], *link.pooled_size(conv))
+        if not any(found):
+            return None
+
+        def composed_by_products(settings: Links, *tensors: Any) -> Tensor:
+            input, *parameters = tensors
+            products = iter(found)
+
+            def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry) -> Tensor:
+                return reference.conv2d_relu_max_pool2d(input, weight, bias, geometry, next(products))
+
+            return reference.chain(input, parameters, settings, convolve)
+
+        return composed_by_products
 
     def fused(self, settings: Links, known: Any, differentiable: bool, *tensors: Any) -> Tensor:
         input, *parameters = tensors

@@ -175,6 +175,17 @@ class _Operator(Operator):
         input, weight, bias = tensors
         return reference.conv2d_relu_max_pool2d(input, weight, bias, settings)
 
+    def small_composition(self, settings: ConvPoolGeometry, *tensors: Any) -> Callable[..., Tensor] | None:
+        input, weight, _ = tensors
+        plain = input.dim() == 4 and input.is_contiguous() and memory_format(input) == torch.contiguous_format
+        few = plain and reference.faster_by_product(input.shape, weight, settings)
+        return self._composed_by_product if few else None
+
+    @staticmethod
+    def _composed_by_product(settings: ConvPoolGeometry, *tensors: Any) -> Tensor:
+        input, weight, bias = tensors
+        return reference.conv2d_relu_max_pool2d(input, weight, bias, settings, True)
+
     def fused(self, settings: ConvPoolGeometry, known: Any, differentiable: bool, *tensors: Any) -> Tensor:
         input, weight, bias = tensors
         if differentiable:

@@ -69,6 +69,10 @@ class Operator(ABC):
     def composition(self, settings: Any, *tensors: Any, run: Callable[..., Tensor] | None = None) -> Tensor:
         """Compute a call by stock's operators; where `run` is given, it takes each of the call's parts."""
 
+    def small_composition(self, settings: Any, *tensors: Any) -> Callable[..., Tensor] | None:
+        """Return what is faster than `composition` for few plain float32 images on a CPU; None if nothing is."""
+        return None
+
     @abstractmethod
     def fused(self, settings: Any, known: Any, differentiable: bool, *tensors: Any) -> Tensor:
         """Compute a call by kernels that are `known`, or by the registered operator where that is None."""

@@ -14,6 +14,10 @@ class MissingPackageError(ImportError):
     """An optional package is not installed. The message is one line with the command that installs it."""
 
 
+class KernelError(RuntimeError):
+    """A compiled CPU kernel cannot be had: compiling, linking or loading it failed."""
+
+
 def import_extra(name: str, install: str = "fastlenet[demo]") -> ModuleType:
     """Import an optional package at the moment it is needed.
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastlenet import library, ops
+from fastlenet.errors import KernelError
 from fastlenet.kernels import configurations
 from fastlenet.ops.registration import Operator, implement
 
@@ -274,12 +275,14 @@ class Known:
         compose: computes a plain call by stock's operators: in another order than elsewhere where that is faster.
         forward: the implementation's forward; on a GPU it follows the launches that its first call recorded.
         backward: likewise, for any gradient of the output.
+        forced: whether the user's setting left no choice.
     """
 
-    __slots__ = ("backward", "choice", "compose", "form", "forward", "logged")
+    __slots__ = ("backward", "choice", "compose", "forced", "form", "forward", "logged")
 
     def __init__(self, call: Call, choice: Choice) -> None:
         self.choice = choice
+        self.forced = backend() != "auto"
         self.logged = False
         assert call.operator is not None
         by_library = None
@@ -297,6 +300,15 @@ class Known:
                 self.compose = small
                 self.choice = choice._replace(reason=f"{choice.reason}; its convolutions are matrix products")
         self.form = Form(composed, apart, call.differentiable)
+
+    def give_up(self) -> None:
+        """Decide every kind of call anew after a compiled kernel failed, or raise the error again if it is forced.
+
+        The compiled kernels are unavailable from then on.
+        """
+        if self.forced:
+            raise
+        forget()
 
 
 def _parts_differ(call: Call) -> bool:
@@ -436,7 +448,13 @@ def run(operator: Operator, settings: Any, *tensors: Any) -> Tensor:
     if form.composed:
         return compose(settings, *tensors, run=run) if form.apart else compose(settings, *tensors)
     fused = operator.fused if known is None or not _profiler_enabled() else _profiled(operator)
-    return fused(settings, known, form.differentiable, *tensors)
+    try:
+        return fused(settings, known, form.differentiable, *tensors)
+    except KernelError:
+        if known is None:
+            raise
+        known.give_up()
+    return run(operator, settings, *tensors)
 
 
 def _watched(operator: Operator, settings: Any, tensors: Sequence[Any]) -> Form:
@@ -500,7 +518,11 @@ def _run_registered(operator: Operator, registered: Any, *args: Any) -> Any:
         known = Known(call, Choice("aten", "aten", "an operand is no plain tensor"))
     if known.form.composed:
         _log(known, operator, tensors)
-    return registered.run(known, *args)
+    try:
+        return registered.run(known, *args)
+    except KernelError:
+        known.give_up()
+    return _run_registered(operator, registered, *args)
 
 
 def register(operator: Operator) -> None:

@@ -70,6 +70,7 @@ def walk(output):
     return names
 
 
+@pytest.mark.usefixtures("no_cpu_kernels")
 @pytest.mark.parametrize("what", ["convolution", "linear", "network"])
 def test_a_logger_changes_neither_the_graph_nor_what_is_saved(what, caplog):
     from harness.operators import saved_for_backward

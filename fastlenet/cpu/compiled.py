@@ -24,24 +24,44 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+from fastlenet.errors import KernelError
+
 LEAST_NUMBA = (0, 61)
 """The first numba whose llvmlite (0.44) has the LLVM 15 that these kernels were checked to need."""
 
 _log = logging.getLogger("fastlenet")
 _lock = threading.RLock()
 _engines: list[object] = []  # machine code lives as long as its engine
+_failure: str | None = None
+
+
+def unavailable() -> str | None:
+    """Why compiled kernels cannot run here, and what to do about it; None if they can. Imports no numba.
+
+    One kernel that cannot be compiled or loaded turns all of them off, as the next would take as long to fail.
+    """
+    return _failure or _obstacle()
 
 
 @functools.cache
-def unavailable() -> str | None:
-    """Why compiled kernels cannot run here, and what to do about it; None if they can. Imports no numba."""
-    reason = _obstacle()
+def _obstacle() -> str | None:
+    reason = _missing()
     if reason is not None:
         _log.warning("compiled CPU kernels are off: %s", reason)
     return reason
 
 
-def _obstacle() -> str | None:
+def _failed(kernel: str, error: BaseException) -> KernelError:
+    """Note that a kernel cannot be had, and return the error that says so."""
+    global _failure
+    if _failure is None:
+        cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        _failure = f"the kernel {kernel} could not be compiled or loaded ({cause})"
+        _log.warning("compiled CPU kernels are off: %s", _failure)
+    return KernelError(f"fastlenet: {_failure}; choose backend 'auto' or 'aten' to run without it")
+
+
+def _missing() -> str | None:
     try:
         version = importlib.metadata.version("numba")
         importlib.metadata.version("llvmlite")
@@ -111,16 +131,25 @@ def address(module: str, factory: str, *constants: int) -> int:
         constants: what the kernel is compiled for.
     """
     with _lock:
-        place = folder()
-        assert place is not None, unavailable()
         stem = "-".join([module, factory, *map(str, constants)])
-        file = place / f"{stem}-{_digest()}.o"
         try:
-            code = file.read_bytes()
-        except OSError:
-            code = _compile(importlib.import_module(f"{__package__}.{module}"), factory, constants)
-            _keep(file, code)
-        return _loaded(code)
+            return _found(module, factory, constants, stem)
+        except Exception as error:  # whatever numba, LLVM, the linker or the disk raise
+            raise _failed(stem, error) from error
+
+
+def _found(module: str, factory: str, constants: tuple[int, ...], stem: str) -> int:
+    """Load a kernel from disk; compile it where there is none, or none that can be loaded."""
+    place = folder()
+    if place is None:
+        raise OSError(_missing())
+    file = place / f"{stem}-{_digest()}.o"
+    if file.exists():
+        with contextlib.suppress(Exception):
+            return _loaded(file.read_bytes())
+    code = _compile(importlib.import_module(f"{__package__}.{module}"), factory, constants)
+    _keep(file, code)
+    return _loaded(code)
 
 
 def _target_machine() -> object:

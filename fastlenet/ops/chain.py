@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlenet import checks, reference
+from fastlenet.errors import KernelError
 from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Links, memory_format
 from fastlenet.ops import addmm_relu as linear
 from fastlenet.ops import conv2d_relu_max_pool2d as conv
@@ -169,15 +170,21 @@ class ChainFunction(torch.autograd.Function):
         if links[-1] == LINEAR_RELU:
             *saved, output = saved
             output = output.reshape(size)
+        grads: Sequence[Tensor | None] | None = None
         if composed_backward(grad_output):
-            with no_autocast(input.device.type):
-                grads = _composed_grads(grad_output, links, needs, *tensors[:count])
+            pass
         elif ctx.known is None:
             like = grad_output if output is None else output  # whose values nothing reads then
             args = grad_output, like, input, parameters, list(saved), spec_of(links), needs
             grads = reference.requested(operators.chain_backward(*args), needs)
         else:
-            grads = ctx.known.backward(grad_output, output, input, parameters, saved, links, needs)
+            try:
+                grads = ctx.known.backward(grad_output, output, input, parameters, saved, links, needs)
+            except KernelError:
+                ctx.known.give_up()
+        if grads is None:
+            with no_autocast(input.device.type):
+                grads = _composed_grads(grad_output, links, needs, *tensors[:count])
         return None, None, None, *grads
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlenet import checks, reference
+from fastlenet.errors import KernelError
 from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format, output_format
 from fastlenet.ops.registration import (
     Operator,
@@ -131,25 +132,26 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
         input, weight, argmax = ctx.saved_tensors
         batched = input.dim() == 4
         operands = (grad_output, input) if batched else (grad_output.unsqueeze(0), input.unsqueeze(0))
+        grads: reference.Grads | None = None
         if composed_backward(grad_output):
+            pass
+        elif ctx.known is None:
+            found = operators.conv2d_relu_max_pool2d_backward(*operands, weight, argmax, *ctx.geometry, needs)
+            grads = reference.requested(found, needs)
+        else:
+            try:
+                grads = ctx.known.backward(*operands, weight, argmax, ctx.geometry, needs)
+            except KernelError:
+                ctx.known.give_up()
+        if grads is not None:
+            grad_input = grads[0] if batched or grads[0] is None else grads[0].squeeze_(0)
+        else:
             with no_autocast(input.device.type):
                 grads = reference.conv2d_relu_max_pool2d_backward(
                     *operands, weight, argmax, ConvPoolGeometry(*ctx.geometry), needs
                 )
-            return grads[0] if batched or grads[0] is None else grads[0].squeeze(0), *grads[1:], None, None
-        if ctx.known is None:
-            found = operators.conv2d_relu_max_pool2d_backward(*operands, weight, argmax, *ctx.geometry, needs)
-            grads = reference.requested(found, needs)
-        else:
-            grads = ctx.known.backward(*operands, weight, argmax, ctx.geometry, needs)
-        grad_input, grad_weight, grad_bias = grads
-        return (
-            grad_input if batched or grad_input is None else grad_input.squeeze_(0),
-            grad_weight,
-            grad_bias,
-            None,
-            None,
-        )
+            grad_input = grads[0] if batched or grads[0] is None else grads[0].squeeze(0)
+        return grad_input, *grads[1:], None, None
 
 
 # --- what `fastlenet.selection` must know ---------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import torch
 from fastlenet.kernels.geometry import ConvPoolGeometry
 from harness.judge import assert_bitwise_equal
 
-from fastlenet import cpu
+import fastlenet
+from fastlenet import cpu, functional, selection
 from fastlenet.cpu import compiled, threads
 
 needs_numba = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -23,7 +24,8 @@ PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 
 
 PREPARE = """
 import sys, time, torch
-from fastlenet import cpu
+import fastlenet
+from fastlenet import cpu, functional, selection
 from fastlenet.kernels.geometry import ConvPoolGeometry
 assert "numba" not in sys.modules and "llvmlite" not in sys.modules
 plain = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
@@ -51,10 +53,13 @@ def python(source: str, **environment: str) -> str:
 @pytest.fixture
 def afresh() -> Iterator[None]:
     """Let what is known of this machine be found out anew, in the test and after it."""
-    caches = compiled.unavailable, compiled.folder
+    caches = compiled._obstacle, compiled.folder
     for cache in caches:
         cache.cache_clear()
+    before, compiled._failure = compiled._failure, None
     yield
+    compiled._failure = before
+    selection.forget()
     for cache in caches:
         cache.cache_clear()
 
@@ -167,3 +172,110 @@ def test_a_fork_computes():
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
     assert out.strip() == "0"
+
+
+# --- kernels that cannot be had ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_compiled(afresh, monkeypatch, tmp_path):
+    """An empty folder for compiled code, and no kernel in memory."""
+    monkeypatch.setenv("FASTLENET_CACHE_DIR", str(tmp_path))
+    compiled.address.cache_clear()
+    selection.forget()
+    yield
+    compiled.address.cache_clear()
+
+
+def _breaks(stage: str, monkeypatch, only: str = "") -> None:
+    """Let a stage on the way to machine code fail, for kernels whose name holds `only`."""
+    real = getattr(compiled, stage)
+
+    def broken(*args):
+        if stage != "_compile" or only in args[1]:
+            raise OSError(f"{stage} is broken here\nand more")
+        return real(*args)
+
+    monkeypatch.setattr(compiled, stage, broken)
+
+
+def _network_call(kind: str):
+    """A call of enough images for the compiled kernels, and its operands."""
+    torch.manual_seed(0)
+    if kind == "network":
+        model = fastlenet.LeNet()
+        return model, [torch.randn(64, 1, 32, 32), *model.parameters()]
+    operands = [torch.randn(64, 1, 12, 12, requires_grad=True), torch.randn(6, 1, 5, 5, requires_grad=True)]
+    return (lambda images: functional.conv2d_relu_max_pool2d(images, operands[1])), operands
+
+
+@needs_numba
+@pytest.mark.parametrize("kind", ["network", "layer"])
+@pytest.mark.parametrize(
+    ("stage", "only"), [("_compile", ""), ("_loaded", ""), ("_digest", ""), ("_compile", "backward")]
+)
+def test_a_kernel_that_cannot_be_had_leaves_the_call_to_stock(stage, only, kind, nothing_compiled, monkeypatch, caplog):
+    """Forward or backward: with stock's results, one log line, the reason in the choice, and no second try."""
+    call, (images, *parameters) = _network_call(kind)
+    with fastlenet.use_backend("aten"):
+        expected = call(images)
+        grads = torch.autograd.grad(expected.square().sum(), parameters)
+    _breaks(stage, monkeypatch, only)
+    with caplog.at_level(logging.WARNING, logger="fastlenet"):
+        output = call(images)
+        ours = torch.autograd.grad(output.square().sum(), parameters)
+        again = call(images)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(again, expected)
+    torch.testing.assert_close(ours, grads, rtol=1e-3, atol=1e-3)
+    assert len(caplog.records) == 1
+    choice = selection.choose(
+        fastlenet.ops.CONV2D_RELU_MAX_POOL2D, PLAIN, (torch.randn(64, 1, 12, 12), torch.randn(6, 1, 5, 5), None)
+    )
+    assert choice.forward == "aten"
+    assert f"could not be compiled or loaded (OSError: {stage} is broken here)" in choice.reason
+
+
+@needs_numba
+@pytest.mark.parametrize("only", ["", "backward"])
+def test_a_forced_kernel_that_cannot_be_had_raises(only, nothing_compiled, monkeypatch):
+    """What failed, and what to do; at the first call and at later ones."""
+    _breaks("_compile", monkeypatch, only)
+    call, (images, *_) = _network_call("network")
+    with fastlenet.use_backend("cpu"):
+        for _ in range(2):
+            with pytest.raises(
+                RuntimeError, match=r"could not be compiled or loaded \(OSError: .*choose backend 'auto'"
+            ):
+                call(images).sum().backward()
+
+
+@needs_numba
+def test_a_registered_operator_falls_back_too(nothing_compiled, monkeypatch):
+    """A graph's call is not lost either."""
+    _breaks("_compile", monkeypatch)
+    images, weight = torch.randn(64, 1, 12, 12), torch.randn(6, 1, 5, 5)
+    output, _ = torch.ops.fastlenet.conv2d_relu_max_pool2d(images, weight, None, *PLAIN, False)
+    with fastlenet.use_backend("aten"):
+        torch.testing.assert_close(output, functional.conv2d_relu_max_pool2d(images, weight))
+
+
+@needs_numba
+def test_a_file_that_cannot_be_loaded_is_compiled_again(nothing_compiled, monkeypatch):
+    """What is on disk may be damaged."""
+    compiled.address("convolution", "exchange")
+    (file,) = compiled.folder().glob("*.o")
+    file.write_bytes(b"no machine code")
+    compiled.address.cache_clear()
+    real, tried = compiled._loaded, []
+
+    def loaded(code: bytes) -> int:
+        tried.append(code)
+        if code == b"no machine code":
+            raise RuntimeError("not an object file")
+        return real(code)
+
+    monkeypatch.setattr(compiled, "_loaded", loaded)
+    assert compiled.address("convolution", "exchange")
+    assert len(tried) == 2
+    assert file.read_bytes() == tried[1]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format
 
-from . import link, record, threads
+from . import few, link, record, threads
 from .compiled import address
 from .conv2d_relu_max_pool2d import MOST_TASKS, backward_kernel, covers, dense
 from .memory import empty
@@ -26,7 +26,7 @@ PIECE_ROWS = 8
 
 
 LITTLE_WORK = 1 << 24
-"""FLOP of a block of 16 images that take less time than stock's operators take to be called, even for one image."""
+"""FLOP of a block of 16 images, or of all of a few, up to which stock's operators take longer to be called."""
 
 
 def chain_covers(input: Tensor, parameters: Sequence[Tensor | None], links: Sequence[Link]) -> str | None:
@@ -64,7 +64,14 @@ def chain_rejects(
             shape = [weight.shape[0], *place.pooled_size(conv)]
         else:
             flop += 2 * LANES * weight.numel()
-    wanted = 0.45 if save else 0.0 if flop <= LITTLE_WORK else 0.2
+    if few.takes(images, links):
+        work = flop * images // LANES
+        return (
+            None
+            if work <= LITTLE_WORK
+            else f"{images} images take {work >> 20} MFLOP, for which stock has more threads"
+        )
+    wanted = (0.2 if save else 0.0) if flop <= LITTLE_WORK else 0.45 if save else 0.2
     if images and threads.fill(images, LANES) < wanted:
         return f"{images} images keep too few of the {LANES} lanes of {torch.get_num_threads()} threads busy"
     return None
@@ -81,6 +88,8 @@ def chain(
         links: see `Link`; what enters the first linear link is flattened.
         save: whether a backward may follow.
     """
+    if few.takes(input.shape[0], links):
+        return few.forward(input, parameters, tuple(links), save)
     plan, input, parameters = _planned(input, parameters, links)
     images = input.shape[0]
     output = empty((images, *plan.output_shape), torch.float32, plan.layout)
@@ -119,6 +128,8 @@ def chain_backward(
     shapes = [None if tensor is None else tensor.shape for tensor in (input, *parameters)]
     if not any(output_mask):
         return [None] * len(shapes)
+    if few.takes(input.shape[0], links):
+        return few.backward(grad_output, input, parameters, tuple(links), saved, output_mask)
     plan, input, parameters = _planned(input, parameters, links)
     images = input.shape[0]
     if not images:

@@ -24,6 +24,8 @@ registers:
 A weight is one number for all images and is spread over a vector as it is loaded. For each step of the sum a tile of
 4 x 6 takes 10 loads and 24 FMAs, which keeps both FMA units of a core busy.
 
+Of one image, 16 filters or channels are the lanes instead, and rows are spread: see `image`. The loops are the same.
+
 C is computed in the order in which windows need it; a window is pooled once its last pixel is there, out of the
 first-level cache. G exists for a few filters at a time. So an image costs 2 * O * C * T * P FLOP for each of the three
 sums, and nothing at the convolution's resolution leaves the core. Every sum is broken into chains of at most
@@ -55,6 +57,7 @@ from .lanes import (
     set_byte,
     set_float,
     splat,
+    splat_each,
     spread,
     spread_int,
     store,
@@ -158,10 +161,11 @@ def pack_forward(plan, weight, bias, packed, filters):
             packed += 4 * filters * (depth + 1)
 
 
-def forward_block(filters: int, pixels: int, with_argmax: int) -> Any:
-    """Return the kernel of the forward, for tiles of `pixels` x `filters`."""
+def forward_block(filters: int, pixels: int, with_argmax: int, one_image: int = 0) -> Any:
+    """Return the kernel of the forward, for tiles of `pixels` x `filters`; with `one_image` lanes are filters."""
     rows, columns = (0,) * pixels, (0,) * filters
     tile, beside = vectors(pixels * filters), vectors(filters)
+    at_rows, at_columns, like, unit = (splat_each, load, beside, BYTES) if one_image else (load, splat, columns, 4)
 
     @inlined
     def pool(plan, window, conv, target, argmax, step, byte_step, live):
@@ -199,20 +203,20 @@ def forward_block(filters: int, pixels: int, with_argmax: int) -> Any:
         for _ in range(field(plan, record.GROUPS)):
             for first in range(0, own, filters):
                 live = min(filters, own - first)
-                biases, packed = weights, weights + 4 * filters
+                biases, packed = weights, weights + unit * filters
                 pooled = 0
                 for i in range(field(plan, record.PIXEL_TILES)):
                     places = longs_at(positions + 8 * pixels * i, rows)
                     here = conv + BYTES * pixels * filters * i
                     for k in range(field(plan, record.CHUNKS)):
-                        sums = zeros(rows, columns) if k else repeat(rows, splat(biases, columns))
+                        sums = zeros(rows, columns) if k else repeat(rows, at_columns(biases, like))
                         start, end = long_at(chunk + 32 * k + 16), long_at(chunk + 32 * k + 24)
                         for c in range(long_at(chunk + 32 * k), long_at(chunk + 32 * k + 8)):
                             channel = source + c * source_step
-                            factor = packed + 4 * filters * c * taps
+                            factor = packed + unit * filters * c * taps
                             for t in range(start, end):
-                                pixel = load(channel + long_at(tap + 8 * t), places)
-                                sums = add_products(sums, pixel, splat(factor + 4 * filters * t, columns))
+                                pixel = at_rows(channel + long_at(tap + 8 * t), places)
+                                sums = add_products(sums, pixel, at_columns(factor + unit * filters * t, like))
                         if k:
                             sums = add(load(here, tile), sums)
                         store(here, tile, sums)
@@ -220,7 +224,7 @@ def forward_block(filters: int, pixels: int, with_argmax: int) -> Any:
                     while pooled < complete:
                         pool(plan, pooled, conv, target, argmax, target_step, target_step >> 2, live)
                         pooled += 1
-                weights = packed + 4 * filters * channels * taps
+                weights = packed + unit * filters * field(plan, record.PRODUCTS)
                 target += live * target_step
                 argmax += live * (target_step >> 2)
             source += channels * source_step
@@ -257,16 +261,24 @@ def pack_backward(plan, weight, packed, filters, channels):
     return spoiled == 0.0
 
 
-def backward_block(filters: int, taps: int, channels: int, input_pixels: int) -> Any:
+def backward_block(filters: int, taps: int, channels: int, input_pixels: int, one_image: int = 0) -> Any:
     """Return the kernel of the gradients, for tiles of `taps` x `filters` and of `input_pixels` x `channels`.
 
-    With neither channels nor pixels it computes no gradient of the input, as for a network's first layer.
+    With `one_image` lanes are filters, and of the input's gradient channels. With neither channels nor pixels it
+    computes no gradient of the input, as for a network's first layer.
     """
     columns, beside = (0,) * filters, vectors(filters)
     tap_rows, tap_tile = (0,) * taps, vectors(taps * filters)
     input_rows = tuple(BYTES * filters * i for i in range(input_pixels))
     input_columns = (0,) * channels
-    together = max(1, CHAIN // filters)
+    at_rows = splat_each if one_image else load
+    if one_image:
+        at_columns, like, each, unit = load, vectors(channels), 4, BYTES * channels
+        width, square = LANES * filters, LANES * LANES
+    else:
+        at_columns, like, each, unit = splat, input_columns, BYTES, 4 * channels
+        width, square = filters, 1
+    together = max(1, CHAIN // width)
 
     @inlined
     def unpool(plan, first, last, grad_target, argmax, live, grad_conv, grad_bias):
@@ -300,7 +312,7 @@ def backward_block(filters: int, taps: int, channels: int, input_pixels: int) ->
             tap = longs_at(places + 8 * taps * i, tap_rows)
             sums = zeros(tap_rows, columns)
             for n in range(first, last):
-                pixel = load(source + long_at(positions + 16 * n), tap)
+                pixel = at_rows(source + long_at(positions + 16 * n), tap)
                 sums = add_products(sums, pixel, load(grad_conv + long_at(positions + 16 * n + 8), beside))
             here = partial + BYTES * taps * filters * i
             store(here, tap_tile, add(load(here, tap_tile), sums))
@@ -308,9 +320,11 @@ def backward_block(filters: int, taps: int, channels: int, input_pixels: int) ->
     if channels:
 
         @inlined
-        def grad_input(plan, exact, grad_conv, weights, grad_source):
+        def grad_input(plan, exact, first_filter, grad_conv, weights, grad_source):
             """Add to the input's gradient what comes through a pass of filters."""
-            depth, pass_step = field(plan, record.CHANNELS), 4 * channels * filters * field(plan, record.TAPS)
+            depth, pass_step = field(plan, record.CHANNELS), 4 * square * channels * filters * field(plan, record.TAPS)
+            # Lanes that are no filter may hold NaN.
+            live = min(width, field(plan, record.ALL_FILTERS) - LANES * first_filter) if one_image else width
             tables = plan + 8 * (record.EXACT_TILES - record.INPUT_TILES) if exact else plan
             number, tiles = field(tables, record.INPUT_TILES), field(tables, record.INPUT_TILE)
             tap = field(tables, record.INPUT_TAP)
@@ -323,9 +337,9 @@ def backward_block(filters: int, taps: int, channels: int, input_pixels: int) ->
                         sums = zeros(input_rows, input_columns)
                         for t in range(start, min(start + together, end)):
                             place, factor = pixels + long_at(tap + 16 * t), weights + long_at(tap + 16 * t + 8)
-                            for j in range(filters):
-                                grad = load(place + BYTES * j, input_rows)
-                                values = splat(factor + 4 * channels * j, input_columns)
+                            for j in range(live):
+                                grad = at_rows(place + each * j, input_rows)
+                                values = at_columns(factor + unit * j, like)
                                 sums = add_products(sums, grad, values)
                         add_to_memory(grad_source, here + 24, input_rows, step, min(channels, depth - first), sums)
                 weights += passes * pass_step
@@ -334,7 +348,7 @@ def backward_block(filters: int, taps: int, channels: int, input_pixels: int) ->
     else:
 
         @inlined
-        def grad_input(plan, exact, grad_conv, weights, grad_source):
+        def grad_input(plan, exact, first_filter, grad_conv, weights, grad_source):
             """Compute nothing."""
 
     @kernel(9)
@@ -372,8 +386,8 @@ def backward_block(filters: int, taps: int, channels: int, input_pixels: int) ->
                     if partial != 0:
                         grad_weight(plan, long_at(here + 16), long_at(here + 24), source, grad_conv, partial)
                 if grad_source != 0:
-                    grad_input(plan, exact, grad_conv, factors, grad_source)
-                factors += 4 * channels * filters * all_taps
+                    grad_input(plan, exact, first, grad_conv, factors, grad_source)
+                factors += 4 * square * channels * filters * all_taps
                 if partial != 0:
                     partial += size + BYTES * filters
                 grad_target += live * target_step

@@ -340,6 +340,81 @@ def splat(typingctx, address, like):
 
 
 @intrinsic
+def splat_each(typingctx, address, offsets):
+    """Load a float from `address` plus each of `offsets` and spread it over a vector."""
+
+    def generate(context, builder, signature, args):
+        scalars = [builder.load(_pointer(builder, place, _FLOAT)) for place in _each(builder, *args)]
+        return cgutils.pack_array(builder, [_spread(builder, scalar, _FLOATS) for scalar in scalars], _FLOATS)
+
+    return types.UniTuple(lanes, offsets.count)(types.int64, offsets), generate
+
+
+def _first_lanes(builder, count):
+    """Which lanes are among the first `count`."""
+    numbers = ir.Constant(ir.VectorType(_LONG, LANES), list(range(LANES)))
+    return builder.icmp_signed("<", numbers, _spread(builder, count, ir.VectorType(_LONG, LANES)))
+
+
+@intrinsic
+def load_lanes(typingctx, address, offsets, count):
+    """Load the first `count` lanes of a vector from `address` plus each of `offsets`; the others are zero."""
+
+    def generate(context, builder, signature, args):
+        address, offsets, count = args
+        mask = _first_lanes(builder, count)
+        pointer = _FLOATS.as_pointer()
+        kind = ir.FunctionType(_FLOATS, [pointer, _INT, mask.type, _FLOATS])
+        masked = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.v{LANES}f32.p0v{LANES}f32")
+        values = [
+            builder.call(masked, [builder.inttoptr(place, pointer), _INT(4), mask, _all(0.0)])
+            for place in _each(builder, address, offsets)
+        ]
+        return cgutils.pack_array(builder, values, _FLOATS)
+
+    return types.UniTuple(lanes, offsets.count)(types.int64, offsets, types.int64), generate
+
+
+@intrinsic
+def store_lanes(typingctx, address, offsets, count, values):
+    """Store the first `count` lanes of each vector of `values` to `address` plus its offset."""
+
+    def generate(context, builder, signature, args):
+        address, offsets, count, values = args
+        mask = _first_lanes(builder, count)
+        pointer = _FLOATS.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [_FLOATS, pointer, _INT, mask.type])
+        masked = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.store.v{LANES}f32.p0v{LANES}f32")
+        for place, value in zip(_each(builder, address, offsets), cgutils.unpack_tuple(builder, values), strict=True):
+            builder.call(masked, [value, builder.inttoptr(place, pointer), _INT(4), mask])
+        return context.get_dummy_value()
+
+    return types.none(types.int64, offsets, types.int64, values), generate
+
+
+@intrinsic
+def set_long(typingctx, address, value):
+    """Write an int64 to an address."""
+
+    def generate(context, builder, signature, args):
+        builder.store(args[1], _pointer(builder, args[0], _LONG))
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), generate
+
+
+@intrinsic
+def totals(typingctx, values):
+    """Return the sum of the lanes of each vector, halves first."""
+
+    def generate(context, builder, signature, args):
+        (vectors,) = _unpack(builder, args[0])
+        return cgutils.pack_array(builder, [_total(builder, value) for value in vectors], _FLOAT)
+
+    return types.UniTuple(types.float32, values.count)(values), generate
+
+
+@intrinsic
 def splat_strided(typingctx, address, step, like):
     """Load as many floats, `step` bytes apart, as `like` has elements and spread each over a vector."""
 
@@ -505,14 +580,18 @@ def total(typingctx, address):
     """Load a vector and return the sum of its lanes, halves first."""
 
     def generate(context, builder, signature, args):
-        value, width = _load(builder, args[0], _FLOATS), LANES
-        while width > 1:
-            width //= 2
-            halves = [_shuffle(builder, value, value, range(start, start + width)) for start in (0, width)]
-            value = builder.fadd(*halves)
-        return builder.extract_element(value, _INT(0))
+        return _total(builder, _load(builder, args[0], _FLOATS))
 
     return types.float32(types.int64), generate
+
+
+def _total(builder, value):
+    width = LANES
+    while width > 1:
+        width //= 2
+        halves = [_shuffle(builder, value, value, range(start, start + width)) for start in (0, width)]
+        value = builder.fadd(*halves)
+    return builder.extract_element(value, _INT(0))
 
 
 def _transposed(builder, vectors):

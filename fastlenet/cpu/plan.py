@@ -58,6 +58,9 @@ def tile_of(filters: int, channels: int) -> Tile:
     return Tile(wide, _PIXELS[wide], _TAPS[wide], deep, _INPUT_PIXELS[deep])
 
 
+ONE_IMAGE = Tile(1, 8, 9, 1, 8)
+"""Tiles where the lanes are filters or channels of one image; `filters` and `channels` then count vectors of 16."""
+
 LINEAR_VECTORS, LINEAR_FILTERS = 2, 8
 """The tile of a linear layer's weight gradient: vectors of 16 inputs, and outputs."""
 
@@ -74,6 +77,25 @@ _CHANNEL_SPEED = {1: 0.6, 4: 0.9, 6: 1.0, 8: 1.0}
 def _width(count: int, speed: dict[int, float]) -> int:
     """The width of the fastest passes; empty places of the last one cost as much as others."""
     return min(speed, key=lambda width: (_ceil(count, width) * width / speed[width], -width))
+
+
+class OneImage(NamedTuple):
+    """How one image lies whose filters and channels are lanes.
+
+    Attributes:
+        lanes: whether what comes in is [vector of 16 channels, pixel, channel], as a layer before has written it; else
+            it is [channel, pixel], as images come.
+        padding: of the layer that follows: the pooled image is written into a frame of so many zeros.
+    """
+
+    lanes: bool
+    padding: Pair
+
+    def placed(self, windows: Tensor, pooled: Pair) -> tuple[Tensor, int]:
+        """Return each window's place in the frame, and the frame's number of places."""
+        (height, width), (rows, columns) = pooled, self.padding
+        places = (windows // max(width, 1) + rows) * (width + 2 * columns) + windows % max(width, 1) + columns
+        return places, (height + 2 * rows) * (width + 2 * columns)
 
 
 class Plan(NamedTuple):
@@ -105,6 +127,7 @@ def plan_of(
     geometry: ConvPoolGeometry,
     input_last: bool,
     target_last: bool,
+    one_image: OneImage | None = None,
 ) -> Plan:
     """Plan calls of one shape.
 
@@ -114,10 +137,11 @@ def plan_of(
         geometry: of the convolution and the pool.
         input_last: whether images, and their gradient, lie pixel by pixel (channels_last).
         target_last: whether pooled images do.
+        one_image: how one image lies, where filters and channels are the lanes; without padding, and of one group.
     """
     (all_channels, height, width), (all_filters, channels, *kernel) = input, weight
     filters, groups = all_filters // geometry.groups, geometry.groups
-    tile = tile_of(filters, channels)
+    tile = tile_of(filters, channels) if one_image is None else ONE_IMAGE
     taps = kernel[0] * kernel[1]
     (pad_h, pad_w), (gap_h, gap_w), (step_h, step_w) = geometry.padding, geometry.dilation, geometry.stride
     padded_h, padded_w = height + 2 * pad_h, width + 2 * pad_w
@@ -127,6 +151,14 @@ def plan_of(
     source_pixel, source_step = (all_channels, 1) if input_last else (1, padded_h * padded_w)
     input_pixel, input_step = (all_channels, 1) if input_last else (1, height * width)
     target_pixel, target_step = (all_filters, 1) if target_last else (1, pooled[0] * pooled[1])
+    pixel_bytes, channel_at = source_pixel * BYTES, torch.arange(channels) * source_step * BYTES
+    factor_bytes = 4 * tile.filters * tile.channels
+    if one_image is not None:
+        factor_bytes *= LANES * LANES
+        if one_image.lanes:
+            channel_at = torch.arange(channels) // LANES * source_step * BYTES + torch.arange(channels) % LANES * 4
+        else:
+            pixel_bytes, channel_at = 4, torch.arange(channels) * source_step * 4
 
     cell = _window_cells(conv, pooled, geometry)
     position, order = _order(cell, conv)
@@ -134,12 +166,12 @@ def plan_of(
         order = torch.zeros(1, dtype=torch.int64)  # no window has a cell: there is a pixel that counts for nothing
     y, x = order // conv[1], order % conv[1]
     tiles = _ceil(len(order), tile.pixels)
-    in_source = (y * step_h * padded_w + x * step_w) * source_pixel * BYTES
+    in_source = (y * step_h * padded_w + x * step_w) * pixel_bytes
     pixels = torch.cat([in_source, in_source[-1:].expand(tiles * tile.pixels - len(order))])
     last = position.amax(1).cummax(0).values
     ready = torch.searchsorted(last, (torch.arange(tiles) + 1) * tile.pixels)
     tap_h, tap_w = torch.meshgrid(torch.arange(kernel[0]), torch.arange(kernel[1]), indexing="ij")
-    tap = ((tap_h * gap_h * padded_w + tap_w * gap_w) * source_pixel * BYTES).flatten()
+    tap = ((tap_h * gap_h * padded_w + tap_w * gap_w) * pixel_bytes).flatten()
 
     border = tile.input_pixels - 1
     grad_w = conv[1] + 2 * border
@@ -147,15 +179,23 @@ def plan_of(
     grad_cell = torch.where(position >= 0, in_grad[position.clamp_min(0)], -1)
     overlap = int((position >= 0).sum()) > len(order)
     bands = _bands(position, overlap)
-    all_taps = (torch.arange(channels)[:, None] * source_step * BYTES + tap).flatten()
+    all_taps = (channel_at[:, None] + tap).flatten()
+    products = len(all_taps)
+    tap = tap if one_image is None else all_taps
     tap_tiles = _ceil(len(all_taps), tile.taps)
     all_taps = torch.cat([all_taps, all_taps[-1:].expand(tap_tiles * tile.taps - len(all_taps))])
-    sizes = (height, width), (kernel[0], kernel[1]), conv, geometry, tile, input_pixel * BYTES
+    sizes = (height, width), (kernel[0], kernel[1]), conv, geometry, tile, (input_pixel * BYTES, factor_bytes)
     input_tiles, input_taps = _input_tiles(*sizes, tile.input_pixels)
     exact_tiles, exact_taps = _input_tiles(*sizes, 1)
 
-    filter_tiles, channel_tiles = _ceil(filters, tile.filters), _ceil(channels, tile.channels)
     chunks = _chunks(channels, taps)
+    windows = torch.arange(len(cell))
+    if one_image is not None:
+        chunks = [(0, 1, 0, products)] if products <= CHAIN else _flat_chunks(products)
+        windows, target_step = one_image.placed(windows, pooled)
+        filters, channels = _ceil(filters, LANES), _ceil(channels, LANES)
+        all_filters, all_channels = filters, channels
+    filter_tiles, channel_tiles = _ceil(filters, tile.filters), _ceil(channels, tile.channels)
     runs = _pad_runs(all_channels, (height, width), geometry.padding, input_last) if padded else []
     tables = {
         record.PIXELS: pixels,
@@ -164,7 +204,7 @@ def plan_of(
         record.TAP: tap,
         record.CELL: torch.where(position >= 0, position * tile.filters * BYTES, -1),
         record.EMPTY: (position < 0).all(1),
-        record.TARGET: torch.arange(len(cell)) * target_pixel * BYTES,
+        record.TARGET: windows * target_pixel * BYTES,
         record.GRAD_CELL: grad_cell,
         record.POSITION: torch.stack([in_source, in_grad], 1),
         record.BAND: torch.tensor(bands),
@@ -182,6 +222,8 @@ def plan_of(
         record.FILTER_TILES: filter_tiles,
         record.CHANNEL_TILES: channel_tiles,
         record.TAPS: taps,
+        record.PRODUCTS: products,
+        record.ALL_FILTERS: weight[0] // groups,
         record.SOURCE_STEP: source_step * BYTES,
         record.TARGET_STEP: target_step * BYTES,
         record.INPUT_STEP: input_step * BYTES,
@@ -199,14 +241,15 @@ def plan_of(
         record.PAD_RUNS: len(runs),
         record.PAD_BYTES: all_channels * padded_h * padded_w * BYTES if padded else 0,
         record.INPUT_BYTES: all_channels * height * width * BYTES,
-        record.TARGET_BYTES: all_filters * len(cell) * BYTES,
+        record.TARGET_BYTES: all_filters * (target_step if one_image else len(cell)) * BYTES,
         record.PARTIAL_BYTES: groups * filter_tiles * tile.filters * (tap_tiles * tile.taps + 1) * BYTES,
         record.TILE_FILTERS: tile.filters,
         record.TILE_CHANNELS: tile.channels,
         record.TILE_TAPS: tile.taps,
     }
-    forward_weights = groups * filter_tiles * tile.filters * (channels * taps + 1)
-    backward_weights = groups * channel_tiles * tile.channels * filter_tiles * tile.filters * taps
+    forward_weights = groups * filter_tiles * tile.filters * (products + 1)
+    backward_weights = groups * channel_tiles * filter_tiles * taps * factor_bytes // 4
+    forward_weights *= 1 if one_image is None else LANES
     parts = {
         record.IMAGES_AT: 4 * max(forward_weights, backward_weights),
         record.PADDED_AT: numbers[record.INPUT_BYTES],
@@ -270,6 +313,13 @@ def _chunks(channels: int, taps: int) -> list[tuple[int, int, int, int]]:
     return [(c, c + 1, t, min(t + CHAIN, taps)) for c in range(channels) for t in range(0, taps, CHAIN)]
 
 
+def _flat_chunks(products: int) -> list[tuple[int, int, int, int]]:
+    """Likewise where one table holds the taps of all channels."""
+    chains = _ceil(products, CHAIN)
+    step = _ceil(products, chains)
+    return [(0, 1, first, min(first + step, products)) for first in range(0, products, step)]
+
+
 def _bands(position: Tensor, overlap: bool) -> list[tuple[int, int, int, int]]:
     """First and last window whose gradient is taken next, and first and last pixel that can be worked off then.
 
@@ -288,7 +338,7 @@ def _bands(position: Tensor, overlap: bool) -> list[tuple[int, int, int, int]]:
 
 
 def _input_tiles(
-    size: Pair, kernel: Pair, conv: Pair, geometry: ConvPoolGeometry, tile: Tile, step: int, together: int
+    size: Pair, kernel: Pair, conv: Pair, geometry: ConvPoolGeometry, tile: Tile, bytes: Pair, together: int
 ) -> tuple[Tensor, Tensor]:
     """Tables for the gradient of the input: what reaches each tile of its pixels.
 
@@ -299,10 +349,11 @@ def _input_tiles(
     an infinite weight they would be NaN: for such weights `together` is 1, and a tile is one pixel.
 
     Returns:
-        A row for each tile: base in the gradient, first and last of its taps, then its pixels' places, `step` bytes
-        apart (-1 beyond the row); and a row for each tap: offset in the gradient, and of the weight, in bytes.
+        A row for each tile: base in the gradient, first and last of its taps, then its pixels' places (-1 beyond the
+        row); and a row for each tap: offset in the gradient, and of the weight. `bytes` says how far pixels lie apart,
+        and how far the weights of two taps.
     """
-    pixels, border = tile.input_pixels, tile.input_pixels - 1
+    pixels, border, (step, factor) = tile.input_pixels, tile.input_pixels - 1, bytes
     grad_w = conv[1] + 2 * border
 
     def meets(i: int, place: int, reach: int) -> tuple[int, tuple[tuple[int, int], ...]]:
@@ -332,7 +383,7 @@ def _input_tiles(
                 for kernel_h, h in rows:
                     for kernel_w, w in beside:
                         offset = (h * grad_w + w) * tile.filters * BYTES
-                        taps.append((offset, (kernel_h * kernel[1] + kernel_w) * tile.filters * tile.channels * 4))
+                        taps.append((offset, (kernel_h * kernel[1] + kernel_w) * factor))
                 kinds[rows, beside] = first, len(taps)
             base = (base_h * grad_w + base_w + border) * tile.filters * BYTES
             tiles.append((base, *kinds[rows, beside], *(-1 if j < 0 else (row * size[1] + j) * step for j in own)))

@@ -2,6 +2,9 @@
 
 `plan` fills such a table once for each kind of call, and the kernels read it. Offsets and steps are bytes. Addresses of
 further tables stand in it, too. Everything here is independent of the number of images, and of where tensors lie.
+
+Where the lanes of a vector are filters or channels of one image (see `convolution`), "filter" and "channel" below mean
+16 of them.
 """
 
 (
@@ -11,6 +14,8 @@ further tables stand in it, too. Everything here is independent of the number of
     FILTER_TILES,  # passes over a group's filters
     CHANNEL_TILES,  # passes over a group's channels, for the input's gradient
     TAPS,  # cells of the kernel
+    PRODUCTS,  # whose sum is a pixel: taps of all channels
+    ALL_FILTERS,  # of a group, one by one, where FILTERS counts vectors of 16
     SOURCE_STEP,  # from channel to channel in a block of (padded) images
     TARGET_STEP,  # from channel to channel in a block of pooled images
     INPUT_STEP,  # from channel to channel in a block of images as they came, and of their gradient
@@ -63,4 +68,4 @@ further tables stand in it, too. Everything here is independent of the number of
     TILE_CHANNELS,
     TILE_TAPS,
     SIZE,
-) = range(54)
+) = range(56)

@@ -17,6 +17,7 @@ from harness.strides import awkward
 from torch import Tensor
 
 from fastlenet import cpu
+from fastlenet.cpu import few
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -60,6 +61,18 @@ NETWORKS = {
     ),
     "convolutions": Network((1, 14, 12), (PLAIN, PADDED), ((6, 1, 3, 3), (4, 6, 3, 3))),
     "one convolution": Network((2, 8, 9), (PADDED,), ((4, 2, 3, 3),)),
+    "many channels and a padding between": Network(
+        (3, 13, 12),
+        (
+            PADDED,
+            PADDED._replace(padding=(2, 1), stride=(1, 2)),
+            PLAIN._replace(padding=(1, 0)),
+            "linear_relu",
+            "linear",
+        ),
+        ((33, 3, 3, 3), (18, 33, 3, 2), (35, 18, 2, 1), (21, 70), (3, 21)),
+        some_biases=True,
+    ),
     "linear layers": Network((37,), ("linear_relu", "linear_relu", "linear"), ((33, 37), (200, 33), (3, 200))),
     "one linear layer with relu": Network((170,), ("linear_relu",), ((18, 170),)),
 }
@@ -122,7 +135,7 @@ def judge(network: Network, input, parameters, grad_output) -> None:
 
 
 @networks
-@pytest.mark.parametrize("images", [1, 16, 37])
+@pytest.mark.parametrize("images", [1, 3, 16, 37])
 def test_chains(network, images):
     """At most twice stock's error, for less than a block, one block, and some."""
     input, parameters = network.tensors(images)
@@ -139,9 +152,10 @@ def test_more_blocks_than_parts():
 
 
 @networks
-def test_inference_is_training_without_a_record(network):
+@pytest.mark.parametrize("images", [2, 21])
+def test_inference_is_training_without_a_record(network, images):
     """The same values, bit by bit, and nothing saved."""
-    input, parameters = network.tensors(21)
+    input, parameters = network.tensors(images)
     output, saved = cpu.chain(input, parameters, network.links, False)
     assert saved == []
     assert_bitwise_equal(output, cpu.chain(input, parameters, network.links, True)[0])
@@ -158,9 +172,10 @@ def test_convolutions_of_a_chain_are_those_of_layers():
 
 
 @some_networks
-def test_some_gradients(network):
+@pytest.mark.parametrize("images", [2, 21])
+def test_some_gradients(network, images):
     """Those asked for equal, bit by bit, those of a call that asks for all; the others are not computed."""
-    input, parameters = network.tensors(21)
+    input, parameters = network.tensors(images)
     grad_output = torch.randn(stock(input, parameters, network.links).shape)
     _, everything = compiled(input, parameters, network.links, grad_output)
     there = [tensor is not None for tensor in (input, *parameters)]
@@ -180,9 +195,10 @@ def test_some_gradients(network):
 @pytest.mark.parametrize("kind", ["channels_last", "transposed", "sliced", "expanded"])
 @pytest.mark.parametrize("which", ["input", "weights", "grad"])
 @pytest.mark.parametrize("network", [NETWORKS["LeNet"], NETWORKS["convolutions"]], ids=["LeNet", "convolutions"])
-def test_awkward_layouts(network, which, kind):
+@pytest.mark.parametrize("images", [2, 19])
+def test_awkward_layouts(network, which, kind, images):
     """Any strides; a chain that ends in a convolution has stock's."""
-    input, parameters = network.tensors(19)
+    input, parameters = network.tensors(images)
     grad_output = torch.randn(stock(input, parameters, network.links).shape)
 
     def laid_out(tensor: Tensor) -> Tensor:
@@ -200,9 +216,10 @@ def test_awkward_layouts(network, which, kind):
 
 
 @some_networks
-def test_bitwise_equal_for_any_number_of_threads(network):
+@pytest.mark.parametrize("images", [5, 16 * 5 + 3])
+def test_bitwise_equal_for_any_number_of_threads(network, images):
     """And from run to run."""
-    input, parameters = network.tensors(16 * 5 + 3)
+    input, parameters = network.tensors(images)
     grad_output = torch.randn(stock(input, parameters, network.links).shape)
     results, before = [], torch.get_num_threads()
     try:
@@ -261,16 +278,17 @@ def test_empty_batch():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-def test_an_image_that_is_not_finite_spoils_its_own_results_alone(value):
+@pytest.mark.parametrize("images", [3, 18])
+def test_an_image_that_is_not_finite_spoils_its_own_results_alone(value, images):
     """NaN stays NaN through relu and pool as in stock, and reaches no other image."""
     network = NETWORKS["LeNet"]
-    input, parameters = network.tensors(18)
-    input[17, 0, 10, 10] = value
+    input, parameters = network.tensors(images)
+    input[-1, 0, 10, 10] = value
     expected = stock(input.double(), [p.double() for p in parameters], network.links)
     output, saved = cpu.chain(input, parameters, network.links, True)
     assert torch.equal(output.isfinite(), expected.isfinite())
-    grads = cpu.chain_backward(torch.ones(18, 10), input, parameters, network.links, saved, [True] * 11)
-    assert bool(grads[0][:17].isfinite().all())
+    grads = cpu.chain_backward(torch.ones(images, 10), input, parameters, network.links, saved, [True] * 11)
+    assert bool(grads[0][:-1].isfinite().all())
 
 
 def test_what_is_saved():
@@ -286,8 +304,36 @@ def test_what_is_rejected():
     network = NETWORKS["LeNet"]
     input, parameters = network.tensors(64)
     assert "float32" in cpu.chain_rejects(input.double(), parameters, network.links)
-    assert "lanes" in cpu.chain_rejects(input[:1], parameters, network.links)
+    assert cpu.chain_rejects(input[:1], parameters, network.links) is None
     assert cpu.chain_rejects(input[:1], parameters, network.links, save=False) is None
     small = Network((20,), ("linear_relu", "linear"), ((9, 20), (3, 9)))
     input, parameters = small.tensors(64)
     assert "16 inputs" in cpu.chain_rejects(input, parameters, small.links)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("where", ["weight", "gradient", "pixel"])
+@pytest.mark.parametrize("network", [NETWORKS["convolutions"]], ids=["convolutions"])
+def test_what_is_not_finite_goes_where_stock_has_it(network, where, value):
+    """Of one image, too, whose unused lanes hold products of zero with what is not finite."""
+    input, parameters = network.tensors(2)
+    grad_output = torch.randn(stock(input, parameters, network.links).shape)
+    {"weight": parameters[2], "gradient": grad_output, "pixel": input}[where][1, 0, 1, 1] = value
+    _, grads = compiled(input, parameters, network.links, grad_output)
+    _, expected = stocks(input, parameters, network.links, grad_output, torch.float64)
+    for one, other in zip(grads, expected, strict=True):
+        assert torch.equal(one.isfinite(), other.isfinite())
+
+
+def test_many_images_one_by_one_are_those_of_blocks():
+    """To rounding: the two forms are told apart by the number of images alone."""
+    network = NETWORKS["LeNet"]
+    input, parameters = network.tensors(8)
+    assert few.takes(few.MOST_IMAGES, network.links)
+    assert not few.takes(8, network.links)
+    together, _ = cpu.chain(input, parameters, network.links, False)
+    apart = torch.cat([cpu.chain(image, parameters, network.links, False)[0] for image in input.split(3)])
+    torch.testing.assert_close(together, apart)
+    assert_bitwise_equal(
+        apart[3:6], torch.cat([cpu.chain(i, parameters, network.links, False)[0] for i in input[3:6].split(1)])
+    )

@@ -1,0 +1,216 @@
+"""Kernels of a chain for a few images, one after the other: lanes are 16 filters, channels or inputs of one image.
+
+A block of 16 images keeps its lanes idle where there are fewer. Here a vector holds 16 filters of one pixel, and
+`convolution`'s loop nests run with their factors exchanged: pixels are spread, weights are vectors.
+
+    ============  ==================  =====================  =============
+    sum           rows, spread        columns, vectors       runs over
+    ============  ==================  =====================  =============
+    forward       pixels of X         weights of 16 filters  channels, taps
+    grad_weight   taps of X           16 filters of G        pixels
+    grad_X        pixels of G         weights of 16 channels filters, taps
+    ============  ==================  =====================  =============
+
+What passes between layers is [vector of 16 filters, pixel, filter]. A linear layer reads its weight as it lies: in the
+forward lanes are 16 inputs, whose sums are added up at the end.
+
+A chain is a list of steps, each a kernel and its arguments. One kernel works the list off, so that no chain needs a
+driver of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import record
+from .convolution import vectors
+from .lanes import (
+    add,
+    add_products,
+    call,
+    field,
+    float_at,
+    inlined,
+    kernel,
+    load,
+    load_lanes,
+    set_float,
+    set_long,
+    splat,
+    store,
+    store_lanes,
+    totals,
+    where_positive,
+    zeros,
+)
+from .plan import BYTES, CHAIN, LANES
+
+ONE, OUTPUTS, INPUTS = (0,), (0,) * 8, (0,) * 4
+BESIDE = vectors(4)
+
+ARGUMENTS = 10
+"""Of every step: a C function ignores those that it does not take."""
+STEP = 1 + 3 * ARGUMENTS
+"""Integers of a step: the kernel's address, then of each argument the number of a base, an offset, and what is added to
+it from image to image."""
+HEADER = 3
+"""Integers before the steps: how many run once, how many for each image, and how many once at the end."""
+
+
+def steps() -> Any:
+    """Return the kernel that works off a list of steps: some once, some for each image, some once at the end."""
+
+    @inlined
+    def argument(step, number, image, bases):
+        here = step + 8 + 24 * number
+        return field(bases, field(here, 0)) + field(here, 1) + image * field(here, 2)
+
+    @kernel(3)
+    def steps(program, bases, images):
+        """Call one kernel after the other; `bases`: addresses and numbers of this call."""
+        first = program + 8 * HEADER
+        for part in range(3):
+            number = field(program, part)
+            for image in range(images if part == 1 else 1):
+                for i in range(number):
+                    step = first + 8 * STEP * i
+                    call(
+                        field(step, 0),
+                        (
+                            argument(step, 0, image, bases),
+                            argument(step, 1, image, bases),
+                            argument(step, 2, image, bases),
+                            argument(step, 3, image, bases),
+                            argument(step, 4, image, bases),
+                            argument(step, 5, image, bases),
+                            argument(step, 6, image, bases),
+                            argument(step, 7, image, bases),
+                            argument(step, 8, image, bases),
+                            argument(step, 9, image, bases),
+                        ),
+                    )
+            first += 8 * STEP * number
+
+    return steps
+
+
+def pack() -> Any:
+    """Return the kernel that lays a convolution's weights out for the input's gradient."""
+
+    @kernel(4)
+    def pack(plan, weight, packed, spoiled):
+        """Write [vector of channels, vector of filters, tap, filter, channel], zero where there is none.
+
+        weight: [filter, channel, tap]; spoiled: where to write 1 if a weight is not finite, else 0.
+        """
+        taps, filters = field(plan, record.TAPS), field(plan, record.ALL_FILTERS)
+        passes, depth = field(plan, record.FILTER_TILES), field(plan, record.PRODUCTS) // field(plan, record.TAPS)
+        square = 4 * LANES * LANES
+        for offset in range(0, square * taps * passes * field(plan, record.CHANNEL_TILES), BYTES):
+            store(packed + offset, ONE, zeros(ONE, ONE))
+        rest = 0.0
+        for o in range(filters):
+            for c in range(depth):
+                vector = (c // LANES * passes + o // LANES) * taps
+                place = packed + square * vector + BYTES * (o % LANES) + 4 * (c % LANES)
+                for t in range(taps):
+                    value = float_at(weight)
+                    set_float(place + square * t, value)
+                    rest += 0.0 * value
+                    weight += 4
+        set_long(spoiled, 0 if rest == 0.0 else 1)
+
+    return pack
+
+
+def linear() -> Any:
+    """Return the kernel of a linear layer, with or without relu."""
+
+    @kernel(7)
+    def linear(source, weight, bias, inputs, outputs, positive, target):
+        """Compute Y = W X + b; weight: [output, input], bias: or 0."""
+        row = 4 * inputs
+        for first in range(0, outputs, len(OUTPUTS)):
+            live = min(len(OUTPUTS), outputs - first)
+            here = weight + row * first
+            # Rows beyond the last are read as the last.
+            rows = (
+                here,
+                here + row * min(1, live - 1),
+                here + row * min(2, live - 1),
+                here + row * min(3, live - 1),
+                here + row * min(4, live - 1),
+                here + row * min(5, live - 1),
+                here + row * min(6, live - 1),
+                here + row * min(7, live - 1),
+            )
+            sums = zeros(OUTPUTS, ONE)
+            whole = row - row % BYTES
+            for place in range(0, whole, BYTES):
+                sums = add_products(sums, load(place, rows), load(source + place, ONE))
+            if whole < row:
+                rest = (row - whole) // 4
+                sums = add_products(sums, load_lanes(whole, rows, rest), load_lanes(source + whole, ONE, rest))
+            values = totals(sums)
+            for i in range(live):
+                value = values[i]
+                if bias != 0:
+                    value += float_at(bias + 4 * (first + i))
+                if positive and value < 0.0:
+                    set_float(target + 4 * (first + i), 0.0)
+                else:
+                    set_float(target + 4 * (first + i), value)
+
+    return linear
+
+
+def linear_grads() -> Any:
+    """Return the kernel of a linear layer's gradients."""
+
+    @kernel(10)
+    def linear_grads(grad, result, source, weight, inputs, outputs, grad_weight, grad_bias, grad_source, image):
+        """Compute what is asked for, and not 0; the first image's parameters are written, the others' added.
+
+        grad: of Y, in which what relu stopped becomes zero; result: Y, or 0 where no relu follows.
+        """
+        row = 4 * inputs
+        if result != 0:
+            for place in range(0, 4 * outputs, BYTES):
+                count = min(LANES, outputs - place // 4)
+                values = load_lanes(grad + place, ONE, count)
+                store_lanes(grad + place, ONE, count, where_positive(load_lanes(result + place, ONE, count), values))
+        if grad_bias != 0:
+            for o in range(outputs):
+                value = float_at(grad + 4 * o)
+                set_float(grad_bias + 4 * o, value + float_at(grad_bias + 4 * o) if image else value)
+        if grad_weight != 0:
+            for o in range(outputs):
+                factor = splat(grad + 4 * o, ONE)
+                for place in range(0, row, BYTES):
+                    count, here = min(LANES, inputs - place // 4), grad_weight + row * o + place
+                    before = load_lanes(here, ONE, count if image else 0)
+                    values = add_products(before, load_lanes(source + place, ONE, count), factor)
+                    store_lanes(here, ONE, count, values)
+        if grad_source != 0:
+            for place in range(0, row, BYTES * len(INPUTS)):
+                for start in range(0, outputs, CHAIN):
+                    end = min(start + CHAIN, outputs)
+                    if place + BYTES * len(INPUTS) <= row:
+                        sums = zeros(INPUTS, ONE)
+                        for o in range(start, end):
+                            sums = add_products(sums, load(weight + row * o + place, BESIDE), splat(grad + 4 * o, ONE))
+                        if start:
+                            sums = add(load(grad_source + place, BESIDE), sums)
+                        store(grad_source + place, BESIDE, sums)
+                        continue
+                    for part in range(place, row, BYTES):
+                        count = min(LANES, inputs - part // 4)
+                        some = zeros(ONE, ONE)
+                        for o in range(start, end):
+                            factors = load_lanes(weight + row * o + part, ONE, count)
+                            some = add_products(some, factors, splat(grad + 4 * o, ONE))
+                        if start:
+                            some = add(load_lanes(grad_source + part, ONE, count), some)
+                        store_lanes(grad_source + part, ONE, count, some)
+
+    return linear_grads

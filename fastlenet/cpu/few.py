@@ -69,14 +69,14 @@ class _Program(NamedTuple):
 
 
 class _Space:
-    """Gives out places one after the other, each at the start of a cache line."""
+    """Gives out places one after the other, by default each at the start of a cache line."""
 
-    def __init__(self) -> None:
-        self.size = 0
+    def __init__(self, unit: int = BYTES) -> None:
+        self.size, self.unit = 0, unit
 
     def take(self, size: int) -> int:
         place = self.size
-        self.size += -(-size // BYTES) * BYTES
+        self.size += -(-size // self.unit) * self.unit
         return place
 
 
@@ -111,50 +111,96 @@ def _program(*parts: list[list[int]]) -> array[int]:
 
 
 class _Layer(NamedTuple):
-    """A link, and where it keeps what the backward needs: offsets in the record."""
+    """A link, and where its results lie.
+
+    Attributes:
+        link: see `Link`.
+        plan: of a convolution.
+        weight: its shape.
+        inputs: numbers of an image that come in.
+        outputs: numbers of an image that go out.
+        size: height and width that a convolution reads, padding included.
+        framed: whether a convolution's lanes have a frame for the next one's padding: they are kept as they are then.
+        target_at: its output, of a convolution in lanes: in the record if `framed` or linear, else in the scratch.
+        argmax_at: a convolution's, in lanes, likewise.
+        flat_at: a convolution's output as images have it, in the record.
+        flat_argmax_at: likewise.
+    """
 
     link: Link
     plan: Plan | None
     weight: tuple[int, ...]
     inputs: int
     outputs: int
-    rows: tuple[int, int]
-    target_at: int
-    argmax_at: int
-    flat_at: int
+    size: tuple[int, int] = (0, 0)
+    framed: bool = False
+    target_at: int = 0
+    argmax_at: int = 0
+    flat_at: int = 0
+    flat_argmax_at: int = 0
 
     @property
     def vectors(self) -> int:
         """Of 16 filters."""
         return -(-self.weight[0] // LANES)
 
+    @property
+    def windows(self) -> int:
+        """Pooled pixels of a filter."""
+        return self.outputs // self.weight[0]
+
+
+class _Layers(NamedTuple):
+    """A chain's layers, bytes of an image's record and of the lanes in the scratch, and the output's shape."""
+
+    layers: tuple[_Layer, ...]
+    record_bytes: int
+    lanes_bytes: int
+    shape: tuple[int, ...]
+
 
 @functools.lru_cache(maxsize=256)
-def _layers(
-    image: tuple[int, ...], weights: tuple[tuple[int, ...], ...], links: tuple[Link, ...]
-) -> tuple[tuple[_Layer, ...], int, tuple[int, ...]]:
-    """Plan the links; return them, the size of an image's record, and the output's shape."""
-    space, layers, shape, lanes = _Space(), [], image, False
+def _layers(image: tuple[int, ...], weights: tuple[tuple[int, ...], ...], links: tuple[Link, ...]) -> _Layers:
+    """Plan the links."""
+    # A record is dense: in training it is kept.
+    kept, lanes = _Space(4), _Space()
+    layers: list[_Layer] = []
+    shape, in_lanes = image, False
     for i, (link, weight) in enumerate(zip(links, weights, strict=True)):
+        onward = links[i + 1] if i + 1 < len(links) else None
         if not isinstance(link, ConvPoolGeometry):
-            inputs = torch.Size(shape).numel()
-            place = space.take(4 * weight[0])
-            layers.append(_Layer(link, None, weight, inputs, weight[0], (0, 0), place, 0, place))
+            place = kept.take(0 if onward is None and link == "linear" else 4 * weight[0])
+            layers.append(_Layer(link, None, weight, torch.Size(shape).numel(), weight[0], target_at=place))
             shape = (weight[0],)
             continue
-        onward = links[i + 1] if i + 1 < len(links) else None
         padding = onward.padding if isinstance(onward, ConvPoolGeometry) else (0, 0)
-        framed = (shape[0], shape[1] + 2 * link.padding[0], shape[2] + 2 * link.padding[1])
-        plain = link._replace(padding=(0, 0))
-        plan = plan_of(framed, weight, plain, False, False, OneImage(lanes, padding))
-        size = plan.record[record.TARGET_BYTES]
-        target, argmax = space.take(size), space.take(size // 4)
-        shape, lanes = (weight[0], *plan.pooled_size), True
-        numbers = torch.Size(shape).numel()
-        flat = space.take(4 * numbers)
-        rows = (framed[1], framed[2])
-        layers.append(_Layer(link, plan, weight, torch.Size(framed).numel(), numbers, rows, target, argmax, flat))
-    return tuple(layers), space.size, shape
+        padded = (shape[0], shape[1] + 2 * link.padding[0], shape[2] + 2 * link.padding[1])
+        plan = plan_of(padded, weight, link._replace(padding=(0, 0)), False, False, OneImage(in_lanes, padding))
+        shape, in_lanes, framed = (weight[0], *plan.pooled_size), True, any(padding)
+        inputs, outputs, size = torch.Size(padded).numel(), torch.Size(shape).numel(), plan.record[record.TARGET_BYTES]
+        space = kept if framed else lanes
+        in_vectors = space.take(size), space.take(size // 4)
+        flat = kept.take(0 if framed or onward is None else 4 * outputs), kept.take(0 if framed else outputs)
+        layers.append(_Layer(link, plan, weight, inputs, outputs, (padded[1], padded[2]), framed, *in_vectors, *flat))
+    return _Layers(tuple(layers), kept.size, lanes.size, shape)
+
+
+def _exchanged(to_lanes: int, size: int, layer: _Layer, flat: At, lanes: At) -> list[list[int]]:
+    """Steps that turn a convolution's results of `size` bytes from lanes to what images have, or back."""
+    exchange, windows = address("convolution", "exchange"), layer.windows
+    return [
+        _step(
+            exchange,
+            to_lanes,
+            size,
+            flat.plus(size * windows * LANES * v),
+            size * windows,
+            live,
+            lanes.plus(size * windows * LANES * v),
+            windows,
+        )
+        for v, live in _by_vectors(layer.weight)
+    ]
 
 
 def _by_vectors(weight: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -166,18 +212,20 @@ def _by_vectors(weight: tuple[int, ...]) -> list[tuple[int, int]]:
 def _forward(
     image: tuple[int, ...], weights: tuple[tuple[int, ...], ...], links: tuple[Link, ...], save: bool
 ) -> _Program:
-    layers, record_bytes, shape = _layers(image, weights, links)
+    layers, record_bytes, lanes_bytes, shape = _layers(image, weights, links)
     exchange = address("convolution", "exchange")
     space = _Space()
     before: list[list[int]] = []
     each: list[list[int]] = []
     kept = At(RECORD, 0, record_bytes) if save else At(SCRATCH, space.take(record_bytes))
+    lanes = At(SCRATCH, space.take(lanes_bytes))
     conv = space.take(max((layer.plan.record[record.CONV_BYTES] for layer in layers if layer.plan), default=0))
     source = At(INPUT, 0, 4 * layers[0].inputs)
     output = At(OUTPUT, 0, 4 * torch.Size(shape).numel())
     for i, layer in enumerate(layers):
         weight, bias, missing = (At(PARAMETERS + EACH * i + k) for k in (0, 1, 4))
-        ends, target = i + 1 == len(layers), kept.plus(layer.target_at)
+        ends = i + 1 == len(layers)
+        target = (kept if layer.plan is None or layer.framed else lanes).plus(layer.target_at)
         if layer.plan is None:
             relu = int(layer.link == "linear_relu")
             # The backward needs what relu let pass; the output's user may modify it.
@@ -194,15 +242,16 @@ def _forward(
             rows = weight.plus(4 * depth * LANES * v), 4 * depth, live
             before.append(_step(exchange, 1, 4, *rows, place.plus(BYTES), depth))
         kernel = address("convolution", "forward_block", ONE_IMAGE.filters, ONE_IMAGE.pixels, int(save), 1)
-        places = source, packed, target, kept.plus(layer.argmax_at), At(SCRATCH, conv)
-        each.append(_step(kernel, layer.plan.address, *places))
+        argmax = (kept if layer.framed else lanes).plus(layer.argmax_at)
+        each.append(_step(kernel, layer.plan.address, source, packed, target, argmax, At(SCRATCH, conv)))
         source = target
         if ends or layers[i + 1].plan is None:
-            windows = layer.outputs // layer.weight[0]
             source = output if ends else kept.plus(layer.flat_at)
-            for v, live in _by_vectors(layer.weight):
-                flat, plane = source.plus(4 * windows * LANES * v), target.plus(BYTES * windows * v)
-                each.append(_step(exchange, 0, 4, flat, 4 * windows, live, plane, windows))
+            each += _exchanged(0, 4, layer, source, target)
+        elif save and not layer.framed:
+            each += _exchanged(0, 4, layer, kept.plus(layer.flat_at), target)
+        if save and not layer.framed:
+            each += _exchanged(0, 1, layer, kept.plus(layer.flat_argmax_at), argmax)
     return _Program(
         _program(before, each, []),
         space.size,
@@ -228,7 +277,7 @@ def _backward(
     wanted: tuple[bool, ...],
 ) -> _Program:
     """Steps of the gradients; `wanted`: of each link, whether its parameters need some."""
-    layers, record_bytes, shape = _layers(image, weights, links)
+    layers, record_bytes, _, shape = _layers(image, weights, links)
     exchange = address("convolution", "exchange")
     space, sums = _Space(), _Space()
     before: list[list[int]] = []
@@ -245,7 +294,14 @@ def _backward(
         onward = i > first_wanted or need_input
         source = At(INPUT, 0, 4 * layers[0].inputs)
         if i:
-            source = kept.plus(layers[i - 1].flat_at if layer.plan is None else layers[i - 1].target_at)
+            last = layers[i - 1]
+            held = last.plan is None or (last.framed and layer.plan is not None)
+            source = kept.plus(last.target_at if held else last.flat_at)
+            if not held and layer.plan is not None:
+                assert last.plan is not None
+                flat_source, source = source, At(SCRATCH, space.take(last.plan.record[record.TARGET_BYTES]))
+                if wanted[i]:
+                    each += _exchanged(1, 4, last, flat_source, source)
         target = NOTHING
         if layer.plan is None:
             if onward:
@@ -258,11 +314,8 @@ def _backward(
             continue
         plan = layer.plan
         if flat:
-            windows = layer.outputs // layer.weight[0]
             lanes = At(SCRATCH, space.take(plan.record[record.TARGET_BYTES]))
-            for v, live in _by_vectors(layer.weight):
-                rows, plane = grad.plus(4 * windows * LANES * v), lanes.plus(BYTES * windows * v)
-                each.append(_step(exchange, 1, 4, rows, 4 * windows, live, plane, windows))
+            each += _exchanged(1, 4, layer, grad, lanes)
             grad, flat = lanes, False
         depth = torch.Size(layer.weight[1:]).numel()
         packed = NOTHING
@@ -282,11 +335,15 @@ def _backward(
                 rows, biases = grad_weight.plus(4 * depth * LANES * v), grad_bias.plus(4 * LANES * v)
                 after.append(_step(exchange, 0, 4, rows, 4 * depth, live, place, depth))
                 after.append(_step(exchange, 0, 4, biases, 4, live, place.plus(taps), 1))
-        places = packed, spoiled, grad, kept.plus(layer.argmax_at), target, partial, At(SCRATCH, conv)
+        argmax = kept.plus(layer.argmax_at)
+        if not layer.framed:
+            argmax = At(SCRATCH, space.take(plan.record[record.TARGET_BYTES] // 4))
+            each += _exchanged(1, 1, layer, kept.plus(layer.flat_argmax_at), argmax)
+        places = packed, spoiled, grad, argmax, target, partial, At(SCRATCH, conv)
         each.append(_step(kernel, plan.address, source, *places))
         grad = target
     if need_input and layers[0].plan is not None:
-        channels, pixels = layers[0].weight[1], layers[0].rows[0] * layers[0].rows[1]
+        channels, pixels = layers[0].weight[1], layers[0].size[0] * layers[0].size[1]
         for v, live in _by_vectors((channels,)):
             rows = At(GRAD_INPUT, 4 * pixels * LANES * v, 4 * layers[0].inputs)
             plane = grad.plus(BYTES * pixels * v)

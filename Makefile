@@ -1,4 +1,4 @@
-# demo, test, bench and lint set up their own virtual environment; gpu uses the Python found on PATH and no network.
+# demo, test, bench, docs and lint set up their own virtual environment; gpu uses the Python found on PATH and no network.
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= out
@@ -10,7 +10,7 @@ GPU_SECONDS ?= 540
 RUN := $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-wide test-all bench gpu hub lint clean
+.PHONY: demo test test-wide test-all bench gpu hub docs lint clean
 
 demo: $(VENV)/.test
 	$(RUN) -m fastlenet.training.demo --output $(OUTPUT)
@@ -35,13 +35,18 @@ gpu:
 hub: $(VENV)/bin/python
 	$(RUN) hub/build.py $(OUTPUT)/hub
 
+# The documentation as a site, in site/: open site/index.html. A broken link or docstring ends the build.
+# mkdocs-material prints an advertisement at each build unless the variable is set.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) $(OUTPUT) build *.egg-info
+	rm -rf $(VENV) $(OUTPUT) build site *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -52,4 +57,8 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.test
 	$(INSTALL) -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[docs]'
 	touch $@

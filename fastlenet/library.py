@@ -11,7 +11,7 @@ cost at wide shapes by `bench.static`, taken 1.5 times, since that model knows n
 matrix rate (80% of the FMA rate); and 2.5 passes at 3 TB/s over the convolution's output, the least that ATen's path
 needs. Those of matrix products were measured on an H100 (LeNet's layers, batch 8192): of the kernel's time cuBLAS and a
 relu take a fifth to a half in float32 and in tf32; in bfloat16 a third at a depth of 400, as much at 120.
-`bench/NOTES.md` has the figures; `fastlenet bench --tune` measures and writes entries that override the rule.
+`docs/design/library.md` has the figures; `fastlenet bench --tune` measures and writes entries that override the rule.
 
 Nothing here loads triton, but for the name of the current architecture, which is asked for only where Triton drives the
 device.

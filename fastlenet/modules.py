@@ -163,6 +163,16 @@ class LinearReLU(nn.Linear):
         torch.Size([128, 30])
     """
 
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+
     def forward(self, input: Tensor) -> Tensor:
         """Map (*, in_features) to (*, out_features)."""
         return linear_relu(input, self.weight, self.bias)

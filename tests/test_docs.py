@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 import subprocess
@@ -18,7 +19,7 @@ import fastlenet
 from fastlenet import fusion
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
@@ -54,7 +55,7 @@ def _nothing_stays(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if page.stem not in ELSEWHERE],
+    [page for page in PAGES if page.stem not in ELSEWHERE and PYTHON.search(page.read_text(encoding="utf-8"))],
     ids=lambda page: f"{page.parent.name}-{page.stem}",
 )
 def test_python_blocks_run(page):
@@ -91,6 +92,37 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = HEADING.findall(target.read_text(encoding="utf-8"))
             assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, link
+
+
+def test_reference_has_every_public_name():
+    """Each stands in the API page once, and nothing else but the backend, which users name but never import."""
+    listed = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    public = [f"{module}.{name}" for module, name in PUBLIC]
+    assert sorted(listed) == sorted([*public, "fastlenet.fusion.backend.compile_graph"])
+
+
+def test_site_builds(tmp_path):
+    """Strictly: a broken link, formula or docstring is an error. Docstrings and formulas are in it, and every page."""
+    for name in ("mkdocs", "mkdocstrings", "material", "latex2mathml"):
+        pytest.importorskip(name)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    html = {
+        path.relative_to(tmp_path).as_posix(): path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")
+    }
+    for page in PAGES:
+        name = page.relative_to(ROOT / "docs" if "docs" in page.parts else ROOT).as_posix()
+        assert name.replace("README.md", "index.html").replace(".md", ".html") in html
+    for module, name in PUBLIC:
+        assert f'id="{module}.{name}"' in html["api.html"]
+    assert html["operators.html"].count('display="block"') == (ROOT / "docs" / "operators.md").read_text().count(
+        "```math"
+    )
+    # Pages load nothing from elsewhere.
+    loads = re.compile(r"""<(?:script|img|link|iframe)[^>]*(?:src|href)=["']?https?://""")
+    assert not [name for name, text in html.items() if loads.search(text)]
 
 
 @pytest.mark.parametrize("name", ["fastlenet", *MODULES])

@@ -63,7 +63,7 @@ def outline(axes: Axes, corner: tuple[float, float], size: tuple[float, float], 
 
 
 def conv2d_relu_max_pool2d(folder: Path) -> None:
-    """One pooled cell: from its patch of the input to its value and its code."""
+    """One pooled cell: from its patch of the input to its value and its argmax."""
     axes = canvas(27.5, 10.4)
     cell = 0.8
     patch = {(row, column): BLUE for row in range(1, 7) for column in range(1, 7)}
@@ -88,8 +88,8 @@ def conv2d_relu_max_pool2d(folder: Path) -> None:
     grid(axes, 18, 1.6, 4, 4, cell, {(1, 1): GREEN})
     words(axes, 19.2, 3.6, "1", fontsize=8)
     words(axes, 21.5, 7.2, "1.2 = relu(max)", ha="left")
-    words(axes, 21.5, 3.2, "code: cell 1 won;\n255 if relu closed it", ha="left")
-    words(axes, 19.6, 0.9, "codes, one byte each, for the backward")
+    words(axes, 21.5, 3.2, "argmax: cell 1 won;\n255 if relu closed it", ha="left")
+    words(axes, 19.6, 0.7, "argmax, one byte each,\nkept for the backward")
     save(folder, "conv2d_relu_max_pool2d")
 
 
@@ -123,9 +123,7 @@ def addmm_relu(folder: Path) -> None:
         ("y\nM x N", 2.6, 2.6, ORANGE), "= relu(", ("input,\nbroadcast", 2.6, 1.3, PALE), "+",
         ("mat1\nM x K", 3.4, 2.6, BLUE), "x", ("mat2\nK x N", 2.6, 3.4, BLUE), ")",
     ])  # fmt: skip
-    words(
-        axes, 0.2, 8.2, "backward: the gradient is masked with y > 0 as it is read; no masked copy is made", ha="left"
-    )
+    words(axes, 0.2, 8.2, "backward: the gradient is masked with y > 0 as it is read", ha="left")
     masked = ("grad y\nM x N", 2.6, 2.6, BLUE), "where", ("y > 0", 2.6, 2.6, GREEN)
     row_of(
         axes, 6.1, [("grad mat1\nM x K", 3.4, 2.6, ORANGE), "= (", *masked, ") x", ("mat2.T\nN x K", 3.4, 2.6, BLUE)]
@@ -156,7 +154,57 @@ def mlp(folder: Path) -> None:
     save(folder, "mlp")
 
 
+def backward(folder: Path) -> None:
+    """The gradient of pooled cells on its way back to the convolution's cells, and from there on."""
+    axes = canvas(27.5, 9.6)
+    cell = 1.1
+    values, argmax = (("0.3", "-1"), ("2", "0.7")), (("1", "255"), ("0", "3"))
+    winners = {(0, 1): ORANGE, (2, 0): ORANGE, (3, 3): ORANGE}
+    for bottom, numbers, colour, name in (
+        (5.2, values, ORANGE, "gradient of the output"),
+        (1.4, argmax, GREEN, "argmax"),
+    ):
+        grid(axes, 1.6, bottom, 2, 2, cell, {(row, column): colour for row in (0, 1) for column in (0, 1)})
+        for row in (0, 1):
+            for column in (0, 1):
+                words(axes, 1.6 + cell * (column + 0.5), bottom + cell * (1.5 - row), numbers[row][column], fontsize=9)
+        words(axes, 1.6 + cell, bottom + 2 * cell + 0.5, name)
+    arrow(axes, (4.4, 4.6), (8.4, 4.6), "each to its cell")
+    grid(axes, 9, 2.4, 4, 4, cell, winners)
+    for (row, column), value in {(0, 1): "0.3", (2, 0): "2", (3, 3): "0.7"}.items():
+        words(axes, 9 + cell * (column + 0.5), 2.4 + cell * (3.5 - row), value, fontsize=9)
+    for row in (0, 2):
+        for column in (0, 2):
+            outline(axes, (9 + column * cell, 2.4 + row * cell), (2 * cell, 2 * cell), INK)
+    words(axes, 11.2, 8.4, "gradient of the convolution,\nworked out where it is needed,\nnever stored")
+    words(axes, 11.2, 1.2, "dashed: windows; other cells are 0.\nThe window with 255 passes nothing.")
+    arrow(axes, (13.9, 5.6), (17.6, 7.0), "")
+    arrow(axes, (13.9, 4.6), (17.6, 4.6), "")
+    arrow(axes, (13.9, 3.6), (17.6, 2.2), "")
+    matrix(axes, (17.9, 6.3), (9, 1.6), "gradient of the input: convolve with\nthe weight, transposed", BLUE)
+    matrix(axes, (17.9, 3.8), (9, 1.6), "gradient of the weight: products with\nthe input, summed over images", BLUE)
+    matrix(axes, (17.9, 1.3), (9, 1.6), "gradient of the bias: the sum", BLUE)
+    save(folder, "backward")
+
+
+def lenet(folder: Path) -> None:
+    """The network's tensors, and the layer between each two."""
+    axes = canvas(30, 8.2)
+    line = 4.0
+    tensors = ((0.3, 3.2, "1 x 32 x 32", BLUE), (6.6, 2.4, "6 x 14 x 14", PALE), (12.2, 1.8, "16 x 5 x 5", PALE),
+               (17.4, 0.7, "120", PALE), (21.8, 0.7, "84", PALE), (26.0, 0.7, "10", ORANGE))  # fmt: skip
+    for left, width, name, colour in tensors:
+        high = width if width > 1 else {"120": 4.4, "84": 3.4, "10": 1.6}[name]
+        axes.add_patch(Rectangle((left, line - high / 2), width, high, facecolor=colour, edgecolor=INK, linewidth=0.9))
+        words(axes, left + width / 2, line - high / 2 - 0.6, name)
+    ends = [(left, left + width) for left, width, _, _ in tensors]
+    layers = "conv1\n5 x 5, relu,\npool 2 x 2", "conv2\n5 x 5, relu,\npool 2 x 2", "fc1\nrelu", "fc2\nrelu", "fc3"
+    for before, after, layer in zip(ends, ends[1:], layers, strict=False):
+        arrow(axes, (before[1] + 0.15, line), (after[0] - 0.15, line), layer)
+    save(folder, "lenet")
+
+
 if __name__ == "__main__":
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent
-    for draw in (conv2d_relu_max_pool2d, addmm_relu, mlp):
+    for draw in (conv2d_relu_max_pool2d, backward, addmm_relu, mlp, lenet):
         draw(target)

@@ -34,8 +34,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         up = "../" * (page.file.src_uri.count("/") + 1)
         for name in OUTSIDE:
             markdown = markdown.replace(f"]({up}{name}", f"]({up[3:]}{name}")
-    markdown = FORMULA.sub(lambda found: f"\n{formula(found[1], 'block')}\n", markdown)
-    return INLINE.sub(lambda found: formula(found[1], "inline"), markdown)
+    # In elements of their own: a line that starts with <math> would become a block.
+    markdown = FORMULA.sub(lambda found: f'\n<div class="formula">{formula(found[1], "block")}</div>\n', markdown)
+    return INLINE.sub(lambda found: f"<span>{formula(found[1], 'inline')}</span>", markdown)
 
 
 def formula(latex: str, display: str) -> str:

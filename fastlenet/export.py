@@ -1,7 +1,7 @@
-"""The raw operators taken apart into plain ATen, for graphs that leave this library.
+"""The registered operators as plain ATen operators, for exported graphs that run without fastlenet.
 
-An exported program names ``torch.ops.fastlenet.*``, so whoever loads it needs fastlenet. Decomposed, it needs PyTorch
-alone, or, through ONNX, not even that:
+An exported program names ``torch.ops.fastlenet.*``, so loading it needs fastlenet. A decomposed program needs PyTorch
+only. Converted to ONNX it does not need PyTorch either:
 
 >>> import torch, fastlenet
 >>> layer = fastlenet.LinearReLU(3, 2).requires_grad_(False)
@@ -27,19 +27,19 @@ __all__ = ["decompositions"]
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """Return the table that takes fastlenet's operators, forward and backward, apart into plain ATen.
+    """Return the decompositions of fastlenet's operators, forward and backward, into plain ATen operators.
 
-    It is made for ``torch.export.ExportedProgram.run_decompositions``, and does for ``make_fx(...,
-    decomposition_table=...)`` too. On its own it leaves every other operator as it is; to take those apart as well, add
-    it to PyTorch's: ``table = torch.export.default_decompositions(); table.update(fastlenet.decompositions())``.
+    The table is for ``torch.export.ExportedProgram.run_decompositions`` and ``make_fx(..., decomposition_table=...)``.
+    It leaves every other operator as it is. To decompose those too, add it to PyTorch's table:
+    ``table = torch.export.default_decompositions(); table.update(fastlenet.decompositions())``.
 
-    The decomposed graph computes what stock PyTorch computes, argmax and gradients included, with stock's memory: it is
-    for running elsewhere, not for speed. Shapes may be symbolic.
+    The decomposed graph computes what stock PyTorch computes, argmax and gradients included, with stock's speed and
+    memory. Shapes may be symbolic.
 
     Returns:
         A new dict from operator to function.
 
-    Example:
+    Examples:
         >>> import fastlenet
         >>> len(fastlenet.decompositions())
         6

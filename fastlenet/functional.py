@@ -40,35 +40,35 @@ def conv2d_relu_max_pool2d(
     """Convolve, apply relu and max-pool in one operator.
 
     Equal to ``F.max_pool2d(F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups)), pool_size,
-    pool_stride, pool_padding, pool_dilation, ceil_mode)``, gradients included: NaN propagates, ties go to the first
-    cell in scan order, and no gradient passes where every cell of a window is <= 0.
+    pool_stride, pool_padding, pool_dilation, ceil_mode)``, gradients included. NaN propagates. Of equal cells the first
+    in scan order wins. No gradient passes where every cell of a window is <= 0.
 
-    Where a kernel computes it, it keeps for the backward the input, the weight and one byte per pooled cell, nothing at
-    the convolution's resolution.
+    For the backward a kernel keeps the input, the weight and one byte per pooled cell. It keeps nothing of the size of
+    the convolution's output.
 
     Args:
         input: (N, C, H, W) or, unbatched, (C, H, W); any strides; float32, float16, bfloat16 or float64. N may be 0.
         weight: (O, C / groups, KH, KW), of input's dtype and device.
         bias: (O,), or None.
-        stride: step of the convolution, an int or a pair (height, width); so are the next ones.
+        stride: step of the convolution, an int or a pair (height, width), as all sizes below.
         padding: zeros added on each side, or ``"valid"`` (none) or ``"same"`` (the output has the input's size).
         dilation: spacing between kernel elements.
-        groups: number of groups of channels that are convolved apart.
+        groups: number of groups of channels, each convolved by itself.
         pool_size: size of the pooling window.
         pool_stride: step of the window; `pool_size` by default.
-        pool_padding: cells added on each side that never win; at most half of `pool_size`.
+        pool_padding: cells added on each side, which never win; at most half of `pool_size`.
         pool_dilation: spacing between a window's cells.
-        ceil_mode: whether windows that overhang the end count.
+        ceil_mode: whether a window that reaches beyond the end counts.
 
     Returns:
         (N, O, PH, PW), or (O, PH, PW) for unbatched input; channels_last if input or weight is.
 
     Raises:
-        RuntimeError: for shapes, dtypes or values that do not fit, as stock raises it.
-        TypeError: for arguments of a wrong type, as stock raises it.
-        NotImplementedError: if backend ``"triton"`` is forced for a dtype or window that no kernel covers.
+        RuntimeError: if shapes, dtypes or values do not fit, where stock PyTorch raises it too.
+        TypeError: if an argument has a wrong type, where stock PyTorch raises it too.
+        NotImplementedError: if backend ``"triton"`` or ``"cpu"`` is forced and has no kernel for the dtype or window.
 
-    Example:
+    Examples:
         >>> import torch, fastlenet
         >>> images, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
         >>> fastlenet.functional.conv2d_relu_max_pool2d(images, weight, padding="same", pool_size=(2, 4)).shape
@@ -145,18 +145,18 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """Apply a linear map and relu in one operator: ``F.relu(F.linear(input, weight, bias))``.
 
     Args:
-        input: (*, in_features) with any leading dimensions; float32, float16, bfloat16 or float64.
+        input: ``(*, in_features)`` with any leading dimensions; float32, float16, bfloat16 or float64.
         weight: (out_features, in_features), of input's dtype and device; or (in_features,) without bias.
         bias: (out_features,), or None.
 
     Returns:
-        (*, out_features), or (*) for a 1-dimensional weight.
+        ``(*, out_features)``, or ``(*)`` for a 1-dimensional weight.
 
     Raises:
-        RuntimeError: for shapes or dtypes that do not fit, as stock raises it.
-        TypeError: for arguments that are no tensors, as stock raises it.
+        RuntimeError: if shapes or dtypes do not fit, where stock PyTorch raises it too.
+        TypeError: if an argument is not a tensor, where stock PyTorch raises it too.
 
-    Example:
+    Examples:
         >>> import torch, fastlenet
         >>> fastlenet.functional.linear_relu(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 0.0], [0.0, 3.0]]))
         tensor([[2., 0.]])
@@ -172,7 +172,7 @@ def addmm_relu(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, al
     """Multiply two matrices, add and apply relu in one operator: ``F.relu(torch.addmm(input, mat1, mat2, ...))``.
 
     Args:
-        input: what is added; broadcastable to (M, N). Ignored, NaN included, where `beta` is 0.
+        input: the addend, broadcastable to (M, N). With `beta` 0 it is ignored, NaN included.
         mat1: (M, K); float32, float16, bfloat16 or float64.
         mat2: (K, N), of mat1's dtype and device.
         beta: factor of `input`.
@@ -182,10 +182,10 @@ def addmm_relu(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, al
         relu(beta * input + alpha * (mat1 @ mat2)), (M, N).
 
     Raises:
-        RuntimeError: for shapes or dtypes that do not fit, as stock raises it.
-        TypeError: for arguments of a wrong type, as stock raises it.
+        RuntimeError: if shapes or dtypes do not fit, where stock PyTorch raises it too.
+        TypeError: if an argument has a wrong type, where stock PyTorch raises it too.
 
-    Example:
+    Examples:
         >>> import torch, fastlenet
         >>> fastlenet.functional.addmm_relu(torch.tensor([1.0, -9.0]), torch.eye(2), torch.eye(2), alpha=2)
         tensor([[3., 0.],
@@ -200,14 +200,14 @@ def addmm_relu(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, al
 def mlp(
     input: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, weight3: Tensor, bias3: Tensor
 ) -> Tensor:
-    """Apply three linear layers with relu between them, the head of a small network, in one operator.
+    """Apply three linear layers with relu between them in one operator.
 
     Equal to ``F.linear(F.relu(F.linear(F.relu(F.linear(input, weight1, bias1)), weight2, bias2)), weight3, bias3)``,
-    gradients included: a `chain` of three linear links. For layers of up to 128 features (`input` may have any number)
-    the Triton kernels keep what lies between the layers on the chip; for the backward they store it once.
+    gradients included. It is a `chain` of three linear links. For layers of up to 128 features (`input` may have any
+    number) the Triton kernels keep hidden values on the chip, and store them once if a backward follows.
 
     Args:
-        input: (*, in_features) with any leading dimensions; float32, float16, bfloat16 or float64.
+        input: ``(*, in_features)`` with any leading dimensions; float32, float16, bfloat16 or float64.
         weight1: (hidden1, in_features), of input's dtype and device.
         bias1: (hidden1,).
         weight2: (hidden2, hidden1).
@@ -216,14 +216,14 @@ def mlp(
         bias3: (out_features,).
 
     Returns:
-        (*, out_features).
+        ``(*, out_features)``.
 
     Raises:
-        RuntimeError: for shapes or dtypes that do not fit.
-        TypeError: for arguments that are no tensors.
-        NotImplementedError: if backend ``"triton"`` is forced for a dtype that no kernel covers.
+        RuntimeError: if shapes or dtypes do not fit.
+        TypeError: if an argument is not a tensor.
+        NotImplementedError: if backend ``"triton"`` or ``"cpu"`` is forced and has no kernel for the dtype.
 
-    Example:
+    Examples:
         >>> import torch, fastlenet
         >>> layers = [torch.nn.Linear(400, 120), torch.nn.Linear(120, 84), torch.nn.Linear(84, 10)]
         >>> parameters = [parameter for layer in layers for parameter in layer.parameters()]
@@ -244,24 +244,24 @@ _MLP_LINKS = LINEAR_RELU, LINEAR_RELU, LINEAR
 def chain(input: Tensor, parameters: Sequence[Tensor | None], links: Links) -> Tensor:
     """Apply a row of fused operators as one: convolutions with relu and max-pool, then linear maps with relu.
 
-    Equal to the operators one after the other, gradients included; what lies between them is not to be had. Samples
-    become rows before the first linear link. Where no kernel takes the whole row, its links run one by one.
+    Equal to the operators one after the other, gradients included. Results between them are not returned. Each
+    sample is flattened before the first linear link. Where no kernel takes the whole chain, its links run one by one.
 
     Args:
-        input: (N, C, H, W) or (C, H, W) if the first link is a convolution, else (*, in_features).
+        input: (N, C, H, W) or (C, H, W) if the first link is a convolution, else ``(*, in_features)``.
         parameters: weight and bias of each link in turn; a bias may be None.
-        links: a `ConvPoolGeometry` for each convolution, then ``"linear_relu"`` for each linear map with relu; the last
-            link may be ``"linear"``, without relu.
+        links: a `fastlenet.kernels.geometry.ConvPoolGeometry` for each convolution, then ``"linear_relu"`` for each
+            linear map with relu; the last link may be ``"linear"``, without relu.
 
     Returns:
-        What the last link gives.
+        The last link's output.
 
     Raises:
-        RuntimeError: for shapes, dtypes or links that do not fit.
-        TypeError: for arguments that are no tensors.
-        NotImplementedError: if a backend is forced of which no kernel covers the chain.
+        RuntimeError: if shapes, dtypes or links do not fit.
+        TypeError: if an argument is not a tensor.
+        NotImplementedError: if a backend is forced that has no kernel for the chain.
 
-    Example:
+    Examples:
         >>> import torch, fastlenet
         >>> parameters = [torch.randn(4, 6), None, torch.randn(2, 4), torch.randn(2)]
         >>> fastlenet.functional.chain(torch.randn(5, 6), parameters, ("linear_relu", "linear")).shape

@@ -1,7 +1,7 @@
-"""A whole training step, or an inference, as one CUDA graph: everything that it does, launched by the CPU in one go.
+"""A whole training step, or an inference, as one CUDA graph, which the CPU launches at once.
 
-A small network's step is dozens of short kernels, and launching them one by one can take the CPU longer than running
-them takes the GPU. A replayed graph costs one launch.
+A small network's step is dozens of short kernels. Launching them one by one can take the CPU longer than running them
+takes the GPU. A replayed graph costs one launch.
 """
 
 from __future__ import annotations
@@ -21,52 +21,53 @@ __all__ = ["GraphedInference", "GraphedTrainStep"]
 class GraphedTrainStep:
     """A training step that replays as a CUDA graph, with the results of the plain loop.
 
-    Called with a batch, it does what this does, and returns the loss::
+    A call with a batch does the following, and returns the loss::
 
         optimizer.zero_grad()
         loss = loss(model(*batch[:-1]), batch[-1])
         loss.backward()
         optimizer.step()
 
-    No step is ever taken that the loop would not take: the first batch is trained on eagerly, on a stream of its own,
-    and so warms everything up that a capture must find ready (compiled kernels, library handles, the optimizer's
-    state); the second is captured, which computes nothing, and replayed, as are all that follow. Parameters, optimizer
-    state and generator states are therefore those of the loop after every call, and gradients are in ``.grad``.
+    The first batch is trained on eagerly. This makes ready what a capture needs: compiled kernels, library handles, the
+    optimizer's state. The second batch is captured, which computes nothing, and then replayed. Later batches are
+    replayed. So after every call parameters, optimizer state and generator states are those of the plain loop, and
+    gradients are in ``.grad``.
 
-    A graph is fixed: it reads and writes the same memory with the same numbers each time. So
+    A graph reads and writes the same memory each time, with the same numbers. Therefore:
 
-    * a batch of another shape or dtype than the example (the last of an epoch) is trained on eagerly;
-    * where the optimizer's options have changed (a learning rate), parameters have moved or been frozen, the model was
-      put into another mode or the optimizer's state was loaded, the next step is eager and the one after captured anew,
-      which costs far more than a replay. For a learning rate that changes at every step, give the optimizer one in a
-      tensor on the GPU, and change that in place (Adam takes one, and SGD with ``fused=True``);
-    * whatever else a step depends on must be in tensors that keep their place. Python code in the model or the loss
-      does not run on a replay, hooks and counters included, and nothing in them may wait for the GPU (``.item()``).
+    * A batch of another shape or dtype than the example, such as the last of an epoch, is trained on eagerly.
+    * The next step is eager, and the one after it is captured again, if an option of the optimizer changed (a learning
+      rate), parameters moved or were frozen, the model changed its mode, or the optimizer loaded a state. A capture
+      costs far more than a replay. For a learning rate that changes at every step, give the optimizer a tensor on the
+      GPU and change it in place; Adam takes one, and SGD with ``fused=True``.
+    * Everything else that a step depends on must be in tensors that keep their place.
+    * Python code in the model or the loss does not run on a replay, hooks and counters included. It must not wait for
+      the GPU, as ``.item()`` does.
 
-    On a CPU there are no graphs: every step runs eagerly, and `graphed` says so.
-
-    >>> import torch, fastlenet
-    >>> model = fastlenet.LeNet()
-    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    >>> images, labels = torch.randn(8, 1, 32, 32), torch.randint(10, (8,))
-    >>> step = fastlenet.graphs.GraphedTrainStep(model, torch.nn.functional.cross_entropy, optimizer, (images, labels))
-    >>> losses = [step(images, labels) for _ in range(3)]
-    >>> step.graphed  # these tensors are on the CPU
-    False
+    A CPU has no graphs. There every step runs eagerly, and `graphed` is False.
 
     Args:
-        model: the model; called with all tensors of a batch but the last.
+        model: called with all tensors of a batch except the last.
         loss: takes the model's output and the last tensor of a batch, and returns a scalar.
-        optimizer: steps the model's parameters. On a GPU it must be made with ``capturable=True`` where its class has
-            that option (Adam and its kin; SGD needs none).
-        example_inputs: a batch, which is not trained on: it gives the device, and the shapes and dtypes of the batches
-            that are replayed.
+        optimizer: steps the model's parameters. On a GPU it must be made with ``capturable=True`` if its class has that
+            option, as Adam has; SGD needs none.
+        example_inputs: a batch that gives the device, shapes and dtypes of the batches to replay. It is not trained on.
 
     Raises:
-        ValueError: if `example_inputs` has fewer than two tensors, lies on several devices or on another than the
-            optimizer's parameters, or if the optimizer is not capturable on a GPU.
+        ValueError: if `example_inputs` has fewer than two tensors, if they and the optimizer's parameters are not on
+            one device, or if the optimizer is not capturable on a GPU.
         RuntimeError: from the second step on a GPU, if the optimizer keeps part of its state on the CPU, or if the step
-            does what cannot be captured; the message says so.
+            cannot be captured. The message says why.
+
+    Examples:
+        >>> import torch, fastlenet
+        >>> model, loss = fastlenet.LeNet(), torch.nn.functional.cross_entropy
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        >>> images, labels = torch.randn(8, 1, 32, 32), torch.randint(10, (8,))
+        >>> step = fastlenet.graphs.GraphedTrainStep(model, loss, optimizer, (images, labels))
+        >>> losses = [step(images, labels) for _ in range(3)]
+        >>> step.graphed  # these tensors are on the CPU
+        False
     """
 
     def __init__(
@@ -107,14 +108,14 @@ class GraphedTrainStep:
 
     @property
     def graphed(self) -> bool:
-        """Whether full batches are replayed as a CUDA graph; False on a CPU, where every step runs eagerly."""
+        """Whether batches like the example are replayed as a CUDA graph. False on a CPU, where every step is eager."""
         return self._graphed
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """Take one training step.
 
         Args:
-            batch: tensors as in `example_inputs`; their shapes may differ, and then the step is eager.
+            *batch: tensors as in `example_inputs`. If their shapes differ, the step is eager.
 
         Returns:
             The loss before the step: a detached scalar on the device, with memory of its own.
@@ -179,35 +180,36 @@ class GraphedTrainStep:
 
 
 class GraphedInference:
-    """A model's forward that replays as a CUDA graph, without gradients: for small batches, which wait for Python.
+    """A model's forward that replays as a CUDA graph, without gradients.
 
-    Called with inputs, it returns what ``model(*inputs)`` returns under `torch.no_grad`. The first call runs eagerly,
-    on a stream of its own, and so makes ready what a capture needs; the second is captured and replayed, as are all
-    that follow. Outputs have memory of their own.
+    It is for small batches, which wait for Python. A call returns what ``model(*inputs)`` returns under `torch.no_grad`. The first call runs eagerly and makes ready
+    what a capture needs. The second is captured and replayed. Later calls are replayed. Outputs have memory of their
+    own.
 
-    A graph is fixed: it reads the same memory each time. So
+    A graph reads the same memory each time. Therefore:
 
-    * inputs of another shape, dtype or device than the example run eagerly;
-    * where parameters or buffers have moved, a module was put into another mode, or autocast was switched, the next
-      call is eager and the one after captured anew. Parameters that change in place are followed;
-    * Python code in the model does not run on a replay, hooks and counters included, and nothing in it may wait for
-      the GPU (``.item()``).
+    * Inputs of another shape, dtype or device than the example run eagerly.
+    * The next call is eager, and the one after it is captured again, if parameters or buffers moved, a module changed
+      its mode, or autocast was switched. A replay sees parameters that changed in place.
+    * Python code in the model does not run on a replay, hooks and counters included. It must not wait for the GPU, as
+      ``.item()`` does.
 
-    On a CPU there are no graphs: every call runs eagerly, and `graphed` says so.
-
-    >>> import torch, fastlenet
-    >>> images = torch.randn(1, 1, 32, 32)
-    >>> infer = fastlenet.graphs.GraphedInference(fastlenet.LeNet().eval(), images)
-    >>> infer(images).shape, infer.graphed
-    (torch.Size([1, 10]), False)
+    A CPU has no graphs. There every call runs eagerly, and `graphed` is False.
 
     Args:
-        model: called with the tensors given; it may return tensors in any nest of tuples, lists and dicts.
-        example_inputs: what the model takes: they give the device, and the shapes and dtypes that are replayed.
+        model: called with the given tensors. It may return tensors nested in tuples, lists and dicts.
+        *example_inputs: inputs that give the device, shapes and dtypes to replay.
 
     Raises:
-        ValueError: if `example_inputs` is empty, or lies on several devices or on another than the model's parameters.
-        RuntimeError: from the second call on a GPU, if the forward does what cannot be captured; the message says so.
+        ValueError: if `example_inputs` is empty, or if they and the model's parameters are not on one device.
+        RuntimeError: from the second call on a GPU, if the forward cannot be captured. The message says why.
+
+    Examples:
+        >>> import torch, fastlenet
+        >>> images = torch.randn(1, 1, 32, 32)
+        >>> infer = fastlenet.graphs.GraphedInference(fastlenet.LeNet().eval(), images)
+        >>> infer(images).shape, infer.graphed
+        (torch.Size([1, 10]), False)
     """
 
     def __init__(self, model: nn.Module, *example_inputs: Tensor) -> None:
@@ -228,7 +230,7 @@ class GraphedInference:
 
     @property
     def graphed(self) -> bool:
-        """Whether inputs like the example's are replayed as a CUDA graph; False on a CPU."""
+        """Whether inputs like the example are replayed as a CUDA graph. False on a CPU."""
         return self._graphed
 
     @torch.no_grad()

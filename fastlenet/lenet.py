@@ -21,12 +21,12 @@ __all__ = ["LeNet", "StockLeNet"]
 
 
 class LeNet(nn.Module):
-    """LeNet built of fused layers, which run as one chain: on a GPU as three kernels.
+    """LeNet for 32x32 images, built of fused layers that run as one chain: on a GPU as three kernels.
 
-    Its layers run one by one under torch.compile and torch.export, and where one of them is watched or was changed:
-    hooks, parametrizations, other modules in their places.
+    The layers run one by one under torch.compile and torch.export. They also do if one of them has hooks or
+    parametrizations or was replaced.
 
-    Its state_dict is interchangeable with `StockLeNet`'s in both directions, and with the same seed both start from
+    The state_dict is interchangeable with that of `StockLeNet` in both directions. With the same seed both start from
     the same weights.
 
     Args:
@@ -35,7 +35,7 @@ class LeNet(nn.Module):
         device: where the parameters live.
         dtype: the parameters' type.
 
-    Example:
+    Examples:
         >>> import torch, fastlenet
         >>> fastlenet.LeNet()(torch.randn(2, 1, 32, 32)).shape
         torch.Size([2, 10])
@@ -72,9 +72,9 @@ _LAYERS = "conv1", "conv2", "fc1", "fc2", "fc3"
 
 
 def _chain_of(*layers: nn.Module | None) -> tuple[list[Tensor | None], Links] | None:
-    """Return the parameters and links of the network; None where its layers are not what LeNet made them.
+    """Return the parameters and links of the network; None if one of its layers was changed.
 
-    A parametrized layer is of another type. One that is hooked, or has a forward of its own, is called by itself.
+    A parametrized layer is of another type. A layer with hooks, or with its own forward, must be called by itself.
     """
     links: list[Any] = []
     parameters: list[Tensor | None] = []
@@ -103,7 +103,7 @@ _KINDS = ConvReLUMaxPool2d, ConvReLUMaxPool2d, LinearReLU, LinearReLU, nn.Linear
 
 
 class StockLeNet(nn.Module):
-    """The same network in plain ``torch.nn``: what tests, benchmarks and the demo compare `LeNet` with.
+    """The same network in plain ``torch.nn``. Tests, benchmarks and the demo compare `LeNet` with it.
 
     Args:
         num_classes: number of outputs.
@@ -111,7 +111,7 @@ class StockLeNet(nn.Module):
         device: where the parameters live.
         dtype: the parameters' type.
 
-    Example:
+    Examples:
         >>> import fastlenet
         >>> fastlenet.StockLeNet().load_state_dict(fastlenet.LeNet().state_dict())
         <All keys matched successfully>

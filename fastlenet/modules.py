@@ -22,27 +22,27 @@ torch.fx.wrap("linear_relu")
 class ConvReLUMaxPool2d(nn.Conv2d):
     """An ``nn.Conv2d`` followed by relu and ``nn.MaxPool2d``, computed by one fused operator.
 
-    Parameters, initialisation and state_dict are those of ``nn.Conv2d``. See
+    Parameters, initial values and state_dict are those of ``nn.Conv2d``. See
     `fastlenet.functional.conv2d_relu_max_pool2d` for shapes, dtypes and errors.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        kernel_size: size of the convolution's kernel, an int or a pair (height, width); so are the next ones.
+        kernel_size: size of the convolution's kernel, an int or a pair (height, width), as all sizes below.
         stride: step of the convolution.
         padding: zeros added on each side, or ``"same"`` or ``"valid"``.
         dilation: spacing between kernel elements.
-        groups: number of groups of channels that are convolved apart.
+        groups: number of groups of channels, each convolved by itself.
         bias: whether to learn a bias.
         pool_size: size of the pooling window.
         pool_stride: step of the window; `pool_size` by default.
-        pool_padding: cells added on each side that never win.
+        pool_padding: cells added on each side, which never win.
         pool_dilation: spacing between a window's cells.
-        ceil_mode: whether windows that overhang the end count.
+        ceil_mode: whether a window that reaches beyond the end counts.
         device: where the parameters live.
         dtype: the parameters' type.
 
-    Example:
+    Examples:
         >>> import torch, fastlenet
         >>> layer = fastlenet.ConvReLUMaxPool2d(3, 8, 3, padding=1, pool_size=3, pool_stride=2)
         >>> layer(torch.randn(4, 3, 28, 28)).shape
@@ -120,7 +120,7 @@ _fields = operator.itemgetter(
 def prepared(layer: nn.Module) -> ConvPoolGeometry | None:
     """Return the geometry of a `ConvReLUMaxPool2d`, read once, and again when an attribute is another object.
 
-    Only what cannot change in place is read: numbers, and pairs of numbers. For anything else it returns None.
+    Attributes that could change in place, such as lists, are not read: then it returns None.
     """
     attributes = layer.__dict__
     try:
@@ -148,7 +148,8 @@ def _pair(value: Any) -> Pair | None:
 class LinearReLU(nn.Linear):
     """An ``nn.Linear`` followed by relu, computed by one fused operator.
 
-    Parameters, initialisation and state_dict are those of ``nn.Linear``.
+    Parameters, initial values and state_dict are those of ``nn.Linear``. `fastlenet.functional.linear_relu` says which
+    shapes and dtypes it takes.
 
     Args:
         in_features: size of each input sample.
@@ -157,7 +158,7 @@ class LinearReLU(nn.Linear):
         device: where the parameters live.
         dtype: the parameters' type.
 
-    Example:
+    Examples:
         >>> import torch, fastlenet
         >>> fastlenet.LinearReLU(20, 30)(torch.randn(128, 20)).shape
         torch.Size([128, 30])
@@ -174,5 +175,5 @@ class LinearReLU(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map (*, in_features) to (*, out_features)."""
+        """Map ``(*, in_features)`` to ``(*, out_features)``."""
         return linear_relu(input, self.weight, self.bias)

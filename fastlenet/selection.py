@@ -61,10 +61,10 @@ def backend(input: Tensor | None = None) -> str:
 
     Raises:
         ValueError: if the environment variable ``FASTLENET_BACKEND`` holds anything else.
-        RuntimeError: with `input`, if a backend is forced that cannot run there; the message says what to do.
-        NotImplementedError: with `input`, if a backend is forced of which no kernel covers the dtype.
+        RuntimeError: with `input`, if a forced backend cannot run there. The message says what to do.
+        NotImplementedError: with `input`, if a forced backend has no kernel for the dtype.
 
-    Example:
+    Examples:
         >>> import torch, fastlenet
         >>> fastlenet.backend(torch.empty(2, dtype=torch.float64))
         'aten'
@@ -80,20 +80,26 @@ def backend(input: Tensor | None = None) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force an implementation within a ``with`` block; it overrides ``FASTLENET_BACKEND``.
+    """Force an implementation within a ``with`` block. This overrides ``FASTLENET_BACKEND``.
 
-    The setting is process-wide, as PyTorch's precision switches are. A backward pass follows the choice that its
-    forward pass made.
+    The setting holds for the whole process, as PyTorch's precision switches do. A backward pass uses the implementation
+    of its forward pass.
+
+    * ``"auto"``: Triton on a GPU that Triton drives; on a CPU the compiled kernels, if they are installed and faster;
+      otherwise PyTorch's own operators.
+    * ``"triton"``: the Triton kernels.
+    * ``"cpu"``: the compiled CPU kernels.
+    * ``"aten"``: PyTorch's own operators.
+
+    A forced backend that cannot run raises an error. It never falls back silently.
 
     Args:
-        name: ``"auto"`` (Triton for tensors on a GPU that Triton drives; on a CPU the compiled kernels, where they are
-            installed and win; ATen elsewhere), ``"triton"``, ``"cpu"`` or ``"aten"`` (stock's own operators). A forced
-            backend that cannot run raises; it never falls back silently.
+        name: one of the four.
 
     Raises:
         ValueError: if `name` is none of these.
 
-    Example:
+    Examples:
         >>> import fastlenet
         >>> with fastlenet.use_backend("aten"):
         ...     print(fastlenet.backend())

@@ -162,11 +162,17 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Compile one graph for ``torch.compile(model, backend="fastlenet")``.
 
+    There are two options. ``inner`` names the compiler of the fused graph: ``"inductor"``, or None (default), which
+    runs it eagerly under autograd. ``measure`` (default False) says whether to keep only the sites that are clearly
+    faster fused than stock, at their shapes.
+
     Args:
-        graph_module: Dynamo's graph.
+        graph_module: TorchDynamo's graph.
         example_inputs: its inputs, or stand-ins of their shapes.
-        options: ``inner``, None or ``"inductor"``: what compiles the fused graph; None runs it eagerly, under autograd.
-            ``measure``: whether to keep only sites that are clearly faster fused than stock, at their shapes.
+        options: the options by name.
+
+    Returns:
+        A function that computes the graph.
 
     Raises:
         ValueError: for any other option.

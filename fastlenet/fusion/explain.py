@@ -33,7 +33,7 @@ UNCALLED = "nothing is known of the fused model's sites yet: call it once, or gi
 
 @dataclass(frozen=True)
 class Site:
-    """One place in a model where a fused operator runs or might run.
+    """One place in a model where a fused operator runs or could run.
 
     Attributes:
         name: the layer's path, or the paths and names of the operators that stand together.
@@ -41,8 +41,8 @@ class Site:
         mode: ``"training"`` or ``"inference"``; empty where both are alike.
         input: shape and dtype, ``"?"`` where unknown.
         output: likewise.
-        implementation: ``"triton"``, ``"aten"``, ``"stock"`` where the operators are left as they are, or ``"none"``
-            where a forced backend would raise.
+        implementation: ``"triton"``, ``"cpu"`` or ``"aten"``; ``"stock"`` if the operators are left as they are;
+            ``"none"`` if a forced backend would raise.
         stock: measured time of the stock operators, empty where not measured.
         fused: measured time of the fused operator.
         reason: why this implementation.
@@ -70,7 +70,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A model's operator sites, and remarks about the whole; prints as a table."""
+    """A model's operator sites, and notes about the whole model. It prints as a table.
+
+    Attributes:
+        sites: each a `Site`, in the order of the model.
+        notes: one sentence each.
+    """
 
     sites: tuple[Site, ...]
     notes: tuple[str, ...] = ()
@@ -105,17 +110,19 @@ class Explanation:
 def explain(model: nn.Module, example_input: Any = None) -> Explanation:
     """Tell which sites a model has, which implementation each takes, and why.
 
+    Sites are the model's `ConvReLUMaxPool2d` and `LinearReLU` layers, and the places that `fuse` has fused or would
+    fuse. After `fuse` with an example, measured times are included.
+
     Args:
-        model: any module. Its sites are its `ConvReLUMaxPool2d` and `LinearReLU` layers, and what the backend finds in
-            it: what `fuse` did, with the times measured, or what it would do.
-        example_input: a tensor, or a tuple of the forward's positional arguments. If given, a copy of the model is run
-            on it in the model's present mode, and nothing of the model changes. Without it, only a fused model that has
-            been called, or was fused with an example, can be told about.
+        model: any module.
+        example_input: a tensor, or a tuple of the forward's positional arguments. With it a copy of the model runs on
+            it, in the model's present mode; the model does not change. Without it `explain` knows the model's fastlenet
+            layers, and the sites of a fused model that has been called or was fused with an example.
 
     Returns:
-        The sites in order; printing it gives a table. See `Site` for its columns.
+        An object with the sites in order, which prints as a table.
 
-    Example:
+    Examples:
         >>> import torch, fastlenet
         >>> with fastlenet.use_backend("aten"):
         ...     print(fastlenet.explain(fastlenet.LeNet()))

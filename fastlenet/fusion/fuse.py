@@ -158,34 +158,34 @@ def unusable(model: nn.Module) -> str | None:
 
 
 def fuse(model: nn.Module, example_input: Any = None, *, inplace: bool = False) -> nn.Module:
-    """Let fused operators do a model's convolution-relu-max-pool and linear-relu sites.
+    """Let fused operators compute a model's convolution-relu-max-pool and linear-relu sites.
 
-    TorchDynamo captures the model's forward at its first call, `fastlenet.fusion.backend` finds the sites in the graph
-    that it captures, and the graph runs eagerly. Dynamo's guards see whatever changes later (an attribute, a hook, a
-    layer exchanged, the mode of a part), and the model is captured anew. The model keeps its class, its submodules,
-    ``state_dict`` and hooks.
+    A site is a place in the forward where these operators follow each other. TorchDynamo captures the forward at the
+    first call, fastlenet replaces the sites in the captured graph, and the graph runs eagerly. Dynamo's guards see
+    later changes (an attribute, a hook, another layer, the mode of a part); then the model is captured again. The model
+    keeps its class, its submodules, ``state_dict`` and hooks.
 
-    A site stays as it is where fusing would not be safe: a result in between is used elsewhere, BatchNorm is in
-    training mode, the max-pool returns indices. `explain` gives the reasons.
+    A site stays as it is if fusing is not safe: a result in between is used elsewhere, BatchNorm is in training mode,
+    or the max-pool returns indices. `explain` gives the reasons.
 
     Args:
         model: any module.
-        example_input: a tensor, or a tuple of the forward's positional arguments, of the size that matters. If given,
-            each site is measured, fused against stock, in training mode with its backward and in eval mode without
-            gradients. Only clear wins are kept. Where the whole model, guards included, does not become clearly faster
-            in a mode, it runs as before in that mode (see `fastlenet.timing`). Without an example every safe site is
-            fused, which for small inputs on a CPU may be slower.
-        inplace: whether to fuse the model itself. Else a copy is fused that shares parameters and buffers with the
-            model, which stays as it is.
+        example_input: a tensor, or a tuple of the forward's positional arguments, of your usual size. With it each site
+            is measured, fused and stock, in training mode with the backward and in eval mode without gradients. Only
+            clear wins are kept. If the whole model with its guards does not become clearly faster in a mode, it runs as
+            before in that mode. Without an example every safe site is fused, which for small inputs on a CPU may be
+            slower.
+        inplace: whether to fuse the model itself. Otherwise a copy is fused, which shares parameters and buffers with
+            the model.
 
     Returns:
         The fused model. A deep copy or a pickle of it is fused too.
 
     Raises:
-        TypeError: if `model` is no module.
-        Exception: whatever the model raises for `example_input`, if it raises in both modes.
+        TypeError: if `model` is not a module.
+        Exception: the model's own error for `example_input`, if it raises in both modes.
 
-    Example:
+    Examples:
         >>> import torch, fastlenet
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 6, 5), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
         >>> fused = fastlenet.fuse(net)

@@ -182,9 +182,9 @@ class GraphedTrainStep:
 class GraphedInference:
     """A model's forward that replays as a CUDA graph, without gradients.
 
-    It is for small batches, which wait for Python. A call returns what ``model(*inputs)`` returns under `torch.no_grad`. The first call runs eagerly and makes ready
-    what a capture needs. The second is captured and replayed. Later calls are replayed. Outputs have memory of their
-    own.
+    It is for small batches, which wait for Python. A call returns what ``model(*inputs)`` returns under
+    `torch.no_grad`. The first call runs eagerly and makes ready what a capture needs. The second is captured and
+    replayed. Later calls are replayed. Outputs have memory of their own.
 
     A graph reads the same memory each time. Therefore:
 

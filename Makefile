@@ -35,7 +35,8 @@ gpu:
 hub: $(VENV)/bin/python
 	$(RUN) hub/build.py $(OUTPUT)/hub
 
-# The documentation as a site, in site/: open site/index.html. A broken link or docstring ends the build.
+# The documentation as a site: open site/index.html, or serve it (python -m http.server -d site), which search needs.
+# A broken link or docstring ends the build.
 # mkdocs-material prints an advertisement at each build unless the variable is set.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict

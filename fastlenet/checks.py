@@ -1,8 +1,8 @@
-"""What the functional forms refuse, and in which words.
+"""Checks of the functional forms' arguments.
 
-Each check raises what the stock operator raises for the same mistake (the exception's type is tested against stock),
-with a message that names the argument, what it is, and what was expected. Of a kind of call that was found legal once,
-only the arguments' Python types are checked again (`fastlenet.selection`).
+Each check raises the exception that the stock operator raises for the same mistake; tests compare the types. The
+message names the argument, its value and what was expected. For a kind of call that was legal once, only the Python
+types of the arguments are checked again (`fastlenet.selection`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def tensors(operator: str, *required: tuple[str, Any], **optional: Any) -> None:
 
 
 def _same(operator: str, kind: str, reference: tuple[str, Tensor], others: dict[str, Tensor | None]) -> None:
-    """Raise for the first of `others` whose dtype or device, which `kind` says, is another."""
+    """Raise for the first of `others` that differs in dtype or device; `kind` says which of the two."""
     name, tensor = reference
     for other_name, other in others.items():
         if other is not None and getattr(other, kind) != getattr(tensor, kind):
@@ -37,7 +37,7 @@ def _same(operator: str, kind: str, reference: tuple[str, Tensor], others: dict[
 
 
 def same_type(operator: str, reference: tuple[str, Tensor], **others: Tensor | None) -> None:
-    """Require one dtype, of real numbers, and one device."""
+    """Require that all have one real dtype and one device."""
     name, tensor = reference
     dtype, device = tensor.dtype, tensor.device
     for other in others.values():
@@ -51,7 +51,7 @@ def same_type(operator: str, reference: tuple[str, Tensor], **others: Tensor | N
 
 
 def _index(value: Any) -> int | None:
-    """Read what stock takes for an int (NumPy's integers and integer tensors of one element, too), or return None."""
+    """Read a value that stock accepts as an int, such as NumPy's and tensors of one element; else return None."""
     if isinstance(value, bool):
         return None
     if isinstance(value, (int, torch.SymInt)):
@@ -113,7 +113,7 @@ def geometry(operator: str, fields: ConvPoolGeometry) -> None:
 def conv_shapes(
     operator: str, input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, batched: bool = True
 ) -> None:
-    """Require shapes that fit each other; `input` is batched by now, `batched` tells whether it came so."""
+    """Require shapes that fit each other. `input` is batched; `batched` says whether the user's input was."""
     if weight.dim() != 4:
         raise RuntimeError(
             f"{operator}: expected weight of 4 dimensions (out_channels, in_channels / groups, kernel height, kernel "
@@ -193,13 +193,13 @@ def linear_shapes(operator: str, input: Tensor, weight: Tensor, bias: Tensor | N
             f"{operator}: expected input of {weight.shape[-1]} features in its last dimension, as weight of size "
             f"{list(weight.shape)} has, but got input of size {list(input.shape)}"
         )
-    # A row does for a single sample too: stock computes it as a batch of one.
+    # A single sample is accepted too: stock computes it as a batch of one.
     if bias is not None and not (input.dim() == 1 and bias.shape == (1, weight.shape[0])):
         _broadcasts(operator, "bias", bias, (*input.shape[:-1], weight.shape[0]))
 
 
 def chain(operator: str, links: Links, input: Tensor, *parameters: Tensor | None) -> None:
-    """Require links in an order that a chain has, and weights that fit one after the other, each with its bias."""
+    """Require links in the order of a chain, and weights and biases that fit them."""
     kinds = [LINEAR_RELU if link == LINEAR else link for link in links[-1:]]
     kinds = [*links[:-1], *kinds]
     linear = next((i for i, link in enumerate(kinds) if not isinstance(link, ConvPoolGeometry)), len(kinds))
@@ -273,14 +273,14 @@ def integer(operator: str, name: str, value: Any) -> int:
 
 
 def scalar(operator: str, name: str, value: Any) -> float:
-    """Require a real number, or a tensor that holds just one, and return it."""
+    """Require a real number, or a tensor with one element, and return it."""
     if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         return int(value) if isinstance(value, bool) else value  # type: ignore[return-value]
     if isinstance(value, complex):
         raise RuntimeError(f"{operator}: {name} must be a real number, but got {name}={value!r}")
     if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad:
         return scalar(operator, name, value.item())
-    # NumPy's bool is no number to Python, as its other types are. It cannot be met where NumPy was never imported.
+    # To Python, NumPy's bool is not a number, unlike its other types. Without NumPy imported it cannot occur.
     if "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].bool_):
         return int(value)
     if isinstance(value, numbers.Integral):

@@ -1,4 +1,4 @@
-"""What something ran on: the record that `fastlenet env` prints, bug reports need and every result file carries."""
+"""A record of the machine and the installation, for `fastlenet env`, bug reports and result files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastlenet import selection
 # The folder that holds the package: the project root in a source checkout.
 ROOT = Path(__file__).resolve().parent.parent
 
-# Variables that change what runs, how fast or how exactly; no others are recorded, for they may hold secrets.
+# Variables that change what runs, how fast or how exactly. Others are not recorded, because they may hold secrets.
 _VARIABLES = re.compile(
     r"(FASTLENET|TRITON|TORCHINDUCTOR|TORCHDYNAMO|OMP|MKL|GOMP|KMP|ONEDNN|DNNL)_\w+|CUDA_(VISIBLE_DEVICES|LAUNCH_BLOCKING|"
     r"MODULE_LOADING)|(CUBLAS|CUDNN|NVIDIA_TF32|HIP_VISIBLE|ROCR_VISIBLE)\w*|PYTORCH\w*ALLOC_CONF|TORCH_(COMPILE|LOGS)\w*"
 )
-# Packages that take part where they are installed.
+# Optional packages that matter if they are installed.
 _PACKAGES = ("numpy", "torchvision", "mlxtend", "safetensors", "kernels", "onnx", "onnxruntime", "pytest", "hypothesis")
 
 # nvidia-smi's names for what `clocks` and `driver` report: MHz, W and degrees Celsius.
@@ -39,7 +39,7 @@ _SMI_FIELDS = {
 
 
 def collect() -> dict[str, Any]:
-    """Describe this machine and installation; JSON values throughout, None for what cannot be known here.
+    """Describe this machine and installation in JSON values, with None for unknown ones.
 
     Returns:
         A dict with the keys ``device`` (name of the GPU, or of the CPU where there is none), ``device_slug``,
@@ -49,19 +49,19 @@ def collect() -> dict[str, Any]:
         tensor of this device takes, and why), ``gpus`` (each with its architecture and memory), ``cudnn``,
         ``variables`` (those of the environment that change what runs) and ``packages`` (versions of optional ones).
 
-    Example:
+    Examples:
         >>> import fastlenet.environment
         >>> fastlenet.environment.collect()["fastlenet"] == fastlenet.__version__
         True
     """
     smi = _nvidia_smi()
-    # A copy of the files may lack the repository, or hold one that was not kept up: whoever copies may say the commit.
-    # What git then tells of changes is against another commit, so that nothing is known of them.
+    # A copy of the files may have no repository, or an outdated one. FASTLENET_COMMIT then names the commit. Git
+    # would compare with another commit, so changes are unknown.
     commit = os.environ.get("FASTLENET_COMMIT")
     changes = None
     if not commit:
         commit = _git("rev-parse", "HEAD")
-        # Files that git does not track, such as fresh results, do not change what was measured.
+        # Files that git does not track, such as new results, do not affect a measurement.
         changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "device": device_name(),
@@ -91,7 +91,7 @@ def collect() -> dict[str, Any]:
 def precision() -> dict[str, str]:
     """Read PyTorch's fp32 precision switches.
 
-    Only the new API is read: after any use of it, reading the old ``allow_tf32`` raises.
+    Only the new API is read, because the old ``allow_tf32`` raises once the new one was used.
     """
     return {
         "cudnn.conv": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
@@ -126,7 +126,7 @@ def _backend() -> dict[str, str]:
     try:
         setting = fastlenet.backend()
         choice = selection.choose_by_type(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
-    except (ValueError, RuntimeError, NotImplementedError) as error:  # a setting that cannot be; the report is for that
+    except (ValueError, RuntimeError, NotImplementedError) as error:  # an invalid setting, which the report must show
         return {"setting": os.environ.get("FASTLENET_BACKEND", "auto"), "takes": f"none: {error}"}
     return {"setting": setting, "takes": f"{choice.forward}: {choice.reason}"}
 
@@ -164,14 +164,14 @@ def _nvidia_smi() -> dict[str, Any]:
     """The current GPU's driver version and clocks, or an empty dict."""
     if not torch.cuda.is_available() or torch.version.hip:
         return {}
-    # By UUID: nvidia-smi counts the machine's GPUs, CUDA_VISIBLE_DEVICES makes PyTorch count differently.
+    # By UUID, because nvidia-smi counts all GPUs and PyTorch only those in CUDA_VISIBLE_DEVICES.
     uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
     query = ",".join(_SMI_FIELDS.values())
     line = _output(["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={query}", "--format=csv,noheader,nounits"])
     values = [value.strip() for value in (line or "").split(",")]
     if len(values) != len(_SMI_FIELDS):
         return {}
-    # A driver's version is no number, even where it looks like one.
+    # A driver's version stays text, even if it looks like a number.
     return {key: value if key == "driver" else _number(value) for key, value in zip(_SMI_FIELDS, values, strict=True)}
 
 
@@ -183,7 +183,7 @@ def _number(text: str) -> float | None:
 
 
 def _output(command: list[str]) -> str | None:
-    """What a command prints, or None if it is not there, fails or hangs."""
+    """Return a command's output, or None if it is missing, fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Errors for the user, whose message is one line, and optional packages."""
+"""Errors for the user, with messages of one line, and optional packages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line, made to be shown as it stands."""
+    """The user's input cannot be used. The message is one line, to be shown unchanged."""
 
 
 class MissingPackageError(ImportError):
@@ -23,7 +23,7 @@ def import_extra(name: str, install: str = "fastlenet[demo]") -> ModuleType:
 
     Args:
         name: dotted module name, such as ``"rich.progress"``.
-        install: what to hand to pip to get it.
+        install: the requirement to give to pip.
 
     Raises:
         MissingPackageError: if the package is not installed.
@@ -32,7 +32,7 @@ def import_extra(name: str, install: str = "fastlenet[demo]") -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         package = name.partition(".")[0]
-        # A missing module inside an installed package is a broken installation: show that as it is.
+        # A module missing inside an installed package means a broken installation: show that error unchanged.
         if (error.name or "").partition(".")[0] != package:
             raise
         raise MissingPackageError(f"the package {package} is not installed: pip install '{install}'") from error

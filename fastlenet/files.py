@@ -1,4 +1,4 @@
-"""Writing files so that a name always holds a whole file."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from fastlenet.errors import InputError
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that its name always holds either the whole old content or the whole new content.
+    """Write a file atomically: at any time it has the whole old content or the whole new content.
 
-    The bytes go to a temporary file in the same folder, reach the disk, and only then take the name. Missing parent
-    folders are made. A symbolic link keeps pointing where it did; the file behind it is the one replaced.
+    The bytes are written to a temporary file in the same folder and synced to the disk. Then the file is renamed.
+    Missing parent folders are made. If `path` is a symbolic link, the file that it points to is replaced.
 
     Args:
         path: the file to write.
         data: its new content.
 
     Raises:
-        InputError: if the file cannot be written there; nothing is left behind.
+        InputError: if the file cannot be written. Then no temporary file stays.
     """
     target = Path(os.path.realpath(path))
-    # The process id keeps two runs that share a folder from writing into each other's temporary file.
+    # With the process id in its name, two runs in one folder do not share a temporary file.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system can open folders."""
+    """Sync `folder`, so that a rename survives a power cut, if the system can open folders."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -51,7 +51,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError:
-        pass  # Some network file systems refuse to sync a folder; the file itself is complete either way.
+        pass  # Some network file systems refuse to sync a folder. The file is complete in any case.
     finally:
         os.close(descriptor)
 
@@ -60,7 +60,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as readable JSON, atomically.
 
     Raises:
-        ValueError: if `value` holds NaN or infinity, which JSON has no word for.
+        ValueError: if `value` has NaN or infinity, which JSON cannot express.
         InputError: if the file cannot be written.
     """
     atomic_write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

@@ -1,20 +1,15 @@
-"""Where cuDNN or cuBLAS computes a call instead of a Triton kernel, though a kernel covers it.
+"""The rule that gives a call to cuDNN or cuBLAS, though a Triton kernel covers it.
 
-`configurations.json` decides first: an entry of the design "aten" takes the library, any other the kernel. For what no
-entry lists there is a rule, by depth: the number of products that an element of the result sums. A library multiplies
-faster than the general kernels, whose operands are gathered; they, in turn, spare the passes over memory that relu, its
-mask and the pool cost outside. The first gain grows with the depth, the second does not. The number of images never
-decides, so that a sample's result does not depend on the batch it travels in.
+`configurations.json` decides first: an entry with the design "aten" takes the library, any other the kernel. Without an
+entry the depth decides, which is the number of products that one element of the result sums. A library multiplies
+faster than the general kernels, which gather their operands. The kernels save passes over memory for relu, its mask and
+the pool. The first gain grows with the depth, the second does not. The number of images never decides, so a sample's
+result does not depend on its batch.
 
-The limits of convolutions come from a model, not from a measurement. Of an H100, per multiply-add: the general kernels'
-cost at wide shapes by `bench.static`, taken 1.5 times, since that model knows no latency; the library's at 55% of the
-matrix rate (80% of the FMA rate); and 2.5 passes at 3 TB/s over the convolution's output, the least that ATen's path
-needs. Those of matrix products were measured on an H100 (LeNet's layers, batch 8192): of the kernel's time cuBLAS and a
-relu take a fifth to a half in float32 and in tf32; in bfloat16 a third at a depth of 400, as much at 120.
-`docs/design/library.md` has the figures; `fastlenet bench --tune` measures and writes entries that override the rule.
+The limits of convolutions are modelled, those of matrix products were measured on an H100.
+`docs/design/library.md` has the figures. `fastlenet bench --tune` measures and writes entries that override the rule.
 
-Nothing here loads triton, but for the name of the current architecture, which is asked for only where Triton drives the
-device.
+This module does not load triton, except to name the current architecture where Triton drives the device.
 """
 
 from __future__ import annotations
@@ -32,7 +27,7 @@ from fastlenet.kernels.geometry import LINEAR, ConvPoolGeometry, Links, head_of
 CONV, ADDMM = "conv2d_relu_max_pool2d", "addmm_relu"
 
 LIBRARY = "aten"
-"""Design of an entry that takes the library."""
+"""The design of an entry that takes the library."""
 
 _DEEPEST = {
     (CONV, "forward"): {"ieee": 256, "tf32": 1024, "half": 256},
@@ -40,13 +35,13 @@ _DEEPEST = {
     (ADDMM, "forward"): {"ieee": 1, "tf32": 1, "half": 256},
     (ADDMM, "backward"): {"ieee": 1, "tf32": 1, "half": 256},
 }
-"""Depth from which the library is expected to be faster: of exact float32 products, tf32 and 16-bit ones."""
+"""Depth from which the library is expected to be faster, for exact float32, tf32 and 16-bit products."""
 
 _FEW_CHANNELS, _DEEPEST_OF_FEW = 16, 64
-"""Input channels below which the general kernels walk the depth number by number, and the depth that then decides."""
+"""Input channels below which the general kernels read the depth one number at a time, and the limit of depth then."""
 
 _FEW_COLUMNS = {CONV: 64, ADDMM: 1}
-"""Output channels below which a library's tiles are half empty, and the rule keeps the kernels."""
+"""Output channels below which a library's tiles are half empty, so that the rule keeps the kernels."""
 
 
 def why_library(
@@ -96,7 +91,7 @@ _BACKWARD = {CONV: ("backward", "grad_input", "grad_weight"), ADDMM: ("backward"
 def why(name: str, settings: Any, tensors: Sequence[Any], differentiable: bool) -> str | None:
     """Say why a library computes a whole call, or None if kernels do.
 
-    A call that a backward follows is the library's if its backward is: forward and backward do not part ways.
+    If a backward follows and the library should compute it, the library computes the forward too.
 
     Args:
         name: of the operator.
@@ -113,13 +108,13 @@ def why(name: str, settings: Any, tensors: Sequence[Any], differentiable: bool) 
         reasons = (convolution(direction, input, weight, settings) for direction in directions)
     elif name == "chain":
         reasons = (_link(direction, settings, tensors) for direction in directions)
-    else:  # an operator without a rule is its kernels'
+    else:  # no rule: the kernels compute it
         return None
     return next((reason for reason in reasons if reason is not None), None)
 
 
 def _link(direction: str, links: Links, tensors: Sequence[Any]) -> str | None:
-    """Say why a convolution of a chain is the library's: then the whole chain goes link by link."""
+    """Say why a library computes a convolution of a chain, or None. If one does, the links run one by one."""
     shape, input = tensors[0].shape, tensors[0]
     for link, weight in zip(links, tensors[1::2], strict=True):
         if not isinstance(link, ConvPoolGeometry):
@@ -149,7 +144,7 @@ def product(direction: str, mat1: Tensor, mat2: Tensor) -> str | None:
 
 
 def inside(name: str, settings: Any, tensors: Sequence[Any]) -> str | None:
-    """Say why a library multiplies the matrices of a call's linear maps, while kernels compute the rest; else None."""
+    """Say why a library computes a chain's linear maps while kernels compute the rest, or None."""
     if name != "chain" or isinstance(settings[-1], ConvPoolGeometry):
         return None
     if head_of(settings, tensors[1:]) == len(settings):

@@ -1,11 +1,11 @@
-"""Every operator as stock PyTorch's own operators: what "aten" means.
+"""Every operator as a composition of stock PyTorch operators: the implementation "aten".
 
-A composition is differentiable to any order, maps under `torch.func`, and exports. It is what runs where no compiled
-kernel takes a call, and what is differentiated where more than first derivatives may be asked for. Its output is never
-a view, and may be modified in place wherever stock's may.
+A composition is differentiable to any order, works under `torch.func`, and can be exported. It runs if no kernel takes
+a call, and if derivatives beyond the first may be needed. Its output is never a view, and may be modified in place if
+stock's may.
 
-The functions with saved tensors compute what the kernels compute, with the same argmax, in plain operators. Compiled
-graphs fall back on them, and exported ones are taken apart into them.
+The functions with saved tensors compute in plain operators the results of the kernels, argmax included. Compiled graphs
+fall back on them, and exported graphs are decomposed into them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Grads = tuple[Tensor | None, ...]
 
 
 def requested(grads: Sequence[Tensor | None], output_mask: Sequence[bool]) -> Grads:
-    """Replace by None what was not asked for: some of stock's operators return it all the same."""
+    """Replace gradients that were not asked for by None, because some stock operators return them nevertheless."""
     return tuple(grad if needed else None for grad, needed in zip(grads, output_mask, strict=True))
 
 
@@ -67,12 +67,12 @@ def conv2d_relu_max_pool2d(
 ) -> Tensor:
     """Return the pooled output for a batched or an unbatched input; `by_product`: see `faster_by_product`.
 
-    relu comes last, on as many values as the pool leaves, which changes neither results nor gradients: no gradient
-    passes where the largest cell is not above 0. As a threshold it keeps its input for that and not its output, which
-    may therefore be modified in place, as max_pool2d's may.
+    relu comes after the pool, where there are fewer values. Results and gradients are the same: no gradient passes if
+    the largest cell is not above 0. relu is a threshold here, which saves its input and not its output, so the output
+    may be modified in place, as that of max_pool2d.
     """
     conv = (_convolution_by_product if by_product else torch.conv2d)(input, weight, bias, *geometry[:4])
-    if geometry.window_may_be_empty:  # stock's output is -inf there, which relu must spare
+    if geometry.window_may_be_empty:  # stock's output is -inf there, and relu must not change it
         return F.max_pool2d(F.relu(conv), *geometry[4:])
     return torch.threshold(torch.max_pool2d(conv, *geometry[4:]), 0, 0)
 
@@ -90,7 +90,7 @@ def conv2d_relu_max_pool2d_with_argmax(
 
 
 def _argmax(output: Tensor, index: Tensor, width: Any, geometry: ConvPoolGeometry) -> Tensor:
-    """Turn stock's flat positions in a convolution's output of this width into cells of the windows."""
+    """Convert stock's flat positions in a convolution's output of this width to cells of the windows."""
     rows, columns = (
         torch.arange(output.shape[2 + i], device=output.device) * geometry.pool_stride[i] - geometry.pool_padding[i]
         for i in (0, 1)
@@ -134,7 +134,7 @@ def conv2d_relu_max_pool2d_backward(
 
 
 def _scattered(grad_output: Tensor, argmax: Tensor, conv_size: Sequence[int], geometry: ConvPoolGeometry) -> Tensor:
-    """Gradient at the convolution's resolution: each pooled gradient added to the cell that its argmax names."""
+    """The gradient of the convolution's output: each pooled gradient is added to the cell that its argmax names."""
     kept = argmax != geometry.no_winner
     cell = torch.where(kept, argmax, 0).long()
     rows, columns = (torch.arange(argmax.shape[2 + i], device=argmax.device) * geometry.pool_stride[i] for i in (0, 1))
@@ -150,7 +150,7 @@ def _scattered(grad_output: Tensor, argmax: Tensor, conv_size: Sequence[int], ge
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return relu(input @ weight^T + bias), of any leading dimensions."""
+    """Return relu(input @ weight^T + bias), for any leading dimensions."""
     return torch.relu(F.linear(input, weight, bias))
 
 
@@ -189,7 +189,7 @@ def addmm_relu_backward(
 
 
 def column_major(matrix: Tensor) -> bool:
-    """Whether `matrix` is laid out as the transpose of a contiguous one."""
+    """Whether `matrix` is the transpose of a contiguous matrix."""
     return matrix.t().is_contiguous() and not matrix.is_contiguous()
 
 
@@ -203,7 +203,7 @@ def chain(
     convolve: Callable[..., Tensor] = conv2d_relu_max_pool2d,
     linear_relu: Callable[..., Tensor] = linear_relu,
 ) -> Tensor:
-    """Return what the links give, one after the other; before the first linear one, samples become rows.
+    """Return the output of the links, one after the other. Samples are flattened before the first linear link.
 
     Args:
         input: of the first link, batched or not.

@@ -1,12 +1,12 @@
-"""Which implementation computes a call: the one place that decides, and the user's setting.
+"""The decision which implementation computes a call, and the user's setting.
 
-There are three: ``"triton"``, the kernels in `fastlenet.kernels`; ``"cpu"``, the compiled kernels in `fastlenet.cpu`;
-and ``"aten"``, stock's own operators (`fastlenet.reference`). `ORDER` says which ones a device tries, in order;
-`REJECTS` says why one does not take a call.
+There are three implementations: ``"triton"``, the kernels in `fastlenet.kernels`; ``"cpu"``, the compiled kernels in
+`fastlenet.cpu`; and ``"aten"``, stock operators (`fastlenet.reference`). `ORDER` says which ones a device tries, in
+order. `REJECTS` says why one does not take a call.
 
-One table leads from the key of a kind of call to all that is known of it: that its arguments are legal, the choice, and
-what runs forward and backward, on a GPU with the launches that the first call recorded. `fastlenet.explain`, the log
-and the benchmarks read it. Nothing else decides, and reading it changes nothing.
+One table maps the key of a kind of call to an entry. The entry says that the arguments are legal, which implementation
+was chosen, and what runs forward and backward. On a GPU it also has the launches that the first call recorded.
+`fastlenet.explain`, the log and the benchmarks read the table. No other code decides, and reading changes nothing.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def _validated(name: str, origin: str) -> str:
     return name
 
 
-# The variable is looked up at every call, and os.environ's own look-up takes ten times as long as its dictionary's.
+# Every call looks the variable up. os.environ takes ten times as long for that as the dictionary behind it.
 _variables, _VARIABLE = os.environ._data, os.environ.encodekey("FASTLENET_BACKEND")  # type: ignore[attr-defined]
 
-# Process-wide on purpose, like PyTorch's own precision switches.
+# Process-wide on purpose, like PyTorch's precision switches.
 _chosen: str | None = None
 
 
@@ -117,7 +117,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 class Call(NamedTuple):
-    """A call to decide about; of the tensors neither values nor, for a library's rule, the number of images count.
+    """A call to decide about.
+
+    The values of its tensors do not count, nor, for a library's rule, the number of images.
 
     Attributes:
         operator: what is computed; None to decide by device and dtype alone.
@@ -133,12 +135,12 @@ class Call(NamedTuple):
 
     @property
     def main(self) -> Tensor:
-        """The first operand that is there."""
+        """The first operand that is not None."""
         return next(tensor for tensor in self.tensors if tensor is not None)
 
 
 class Choice(NamedTuple):
-    """What runs a call forward and backward, and why: what `explain` and the log say."""
+    """The implementations of a call's forward and backward, and the reason that `explain` and the log give."""
 
     forward: str
     backward: str
@@ -146,14 +148,14 @@ class Choice(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """Why an implementation does not take a call, and what that raises where it is forced; None: nothing, it runs."""
+    """Why an implementation does not take a call, and the error if it is forced; with None it then runs."""
 
     reason: str
     error: type[Exception] | None
 
 
 ORDER = {"cuda": ("triton", "aten"), "cpu": ("cpu", "aten")}
-"""What a device tries, in order, under ``"auto"``; a device that is not listed runs stock's own operators."""
+"""The implementations that a device tries under ``"auto"``, in order. Other devices run stock operators."""
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -212,7 +214,7 @@ def _rejected_by_cpu(call: Call) -> Rejection | None:
     else:
         uncovered = call.operator.uncovered("cpu", call.settings, *call.tensors)
         slower = uncovered or call.operator.slower(call.settings, call.differentiable, *call.tensors)
-    # What a call's shape decides comes first: under "auto" a compiler is looked for only where there is work for it.
+    # Shapes come first: under "auto" the compiler is looked for only if the call could use it.
     if (backend() != "auto" or not (uncovered or slower)) and (unavailable := cpu.unavailable()) is not None:
         return Rejection(unavailable, RuntimeError)
     if uncovered is not None:
@@ -225,7 +227,7 @@ REJECTS: dict[str, Callable[[Call], Rejection | None]] = {
     "cpu": _rejected_by_cpu,
     "aten": lambda call: None,
 }
-"""Why an implementation does not take a call; None if it does."""
+"""The reason why an implementation does not take a call; None if it does."""
 
 _REASONS = {"triton": "a Triton kernel covers it", "cpu": "a compiled CPU kernel covers it"}
 
@@ -273,7 +275,7 @@ COMPOSED = Form(composed=True, apart=False, differentiable=False)
 
 
 class Known:
-    """All that is known of a kind of call.
+    """The entry of a kind of call in the table.
 
     Attributes:
         choice: what runs it.
@@ -318,7 +320,7 @@ class Known:
 
 
 def _parts_differ(call: Call) -> bool:
-    """Whether kernels take parts of a call whose whole they do not take."""
+    """Whether kernels take parts of a call, but not the whole call."""
     assert call.operator is not None
     parts = call.operator.parts(call.settings, *call.tensors)
     return any(_walk(Call(*part, call.differentiable)).forward != "aten" for part in parts)
@@ -330,13 +332,13 @@ _table: Any = None
 
 
 def forget() -> None:
-    """Forget all that is known: every kind of call is decided anew."""
+    """Empty the table: every kind of call is decided again."""
     _known.clear()
 
 
 @contextlib.contextmanager
 def triton_drives_everything() -> Iterator[None]:
-    """Take Triton for able to drive tensors on any device: for a driver that answers for a GPU that is not there."""
+    """Assume that Triton drives tensors on any device, for a driver that stands in for an absent GPU."""
     global _everything_driven
     before, _everything_driven = _everything_driven, True
     forget()
@@ -347,7 +349,7 @@ def triton_drives_everything() -> Iterator[None]:
         forget()
 
 
-# Named here, as looking them up through `torch` takes as long as they do.
+# Named here, because a look-up through `torch` takes as long as the call.
 _is_grad_enabled = torch.is_grad_enabled
 _precision = torch._C._get_fp32_precision_getter
 _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
@@ -358,19 +360,19 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def find(operator: Operator, settings: Any, tensors: Sequence[Any], differentiable: bool | None = None) -> Known | None:
-    """Return what is known of a kind of call, after its first one was checked and decided.
+    """Return the entry of a kind of call; for its first call, check and decide.
 
     Args:
         operator: what is computed.
         settings: its arguments other than tensors.
         tensors: its operands.
-        differentiable: whether a backward may follow; if None the operands and PyTorch's mode tell.
+        differentiable: whether a backward may follow; None to derive it from the operands and PyTorch's mode.
 
     Returns:
-        None for operands that are no plain tensors: of these nothing is remembered.
+        None for operands that are not plain tensors. The table has no entries for these.
 
     Raises:
-        Exception: what stock raises for operands that do not fit, or what a forced backend raises that cannot run.
+        Exception: stock's error for operands that do not fit, or the error of a forced backend that cannot run.
     """
     key: list[Any] = [operator, settings, backend(), _precision("cuda", "conv"), _precision("cuda", "matmul")]
     grad_enabled = differentiable is None and _is_grad_enabled()
@@ -396,7 +398,7 @@ def find(operator: Operator, settings: Any, tensors: Sequence[Any], differentiab
 
 
 def _notice(table: Any) -> None:
-    """Start anew with another table of configurations: the library's rule follows it."""
+    """Empty the table if the configurations changed, because the library's rule depends on them."""
     global _table
     _table = table
     forget()
@@ -418,7 +420,7 @@ def _learn(key: Any, call: Call) -> Known:
 
 
 def choose(operator: Operator, settings: Any, tensors: Sequence[Any], differentiable: bool | None = None) -> Choice:
-    """Tell what runs a call, and why; nothing runs. See `find`."""
+    """Tell which implementation would run a call, and why, without running it. See `find`."""
     known = find(operator, settings, tensors, differentiable)
     if known is not None:
         return known.choice
@@ -427,7 +429,7 @@ def choose(operator: Operator, settings: Any, tensors: Sequence[Any], differenti
 
 
 def choose_by_type(input: Tensor) -> Choice:
-    """Tell what runs an operator, as far as an operand's device and dtype decide."""
+    """Tell which implementation an operator takes, as far as an operand's device and dtype decide."""
     return _walk(Call(None, None, (input,), False))
 
 
@@ -435,7 +437,7 @@ def choose_by_type(input: Tensor) -> Choice:
 
 
 def run(operator: Operator, settings: Any, *tensors: Any) -> Tensor:
-    """Compute a call by what is known of its kind."""
+    """Compute a call as the entry of its kind says."""
     known = None
     if not (
         torch.compiler.is_compiling()
@@ -464,7 +466,7 @@ def run(operator: Operator, settings: Any, *tensors: Any) -> Tensor:
 
 
 def _watched(operator: Operator, settings: Any, tensors: Sequence[Any]) -> Form:
-    """Tell how to compute a call that something records, maps or replaces, or whose operands are no plain tensors."""
+    """Tell how to compute a call that is traced, mapped or replaced, or that has operands other than plain tensors."""
     operator.check(settings, *tensors)
     compiling = torch.compiler.is_compiling()
     required = any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -473,8 +475,8 @@ def _watched(operator: Operator, settings: Any, tensors: Sequence[Any]) -> Form:
     if compiling or _proxied():
         return Form(composed=False, apart=False, differentiable=required and torch.is_grad_enabled())
     if _get_tracing_state() is not None:
-        # A trace records operators below autograd, so gradients must be stock's business. What needs none is recorded
-        # whole; PyTorch's check of a trace runs without gradients, so the mode must not decide.
+        # A trace records operators below autograd, so stock operators must compute gradients. A call that needs none is
+        # recorded whole. PyTorch's check of a trace runs without gradients, so the mode must not decide.
         apart = not required and not operator.traceable
         return Form(composed=required or apart, apart=apart, differentiable=False)
     batched = any(tensor is not None and _is_batched(tensor) for tensor in tensors)
@@ -484,7 +486,7 @@ def _watched(operator: Operator, settings: Any, tensors: Sequence[Any]) -> Form:
 
 
 def _profiled(operator: Operator) -> Callable[..., Tensor]:
-    """The operator's kernels under its name, as a profiler shows stock's operators."""
+    """Name the operator's kernels for a profiler, which names stock operators likewise."""
 
     def fused(*args: Any) -> Tensor:
         with torch.profiler.record_function(f"{ops.NAMESPACE}::{operator.name}"):
@@ -502,7 +504,7 @@ def _proxied() -> bool:
 
 
 def _log(known: Known, operator: Operator, tensors: Sequence[Any]) -> None:
-    """Say once of a kind of call why stock's operators run it."""
+    """Log once for a kind of call why stock operators run it."""
     if not logger.isEnabledFor(logging.DEBUG):
         known.logged = False
     elif not known.logged:
@@ -516,7 +518,7 @@ def _log(known: Known, operator: Operator, tensors: Sequence[Any]) -> None:
 
 
 def _run_registered(operator: Operator, registered: Any, *args: Any) -> Any:
-    """Run what a graph calls as ``torch.ops.fastlenet.*``."""
+    """Run a graph's call of ``torch.ops.fastlenet.*``."""
     settings, tensors, differentiable = registered.call(*args)
     known = find(operator, settings, tensors, differentiable)
     if known is None:
@@ -532,7 +534,7 @@ def _run_registered(operator: Operator, registered: Any, *args: Any) -> Any:
 
 
 def register(operator: Operator) -> None:
-    """Let the choice decide what runs where a graph calls an operator."""
+    """Register for each operator a function that chooses and runs an implementation when a graph calls it."""
     for name, registered in operator.registered().items():
         implement(name, functools.partial(_run_registered, operator, registered))
 

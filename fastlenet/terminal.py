@@ -1,4 +1,4 @@
-"""What every command line shares: exit codes, the parser, and the one line that says what went wrong."""
+"""Code that all commands share: exit codes, the parser, and error messages of one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line, without the usage text before it."""
+    """A parser that reports an error in one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and where to read more."""
@@ -18,6 +18,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def print_error(program: str, problem: Exception | str, code: int) -> int:
-    """Put one line on stderr."""
+    """Print one line on stderr."""
     print(f"{program}: error: {' '.join(str(problem).split())}", file=sys.stderr)
     return code

@@ -1,9 +1,9 @@
-"""Measuring one implementation against another, so that only clear wins are kept.
+"""Comparing the times of two implementations, so that only clear wins are kept.
 
-Both run in this process, in turns, and each round gives one ratio. What slows the machine down for a while slows both.
-A win is clear if the candidate was at least `MARGIN` faster in at least `WINS` of `ROUNDS` rounds. An equally fast
-candidate would win a round at best by a coin's toss, and so many heads come up in one of 270 trials. Two disturbed
-rounds are forgiven. The remaining rounds are not run once a clear win is out of reach.
+Both run in this process, in turns, so a slow phase of the machine affects both. Each round gives one ratio. A win is
+clear if the candidate was at least `MARGIN` faster in at least `WINS` of `ROUNDS` rounds. A candidate of equal speed
+wins a round with a probability of at most one half, and so gets a clear win in one of 270 trials. Two rounds may be
+lost. If more are lost, the rest are not run.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch.utils._pytree import tree_leaves
 ROUNDS, WINS = 15, 13
 MARGIN = 0.02
 RULE = f"A round is won by {MARGIN:.0%}. A site stays fused that wins {WINS} of {ROUNDS}; others stop early."
-"""Read under a table of measured times."""
+"""The legend under a table of measured times."""
 SAMPLE_SECONDS = 2e-3
-"""Length of a sample: fast calls are repeated until they take so long, far above the clock's own steps."""
+"""Seconds of a sample: fast calls are repeated for so long, which is far more than the clock's resolution."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds per call, medians, and the rounds that the candidate has won, of those that were run."""
+    """Median seconds per call, and how many of the rounds the candidate won."""
 
     stock: float
     fused: float
@@ -38,7 +38,7 @@ class Comparison:
 
     @property
     def clear(self) -> bool:
-        """Whether the candidate is faster beyond doubt."""
+        """Whether the win is clear."""
         return self.wins >= WINS
 
     def __str__(self) -> str:
@@ -54,12 +54,12 @@ def compare(stock: Callable[[], Any], fused: Callable[[], Any], device: torch.de
     """Time two calls in turns.
 
     Args:
-        stock: what runs today.
-        fused: what would replace it.
-        device: where both compute; it is waited for.
+        stock: the present implementation.
+        fused: the candidate.
+        device: the device of both. The clock stops when it has finished.
     """
     calls = {"stock": stock, "fused": fused}
-    # The first calls compile, allocate and choose algorithms; the second ones tell how many calls make up a sample.
+    # The first calls compile, allocate and choose algorithms. The second ones show how many calls fill a sample.
     for call in calls.values():
         _seconds(call, 1, device)
     longest = max(_seconds(call, 1, device) for call in calls.values())
@@ -70,7 +70,7 @@ def compare(stock: Callable[[], Any], fused: Callable[[], Any], device: torch.de
     gc.disable()
     try:
         while rounds < ROUNDS and rounds - wins <= ROUNDS - WINS:
-            # The second of a pair finds warm caches, so the two take turns in that too.
+            # The second call of a pair finds warm caches, so the order alternates.
             for name in sorted(calls, reverse=bool(rounds % 2)):
                 samples[name].append(_seconds(calls[name], repeats, device))
             rounds += 1
@@ -98,9 +98,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def step(function: Callable[..., Any], arguments: Iterable[Any], parameters: Iterable[Tensor], training: bool) -> Any:
-    """A call to be timed: forward, and backward to all that needs a gradient where `training`.
+    """A call to be timed: the forward and, if `training`, the backward to all tensors that need a gradient.
 
-    Gradients are returned by autograd and accumulate nowhere.
+    autograd returns the gradients and does not accumulate them.
     """
     arguments, parameters = tuple(arguments), tuple(parameters)
 
@@ -121,7 +121,7 @@ def step(function: Callable[..., Any], arguments: Iterable[Any], parameters: Ite
 
 
 def readable(seconds: float) -> str:
-    """A time in three digits, and a unit in which they need no exponent."""
+    """Format a time with three digits, in a unit that needs no exponent."""
     unit, factor = next(((unit, factor) for unit, factor in _UNITS if seconds * factor < 999.5), ("s", 1.0))
     return f"{seconds * factor:.3g} {unit}"
 

@@ -1,10 +1,10 @@
-"""The backend for ``torch.compile``: takes TorchDynamo's graphs and lets fused operators do what they can.
+"""The backend for ``torch.compile``: it replaces sites in TorchDynamo's graphs by fused operators.
 
 ``torch.compile(model, backend="fastlenet")`` finds `compile_graph` by the package's entry point. The graph that it
-returns runs eagerly, under autograd. With ``options={"inner": "inductor"}`` it is handed on to Inductor, to which a
-fused operator is one opaque call.
+returns runs eagerly, under autograd. With ``options={"inner": "inductor"}`` Inductor compiles it; to Inductor a fused
+operator is one opaque call.
 
-This module is imported where a model is compiled, never by ``import fastlenet`` itself.
+This module is imported when a model is compiled, and never by ``import fastlenet``.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a site: plain data, which `explain` shows and a copied model keeps.
+    """Facts of a site as plain data. `explain` shows them, and a copied model keeps them.
 
     Attributes:
-        name: where it is.
+        name: its place in the model.
         operator: the fused function.
-        mode: ``"training"`` where gradients are recorded, else ``"inference"``.
+        mode: ``"training"`` if gradients are recorded, else ``"inference"``.
         input: shape and dtype.
         output: likewise.
-        call: what decides which implementation runs.
-        fused: whether a fused operator does it.
+        call: the data that decides which implementation runs.
+        fused: whether a fused operator computes it.
         reason: why, or why not.
         times: measured times.
     """
@@ -54,19 +54,19 @@ class Record:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What tells it from other records: a graph that is captured anew replaces the record of the same key."""
+        """Its identity: when a graph is captured again, the new record replaces the one with the same key."""
         return self.name, self.operator, self.mode
 
 
 class Backend:
-    """A compiler of Dynamo's graphs that remembers what it has found and measured.
+    """A compiler of Dynamo's graphs that remembers sites and times.
 
     Args:
-        inner: what compiles the graph after it: None (it runs eagerly) or ``"inductor"``.
+        inner: the next compiler, ``"inductor"``, or None to run the graph eagerly.
         measure: whether to keep only sites that are clearly faster fused, measured at their shapes.
-        decisions: what was measured before; sites that are found there are not measured again.
-        records: what was found before.
-        faithful: whether to refuse a graph that Dynamo itself does not keep true to the model.
+        decisions: earlier measurements; sites in it are not measured again.
+        records: sites that were found earlier.
+        faithful: whether to refuse a graph in which Dynamo loses some of the model's behaviour.
     """
 
     __name__ = "fastlenet"
@@ -109,11 +109,11 @@ class Backend:
         return graph_module.forward
 
     def rewrite(self, module: fx.GraphModule, kinds: Mapping[fx.Node, type], mode: str) -> list[Record]:
-        """Fuse the sites of a graph and of its checkpointed parts, in place; tell what was found."""
+        """Fuse the sites of a graph and of its checkpointed parts, in place, and record them."""
         graph, records, taken = module.graph, [], []
         matches = patterns.find(graph, kinds)
         for chain, members in patterns.chains(matches):
-            # Where no kernel takes the whole, its members are better off by themselves.
+            # If no kernel takes the whole chain, its members are faster by themselves.
             if all(member in matches for member in members) and _is_covered(chain.call(mode == "training")):
                 record = self._record(chain, mode)
                 if record.fused:
@@ -185,14 +185,14 @@ def compile_graph(
 
 
 def _is_covered(call: Call) -> bool:
-    """Whether kernels take a call, and not stock's operators."""
+    """Whether kernels take a call, and not stock operators."""
     return patterns.implementation(call)[0] not in ("aten", "none")
 
 
 def _guard_hooks() -> None:
-    """Let the graph be captured anew once a hook is registered on one of its modules.
+    """Make Dynamo capture the graph again when a hook is registered on one of its modules.
 
-    Dynamo notes that a module has no hooks, but skips that guard unless it is configured otherwise.
+    Dynamo has a guard for modules without hooks, but skips it by default.
     """
     from torch._dynamo.guards import GuardBuilder
 
@@ -206,16 +206,16 @@ def _guard_hooks() -> None:
 
 
 def measure(match: Match) -> timing.Comparison | None:
-    """Time a site's own operators against the fused one, on random numbers; None if its sizes are not known.
+    """Time a site's operators and the fused one, on random numbers; None if its sizes are not known.
 
-    Forward and backward are timed where a gradient is needed, else the forward alone.
+    Forward and backward are timed if a gradient is needed, else the forward alone.
     """
     late = [norm.variance for norm in match.norms if norm is not None]
     generators: dict[torch.device, torch.Generator] = {}
     arguments: list[Any] = []
     for node in match.inputs():
         value = node.meta["example_value"]
-        if not isinstance(value, Tensor):  # a size that a flatten takes
+        if not isinstance(value, Tensor):  # a size that results from a flatten
             arguments.append(patterns.hint(value))
             continue
         shape = [size for size in map(patterns.hint, value.shape) if size is not None]
@@ -247,7 +247,7 @@ def measure(match: Match) -> timing.Comparison | None:
 
 @contextlib.contextmanager
 def _running() -> Iterator[None]:
-    """Run as after compilation: PyTorch says meanwhile that it compiles, and operators then take the form to record."""
+    """Run as after compilation. During compilation PyTorch reports that it compiles, and operators take another form."""
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = False
     try:
@@ -257,7 +257,7 @@ def _running() -> Iterator[None]:
 
 
 def _autocasts(match: Match) -> list[fx.Node]:
-    """The autocast regions of the graph that a site lies in, outermost first."""
+    """The autocast regions of the graph that contain a site, outermost first."""
     inside: list[fx.Node] = []
     for node in match.nodes[0].graph.nodes:
         if node is match.nodes[0]:
@@ -275,12 +275,12 @@ def _entered(node: fx.Node) -> Any:
 
 
 def _sizes(value: Tensor) -> tuple[int | None, ...]:
-    """A tensor's sizes but for the batch."""
+    """A tensor's sizes without the batch."""
     return tuple(patterns.hint(size) for size in value.shape[1 if value.dim() != 3 else 0 :])
 
 
 def describe(value: Tensor) -> str:
-    """Shape and dtype in words."""
+    """Format shape and dtype."""
     sizes = [patterns.hint(size) for size in value.shape]
     shape = "x".join("?" if size is None else str(size) for size in sizes) or "scalar"
     return f"{shape} {str(value.dtype).removeprefix('torch.')}"

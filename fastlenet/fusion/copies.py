@@ -1,4 +1,4 @@
-"""Copies of a model: one that shares its tensors, and one that is apart from it in every respect."""
+"""Copies of a model: one that shares its tensors, and one that shares nothing."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 HANDLE = "_fastlenet_fused"
-"""Where a fused model keeps what `fuse` knows of it."""
+"""The attribute of a fused model with the facts that `fuse` keeps."""
 
 
 def sharing(model: nn.Module) -> nn.Module:
-    """Copy a model module by module, without calling any of its code; tensors and other objects are the same ones.
+    """Copy a model module by module without calling its code. Tensors and other objects are shared.
 
-    Modules are new ones, and so are the lists, dicts, tuples and sets on them. What refers to a module of the model in
-    these, or as a bound method, refers to its copy.
+    Modules are new, and so are the lists, dicts, tuples and sets on them. References to modules of the model in these,
+    and bound methods, refer to the copies.
     """
     return _Copier(apart=False).copy(model)
 
@@ -51,7 +51,7 @@ class _Copier:
         if isinstance(value, Tensor):
             return self._remember(value, self._tensor(value)) if self.apart else value
         if isinstance(value, RemovableHandle):
-            # It refers to a module's dict of hooks, which has been copied if the module has.
+            # It refers to a module's dict of hooks, which was copied with the module.
             return self._remember(value, copy.deepcopy(value, self.memo))
         if isinstance(value, types.MethodType):
             owner = self.copy(value.__self__) if isinstance(value.__self__, nn.Module) else value.__self__
@@ -85,7 +85,7 @@ class _Copier:
         return new
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        """A tensor of its own, of the same kind."""
+        """Copy a tensor, with its type."""
         if torch.nn.parameter.is_lazy(tensor):
             return copy.deepcopy(tensor)
         with torch.inference_mode(False), torch.no_grad():

@@ -1,4 +1,4 @@
-"""`explain`: which sites a model has, what runs for each, and why."""
+"""`explain`: a model's sites, the implementation of each, and the reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Explanation", "Site", "explain"]
 
 _WIDTH = 80
-"""Columns that a table takes, unless names are longer."""
+"""Width of a table in characters, unless names are longer."""
 
 UNKNOWN = (
     "nothing is known of this model's sites yet: give explain an example input, or fuse the model and call it once"
@@ -60,7 +60,7 @@ class Site:
 
     @property
     def heading(self) -> str:
-        """Where it is, what it computes, and of which shapes where they are known."""
+        """Its place in the model, its operator, and its shapes if they are known."""
         where = f"{self.name}: {self.operator}"
         if self.input == "?":
             return where
@@ -158,7 +158,7 @@ def explain(model: nn.Module, example_input: Any = None) -> Explanation:
         fresh, remark = _traced(model, handle, example)
         known = {record.key for record in fresh}
         modes = {record.mode for record in fresh}
-        # What was captured earlier in the other mode stays in the table.
+        # Sites that were captured earlier in the other mode stay in the table.
         records = [record for record in records if record.mode not in modes and record.key not in known] + fresh
         notes += remark
     elif handle is None and not layers:
@@ -172,7 +172,7 @@ def explain(model: nn.Module, example_input: Any = None) -> Explanation:
 
 
 def _merged(rows: list[Site]) -> list[Site]:
-    """Sites that are alike in both modes stand once, each site's rows together."""
+    """List sites that are alike in both modes once, with the rows of a site together."""
     alike: dict[Site, str] = {}
     for row in rows:
         key = replace(row, mode="")
@@ -197,7 +197,7 @@ def _traced(model: nn.Module, handle: Fused | None, example: tuple[Any, ...]) ->
     with undisturbed(device), torch.set_grad_enabled(model.training):
         try:
             trial(*example)
-        except Exception as error:  # whatever the model raises
+        except Exception as error:  # any error of the model
             return [], [f"in {word(mode)} mode the model cannot run the example: {first_line(error)}"]
     found = list(compiler.records.values())
     if handle is not None and mode not in handle.modes:
@@ -233,7 +233,7 @@ def _observe(
 
     def remember(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            # The output has the dtype that the operator ran in, under autocast too; nothing is kept alive.
+            # The output has the dtype that the operator ran in, also under autocast. Empty tensors keep no memory alive.
             seen.setdefault(name, (torch.empty_like(args[0], dtype=output.dtype), torch.empty_like(output)))
 
         return hook
@@ -251,7 +251,7 @@ def _site_of_layer(name: str, layer: ConvReLUMaxPool2d | LinearReLU, seen: tuple
     if seen is None and isinstance(layer, ConvReLUMaxPool2d):
         runs, reason = _by_type(layer)
     else:
-        # How many rows a linear map gets decides nothing.
+        # The number of rows of a linear map does not matter.
         first = layer.weight.new_empty(1, layer.weight.shape[1]) if seen is None else seen[0]
         operands = [
             None if tensor is None else (tuple(tensor.shape), first.dtype, tensor.device)

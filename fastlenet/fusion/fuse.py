@@ -1,4 +1,4 @@
-"""`fuse`: the backend as one call on any module."""
+"""`fuse`: the backend of ``torch.compile`` as one call on any module."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from fastlenet.selection import logger
 
 MODES = ("training", "inference")
 OWN = (ConvReLUMaxPool2d, LinearReLU, LeNet)
-"""What is made of fused operators already."""
+"""Modules that consist of fused operators already."""
 
 
 class Fused:
-    """What is known of a fused model. It lies on the model, so that copies and pickles of the model are fused too.
+    """The facts of a fused model. It is an attribute of the model, so that copies and pickles are fused too.
 
     Attributes:
-        backend: compiles the model's graphs, and remembers what it found.
-        modes: the modes in which the model is compiled at all.
-        notes: remarks for `explain`.
-        refused: why the model runs as it is in a mode, though it was to be fused.
+        backend: compiles the model's graphs, and remembers sites and times.
+        modes: the modes in which the model is compiled.
+        notes: sentences for `explain`.
+        refused: by mode, why the model runs unfused though it was compiled.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Fused:
         self.refused: dict[str, str] = {}
 
     def install(self) -> None:
-        """Let the model's ``__call__`` run the compiled model."""
+        """Make the model's ``__call__`` run the compiled model."""
         model = self.model()
         assert model is not None
-        # Not by setattr: a model may have one of its own, and one that is being copied has no attributes yet.
+        # Not with setattr: a model may override it, and a model that is being copied has no attributes yet.
         model.__dict__[copies.HANDLE] = self
         model.__dict__.pop("_compiled_call_impl", None)
         if self.modes:
@@ -75,7 +75,7 @@ class Fused:
                 return compiled(*args, **kwargs)
             except TorchDynamoException as error:
                 reason = first_line(error)
-            # What the model raises by itself, a wrong shape for one, Dynamo reports as an error of its own.
+            # Dynamo also reports the model's own errors, such as a wrong shape, as errors of Dynamo.
             result = plain(*args, **kwargs)
             active[recording()] = False
             mode = MODES[0 if recording() else 1]
@@ -87,7 +87,7 @@ class Fused:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fused:
         copied = memo.get(id(self.model()))
-        if copied is None:  # the owner's own shallow copy, which is not fused
+        if copied is None:  # a shallow copy of the model, which is not fused
             return self
         return _restored(copied, *self._plain())
 
@@ -111,7 +111,7 @@ def _restored(model: nn.Module, options: tuple[Any, ...], *rest: Any) -> Fused:
 def _caller(model: nn.Module) -> Callable[..., Any]:
     """A function that calls the model.
 
-    Dynamo leaves frames of ``torch.nn`` alone, so that it would not look into an ``nn.Sequential`` by itself.
+    Dynamo skips frames of ``torch.nn``, so it would not look into an ``nn.Sequential`` without such a function.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -123,31 +123,31 @@ def _caller(model: nn.Module) -> Callable[..., Any]:
 
 
 def _intercepted() -> bool:
-    """Whether a mode sees every function of PyTorch that is called, other than the one that sets a default device."""
+    """Whether a TorchFunctionMode is active, other than the one that sets a default device."""
     stack = [torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())]
     return any(not isinstance(mode, DeviceContext) for mode in stack)
 
 
 def _isolation() -> dict[str, Any]:
-    """Let models of one class not share one limit of recompilations, where PyTorch can tell them apart."""
+    """Give each model its own limit of recompilations, if this PyTorch can."""
     name = "isolate_recompiles"
     return {name: True} if name in inspect.signature(torch.compile).parameters else {}
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; of the error behind it, where Dynamo wraps one."""
+    """The first line of an error's message, or of the error that Dynamo wrapped."""
     text = str(getattr(error, "inner_exception", None) or error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def handle_of(model: nn.Module) -> Fused | None:
-    """What `fuse` left on a model, if that model itself was fused."""
+    """The facts that `fuse` keeps on a model, if the model itself was fused."""
     handle = vars(model).get(copies.HANDLE)
     return handle if isinstance(handle, Fused) and handle.model() is model else None
 
 
 def unusable(model: nn.Module) -> str | None:
-    """Why a model is left as it is without a look at its forward."""
+    """Why a model cannot be fused, whatever its forward; else None."""
     if isinstance(model, OWN):
         return "it is made of fused operators already"
     if isinstance(model, torch.jit.ScriptModule):
@@ -214,7 +214,7 @@ def fuse(model: nn.Module, example_input: Any = None, *, inplace: bool = False) 
 
 
 def arguments(example_input: Any) -> tuple[Any, ...]:
-    """The example as positional arguments, apart from the caller's, also where it was made under inference mode."""
+    """Copy the example as positional arguments, also if it was made under inference mode."""
 
     def apart(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -226,7 +226,7 @@ def arguments(example_input: Any) -> tuple[Any, ...]:
 
 
 class Judge:
-    """Runs copies of a model on the example in both modes, and decides in which of them it is fused."""
+    """Runs copies of a model on the example in both modes, and decides in which modes it is fused."""
 
     def __init__(self, model: nn.Module, example: tuple[Any, ...]) -> None:
         from fastlenet.fusion.backend import Backend
@@ -240,7 +240,7 @@ class Judge:
         for mode in (present, *(other for other in MODES if other != present)):
             try:
                 self._judge(mode, mode == present)
-            except Exception as error:  # whatever the user's forward raises in a mode that it was not written for
+            except Exception as error:  # any error of the user's forward, in a mode that it was not written for
                 errors.append(error)
                 self.notes.append(f"in {word(mode)} mode the model cannot run the example: {first_line(error)}")
         if len(errors) == len(MODES):
@@ -288,19 +288,19 @@ class Judge:
             self.backend.records.update((record.key, record) for record in declined)
 
     def _outputs(self, call: Callable[..., Any]) -> list[Tensor]:
-        torch.manual_seed(0)  # for dropout; the caller's generators are kept apart
+        torch.manual_seed(0)  # for dropout; the caller's generators do not change
         example = arguments(self.example)
         return [output.detach().clone() for output in timing.tensors(call(*example))]
 
 
 def word(mode: str) -> str:
-    """A mode as a model's flag has it."""
+    """Name the mode of a model's ``training`` flag."""
     return "training" if mode == "training" else "eval"
 
 
 @contextlib.contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Keep the caller's random generators and modes."""
+    """Restore the caller's random generators and modes afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode(False):
         yield
 
@@ -308,8 +308,8 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 def _same(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> bool:
     """Whether outputs are the same up to rounding.
 
-    A mistake in a fused model shows as a difference of the outputs' own size, rounding as one of some units of their
-    dtype: the square root of that unit lies far from both.
+    A mistake in a fused model makes a difference of the size of the outputs. Rounding makes one of a few units of their
+    dtype. The square root of that unit is far from both.
     """
     return len(expected) == len(actual) and all(
         e.shape == a.shape

@@ -1,8 +1,8 @@
-"""Finding the places in a graph that one fused operator can take over, and replacing them.
+"""Finding the sites in a graph that a fused operator can compute, and replacing them.
 
-The graph is TorchDynamo's. It holds functions and tensor methods only, whatever the model's spelling, and parameters
-are inputs. What a forward reads in Python is constant in it and guarded by Dynamo, so that this module sees one fixed
-program. It answers a single question: which nodes may be computed by one call without any other node noticing.
+The graph comes from TorchDynamo. It has only functions and tensor methods, however the model is written, and parameters
+are inputs. Python values that the forward read are constants in it, which Dynamo guards. So this module sees one fixed
+program, and answers one question: which nodes can one call compute without a change for any other node?
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from fastlenet.kernels.geometry import LINEAR_RELU as LINEAR
 from fastlenet.kernels.geometry import ConvPoolGeometry, Links
 
 CONV, ADDMM, CHAIN = "conv2d_relu_max_pool2d", "addmm_relu", "chain"
-# A linear map without relu is the end of a chain, and no site by itself.
+# A linear map without relu can end a chain. It is not a site by itself.
 OPERATORS: dict[str, Any] = {
     CONV: ops.CONV2D_RELU_MAX_POOL2D, LINEAR: ops.LINEAR_RELU, ADDMM: ops.ADDMM_RELU, CHAIN: ops.CHAIN,
 }  # fmt: skip
 
-# What the nodes after a site's first one do.
+# The kinds of the nodes after a site's first one.
 _RELU, _POOL, _NORM, _NOTHING = "relu", "pool", "norm", "nothing"
 
 _ARGUMENTS = {
@@ -57,12 +57,12 @@ _FLATTENS = (torch.flatten, "flatten", "view", "reshape", torch.reshape)
 
 
 class Call(NamedTuple):
-    """What decides which implementation an operator takes, as plain data.
+    """The data that decides which implementation an operator takes.
 
     Attributes:
         operator: a function of `fastlenet.functional`.
-        settings: its arguments other than tensors, as `fastlenet.selection` takes them; None where they are not known.
-        operands: sizes, dtype and device of each tensor; of the first alone where sizes are not known.
+        settings: its arguments other than tensors, as `fastlenet.selection` takes them; None if not known.
+        operands: sizes, dtype and device of each tensor, or of the first alone if sizes are not known.
         differentiable: whether a backward may follow.
     """
 
@@ -73,7 +73,7 @@ class Call(NamedTuple):
 
 
 def implementation(call: Call) -> tuple[str, str]:
-    """Tell which implementation runs for a call, and why; ``"none"`` where a forced backend would raise."""
+    """Tell which implementation runs for a call, and why; ``"none"`` if a forced backend would raise."""
     operator_ = OPERATORS[call.operator]
     tensors = [  # of one element each, whatever their sizes
         None if operand is None else torch.empty((), dtype=operand[1], device=operand[2]).expand(operand[0])
@@ -101,14 +101,13 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True)
 class Match:
-    """Nodes, first to last, that one call can take over, or the reason why it must not.
+    """Nodes, first to last, that one call can compute, or the reason why it must not.
 
     Attributes:
-        name: where it is: the paths of its modules, the names of its functions.
-        operator: a function of `fastlenet.functional`, or ``"linear"``, which only a chain may hold.
-        nodes: what is replaced. What every node but the last computes is used by the next one only.
-        result: the node that stands for what the match computes. It is the last one, or the one that a last relu
-            modifies as a statement (``F.relu(x, inplace=True)``).
+        name: the paths of its modules and the names of its functions.
+        operator: a function of `fastlenet.functional`, or ``"linear"``, which only a chain may contain.
+        nodes: the nodes to replace. The result of each except the last is used by the next one only.
+        result: the node with the result. It is the last one, or the one that a last relu modifies as a statement (``F.relu(x, inplace=True)``).
         operands: the fused function's positional arguments.
         options: its keyword arguments.
         norms: the BatchNorm to fold into each weight and bias, or None.
@@ -131,7 +130,7 @@ class Match:
 
     @property
     def links(self) -> Links | None:
-        """The match as links of a chain; None if it cannot be one, or its geometry is not known."""
+        """The match as links of a chain; None if it cannot be part of one, or its geometry is not known."""
         if self.operator == CHAIN:
             return self.operands[2]
         if self.operator == CONV:
@@ -140,7 +139,7 @@ class Match:
         return (self.operator,) if self.operator in (LINEAR, LAST) else None
 
     def call(self, differentiable: bool) -> Call:
-        """What decides which implementation it takes."""
+        """The data that decides which implementation it takes."""
         result = _value(self.result)
         operands: list[Any] = []
         for node in self.tensors:
@@ -148,7 +147,7 @@ class Match:
             sizes = () if value is None else tuple(hint(size) for size in value.shape)
             if None in sizes:
                 return Call(self.operator, None, (((), result.dtype, result.device),), differentiable)
-            # Autocast converts operands to the type that the stock operators gave.
+            # Autocast converts operands to the type of the stock operators' result.
             operands.append(None if value is None else (sizes, result.dtype, value.device))
         settings: Any = None
         if self.operator == ADDMM:
@@ -163,17 +162,17 @@ class Match:
         return (self.operands[0], *self.operands[1]) if self.operator == CHAIN else self.operands
 
     def inputs(self) -> tuple[fx.Node, ...]:
-        """Nodes outside of the match that feed it, each once."""
+        """Nodes outside of the match whose results it uses, each once."""
         feeding = (source for node in self.nodes for source in node.all_input_nodes if source not in self.nodes)
         return tuple(dict.fromkeys(feeding))
 
 
 def find(graph: fx.Graph, kinds: Mapping[fx.Node, type]) -> list[Match]:
-    """Find every site of a graph, in order, those that must stay as they are included, and single linear maps.
+    """Find every site of a graph, in order, with refused sites, and single linear maps.
 
     Args:
         graph: Dynamo's graph.
-        kinds: types of the tensors that the graph's inputs stand for.
+        kinds: types of the tensors of the graph's inputs.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     found: list[Match] = []
@@ -186,10 +185,10 @@ def find(graph: fx.Graph, kinds: Mapping[fx.Node, type]) -> list[Match]:
 
 
 def chains(matches: Sequence[Match]) -> Iterator[tuple[Match, list[Match]]]:
-    """Join matches that follow each other to chains, each with its members; the longest comes first.
+    """Join matches that follow each other to chains, each with its members, the longest first.
 
-    Each takes the result of the one before it, which no other node uses but for a flatten or a dropout that does
-    nothing. Of a row the convolutions alone are a chain, too.
+    Each match takes the result of the one before it. No other node uses that result, except a flatten, or a dropout
+    that does nothing. The convolutions at the start of a row are a chain too.
     """
     for row in _rows(matches):
         convolutions = [match for match in row if match.operator == CONV]
@@ -220,14 +219,14 @@ def _dim(node: fx.Node) -> int:
 
 
 def _between(match: Match, earlier: Match) -> list[fx.Node] | None:
-    """The nodes that lead from one match's result to the next one's input; None if it does not follow."""
+    """The nodes between one match's result and the next one's input; None if the next does not follow."""
     if earlier.operator == LAST or (match.operator == CONV and earlier.operator != CONV):
         return None
     path: list[fx.Node] = []
     source, own = match.input, (*earlier.nodes, *match.nodes)
     while source is not earlier.result:
         given = source.args[0] if source.args else None
-        # A flatten of a linear map's rows would be another matrix.
+        # A flatten of a linear map's rows would give another matrix.
         flattens = source.target in _FLATTENS and earlier.operator == CONV and _same_rows(source, earlier.result)
         if not (flattens or _does_nothing(source)) or not isinstance(given, fx.Node) or len(source.users) > 1:
             return None
@@ -238,7 +237,7 @@ def _between(match: Match, earlier: Match) -> list[fx.Node] | None:
 
 
 def _same_rows(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a node makes a row of each image that `source` gives."""
+    """Whether a node flattens each image of `source` to a row."""
     rows, images = _value(node), _value(source)
     sizes = [size for size in images.shape[1:] if isinstance(size, int)]
     return rows.dim() == 2 and len(sizes) == 3 and isinstance(rows.shape[1], int) and rows.shape[1] == math.prod(sizes)
@@ -250,7 +249,7 @@ def _does_nothing(node: fx.Node) -> bool:
 
 
 def _chain(members: Sequence[Match]) -> Match | None:
-    """Members of a row as one match; None where there is nothing to join, or something stands in between."""
+    """Join members of a row to one match; None if there is nothing to join, or a node in between prevents it."""
     if len(members) < 2:
         return None
     nodes = list(members[0].nodes)
@@ -269,7 +268,7 @@ def _chain(members: Sequence[Match]) -> Match | None:
 
 
 def _geometry(options: Mapping[str, Any], weight: Tensor) -> ConvPoolGeometry | None:
-    """A convolution's and a pool's options as the library keeps them; None for padding that is uneven."""
+    """The geometry of a convolution's and a pool's options; None for uneven padding."""
     padding, dilation = options.get("padding", 0), pair(CONV, "dilation", options.get("dilation", 1))
     if isinstance(padding, str):
         total = [0, 0] if padding == "valid" else [dilation[i] * (int(weight.shape[2 + i]) - 1) for i in (0, 1)]
@@ -308,7 +307,7 @@ def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node,
         if stage in done or (stage == _POOL and _POOL not in wanted):
             return None
         given = _given(node, stage)
-        # A relu in place as a statement changes what later nodes see under the old name.
+        # A relu in place as a statement changes the value that later nodes read under the old name.
         statement = stage == _RELU and not node.users and _in_place(node, given)
         others = [user for user in (users[: users.index(node)] if statement else users) if user is not node]
         if others:
@@ -364,7 +363,7 @@ def _last(start: Match) -> Match | None:
 
 
 def _stage(node: fx.Node, source: fx.Node) -> str | None:
-    """What a node does with the result of `source`, if that is something that a site may hold."""
+    """The kind of a node that takes the result of `source`; None if a site cannot contain it."""
     if node.op not in ("call_function", "call_method"):
         return None
     stage = _STAGES.get(node.target)
@@ -398,17 +397,17 @@ def _pool_problems(node: fx.Node, pool: Mapping[str, Any], after_relu: bool) -> 
         yield "the max-pool returns indices"
     yield _computed(node, pool)
     if not after_relu and _any(pool.get("padding"), 0) and _any(pool.get("dilation"), 1):
-        # Only there may a window lie wholly in the padding: stock's order gives relu(-inf) = 0, the fused one -inf.
+        # Only then can a window lie wholly in the padding. Stock's order gives relu(-inf) = 0, the fused order -inf.
         yield "relu follows a max-pool with both padding and dilation"
 
 
 def _any(value: Any, default: int) -> bool:
-    """Whether an option, an int or a pair, is given and other than its default."""
+    """Whether an option, an int or a pair, differs from its default."""
     return value is not None and any(leaf != default for leaf in tree_leaves(value))
 
 
 def _computed(node: fx.Node, given: Mapping[str, Any]) -> str | None:
-    """Whether a call's options are known only when it runs."""
+    """Whether some of a call's options are known only when it runs."""
     for name, value in given.items():
         if name != "input" and any(isinstance(leaf, (fx.Node, torch.SymInt)) for leaf in tree_leaves(value)):
             return f"the argument {name!r} of {node.name} is computed in the forward"
@@ -416,7 +415,7 @@ def _computed(node: fx.Node, given: Mapping[str, Any]) -> str | None:
 
 
 def _operand_problems(match: Match, kinds: Mapping[fx.Node, type]) -> Iterator[str | None]:
-    """What a fused operator cannot take: tensors of a kind with operators of its own, or of another dtype or layout."""
+    """Why a fused operator cannot take these tensors: a type with its own operators, another dtype or layout."""
     operands = [operand for operand in (*match.operands, *(match.norms[0] or ())[:4]) if isinstance(operand, fx.Node)]
     for operand in operands:
         value, kind = _value(operand), kinds.get(operand, Tensor)
@@ -433,7 +432,7 @@ _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 def _disturbed(match: Match, late: Iterable[fx.Node], order: Mapping[fx.Node, int]) -> str | None:
-    """Whether something between a match's first and last node forbids computing all of it at the first."""
+    """Why a node between a match's first and last one forbids computing all of it at the first; else None."""
     first, last = order[match.nodes[0]], order[match.nodes[-1]]
     late = tuple(late)
     if any(order[operand] > first for operand in late):
@@ -448,13 +447,13 @@ def _disturbed(match: Match, late: Iterable[fx.Node], order: Mapping[fx.Node, in
 
 
 def _switches(node: fx.Node) -> bool:
-    """Whether a node neither takes nor makes a tensor or a number: it is there for the state that it changes."""
+    """Whether a node neither takes nor returns a tensor or a number, so that its purpose is to change a state."""
     known = [source for source in node.all_input_nodes if _value(source) is not None]
     return node.op == "call_function" and _value(node) is None and not known
 
 
 def _mutates(node: fx.Node) -> bool:
-    """Whether a node may change a tensor that it is given."""
+    """Whether a node may change one of its arguments."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     stage = _STAGES.get(node.target) if node.op != "get_attr" else None
     if stage in (_RELU, _NOTHING) and _in_place(node, _given(node, stage)):
@@ -469,26 +468,26 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def _overloads(target: Any) -> list[torch._ops.OpOverload]:
-    """The operators that a node may call, where it calls one of ``torch.ops``."""
+    """The operators that a node may call, if it calls one of ``torch.ops``."""
     if isinstance(target, torch._ops.OpOverloadPacket):
         return [getattr(target, name) for name in target.overloads()]
     return [target] if isinstance(target, torch._ops.OpOverload) else []
 
 
 def _value(node: Any) -> Any:
-    """The tensor without data, or the number, that Dynamo computed for a node; None where there is none."""
+    """The tensor without data, or the number, that Dynamo computed for a node; else None."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
 
 
 def hint(size: Any) -> int | None:
-    """A size as a number, without making Dynamo's graph depend on it; None where it is not known."""
+    """A size as a number, without making Dynamo's graph depend on it; None if it is not known."""
     if isinstance(size, int):
         return size
     return int(size.node.hint) if size.node.has_hint() else None
 
 
 def _place(node: fx.Node) -> str:
-    """Where a node comes from: the path of a stock layer, or a function's name after the path of its module."""
+    """The origin of a node: the path of a stock layer, or a function's name after the path of its module."""
     function = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack:
@@ -513,7 +512,7 @@ def fold(
 
     Computed anew at every call, so that it always follows the parameters and autograd reaches them.
     """
-    # 16 bits could lose eps, and with it the difference between a small variance and none.
+    # In 16 bits eps could be lost, and then a small variance could not be told from zero.
     factor = (variance.to(torch.promote_types(variance.dtype, torch.float32)) + eps).rsqrt()
     if scale is not None:
         factor = factor * scale
@@ -527,12 +526,12 @@ def replace_all(graph: fx.Graph, taken: Iterable[Match]) -> None:
     """Replace matches by fused calls, in place."""
     fused: dict[fx.Node, fx.Node] = {}
     for match in taken:
-        # An earlier match's result may be an operand.
+        # The result of an earlier match may be an operand.
         fused[match.result] = _replace(graph, match, lambda node: fused.get(node, node))
 
 
 def isolate(match: Match, fused: bool) -> fx.GraphModule:
-    """A module of the match alone, its inputs in the order of `Match.inputs`."""
+    """Make a module of the match alone, with inputs in the order of `Match.inputs`."""
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in match.inputs()}
     for node in match.nodes:

@@ -1,6 +1,6 @@
 """The operators: each one's schema, shape function, checks and ``torch.autograd.Function`` in a file of its own.
 
-They know the implementations but not which of them a call takes: `fastlenet.selection` decides that.
+`fastlenet.selection` decides which implementation a call takes.
 """
 
 from fastlenet.ops.addmm_relu import ADDMM_RELU, LINEAR_RELU

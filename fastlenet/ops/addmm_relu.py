@@ -1,4 +1,4 @@
-"""addmm + relu: the operator as PyTorch sees it; and linear + relu, which is one of its calls."""
+"""addmm + relu as PyTorch sees it, and linear + relu, which is a call of it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _backward_fake(
 
 
 def flops(mat1: Sequence[int], mat2: Sequence[int]) -> int:
-    """Count what stock's matrix product counts: two for each product."""
+    """Count FLOPs as for stock's matrix product: two for each product."""
     return 2 * mat1[0] * mat1[1] * mat2[1]
 
 
@@ -77,7 +77,7 @@ define(
 
 
 class AddmmReLUFunction(torch.autograd.Function):
-    """``relu(beta * input + alpha * (mat1 @ mat2))``; saves mat1, mat2 and the output, whose sign is relu's mask."""
+    """``relu(beta * input + alpha * (mat1 @ mat2))``; saves mat1, mat2 and the output, for relu's mask."""
 
     @staticmethod
     def forward(
@@ -108,7 +108,7 @@ class AddmmReLUFunction(torch.autograd.Function):
             output, grad_output = output.reshape(size), grad_output.reshape(size)
         args = grad_output, output, mat1, mat2, *ctx.rest, needs
         if composed_backward(grad_output):
-            # What relu let through is not differentiated.
+            # The mask itself is not differentiated.
             with no_autocast(mat1.device.type):
                 grads = reference.addmm_relu_backward(grad_output, output.detach(), *args[2:])
         elif ctx.known is None:

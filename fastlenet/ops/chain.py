@@ -1,7 +1,7 @@
-"""A chain: a row of fused operators whose results in between nothing else sees, computed as one.
+"""A chain: several fused operators computed as one. No other code sees the results between them.
 
-Its links are convolutions with relu and max-pool, then linear maps with relu, then perhaps a last one without. Before
-the first linear map each sample becomes a row.
+Its links are convolutions with relu and max-pool, then linear maps with relu, then perhaps one linear map without relu.
+Each sample is flattened before the first linear map.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _numbers(geometry: ConvPoolGeometry) -> str:
 
 @functools.lru_cache(maxsize=512)
 def links_of(spec: str) -> Links:
-    """Read what `spec_of` wrote."""
+    """Read the links from the text that `spec_of` wrote."""
     return tuple(link if link in (LINEAR, LINEAR_RELU) else _geometry(link) for link in spec.split(";"))
 
 
@@ -140,7 +140,7 @@ define(
 
 
 class ChainFunction(torch.autograd.Function):
-    """A whole chain; saves its operands and what its implementation needs, nothing at a convolution's resolution."""
+    """A whole chain. It saves its operands and what its implementation needs, nothing of a convolution's size."""
 
     @staticmethod
     def forward(
@@ -154,7 +154,7 @@ class ChainFunction(torch.autograd.Function):
         if leading is not None:
             output = shaped(output, (*leading, *output.shape[1:]), known)
         ctx.known, ctx.links = known, links
-        # The output's sign is the last relu's mask; of any other last link it may be modified.
+        # The sign of the output is the last relu's mask. After any other last link the output may be modified.
         ctx.save_for_backward(input, *parameters, *saved, *((output,) if links[-1] == LINEAR_RELU else ()))
         return output
 
@@ -174,7 +174,7 @@ class ChainFunction(torch.autograd.Function):
         if composed_backward(grad_output):
             pass
         elif ctx.known is None:
-            like = grad_output if output is None else output  # whose values nothing reads then
+            like = grad_output if output is None else output  # its values are not read then
             args = grad_output, like, input, parameters, list(saved), spec_of(links), needs
             grads = reference.requested(operators.chain_backward(*args), needs)
         else:
@@ -191,7 +191,7 @@ class ChainFunction(torch.autograd.Function):
 def _composed_grads(
     grad_output: Tensor, links: Links, needs: Sequence[bool], *operands: Tensor | None
 ) -> reference.Grads:
-    """Gradients in plain operators: differentiable to any order, as all that lies between is computed once more."""
+    """Gradients in plain operators. They compute the results between links again, so they are differentiable."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         wanted = [tensor for tensor, needed in zip(operands, needs, strict=True) if tensor is not None and needed]
@@ -204,7 +204,7 @@ def _composed_grads(
 
 @functools.lru_cache(maxsize=512)
 def function_of(links: Links) -> type[torch.autograd.Function]:
-    """Make a chain's Function, whose name, and so its node's, says which operators stand there."""
+    """Make a chain's Function. Its name, and so the node's, lists the operators."""
     names = ["ConvReLUMaxPool2d" if isinstance(link, ConvPoolGeometry) else _LINEAR_NAMES[link] for link in links]
     return type(f"{'_'.join(names)}Chain", (ChainFunction,), {"__doc__": ChainFunction.__doc__})
 
@@ -328,7 +328,7 @@ def _call(input: Tensor, parameters: Sequence[Tensor | None], spec: str, save: b
 def _run(
     known: Any, input: Tensor, parameters: Sequence[Tensor | None], spec: str, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    # What the compiled CPU kernels save is their own, which a graph cannot know.
+    # The compiled CPU kernels save tensors in their own form, which a graph cannot know.
     forward = _reference_forward if save and known.choice.forward == "cpu" else known.forward
     output, saved = forward(input, parameters, links_of(spec), save)
     return output, list(saved)

@@ -1,4 +1,4 @@
-"""conv2d + relu + max-pool: the operator as PyTorch sees it."""
+"""conv2d + relu + max-pool as PyTorch sees it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _backward_fake(
 
 
 def flops(input: Sequence[int], weight: Sequence[int], geometry: ConvPoolGeometry) -> int:
-    """Count what stock's convolution counts: two for each product."""
+    """Count FLOPs as for stock's convolution: two for each product."""
     height, width = geometry.conv_size((input[2], input[3]), (weight[2], weight[3]))
     return 2 * input[0] * height * width * math.prod(weight)
 
@@ -77,7 +77,7 @@ def _backward_flops(grad_output: Any, input: Any, weight: Any, argmax: Any, *arg
 def backward_flops(
     input: Sequence[int], weight: Sequence[int], geometry: ConvPoolGeometry, output_mask: Sequence[bool]
 ) -> int:
-    """Count what stock's convolution counts: of a weight's gradient the whole of every group with every other."""
+    """Count FLOPs as for stock's convolution, which counts a weight's gradient as if there were no groups."""
     need_input, need_weight, _need_bias = output_mask
     return (need_input + need_weight * geometry.groups) * flops(input, weight, geometry)
 
@@ -97,7 +97,7 @@ define(
 
 
 def geometry_of(fields: Sequence[Any]) -> ConvPoolGeometry:
-    """Make a geometry of an operator's arguments, in which pairs are lists."""
+    """Make a geometry from an operator's arguments, which have lists for pairs."""
     return ConvPoolGeometry(*(tuple(field) if isinstance(field, (list, tuple)) else field for field in fields))
 
 
@@ -107,8 +107,8 @@ def geometry_of(fields: Sequence[Any]) -> ConvPoolGeometry:
 class ConvReLUMaxPool2dFunction(torch.autograd.Function):
     """``max_pool2d(relu(conv2d(input, weight, bias)))``.
 
-    Saves the input, the weight and the argmax, of which `ConvPoolGeometry.no_winner` tells where relu was off:
-    nothing at the convolution's resolution, and not the output, which its user may therefore modify in place.
+    Saves the input, the weight and the argmax. The argmax is `ConvPoolGeometry.no_winner` where relu was closed. It
+    saves nothing of the convolution's size. It does not save the output, so the output may be modified in place.
     """
 
     @staticmethod
@@ -277,7 +277,7 @@ def _reference_backward(
     first, second, third = reference.conv2d_relu_max_pool2d_backward(
         grad_output, input, weight, argmax, geometry, output_mask
     )
-    # Stock's convolutions choose layouts of their own; the shape function promises these.
+    # Stock's convolutions choose other layouts. The shape function promises these.
     layout = memory_format(input, weight)
     first = first if first is None else first.contiguous(memory_format=layout)
     return first, second if second is None else second.contiguous(memory_format=layout), third

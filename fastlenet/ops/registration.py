@@ -1,9 +1,9 @@
-"""What every operator shares: the library that registers it, and what `fastlenet.selection` must know of it.
+"""Code that all operators share: the library that registers them, and the facts that `fastlenet.selection` needs.
 
-A call takes one of three forms. By *composition* stock's own operators compute it, with stock's derivatives. By
-*kernels* an operator's Function calls an implementation that was chosen once. By its *registered operator*,
-``torch.ops.fastlenet.*``, it stays whole for compilers, exporters and dispatch modes; the choice is then made when the
-operator runs.
+A call takes one of three forms. As a *composition*, stock operators compute it, with stock's derivatives. As *kernels*,
+the operator's Function calls the implementation that was chosen for its kind. As a *registered operator*,
+``torch.ops.fastlenet.*``, it is one node for compilers, exporters and dispatch modes, and the implementation is chosen
+when the node runs.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# The package's own name, so that a copy of it under another name has operators of its own, beside these.
+# The package's own name, so that a copy under another name registers other operators.
 NAMESPACE = "_".join(__name__.split(".")[:-2])
 library = torch.library.Library(NAMESPACE, "DEF")
 operators = getattr(torch.ops, NAMESPACE)
 implementations: dict[str, Callable[..., Any]] = {}
-"""What runs where a registered operator is called, by its name."""
+"""By the name of a registered operator, the function that runs it."""
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -34,8 +34,8 @@ class Registered(NamedTuple):
     """How a registered operator runs.
 
     Attributes:
-        call: from its arguments makes settings and operands, and tells whether a backward will follow.
-        run: from what is known of such a call, and the arguments, makes the results.
+        call: from the arguments returns settings, operands and whether a backward will follow.
+        run: from the entry of such a call, and the arguments, returns the results.
     """
 
     call: Callable[..., tuple[Any, tuple[Any, ...], bool]]
@@ -43,14 +43,14 @@ class Registered(NamedTuple):
 
 
 class Operator(ABC):
-    """What `fastlenet.selection` must know of an operator.
+    """The facts of an operator that `fastlenet.selection` needs.
 
-    Tensors are the call's operands in order, `settings` all its other arguments: one value that can be a key.
+    `tensors` are a call's operands in order. `settings` are all its other arguments, as one value that can be a key.
 
     Attributes:
         name: of the operator, in messages.
         main: which operand the log describes.
-        traceable: whether torch.jit.trace can record the registered operator; else it records the parts.
+        traceable: whether torch.jit.trace can record the registered operator; otherwise it records the parts.
     """
 
     name: str
@@ -63,11 +63,11 @@ class Operator(ABC):
 
     @abstractmethod
     def check(self, settings: Any, *tensors: Any) -> None:
-        """Raise, as stock does, if the operands do not fit each other or the settings."""
+        """Raise stock's error if the operands do not fit each other or the settings."""
 
     @abstractmethod
     def composition(self, settings: Any, *tensors: Any, run: Callable[..., Tensor] | None = None) -> Tensor:
-        """Compute a call by stock's operators; where `run` is given, it takes each of the call's parts."""
+        """Compute a call with stock operators, or each of its parts with `run` if that is given."""
 
     def small_composition(self, settings: Any, *tensors: Any) -> Callable[..., Tensor] | None:
         """Return what is faster than `composition` for few plain float32 images on a CPU; None if nothing is."""
@@ -75,27 +75,27 @@ class Operator(ABC):
 
     @abstractmethod
     def fused(self, settings: Any, known: Any, differentiable: bool, *tensors: Any) -> Tensor:
-        """Compute a call by kernels that are `known`, or by the registered operator where that is None."""
+        """Compute a call with the kernels of the entry `known`, or with the registered operator if that is None."""
 
     @abstractmethod
     def uncovered(self, implementation: str, settings: Any, *tensors: Any) -> str | None:
-        """Why no kernel of ``"triton"`` or ``"cpu"`` covers a call whose dtype they cover; None if one does."""
+        """Why kernels of ``"triton"`` or ``"cpu"`` do not cover a call, though they cover its dtype; None if they do."""
 
     def slower(self, settings: Any, differentiable: bool, *tensors: Any) -> str | None:
-        """Why the compiled CPU kernels would be slower than stock's operators; None if they are expected to win."""
+        """Why the compiled CPU kernels would be slower than stock operators; None if they are expected to win."""
         return None
 
     @abstractmethod
     def implementation(self, name: str, library: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Return an implementation's forward and backward; `library`: one multiplies the matrices of linear maps."""
+        """Return an implementation's forward and backward; with `library`, a library computes linear maps."""
 
     def parts(self, settings: Any, *tensors: Any) -> Iterator[tuple[Operator, Any, tuple[Any, ...]]]:
-        """Yield the calls of other operators that a call is made of, with tensors of the right shapes."""
+        """Yield the calls of other operators that this call consists of, with tensors of the right shapes."""
         yield from ()
 
     @abstractmethod
     def registered(self) -> dict[str, Registered]:
-        """Return, by name, what the registered operators do once an implementation is chosen."""
+        """Return, by name, how the registered operators run once an implementation is chosen."""
 
 
 def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int]) -> None:
@@ -103,8 +103,8 @@ def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int]) -> 
 
     Args:
         schema: as `torch.library.Library.define` takes it.
-        fake: from tensors without memory makes results without memory.
-        flops: from the operands' shapes counts what `torch.utils.flop_counter` counts for stock's operators.
+        fake: from tensors without memory returns results without memory.
+        flops: from the operands' shapes returns the FLOPs that `torch.utils.flop_counter` counts for stock operators.
     """
     name = schema.partition("(")[0]
     library.define(schema)
@@ -114,7 +114,7 @@ def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int]) -> 
 
 
 def _when_imported(name: str, then: Callable[[Any], Any]) -> None:
-    """Call `then` with a module once it is there: importing this one loads triton, which few programs need."""
+    """Call `then` with a module when another import loads it. It imports triton, which few programs need."""
     if name in sys.modules:
         then(sys.modules[name])
     else:
@@ -122,7 +122,7 @@ def _when_imported(name: str, then: Callable[[Any], Any]) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a module, and is told when it has been executed."""
+    """A finder that lets the other finders find a module, and calls a function after the module was executed."""
 
     def __init__(self, name: str, then: Callable[[Any], Any]) -> None:
         self.name, self.then = name, then
@@ -146,8 +146,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 def implement(name: str, function: Callable[..., Any]) -> None:
     """Let `function` run where the registered operator is called, with autograd and autocast off inside.
 
-    Both have acted before: autograd is the Function's, and `fastlenet.functional` has cast; a second cast inside would
-    change a backward's dtype.
+    Both have acted before: the Function is autograd's part, and `fastlenet.functional` has cast. A second cast would
+    change the dtype of a backward.
     """
     implementations[name] = function
 
@@ -160,18 +160,18 @@ def implement(name: str, function: Callable[..., Any]) -> None:
 
 
 def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Leave autocast for a while, where it is on."""
+    """Switch autocast off for a while, if it is on."""
     enabled = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
 
 
 def or_empty(like: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """Stand an empty tensor in for each None: an operator must return tensors."""
+    """Replace each None by an empty tensor, because an operator must return tensors."""
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
 def shaped(output: Tensor, shape: Sequence[int], known: Any) -> Tensor:
-    """Give a kernel's output another shape, in place: a view would not let its user modify it, as stock's does."""
+    """Give a kernel's output another shape, in place, because a view could not be modified in place by the user."""
     if known is None:
         view = output.reshape(shape)
         return view if torch.compiler.is_compiling() else view.clone()
@@ -179,13 +179,13 @@ def shaped(output: Tensor, shape: Sequence[int], known: Any) -> Tensor:
 
 
 def composed_backward(grad_output: Tensor) -> bool:
-    """Whether a Function's backward is to be plain operators: it is differentiated in turn, or mapped."""
+    """Whether a Function's backward must consist of plain operators, because it is itself differentiated or mapped."""
     if torch.compiler.is_compiling():
         return False
     return (
         torch.is_grad_enabled()
         or _transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-        # torch.autograd.grad(is_grads_batched=True) maps by a kind of tensor that nothing else tells.
+        # torch.autograd.grad(is_grads_batched=True) maps with a kind of tensor that only this test finds.
         or _is_batched(grad_output)
     )

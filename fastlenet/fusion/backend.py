@@ -247,7 +247,7 @@ def measure(match: Match) -> timing.Comparison | None:
 
 @contextlib.contextmanager
 def _running() -> Iterator[None]:
-    """Run as after compilation. During compilation PyTorch reports that it compiles, and operators take another form."""
+    """Run as after compilation. While PyTorch reports that it compiles, operators take another form."""
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = False
     try:

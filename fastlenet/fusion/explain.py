@@ -233,7 +233,7 @@ def _observe(
 
     def remember(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            # The output has the dtype that the operator ran in, also under autocast. Empty tensors keep no memory alive.
+            # The output has the dtype that the operator ran in, also under autocast. Empty tensors keep nothing alive.
             seen.setdefault(name, (torch.empty_like(args[0], dtype=output.dtype), torch.empty_like(output)))
 
         return hook

@@ -107,7 +107,8 @@ class Match:
         name: the paths of its modules and the names of its functions.
         operator: a function of `fastlenet.functional`, or ``"linear"``, which only a chain may contain.
         nodes: the nodes to replace. The result of each except the last is used by the next one only.
-        result: the node with the result. It is the last one, or the one that a last relu modifies as a statement (``F.relu(x, inplace=True)``).
+        result: the node with the result. It is the last one, or the one that a last relu modifies as a statement
+            (``F.relu(x, inplace=True)``).
         operands: the fused function's positional arguments.
         options: its keyword arguments.
         norms: the BatchNorm to fold into each weight and bias, or None.

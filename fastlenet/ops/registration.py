@@ -79,7 +79,7 @@ class Operator(ABC):
 
     @abstractmethod
     def uncovered(self, implementation: str, settings: Any, *tensors: Any) -> str | None:
-        """Why kernels of ``"triton"`` or ``"cpu"`` do not cover a call, though they cover its dtype; None if they do."""
+        """Why kernels of ``"triton"`` or ``"cpu"`` do not cover a call of a dtype that they cover; None if they do."""
 
     def slower(self, settings: Any, differentiable: bool, *tensors: Any) -> str | None:
         """Why the compiled CPU kernels would be slower than stock operators; None if they are expected to win."""

@@ -1,8 +1,8 @@
-"""Who computes: fastlenet and its baselines, each in its best honest form, bound to the same data.
+"""The implementations: fastlenet and its baselines, each in its best form, bound to the same data.
 
-An `Implementation` is a model in one of three forms (fused by fastlenet, stock, or stock's own partly fused library
-calls), a memory layout, and a way to run it: eagerly, compiled, or replayed from a CUDA graph. `Call` binds one to a
-comparison's data and is what gets checked and timed.
+An `Implementation` is a model in one of three forms (fused by fastlenet, stock, or stock's partly fused library calls),
+a memory layout, and a way to run it: eagerly, compiled, or replayed from a CUDA graph. A `Call` binds one to a
+comparison's data; calls are checked and timed.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from fastlenet.training.loop import classification_loss
 FUSED, STOCK, LIBRARY, ONNX = "fused", "stock", "library", "onnx"
 
 REST_SECONDS = 0.01
-"""How long threads may spin for more work after a run of either library."""
+"""Seconds that the threads of both libraries may spin after a run."""
 
-# So small that the weights stay what they were: every step of every implementation does the same work.
+# So small that the weights do not change: every step of every implementation does the same work.
 LEARNING_RATE = 1e-4
 
 
@@ -62,13 +62,13 @@ class Implementation:
     """One way to compute a work.
 
     Attributes:
-        name: as it stands in the results.
+        name: its name in the results.
         form: `FUSED` (fastlenet), `STOCK`, `LIBRARY` (``cudnn_convolution_relu`` + max-pool and
             ``_addmm_activation``, which have no derivative: forward only), or `ONNX` (ONNX Runtime, networks forward).
-        memory_format: of four-dimensional parameters and data; they are laid out before the clock starts.
+        memory_format: of four-dimensional parameters and data, which are converted before the clock starts.
         compile_mode: torch.compile's mode, or None.
-        graphed: replay a CUDA graph, captured per set of data, where others call from Python.
-        gpu_only: cannot run, or makes no sense, on a CPU.
+        graphed: whether to replay a CUDA graph, captured for each set of data, instead of calling from Python.
+        gpu_only: whether it cannot run, or makes no sense, on a CPU.
     """
 
     name: str
@@ -91,11 +91,11 @@ class Implementation:
         if self.memory_format == torch.channels_last and isinstance(work.case, LinearCase):
             return False
         if self.compile_mode is not None:
-            # A mode with CUDA graphs overwrites a forward's output by the next forward, so backward alone has none.
+            # With CUDA graphs the next forward overwrites a forward's output, so backward alone is not measured.
             if work.direction == BACKWARD and self.compile_mode != "default":
                 return False
             return work.compiled and (device.type == "cuda" or shutil.which("g++") is not None)
-        # At kernel level everything is graphed already; graphs of single operators are what kernel level shows.
+        # At kernel level everything is graphed already, graphs of single operators included.
         return not self.graphed or (work.level != KERNEL and isinstance(work.case, NetworkCase))
 
 
@@ -125,10 +125,10 @@ def competitors(work: Work, device: torch.device) -> list[Implementation]:
 
 @contextmanager
 def precision_mode(precision: str) -> Iterator[None]:
-    """Set PyTorch's fp32 precision switches for everybody, and put them back afterwards.
+    """Set PyTorch's fp32 precision switches for all implementations, and restore them afterwards.
 
-    The older switch of matrix products goes first and says the same: torch.compile's max-autotune reads it, and PyTorch
-    refuses to answer where the two differ. It sets oneDNN's, too.
+    The older switch of matrix products is set first, to the same value: torch.compile's max-autotune reads it, and
+    PyTorch raises an error if the two differ. It also sets oneDNN's.
     """
     switches = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [switch.fp32_precision for switch in switches]
@@ -143,7 +143,7 @@ def precision_mode(precision: str) -> Iterator[None]:
 
 
 class _Operator(nn.Module):
-    """A single operator as a module with its parameters, the same shell around every form."""
+    """A single operator as a module with its parameters, the same module for every form."""
 
     def __init__(self, work: Work, function: Callable[..., Tensor], *args: Any, **options: Any) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def _library_linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _LibraryLeNet(fastlenet.StockLeNet):
-    """Stock LeNet made of the fused calls that PyTorch's libraries offer."""
+    """Stock LeNet made of the fused calls of PyTorch's libraries."""
 
     def forward(self, input: Tensor) -> Tensor:
         for layer, case in zip((self.conv1, self.conv2), LENET.convolutions, strict=True):
@@ -187,7 +187,7 @@ class _LibraryLeNet(fastlenet.StockLeNet):
 
 
 class _Network(nn.Module):
-    """A network in plain torch.nn, as its `NetworkCase` says."""
+    """A network in plain torch.nn, described by a `NetworkCase`."""
 
     def __init__(self, case: NetworkCase) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ def build(work: Work, form: str) -> nn.Module:
 
 
 def elapsed(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a function takes; on a GPU by a pair of CUDA events around it, so launching counts where it lags."""
+    """Seconds that a function takes. On a GPU CUDA events around it measure, so launching counts if it is slower."""
     synchronize(device)
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -254,13 +254,13 @@ def elapsed(function: Callable[[], object], device: torch.device) -> float:
 class Call:
     """An implementation bound to a work and its data.
 
-    A measurement calls `prepare` (untimed) and `run` (timed) with the number of a set; `results` then names what was
-    computed. Everything happens in the grad mode that `needs_grad` tells.
+    A measurement calls `prepare` (untimed) and `run` (timed) with the number of a set. `results` then names the
+    results. All run in the grad mode that `needs_grad` says.
 
     Args:
-        work: what to compute.
-        implementation: how.
-        data: from what; copied, so that no implementation sees another's traces.
+        work: the work to compute.
+        implementation: the way to compute it.
+        data: the data, which is copied, so that no implementation sees changes by another.
     """
 
     def __init__(self, work: Work, implementation: Implementation, data: Data) -> None:
@@ -271,7 +271,7 @@ class Call:
         for input, _ in self.sets:
             input.requires_grad_(work.input_grad)
         self.model = build(work, implementation.form).to(next(iter(own.parameters.values())))
-        # A BatchNorm starts from its own statistics: Data holds parameters alone.
+        # A BatchNorm starts from its own statistics, because Data has only parameters.
         self.model.load_state_dict(own.parameters, assign=True, strict=not getattr(work.case, "norm", False))
         self.model.train(work.direction == TRAIN_STEP).requires_grad_(self.needs_grad)
         if implementation.form == FUSED and isinstance(work.case, NetworkCase) and work.case is not LENET:
@@ -286,14 +286,14 @@ class Call:
         if work.direction == TRAIN_STEP:
             self._optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE, fused=True)
         self._capturing = False
-        # Captured graphs: how to replay each, and what it computes for each of its sets.
+        # Captured graphs: how to replay each, and its results for each of its sets.
         self._graphs: list[tuple[Callable[[], None], dict[int, dict[str, Tensor]]]] = []
 
     def _loss(self, input: Tensor, labels: Tensor) -> Tensor:
         return classification_loss(self.model(input), labels, "cross-entropy")
 
     def prepare(self, number: int) -> Any:
-        """Return what `run` takes: for a backward pass the forward's output and all that autograd kept."""
+        """Return the argument of `run`: for a backward pass the forward's output with all that autograd keeps."""
         if self._graphs:
             return self._graphs[number % len(self._graphs)][0]
         input, target = self.sets[number % len(self.sets)]
@@ -302,7 +302,7 @@ class Call:
         return input, target
 
     def run(self, prepared: Any) -> Any:
-        """Do the work; what it returns stays valid until the next call."""
+        """Do the work. The result stays valid until the next call."""
         if self._graphs:
             return prepared()
         if self._marks_steps:
@@ -324,11 +324,11 @@ class Call:
 
     def _gradients(self, output: Tensor, input: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
         leaves = ((input,) if self.work.input_grad else ()) + tuple(self.parameters.values())
-        # A captured backward is replayed, so what it reads must stay.
+        # A captured backward is replayed, so its inputs must stay.
         return torch.autograd.grad(output, leaves, upstream, retain_graph=self._capturing)
 
     def _named(self, output: Any) -> dict[str, Tensor]:
-        """Name what `run` returned or left behind."""
+        """Return the results of `run` by name."""
         if self.work.direction == TRAIN_STEP:
             named = {"loss": output} | {f"gradient of {n}": p.grad for n, p in self.parameters.items()}
             return named | {f"{n} after the step": p for n, p in self.parameters.items()}
@@ -338,7 +338,7 @@ class Call:
         return dict(zip(names + [f"gradient of {n}" for n in gradients], values, strict=False))
 
     def forward_only(self) -> Tensor:
-        """Run the network forward on the first set; where the loss is compiled with it, the loss too."""
+        """Run the network forward on the first set, and the loss if it is compiled with it."""
         input, target = self.sets[0]
         if self.implementation.compile_mode is None or self.work.direction != TRAIN_STEP:
             return self.model(input) if self.implementation.compile_mode is None else self._forward(input)
@@ -366,7 +366,7 @@ class Call:
         """
 
         def work() -> None:
-            while prepared:  # what a preparation holds is freed run by run
+            while prepared:  # each run frees its preparation
                 self.run(prepared.pop())
 
         with torch.set_grad_enabled(self.needs_grad):
@@ -385,18 +385,18 @@ class Call:
         return len(self._graphs[0][1]) if self._graphs else 1
 
     def capture(self, *, together: bool) -> None:
-        """From now on replay CUDA graphs.
+        """Replay CUDA graphs from now on.
 
         Args:
-            together: one graph of a call on every set, which shows what the GPU alone takes; otherwise a graph per set,
-                as a user would capture a step, its data in place.
+            together: whether to make one graph with a call on every set, which shows the GPU's time alone. Otherwise
+                there is a graph for each set, as a user would capture a step.
         """
         numbers = range(len(self.sets))
         self._capturing = True
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.set_grad_enabled(self.needs_grad):
-            for number in range(3):  # libraries set themselves up, kernels compile
+            for number in range(3):  # libraries initialise, kernels compile
                 self.run(self.prepare(number))
         torch.cuda.current_stream().wait_stream(stream)
         pool = torch.cuda.graph_pool_handle()
@@ -413,14 +413,14 @@ class Call:
                 prepared = [self.prepare(number) for number in numbers]
             with torch.cuda.graph(graph, pool=pool):
                 computed = {n: self._named(self.run(p)) for n, p in zip(numbers, prepared, strict=True)}
-        # The forward's graph, and all that its backward reads, live as long as the replay does.
+        # The replay keeps the forward's graph alive, and all that its backward reads.
         return partial(_replay, graph, before, prepared), computed
 
 
 class OnnxCall:
-    """ONNX Runtime bound to a network and its data: a `Call` for the forward pass, in a process of its own.
+    """ONNX Runtime bound to a network and its data: a `Call` for the forward pass, in its own process.
 
-    Its threads spin after each run, as PyTorch's do; in one process both would take each other's cores.
+    Its threads spin after each run, as PyTorch's do. In one process they would take cores from each other.
     """
 
     needs_grad, is_graphed, calls_per_run = False, False, 1
@@ -433,7 +433,7 @@ class OnnxCall:
         model = build(work, STOCK)
         model.load_state_dict(data.parameters, assign=True, strict=not getattr(work.case, "norm", False))
         example = data.sets[0][0]
-        # torch.export reads an old switch, which PyTorch refuses under any other precision; nothing is computed here.
+        # torch.export reads an old switch, which PyTorch allows under this precision only. Nothing is computed here.
         with contextlib.redirect_stdout(io.StringIO()), precision_mode("tf32"):
             torch.onnx.export(model.eval(), (example,), str(folder / "model.onnx"), dynamo=True, verbose=False)
         for number, (input, _) in enumerate(data.sets):
@@ -462,7 +462,7 @@ class OnnxCall:
         return {"output": torch.from_numpy(np.load(Path(self._folder.name) / "output.npy"))}
 
     def seconds(self, repeats: int, first: int, device: torch.device) -> float:
-        """Time `repeats` runs back to back, once this process's threads have come to rest."""
+        """Time `repeats` runs back to back, after this process's threads have stopped spinning."""
         time.sleep(REST_SECONDS)
         seconds = float(self._ask("time", repeats, first))
         time.sleep(REST_SECONDS)
@@ -486,12 +486,12 @@ def _replay(graph: torch.cuda.CUDAGraph, *_kept: Any) -> None:
     graph.replay()
 
 
-# Images of one float64 inference: a whole large batch would need gigabytes.
+# Images of one float64 inference. A whole large batch would need gigabytes.
 REFERENCE_IMAGES = 8192
 
 
 def reference_results(work: Work, data: Data) -> list[Results]:
-    """Compute what the results should be: stock eager in float64, from the very same values."""
+    """Compute the reference results: stock eager in float64, from the same values."""
     exact = data.to(torch.float64)
     if work.direction != FORWARD:
         call = Call(work, EAGER, exact)

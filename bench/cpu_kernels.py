@@ -4,8 +4,9 @@
     python -m bench.cpu_kernels --part kernels  # GFLOP/s of each kernel and of plain FMAs, one thread, CPU time
     python -m bench.cpu_kernels --part networks --threads 2 --images 32,512
 
-Ratios are medians over rounds in which all take turns. With one thread CPU time is measured, which other processes
-disturb least; with more it is the clock. ONNX Runtime's threads spin: it and the chain run in processes of their own.
+Ratios are medians over rounds in which all take turns. With one thread CPU time is measured, because other processes
+disturb it least. With more threads it is wall-clock time. ONNX Runtime's threads spin, so it and the chain run in
+separate processes.
 """
 
 from __future__ import annotations
@@ -322,7 +323,7 @@ def onnx_side(which: str, count: int, threads: int, folder: str) -> None:
         begin, work = time.perf_counter(), time.process_time()
         for _ in range(max(1, 256 // count)):
             calls[which]()
-        # With one thread the work counts, not the clock: other processes then do not.
+        # With one thread CPU time is measured, so that other processes do not count.
         took = time.process_time() - work if threads == 1 else time.perf_counter() - begin
         samples.append(took / max(1, 256 // count))
     print(statistics.median(samples) * 1e3)

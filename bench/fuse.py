@@ -1,11 +1,11 @@
-"""What `fastlenet.fuse` costs by itself: ``python -m bench.fuse [--json]``.
+"""The cost of `fastlenet.fuse` itself: ``python -m bench.fuse [--json]``.
 
 Two figures of plain PyTorch's LeNet on a CPU, with one image and without gradients, where the operators are smallest:
 
-- what a call of the fused model takes beyond the plain one's, in microseconds. It is measured with every site left to
-  stock, which is what guards and bookkeeping cost, and with every site fused. The networks take turns in each round;
-- what the first call takes, in seconds, once TorchDynamo is imported. Each sample is a process of its own. The first
-  graph that a process captures is dearer than later ones, so that a second model's first call is shown beside it.
+- The microseconds by which a call of the fused model is longer than one of the plain model. They are measured with
+  every site left to stock, which shows guards and bookkeeping, and with every site fused. The networks take turns.
+- The seconds of the first call, once TorchDynamo is imported. Each sample is a separate process. The first graph that a
+  process captures takes longer than later ones, so the first call of a second model is shown beside it.
 
 Least and median of all samples are printed. Background load only adds, so the least says most about the code.
 """
@@ -28,7 +28,7 @@ import fastlenet
 
 ROUNDS, CALLS, PROCESSES = 100, 100, 5
 LIMITS = {"call": 15.0, "first_call": 1.0}
-"""Microseconds and seconds that the two may take, by the least sample."""
+"""Limits of the two figures, in microseconds and seconds, for the least sample."""
 
 FIRST_CALL = """
 import time, torch, torch._dynamo, fastlenet
@@ -45,7 +45,7 @@ print(*times)
 
 
 def declined(model: nn.Module) -> nn.Module:
-    """A model whose graph is captured and guarded, every site left to stock."""
+    """Make a model whose graph is captured and guarded, with every site left to stock."""
     from fastlenet.fusion.backend import Backend
     from fastlenet.fusion.fuse import Fused
 
@@ -58,7 +58,7 @@ def declined(model: nn.Module) -> nn.Module:
 
 
 def calls(rounds: int = ROUNDS, repeats: int = CALLS) -> dict[str, list[float]]:
-    """Microseconds a call: of the plain model, and what the others take beyond it, round by round."""
+    """Microseconds of a call: of the plain model, and the excess of the others, by round."""
     networks = {
         "plain": fastlenet.StockLeNet().eval(),
         "declined": declined(fastlenet.StockLeNet().eval()),
@@ -103,7 +103,7 @@ def measure() -> dict[str, dict[str, float]]:
         beyond = [value - base for value, base in zip(samples[name], plain, strict=True)]
         found[f"{name}_beyond_us"] = {
             "min": min(samples[name])
-            - min(plain),  # the least call against the least: differences of two loads mislead
+            - min(plain),  # the least calls are compared, because the load may differ between two calls
             "median": statistics.median(beyond),
         }
     first, second = first_calls()

@@ -1,9 +1,9 @@
 """``make gpu``: tests, sanitizer smoke and benchmarks on a machine with a GPU, with the Python found there.
 
-Nothing is installed and no network is reached: the package is laid out in a temporary folder by links (`kernels/`
-under `fastlenet/`, as an installed wheel has it), which PYTHONPATH then names. What checks (the tests, and each tool of
-the sanitizer) runs side by side; what measures comes after, alone. Each has its own log and its own line in the
-summary, one that fails does not stop the others, and all together end within ``--seconds``.
+Nothing is installed and no network is used. The package is linked into a temporary folder as an installed wheel has it
+(`kernels/` under `fastlenet/`), and PYTHONPATH names that folder. Checks (the tests, and each tool of the sanitizer)
+run side by side. Measurements follow, one at a time. Each has its own log and its own line in the summary. If one
+fails, the others still run. All together end within ``--seconds``.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CHECKS, MEASUREMENTS = ("tests", "sanitize"), ("kernels", "bench")
 TOOLS = ("memcheck", "racecheck")
-# The most that the checks take of the time where measurements follow, and the least that each of those needs to end in.
+# The largest part of the time for checks, if measurements follow, and the least seconds for each measurement.
 CHECKS_SHARE, TAIL_SECONDS = 0.45, 25
-# Between being asked to end and being killed, a part may say how far it was.
+# Seconds in which a part that is asked to end may report its progress, before it is killed.
 GRACE_SECONDS = 10
-# What runs now; each in a session of its own, so that a Ctrl-C does not reach it by itself.
+# Running commands. Each has its own session, so that a Ctrl-C does not reach it directly.
 RUNNING: list[subprocess.Popen[str]] = []
 
 
@@ -67,7 +67,7 @@ def end(process: subprocess.Popen[str], how: signal.Signals) -> None:
 
 
 def run(name: str, command: list[str], results: Path, environment: dict[str, str], seconds: float) -> str:
-    """Run a command, copying its output to the terminal and to a log; return "ok" or what went wrong."""
+    """Run a command, copying its output to the terminal and to a log; return "ok" or the fault."""
     begin = time.monotonic()
     with open(results / f"gpu-{name}.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -80,7 +80,7 @@ def run(name: str, command: list[str], results: Path, environment: dict[str, str
             start_new_session=True,
         )
         RUNNING.append(process)
-        # They end the command even where it prints nothing.
+        # They end the command even if it prints nothing.
         late = max(0.0, seconds - GRACE_SECONDS)
         watchdogs = [
             threading.Timer(late, end, (process, signal.SIGTERM)),
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment = dict(
             os.environ,
             PYTHONPATH=os.pathsep.join(filter(None, [folder, str(ROOT), os.environ.get("PYTHONPATH")])),
-            # Else `python -m` would look into the checkout first, whose fastlenet/ has no kernels/ inside.
+            # Otherwise `python -m` would look into the checkout first, and its fastlenet/ has no kernels/ inside.
             PYTHONSAFEPATH="1",
             PYTHONUNBUFFERED="1",
         )
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def start(part: str, seconds: float) -> list[threading.Thread]:
             own = dict(environment)
             if part == "sanitize":
-                # Without the caching allocator every tensor has its own allocation, whose bounds the sanitizer knows.
+                # Without the caching allocator every tensor has its own allocation, so the sanitizer knows its bounds.
                 own["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
             try:
                 found = commands(part, results, seconds)

@@ -1,9 +1,9 @@
-"""``python -m bench.kernels``: what each kernel of LeNet takes on this GPU, in the order of launch.
+"""``python -m bench.kernels``: the time of each kernel of LeNet on this GPU, in the order of launch.
 
-PyTorch's profiler (CUPTI) times every kernel of some inferences and training steps, of fastlenet and of stock eager, on
-sets of data that turn as in the benchmarks. Beside fastlenet's kernels stands what `bench.static` models from their
-machine code. A profiled kernel takes a microsecond or two more than within a CUDA graph: the benchmarks say how fast a
-whole call is, this says where its time goes.
+PyTorch's profiler (CUPTI) times every kernel of some inferences and training steps, of fastlenet and of stock eager.
+The sets of data rotate as in the benchmarks. The time that `bench.static` models stands beside fastlenet's kernels. A
+profiled kernel takes a microsecond or two more than within a CUDA graph. The benchmarks measure a whole call, this
+command shows its parts.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def timeline(call: Call, steps: int = STEPS) -> tuple[list[tuple[str, list[float
     """Profile some runs of a call.
 
     Returns:
-        The kernels (copies and fills too) of one run in order, each with its microseconds in every run; and the
-        microseconds from the first kernel's start to the last one's end, per run: what is more than the kernels' sum
-        is time that the GPU waits for launches.
+        The kernels (copies and fills too) of one run in order, each with its microseconds in every run; and for each
+        run the microseconds from the first kernel's start to the last one's end. The difference to the kernels' sum is
+        the time that the GPU waits for launches.
 
     Raises:
         RuntimeError: if not every run launched as many kernels.
@@ -111,7 +111,7 @@ def show(some: list[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Profile what was asked for, print it and write it down."""
+    """Profile, print and save."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.partition("\n")[0])
     parser.add_argument("--batch", type=int, action="append", help="images a call (default: 8192 and 64)")
     parser.add_argument("--results", type=Path, default=RESULTS)

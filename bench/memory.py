@@ -1,7 +1,7 @@
-"""Memory: what autograd keeps for the backward pass, and the peak of a training step.
+"""Memory: the bytes that autograd keeps for the backward pass, and the peak of a training step.
 
-On a GPU the allocator knows the peak. On a CPU it is the process's resident memory, in a process of its own
-(``python -m bench.memory``): what the libraries allocate behind PyTorch's back counts too.
+On a GPU the allocator reports the peak. On a CPU it is the resident memory of a separate process (``python -m
+bench.memory``), which includes allocations that libraries make without PyTorch.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def saved_bytes_per_image(call: AnyCall) -> float | None:
-    """Bytes that the forward pass keeps for the backward pass, as autograd is handed them.
+    """Bytes of the tensors that the forward pass saves with autograd for the backward pass.
 
-    Each storage counts once and whole, however many views of it are kept; parameters do not count, the input does. The
-    loss is left out, except where it is compiled together with the network. None where CUDA graphs hide it.
+    Each storage counts once and whole, for any number of views. Parameters do not count, the input does. The loss is
+    left out, unless it is compiled together with the network. None if CUDA graphs hide the tensors.
     """
     if not call.needs_grad or call.implementation.compile_mode not in (None, "default") or call.is_graphed:
         return None
@@ -45,7 +45,7 @@ def saved_bytes_per_image(call: AnyCall) -> float | None:
 
 
 def gpu_peak_bytes(call: AnyCall) -> int | None:
-    """Bytes that one call allocates at its peak, over what was there before; None where a graph has its own pool."""
+    """Bytes that one call adds at its peak; None if a graph has its own pool."""
     if call.is_graphed or call.implementation.compile_mode not in (None, "default"):
         return None
     torch.cuda.synchronize()
@@ -58,15 +58,15 @@ def gpu_peak_bytes(call: AnyCall) -> int | None:
 
 
 def cpu_peak_bytes(work: Work, implementation: Implementation, timeout: float = 300) -> int | None:
-    """Measure one training step of LeNet in a process of its own; None where that cannot be done.
+    """Measure one training step of LeNet in a separate process; None if that is impossible.
 
     Returns:
-        How far the step's resident memory rises over that of a process that has trained before, its data and
+        The bytes by which resident memory rises in a step, in a process that has trained before, with its data and
         parameters in place.
     """
     arguments = {"batch": work.batch, "dtype": str(work.dtype).removeprefix("torch."), "precision": work.precision}
     arguments |= {"implementation": implementation.name, "threads": torch.get_num_threads()}
-    # Every tensor of some size has a mapping of its own that goes back to the system when it dies.
+    # Every larger tensor has its own mapping, which returns to the system when the tensor is freed.
     environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0")
     command = [sys.executable, "-m", "bench.memory", json.dumps(arguments)]
     try:
@@ -84,7 +84,7 @@ def _main(arguments: dict[str, Any]) -> int | None:
     dtype = getattr(torch, arguments["dtype"])
     work = Work(LENET, arguments["batch"], dtype, arguments["precision"], TRAIN_STEP, compiled=True)
     call = Call(work, implementation, setup(work, torch.device("cpu"), cache_bytes=0, choose=False))
-    for number in (0, 1):  # what is made once is made here
+    for number in (0, 1):  # one-time allocations happen here
         call.run(call.prepare(number))
     before = _resident("VmRSS")
     try:

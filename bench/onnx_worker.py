@@ -1,7 +1,7 @@
-"""ONNX Runtime in a process of its own, told by lines what to do: see `bench.baselines.OnnxCall`.
+"""ONNX Runtime in a separate process, which reads commands line by line: see `bench.baselines.OnnxCall`.
 
 ``python -m bench.onnx_worker FOLDER SETS THREADS`` loads FOLDER/model.onnx and the inputs beside it. It answers
-each line: ``ready``; ``output N`` writes FOLDER/output.npy; ``time REPEATS FIRST`` tells seconds per run.
+each line: ``ready``; ``output N`` writes FOLDER/output.npy; ``time REPEATS FIRST`` answers seconds per run.
 """
 
 from __future__ import annotations

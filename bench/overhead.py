@@ -1,15 +1,15 @@
-"""What Python costs: host microseconds of LeNet on the Triton path, where launches do nothing.
+"""The time that Python takes: host microseconds of LeNet on the Triton path, with launches that do nothing.
 
     python -m bench.overhead [--json] [--against CHECKOUT]
 
-A driver that answers for a GPU and launches nothing takes the place of Triton's own (`bench.static.fake_driver`), so
-tensors are on the CPU and no kernel runs. What is left is what a call costs before the GPU has anything to do: checks,
-the decision, autograd's bookkeeping, allocations, and the launches' arguments.
+A fake driver (`bench.static.fake_driver`) replaces Triton's. It answers as a GPU's driver would and launches nothing,
+so tensors are on the CPU and no kernel runs. The time left is that of a call before the GPU has work: checks, the
+decision, autograd's bookkeeping, allocations, and the arguments of launches.
 
 `inference` is LeNet's forward without gradients, `forward_backward` its forward and ``output.backward(gradient)``.
-`layers` gives the same for single layers, forward and backward together: none of them may pay for the chains.
+`layers` gives the same for single layers, forward and backward together, to show that chains do not slow them down.
 
-With `--against` a second process measures another checkout, and both take turns: only figures of one run compare.
+With `--against` a second process measures another checkout, and both take turns. Compare only figures of one run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 16
 ROUNDS, CALLS = 12, 150
-"""Turns that each checkout takes, and calls of each kind in a turn."""
+"""Turns of each checkout, and calls of each kind in a turn."""
 
 Samples = dict[str, list[float]]
 
@@ -42,7 +42,7 @@ Samples = dict[str, list[float]]
 
 @contextmanager
 def silent_gpu() -> Iterator[None]:
-    """Let Triton drive CPU tensors, as an H100's driver would, but launch nothing."""
+    """Make Triton accept CPU tensors, as an H100's driver would, but launch nothing."""
     import fastlenet
     from bench.static import fake_driver
 
@@ -54,7 +54,7 @@ def silent_gpu() -> Iterator[None]:
         stack.enter_context(mock.patch.object(fake_driver, "FakeDriver", Silent))
         if "fastlenet.selection" in sys.modules:
             stack.enter_context(sys.modules["fastlenet.selection"].triton_drives_everything())
-        else:  # a checkout from before there was one
+        else:  # an older checkout without one
             stack.enter_context(mock.patch.object(sys.modules["fastlenet.backend"], "_unreachable", return_value=None))
         stack.enter_context(fake_driver.compiling_for("sm_90"))
         stack.enter_context(fastlenet.use_backend("triton"))
@@ -62,7 +62,7 @@ def silent_gpu() -> Iterator[None]:
 
 
 def calls() -> dict[str, Callable[[], Any]]:
-    """What is timed, by name: each a call, without what prepares it."""
+    """The timed calls by name, without their preparation."""
     import torch
 
     import fastlenet
@@ -117,7 +117,7 @@ def measure() -> None:
             gc.collect()
 
 
-# --- the process in charge ------------------------------------------------------------------------------------------
+# --- the controlling process ------------------------------------------------------------------------------------------
 
 
 def laid_out(checkout: Path, folder: Path) -> None:
@@ -161,7 +161,7 @@ def turn(process: subprocess.Popen[str], line: str = "go\n") -> str:
 
 
 def run(checkouts: list[Path], rounds: int = ROUNDS) -> list[dict[str, dict[str, float]]]:
-    """Measure checkouts in turns; of each, by name, the least and the median time in microseconds."""
+    """Measure checkouts in turns; for each, by name, the least and the median time in microseconds."""
     with ExitStack() as stack:
         processes = []
         for checkout in checkouts:
@@ -182,7 +182,7 @@ def run(checkouts: list[Path], rounds: int = ROUNDS) -> list[dict[str, dict[str,
 
 
 def report(found: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """LeNet's figures by their names, those of single layers apart."""
+    """LeNet's figures by name, with those of single layers separate."""
     whole = ("inference", "forward_backward")
     return {**{name: found[name] for name in whole}, "layers": {n: t for n, t in found.items() if n not in whole}}
 

@@ -16,7 +16,7 @@ from fastlenet.terminal import Parser, print_error
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, EAGER = "fastlenet", "eager"
-# What makes rows one comparison.
+# The fields that rows of one comparison share.
 KEY = ("name", "level", "direction", "batch", "dtype", "precision")
 NAMES = {
     ("LeNet", "train_step"): "LeNet training step",
@@ -34,15 +34,15 @@ Row = dict[str, Any]
 
 
 class Goal(NamedTuple):
-    """What the project promised of one comparison of LeNet.
+    """The project's goal for one comparison of LeNet.
 
     Attributes:
         direction: of the comparison.
         batch: of the comparison.
-        eager: against stock eager: how many times as fast at least, or of memory which part at most.
-        best: the same against the best of `baselines`, or None.
-        memory: the goal is about peak memory, not time.
-        graphed: a CUDA graph of fastlenet is set against one of eager's, and against the baselines as they are.
+        eager: the least speed as a multiple of stock eager's, or the largest part of its memory.
+        best: the same for the best of `baselines`, or None.
+        memory: whether the goal is about peak memory, not time.
+        graphed: whether a CUDA graph of fastlenet is compared with one of eager's, and with the baselines as they are.
     """
 
     direction: str
@@ -97,16 +97,16 @@ class Comparison:
 
     @property
     def first(self) -> Row:
-        """Some row: all agree in what was computed."""
+        """Any row: all have the same work."""
         return next(iter(self.rows.values()))
 
     def median(self, name: str) -> float | None:
-        """Median of an implementation, or None where it was not measured or failed its check."""
+        """Median of an implementation, or None if it was not measured or failed its check."""
         row = self.rows.get(name)
         return row["median"] if row is not None and row["ok"] else None
 
     def ratio(self, name: str, ours_name: str = OURS) -> float | None:
-        """How many times as long as fastlenet, in one of its forms, an implementation takes."""
+        """The time of an implementation as a multiple of fastlenet's, in one of fastlenet's forms."""
         ours, theirs = self.median(ours_name), self.median(name)
         return theirs / ours if ours and theirs else None
 
@@ -122,7 +122,7 @@ class Comparison:
 
     @property
     def floor_ratio(self) -> float | None:
-        """How many times its floor fastlenet takes."""
+        """The time of fastlenet as a multiple of its floor."""
         row = self.rows.get(OURS)
         if row is None or not row["ok"] or not row["floor_ns_per_image"]:
             return None
@@ -138,23 +138,23 @@ def comparisons(rows: Iterable[Row]) -> list[Comparison]:
 
 
 def modelled(*rows: Row) -> str:
-    """Mark a figure that no clock has seen."""
+    """Mark a figure that is modelled."""
     return " (modelled)" if any(row.get("source", "measured") != "measured" for row in rows) else ""
 
 
 def label(row: Row) -> str:
-    """What a row measured, in words."""
+    """Describe the work of a row."""
     work = NAMES.get((row["name"], row["direction"])) or f"{row['name']} {DIRECTIONS[row['direction']]}"
     return f"{work}, batch {row['batch']}, {mode(row)}" + (", kernels alone" if row["level"] == "kernel" else "")
 
 
 def mode(row: Row) -> str:
-    """Dtype and precision in words."""
+    """Format dtype and precision."""
     return "bfloat16" if row["dtype"] == "bfloat16" else f"{row['dtype']} {row['precision']}"
 
 
 def duration(microseconds: float) -> str:
-    """A time in the unit that suits it."""
+    """Format a time in a suitable unit."""
     for unit, size in (("s", 1e6), ("ms", 1e3)):
         if microseconds >= size:
             return f"{microseconds / size:.3g} {unit}"
@@ -187,7 +187,7 @@ def noise(rows: Iterable[Row]) -> str | None:
 
 
 def sections(rows: Iterable[Row]) -> list[tuple[str, list[list[str]]]]:
-    """Make the tables: titles, and lines of cells of which the first is the head."""
+    """Make the tables: titles, and lines of cells, the head first."""
     titles = {"module": "Networks", "operator": "Operators", "kernel": "GPU time alone"}
     result = []
     everything = comparisons(rows)
@@ -221,7 +221,7 @@ def _cells(comparison: Comparison, baselines: Sequence[str]) -> list[str]:
 
 
 def _against_eager(comparison: Comparison, field: str, show: Any) -> str:
-    """Our figure with eager's beside it."""
+    """Format fastlenet's figure with eager's beside it."""
     ours, theirs = (comparison.rows.get(name, {}).get(field) for name in (OURS, EAGER))
     if ours is None:
         return ""
@@ -229,7 +229,7 @@ def _against_eager(comparison: Comparison, field: str, show: Any) -> str:
 
 
 def goals(results: dict[str, Any]) -> list[list[str]]:
-    """Set the project's goals against the results: lines of cells of which the first is the head."""
+    """Compare the results with the project's goals: lines of cells, the head first."""
     wanted = CPU_GOALS if results["environment"]["device_slug"].startswith("cpu-") else GPU_GOALS
     everything = comparisons(row for row in results["rows"] if row["precision"] == wanted.precision)
     lenet = {
@@ -271,7 +271,7 @@ def goals(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _against(value: float | None, goal: float, most: bool = False) -> str:
-    """A ratio beside its goal."""
+    """Format a ratio with its goal."""
     bound = f"goal {'<=' if most else '>='} {goal:g}x"
     if value is None:
         return f"{bound}: not measured"
@@ -280,13 +280,13 @@ def _against(value: float | None, goal: float, most: bool = False) -> str:
 
 
 def all_tables(results: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    """The goals' table, where the results say anything about them, and those of `sections`."""
+    """The table of goals, if the results concern any, and the tables of `sections`."""
     against_goals = goals(results)
     return [("Goals", against_goals)] * (len(against_goals) > 1) + sections(results["rows"])
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    """Print all tables, by rich where it is installed."""
+    """Print all tables, with rich if it is installed."""
     tables = all_tables(results)
     try:
         from rich import box
@@ -296,7 +296,7 @@ def print_tables(results: dict[str, Any]) -> None:
         print(as_text(tables))
         return
     console = Console(highlight=False)
-    if not console.is_terminal:  # a log has lines as long as it takes
+    if not console.is_terminal:  # lines of a log may be long
         console = Console(highlight=False, width=max(240, console.width))
     for title, (head, *lines) in tables:
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
@@ -345,7 +345,7 @@ def as_markdown(results: dict[str, Any], picture: str | None) -> str:
 
 
 def heading(about: dict[str, Any]) -> str:
-    """Say where the figures come from."""
+    """Name the source of the figures."""
     versions = [f"torch {about['torch']}", f"triton {about['triton']}", f"Python {about['python']}"]
     versions += [f"{name} {about[key]}" for name, key in (("CUDA", "cuda"), ("driver", "driver")) if about.get(key)]
     commit = f"commit {(about['commit'] or 'unknown')[:10]}" + (" with uncommitted changes" if about["dirty"] else "")
@@ -364,14 +364,14 @@ COLOURS = {
     "library channels_last": "#7b4173",
 }
 GRAPHED = " graphed"
-"""Ends the name of what replays CUDA graphs, drawn dotted in the colour of what was captured."""
+"""The end of the name of an implementation that replays CUDA graphs. Its line is dotted."""
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Draw the picture.
 
-    Above, for LeNet's training step and inference: speed against stock eager by batch, a line for each implementation,
-    and as a dashed line the speed at the floor. Below: every operator against eager and against its best baseline.
+    Above, for LeNet's training step and inference: speed against stock eager by batch, with a line for each
+    implementation and a dashed line for the floor. Below: every operator against eager and against its best baseline.
 
     Raises:
         MissingPackageError: without matplotlib.
@@ -454,7 +454,7 @@ def _draw_lines(axes: Any, title: str, some: list[Comparison]) -> None:
                 )  # fmt: skip
                 text.set_path_effects([import_extra("matplotlib.patheffects").withStroke(linewidth=3, foreground="w")])
     floors = [c.median(EAGER) * 1e3 / c.first["batch"] / c.rows[OURS]["floor_ns_per_image"] for c in some]
-    # The floor of a batch of one is far out of reach, and of the picture: there calls cost more than work.
+    # The floor of a batch of one lies outside of the picture, because there calls take longer than the work.
     top = max(speeds_seen)
     upper = max(top * 1.6, 2.0, min(max(floors), 12 * top) * 1.3)
     lower = min(speeds_seen) / 1.35
@@ -475,7 +475,7 @@ def _draw_lines(axes: Any, title: str, some: list[Comparison]) -> None:
 
 
 def _name_lines(figure: Any) -> None:
-    """Name the lines of all panels once, at the right: ours first, then in the order of drawing, the floor last."""
+    """Draw one legend for all panels, at the right: fastlenet first, then in the order of drawing, the floor last."""
     found = {}
     for axes in figure.axes:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -491,7 +491,7 @@ def _draw_bars(axes: Any, operators: list[Comparison]) -> None:
     heights = range(len(operators))
     ratios = [c.ratio(EAGER) for c in operators]
     best = [min(r for name in c.rows if name != OURS and (r := c.ratio(name))) for c in operators]
-    # A logarithmic scale from 1: twice as slow is as long a bar as twice as fast.
+    # A logarithmic scale from 1: bars for twice as slow and twice as fast have the same length.
     axes.set_xscale("log")
     colours = [COLOURS[OURS] if ratio >= 1 else "#999999" for ratio in ratios]
     axes.barh(heights, [ratio - 1 for ratio in ratios], left=1, color=colours, alpha=0.8)

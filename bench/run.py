@@ -1,7 +1,7 @@
 """``fastlenet bench``: check, time and record fastlenet and its baselines on this machine.
 
-Every comparison is set up once for all its implementations; each is judged against a float64 reference and, if it
-passes, timed against the others in turns. Results are on the disk after every comparison.
+Every comparison is set up once for all its implementations. Each is compared with a float64 reference. Those that pass
+are timed in turns. Results are saved after every comparison.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from fastlenet.timing import synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("quick", "networks", "full")
-# The quick suite starts no comparison after so many seconds, to end within six minutes (seven on a GPU).
+# Seconds after which the quick suite starts no comparison, to end within six minutes (seven on a GPU).
 QUICK_LIMIT = {"cpu": 330.0, "cuda": 380.0}
-# Seconds of timed rounds a comparison; more than that only where the least number of rounds takes longer.
+# Seconds of timed rounds for a comparison. Only the least number of rounds may take longer.
 BUDGET = {"cpu": 1.5, "cuda": 0.3}
 Row = dict[str, Any]
 
 
 def bind(work: Work, implementation: Implementation, data: Data, device: torch.device) -> tuple[AnyCall, float]:
-    """Make a call ready to be timed and return it with the seconds that its first run took: mostly compilation."""
+    """Prepare a call for timing, and return it with the seconds of its first run, which is mostly compilation."""
     begin = time.perf_counter()
     call = bound(work, implementation, data)
     if work.level == KERNEL or implementation.graphed:
@@ -59,11 +59,11 @@ def bind(work: Work, implementation: Implementation, data: Data, device: torch.d
 
 
 def check(work: Work, device: torch.device) -> tuple[dict[str, AnyCall], dict[str, Row]]:
-    """Set one comparison up, and judge all its implementations; call it in the work's `precision_mode`.
+    """Set one comparison up and check all its implementations; call it in the work's `precision_mode`.
 
     Returns:
-        By implementation, the calls that may be timed; and the rows without times. Where the check failed, ``ok`` is
-        false and ``why`` says what was wrong.
+        By implementation, the calls that may be timed; and the rows without times. If the check failed, ``ok`` is false
+        and ``why`` gives the fault.
     """
     torch.compiler.reset()
     data = setup(work, device, cache_bytes(device))
@@ -94,13 +94,13 @@ def measure(work: Work, device: torch.device, *, budget: float, rounds: int) -> 
     """Measure one comparison.
 
     Args:
-        work: what to compute.
-        device: where.
+        work: the work.
+        device: the device.
         budget: seconds of timed rounds.
         rounds: how many rounds there are at least.
 
     Returns:
-        A row for each implementation, its floor still to be filled in; without times where the check failed.
+        A row for each implementation, still without its floor, and without times if the check failed.
     """
     with precision_mode(work.precision):
         calls, rows = check(work, device)
@@ -159,7 +159,7 @@ def _memory(work: Work, implementation: Implementation, call: AnyCall, device: t
 
 
 class Record:
-    """The results of a run, and the file that always holds all of them so far."""
+    """The results of a run, and the file with all of them so far."""
 
     def __init__(self, folder: Path, device: torch.device, options: dict[str, Any]) -> None:
         self.environment = environment.collect()
@@ -180,13 +180,13 @@ class Record:
         self.save()
 
     def add(self, work: Work, rows: list[Row]) -> None:
-        """Take up a comparison and save."""
+        """Add a comparison and save."""
         self.rows += rows
         self._works += [work] * len(rows)
         self.save()
 
     def finish(self, not_measured: list[str]) -> None:
-        """Measure the device's rates once more, since a busy machine may have hidden them, and save for good."""
+        """Measure the device's rates again, because a busy machine may have lowered them, and save the final file."""
         self._rates = self._rates.best(Rates.measure(self._device))
         bench = self.environment["bench"]
         bench["not_measured"], bench["seconds"] = not_measured, round(time.monotonic() - self._began, 1)
@@ -202,7 +202,7 @@ class Record:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What the file holds."""
+        """The content of the file."""
         return {"environment": self.environment, "rows": self.rows}
 
 
@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure_all(
     works: list[Work], record: Record, device: torch.device, *, budget: float, rounds: int, limit: float
 ) -> list[str]:
-    """Measure what time allows, and return the comparisons that an error ended, having said so."""
+    """Measure as many comparisons as time allows; report and return those that an error ended."""
     begin = time.monotonic()
     broken: list[str] = []
     progress, say, advance = _display(len(works))

@@ -1,9 +1,9 @@
-"""``python -m bench.slowest``: the legal calls that are slowest beside stock PyTorch, found by drawing calls at random.
+"""``python -m bench.slowest``: random legal calls, and those that are slowest compared with stock PyTorch.
 
 Calls are drawn from the whole range of the operators: any kernel, stride, padding, dilation, groups, window, layout,
 type and batch. Each is timed, forward and backward, in turns with stock's own composition. A call may take at most
-`FACTOR` times stock's time plus `SLACK_US`; a call that seems to take more is timed again, longer, before it counts.
-The command prints the worst calls, so that one can be turned into a test, and exits with 1 if one takes too long.
+`FACTOR` times stock's time plus `SLACK_US`. A call that takes more is timed again, for longer, before it counts. The
+command prints the worst calls, which can become tests, and exits with 1 if one takes too long.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastlenet.terminal import Parser
 
 FACTOR, SLACK_US = 1.5, 50.0
 MOST_PRODUCTS = 3e8
-"""Multiply-adds that a drawn call may have: larger ones only take longer to time."""
+"""The most multiply-adds of a random call. Larger calls would only take longer to time."""
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -60,7 +60,7 @@ class ConvCall(NamedTuple):
 
 
 def draw(rng: random.Random) -> ConvCall:
-    """Draw a legal call, odd ones more often than a user would make them."""
+    """Draw a legal call. Unusual calls are more frequent than in practice."""
     while True:
         groups = rng.choice([1, 1, 1, 2, 4])
         channels, outputs = groups * rng.choice([1, 1, 2, 3, 8, 16, 32]), groups * rng.choice([1, 3, 6, 8, 16, 32, 64])
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for _ in range(options.draws):
         call = draw(rng)
         fused, stock = compare(call, options.seconds)
-        for _ in range(2):  # a hiccup of the machine is not a slow call
+        for _ in range(2):  # a short disturbance of the machine must not count
             if fused > FACTOR * stock + SLACK_US:
                 fused, stock = compare(call, 10 * options.seconds)
         found.append(((fused - SLACK_US) / stock, fused, stock, call))

@@ -1,6 +1,6 @@
-"""Every kernel once on a GPU, on small awkward shapes: what compute-sanitizer watches in ``make gpu``.
+"""Every kernel once on a GPU, on small uneven shapes, for compute-sanitizer in ``make gpu``.
 
-Checks results too, so that a run which silently computes nothing does not pass.
+It checks results too, so that a run that computes nothing does not pass.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> int:
 
 def _agree(name: str, fused: list[torch.Tensor], stock: list[torch.Tensor]) -> None:
     for ours, theirs in zip(fused, stock, strict=True):
-        # A few rounding steps of the dtype: whether it computes, not how accurately; the tests judge that.
+        # A few rounding steps of the dtype. The tests check accuracy; this shows that the kernels computed.
         torch.testing.assert_close(ours, theirs, msg=lambda text: f"{name}: {text}")
 
 

@@ -1,7 +1,7 @@
 """The same work under pytest-benchmark: ``pytest bench --benchmark-only [-k TEXT]``.
 
-pytest-benchmark times one implementation after the other, so a busy machine may favour one of them; ``fastlenet bench``
-interleaves them, and its results are the ones to quote. The parity check comes first here, too.
+pytest-benchmark times one implementation after the other, so a busy machine may favour one of them. ``fastlenet bench``
+interleaves them; quote its results. The accuracy check comes first here too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WORKS = [replace(work, memory=False) for work in suite("quick", DEVICE.type) if 
 
 @functools.lru_cache(maxsize=1)
 def _checked(work: Work) -> tuple[dict[str, Call], dict[str, Row]]:
-    """Set up each comparison once for all its implementations: they follow each other."""
+    """Set up each comparison once for all its implementations, which follow each other."""
     return check(work, DEVICE)
 
 

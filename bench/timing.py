@@ -1,4 +1,4 @@
-"""How it is judged and timed: parity first, then interleaved rounds; and the device's own rates, for the floor."""
+"""Accuracy checks, interleaved timing, and the device's rates for the floor."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torch import Tensor
 from bench.baselines import AnyCall, elapsed, precision_mode
 from bench.workloads import Cost, Results
 
-# Tensors of fewer elements than this are judged together with other small ones: over a handful of elements the largest
-# error, stock's too, is a matter of luck.
+# Tensors of fewer elements than this are judged together with other small ones, because the largest error over a few
+# elements is a matter of chance, also for stock.
 SMALL = 256
 
 
-# fastlenet's promise: an error of at most twice stock eager's. A baseline is stock PyTorch in another form, which
-# promised nothing: channels_last convolutions, for one, are often 3 to 5 times less accurate in float32. To refuse its
-# time would hide a strong baseline. Its check sees to it that it computes the same thing.
+# fastlenet promises an error of at most twice stock eager's. A baseline, which is stock PyTorch in another form, does
+# not: channels_last convolutions are often 3 to 5 times less accurate in float32. To refuse its time would hide a
+# strong baseline, so its check only shows that it computes the same thing.
 PROMISED, SAME_THING = 2.0, 16.0
 
 
@@ -39,18 +39,18 @@ def check_accuracy(
 ) -> str | None:
     """Judge results by the contract's rule: error <= factor x stock's error + one rounding step, against float64.
 
-    The error is taken in the maximum norm and in the Euclidean norm, over all sets together.
+    The error is computed in the maximum norm and in the Euclidean norm, over all sets together.
 
     Args:
         actual: results of the implementation on trial, one dict for each set of data.
         stock: stock eager's from the same data in the same dtype and precision.
         reference: stock eager's from the same data in float64.
-        step: relative size of a rounding step where that of the products is coarser than the results' own. Of a shallow
-            convolution cuDNN computes exact products in tf32's mode too, so that stock's error says nothing of it.
+        step: relative size of a rounding step, if that of the products is coarser than that of the results. For a
+            shallow convolution cuDNN computes exact products also with tf32, so stock's error does not show this step.
         factor: `PROMISED` for fastlenet, `SAME_THING` for its baselines.
 
     Returns:
-        What is wrong, or None if nothing is.
+        The fault, or None.
     """
     small: list[list[Tensor]] = []
     for name in reference[0]:
@@ -71,7 +71,7 @@ def check_accuracy(
 def _less_accurate(
     actual: Tensor, stock: Tensor, reference: Tensor, step: float, factor: float, dtype: torch.dtype | None = None
 ) -> str | None:
-    """Apply the rule to one vector; `dtype` tells what it was rounded to, where it has been converted since."""
+    """Apply the rule to one vector. `dtype` is the type to which it was rounded before a conversion."""
     if actual.shape != reference.shape:
         return f"{actual.numel()} elements, expected {reference.numel()}"
     if not bool(actual.isfinite().all()):
@@ -104,10 +104,10 @@ class Timing:
 
 
 class Bystanders:
-    """Watches what other processes take of this machine's CPUs, from its creation on.
+    """Watches how much CPU time other processes take, from its creation on.
 
-    A scattered timing tells of them, but not reliably: where threads meet at barriers, as all of PyTorch's operators
-    do, a neighbour that takes one CPU makes every round equally slow, many times over.
+    Scattered timings are a sign of them, but not a reliable one. PyTorch's threads wait for each other at barriers, so
+    a neighbour that takes one CPU makes every round equally slow, many times over.
     """
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class Bystanders:
         return sum(ticks) - idle - waiting, sum(ticks), time.process_time()
 
     def crowded(self) -> bool | None:
-        """Whether others took a twentieth of the CPUs' time, and hardly any was left; None where none can tell."""
+        """Whether others took a twentieth of the CPUs' time, and hardly any was left; None if unknown."""
         now = self._read()
         if now is None or self._begin is None:
             return None
@@ -154,24 +154,24 @@ def interleave(
     max_rounds: int = 200,
     sample_seconds: float = 2e-3,
 ) -> dict[str, Timing]:
-    """Time calls against each other: rounds in which each gives one sample, the order turning from round to round.
+    """Time calls against each other: rounds in which each gives one sample, in an order that rotates.
 
-    What else the machine does at the moment then falls on all alike.
+    So other load on the machine affects all alike.
 
     Args:
-        calls: by name; already run, so that everything is compiled.
-        device: where they run.
-        budget: seconds for all; rounds go on until it is spent.
-        min_rounds: rounds whatever they take.
-        max_rounds: rounds at most.
-        sample_seconds: a sample repeats a short call for about so long.
+        calls: by name; they have run before, so that everything is compiled.
+        device: their device.
+        budget: seconds for all rounds.
+        min_rounds: the least number of rounds, even beyond the budget.
+        max_rounds: the largest number of rounds.
+        sample_seconds: seconds for which a sample repeats a short call.
     """
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
     with _no_collection():
         repeats = {}
         for name, call in calls.items():
-            # The second of two runs counts: the first may still set something up.
+            # The second of two runs counts, because the first may still initialise something.
             once = [call.seconds(1, 0, device) for _ in range(2)][1] * call.calls_per_run
             # A backward pass keeps every prepared forward alive.
             most = 16 if call.work.direction == "backward" and call.calls_per_run == 1 else 1000
@@ -187,14 +187,14 @@ def interleave(
 
 @dataclass(frozen=True)
 class Rates:
-    """What the device reaches in PyTorch, measured in this process: the yardstick of the floor.
+    """The rates that the device reaches in PyTorch, measured in this process. The floor is computed from them.
 
     Attributes:
         copy: bytes per second (read and written together) of a copy, by bytes touched.
         matrix: FLOP per second of torch.mm, on a CPU of a convolution too if that is faster, by precision (``"ieee"``,
             ``"tf32"``, ``"bf16"``).
-        fma: FLOP per second of plain float32 multiply-adds; None where that is not measured apart (on a CPU the matrix
-            product is made of them).
+        fma: FLOP per second of plain float32 multiply-adds; None if not measured separately (on a CPU the matrix
+            product consists of them).
     """
 
     copy: dict[int, float]
@@ -202,15 +202,15 @@ class Rates:
     fma: float | None
 
     def floor(self, cost: Cost, batch: int, precision: str) -> float:
-        """Seconds that a call takes at least: the longer of its memory traffic and its arithmetic."""
+        """The least seconds of a call: the longer of its memory traffic and its arithmetic."""
         total_bytes = batch * cost.bytes + cost.fixed_bytes
-        # Small amounts stay in caches: copies up to a quarter of the call's bytes say nothing about it.
+        # Small copies stay in caches, so copies of up to a quarter of the call's bytes do not count.
         rates = [rate for size, rate in self.copy.items() if size > total_bytes / 4] or [self.copy[max(self.copy)]]
         arithmetic = [self.matrix[precision]] + ([self.fma] if precision == "ieee" and self.fma else [])
         return max(total_bytes / max(rates), batch * cost.flops / max(arithmetic))
 
     def best(self, other: Rates) -> Rates:
-        """Join two measurements of one device: of a rate, the best that was seen counts."""
+        """Join two measurements of one device: the best of each rate counts."""
 
         def join(mine: dict, theirs: dict) -> dict:
             return {key: max(value, theirs[key]) for key, value in mine.items()}
@@ -235,13 +235,13 @@ class Rates:
             with precision_mode(precision):
                 matrix[precision] = 2 * size**3 / _best(lambda x=square: torch.mm(x, x), device)
                 if not gpu:
-                    # oneDNN's convolutions may be well ahead of a BLAS that was made for another vendor's CPU.
+                    # oneDNN's convolutions may be much faster than a BLAS that was made for another vendor's CPU.
                     matrix[precision] = max(matrix[precision], _convolution_rate(device, dtype))
         return cls(copy, matrix, _fma_rate(device) if gpu else None)
 
 
 def _best(function: Callable[[], object], device: torch.device, seconds: float = 0.15) -> float:
-    """The shortest of repeated timings: of a rate, the best that the device shows."""
+    """The shortest of repeated timings, which gives the best rate."""
     function()
     repeats = max(1, round(1e-3 / max(elapsed(function, device), 1e-6)))
     best, begin = math.inf, time.perf_counter()
@@ -251,7 +251,7 @@ def _best(function: Callable[[], object], device: torch.device, seconds: float =
 
 
 def _convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP per second of a 3x3 convolution of many channels, in the layout that suits it."""
+    """FLOP per second of a 3x3 convolution of many channels, in its best layout."""
     images, size, channels, filters = 16, 16, 128, 256
     shapes = ((images, channels, size, size), (filters, channels, 3, 3))
     input, weight = (
@@ -282,5 +282,5 @@ def _fma_rate(device: torch.device) -> float | None:
 
 
 def in_short(error: BaseException) -> str:
-    """An error's type and the first line of what it says."""
+    """An error's type and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

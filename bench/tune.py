@@ -1,13 +1,13 @@
 """``fastlenet bench --tune``: measure which design and tile is the fastest on this GPU, and write the table.
 
-For each benchmarked operator, direction and mode: list the configurations worth trying, drop those that spill or do not
-fit, judge each by the rule of the benchmarks against stock PyTorch in float64, time those that passed, and write the
-fastest into `kernels/configurations.json`, with "aten" where the library wins. Entries of other architectures, and of
-shapes that were not tuned, stay.
+For each benchmarked operator, direction and mode it lists the configurations that are worth trying and drops those that
+spill or do not fit. It checks the accuracy of each as the benchmarks do, times those that pass, and writes the fastest
+into `kernels/configurations.json`, or "aten" if the library is faster. Entries of other architectures, and of shapes
+that were not tuned, stay.
 
-Tuning happens only here. A committed table makes the same call take the same kernel in every process, and a kernel's
-order of summation depends on its configuration alone: results stay reproducible, bit for bit, until somebody commits
-another table, as they do until somebody changes a kernel.
+Tuning happens only here. With a fixed table the same call takes the same kernel in every process, and a kernel's order
+of summation depends on its configuration alone. So results are the same bit for bit until the table or a kernel
+changes.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ Entry = dict[str, Any]
 
 
 class Clock(Protocol):
-    """What tells how long calls take: the only part of the tuner that needs a GPU."""
+    """A way to time calls. Only this part of the tuner needs a GPU."""
 
     def prepare(self, call: Call) -> None:
-        """Make a call ready, under the configuration that it is to run with."""
+        """Prepare a call under the configuration with which it will run."""
 
     def seconds(self, calls: Mapping[str, Call]) -> dict[str, float]:
-        """Seconds that each call takes."""
+        """Seconds of each call."""
 
 
 @dataclass
 class GraphClock:
-    """Replays a CUDA graph of each call, in turns; a graph keeps the kernels that it was captured with."""
+    """Replays a CUDA graph of each call, in turns. A graph keeps the kernels with which it was captured."""
 
     device: torch.device
     budget: float
@@ -78,7 +78,7 @@ class GraphClock:
 
 
 class Slot(NamedTuple):
-    """One line of the table that is to be filled: a kernel for a case in a mode."""
+    """A line of the table to fill: a kernel for a case in a mode."""
 
     kernel: str
     case: Case
@@ -93,7 +93,7 @@ MODES = {"tf32": torch.float32, "ieee": torch.float32, "bfloat16": torch.bfloat1
 
 
 def slots(case: Case, mode: str) -> list[Slot]:
-    """The lines of a case: its forward, the kernels of its backward, and whether they are taken at all."""
+    """The lines of a case: its forward, the kernels of its backward, and whether kernels are used at all."""
     if not isinstance(case, ConvCase):
         names = {"addmm_relu.forward": FORWARD, "addmm_relu.backward": BACKWARD}
     else:
@@ -112,7 +112,7 @@ def shape_of(case: Case) -> tuple[int, ...]:
 
 
 def candidates(slot: Slot) -> list[Configuration]:
-    """What may fill a slot; what an untuned table takes comes first."""
+    """The configurations for a slot, that of an untuned table first."""
     part = slot.kernel.rpartition(".")[2]
     library = Configuration(LIBRARY, {}, "")
     if part == "backward" or not isinstance(slot.case, ConvCase):
@@ -128,7 +128,7 @@ def candidates(slot: Slot) -> list[Configuration]:
 
 @contextmanager
 def trying(slot: Slot, configuration: Configuration) -> Iterator[None]:
-    """Let dispatch find this configuration for the slot, and nothing but Triton or nothing but the library."""
+    """Make the slot use this configuration, and only Triton or only the library."""
     table = dict(configurations.table())
     table[slot.kernel, configurations.architecture(), slot.mode, shape_of(slot.case)] = configuration
     before = configurations.table
@@ -141,9 +141,9 @@ def trying(slot: Slot, configuration: Configuration) -> Iterator[None]:
 
 
 def unfit(slot: Slot, configuration: Configuration) -> str | None:
-    """Say why a configuration must not ship on this architecture, or None: it spills, or needs too much memory.
+    """Say why a configuration must not be used on this architecture (it spills, or needs too much memory), or None.
 
-    Found by compiling it for the architecture, launching nothing.
+    It is compiled for the architecture and not launched.
     """
     architecture = configurations.architecture()
     if configuration.design == LIBRARY or architecture not in TARGETS:
@@ -161,7 +161,7 @@ def unfit(slot: Slot, configuration: Configuration) -> str | None:
 
 
 class Bench:
-    """A case's data, and how results are judged; made once for all configurations of a work."""
+    """A case's data and the check of its results, made once for all configurations of a work."""
 
     def __init__(self, work: Work, device: torch.device) -> None:
         self.work, self.device = work, device
@@ -172,7 +172,7 @@ class Bench:
         self.stock = [stock.results(number) for number in self.sets]
 
     def call(self, clock: Clock) -> tuple[Call, str | None]:
-        """Bind fastlenet as it is configured now, and say what is wrong with its results, or None."""
+        """Bind fastlenet as it is configured now, and return the fault of its results, or None."""
         call = Call(self.work, FASTLENET, self.data)
         results = [call.results(number) for number in self.sets]
         wrong = check_accuracy(results, self.stock, self.reference, self.work.step)
@@ -182,9 +182,9 @@ class Bench:
 
 
 def choose(slot: Slot, bench: Bench, clock: Clock, say: Say) -> Configuration | None:
-    """Return the fastest of the configurations that fit and compute what they should; None if there is none.
+    """Return the fastest of the configurations that fit and are accurate; None if there is none.
 
-    What an untuned table takes is kept unless another is clearly faster.
+    The configuration of an untuned table is kept unless another is clearly faster.
     """
     calls: dict[str, Call] = {}
     found: dict[str, Configuration] = {}
@@ -195,7 +195,7 @@ def choose(slot: Slot, bench: Bench, clock: Clock, say: Say) -> Configuration | 
             try:
                 with trying(slot, configuration):
                     call, wrong = bench.call(clock)
-            except Exception as error:  # whatever one configuration does must not end the others' trial
+            except Exception as error:  # an error of one configuration must not end the trial of the others
                 wrong = in_short(error)
         if wrong is not None:
             say(f"  dropped {name}: {wrong}")
@@ -239,7 +239,7 @@ def _evidence(device: torch.device) -> str:
 
 
 def write(slot: Slot, configuration: Configuration) -> None:
-    """Put a slot's line into the table: written beside and renamed, all else kept."""
+    """Put a slot's line into the table, atomically, and keep all other lines."""
     path: Path = configurations._COMMITTED
     architecture, shape = configurations.architecture(), list(shape_of(slot.case))
     entries: list[Entry] = []
@@ -256,14 +256,14 @@ def write(slot: Slot, configuration: Configuration) -> None:
 
 
 def works(text: str) -> list[tuple[Case, int]]:
-    """The benchmarked operators whose name contains `text`, with the batch that a GPU gets."""
+    """The benchmarked operators with `text` in their name, and their batch on a GPU."""
     full = suite("full", "cuda")
     found = {work.case.name: (work.case, work.batch) for work in full if work.direction == BACKWARD}
     return [pair for name, pair in found.items() if text.lower() in name.lower()]
 
 
 def main(text: str, device: torch.device, budget: float, say: Say = print) -> int:
-    """Tune what matches `text` on this GPU, and say where the table is."""
+    """Tune the operators that match `text` on this GPU, and name the table's file."""
     chosen = works(text)
     written = tune(chosen, list(MODES), device, GraphClock(device, budget), say)
     say(f"{written} entries of {configurations._COMMITTED}: run `make test`, read the difference, commit")

@@ -1,17 +1,19 @@
-"""What is measured: the shapes, their data, and what they cost at least.
+"""The work that is measured: shapes, data, and the least cost.
 
-A `Case` is an operator or a network with its sizes. A `Work` is a case at a batch size, dtype, precision and direction:
-one comparison, whose rows come from one process, interleaved. `setup` makes the data that every implementation of the
-comparison gets.
+A `Case` is an operator or a network with its sizes. A `Work` is a case with a batch size, dtype, precision and
+direction: one comparison, with rows from one process, interleaved. `setup` makes the data for all implementations of a
+comparison.
 
-How cost is counted. FLOPs: two per multiply-add of convolutions and matrix products; a convolution only where a pooling
-window looks. Bytes: each tensor an operator must read or write, once; parameters once a batch. Between operators
-everything goes through memory, except inside the three linear layers of LeNet, which count as one operator. A backward
-pass counts convolution gradients at the argmax cells alone (`dense=True`: at all of them), one byte of argmax a
-pooled cell, and reads its operands once for all its gradients. So LeNet's forward is 833,040 FLOP and 16,744 bytes an
-image, its training step 1,367,520 FLOP (2,263,920 dense); a layer-wise step without a fused head, and with separate
-kernels for input and weight gradients, moves about 53 KB instead of the 44.6 KB counted here. No implementation can
-beat max(bytes / copy rate, FLOP / arithmetic rate) without fusing across layers.
+How cost is counted. FLOPs: two per multiply-add of convolutions and matrix products; of a convolution only cells in a
+pooling window count. Bytes: each tensor that an operator must read or write counts once, parameters once a batch.
+Between operators everything goes through memory, except inside the three linear layers of LeNet, which count as one
+operator. A backward pass counts convolution gradients at the argmax cells alone (`dense=True`: at all cells), and one
+byte of argmax for a pooled cell. It reads its operands once for all its gradients.
+
+So LeNet's forward is 833,040 FLOP and 16,744 bytes an image, its training step 1,367,520 FLOP (2,263,920 dense). A step
+by layers, without a fused head and with separate kernels for input and weight gradients, moves about 53 KB instead of
+the 44.6 KB counted here. An implementation that does not fuse across layers takes at least max(bytes / copy rate, FLOP
+/ arithmetic rate).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ MARGIN_STEPS = 32
 
 
 class Cost(NamedTuple):
-    """The least that must be done: per image, and `fixed_bytes` (parameters) per batch."""
+    """The least cost: per image, and `fixed_bytes` (parameters) per batch."""
 
     flops: float
     bytes: float
@@ -47,7 +49,7 @@ class Cost(NamedTuple):
 
 
 Results = dict[str, Tensor]
-"""What a call gave: its output and gradients, by name."""
+"""The results of a call by name: its output and gradients."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class ConvCase:
 
     @property
     def shape(self) -> str:
-        """The sizes in words."""
+        """Format the sizes."""
         return (
             f"{self.channels}x{self.size}x{self.size} to {self.out_channels}, kernel {self.kernel}/{self.stride} "
             f"pad {self.padding}, pool {self.pool}/{self.pool_stride} pad {self.pool_padding}"
@@ -142,7 +144,7 @@ class ConvCase:
         return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[direction]
 
     def _covered(self, length: int) -> int:
-        """How many cells of the convolution, along one dimension, some window looks at."""
+        """How many cells of the convolution, along one dimension, lie in a window."""
         starts = [i * self.pool_stride - self.pool_padding for i in range(self.output_shape[1])]
         return len({cell for start in starts for cell in range(start, start + self.pool) if 0 <= cell < length})
 
@@ -159,7 +161,7 @@ class LinearCase:
 
     @property
     def shape(self) -> str:
-        """The sizes in words."""
+        """Format the sizes."""
         return f"{self.features} to {self.out_features}"
 
     @property
@@ -199,10 +201,10 @@ class NetworkCase:
     It is measured as inference (`forward`) and as a whole training step.
 
     Attributes:
-        name: as it stands in the results.
+        name: its name in the results.
         convolutions: in order; the first needs no input gradient.
         widths: features of the flattened images and of each linear layer's output.
-        norm: whether a BatchNorm stands between each convolution and its relu.
+        norm: whether there is a BatchNorm between each convolution and its relu.
     """
 
     name: str
@@ -212,7 +214,7 @@ class NetworkCase:
 
     @property
     def shape(self) -> str:
-        """The sizes in words."""
+        """Format the sizes."""
         first, norm = self.convolutions[0], ", BatchNorm" if self.norm else ""
         return f"{first.channels}x{first.size}x{first.size} to {self.widths[-1]}{norm}"
 
@@ -289,7 +291,7 @@ class Work:
         direction: ``"forward"``, ``"backward"``, ``"forward_backward"``, ``"train_step"``.
         level: ``"call"`` times calls from Python, back to back; ``"kernel"`` the GPU alone, as one CUDA graph of them.
         compiled: whether torch.compile's modes compete.
-        memory: whether peak memory is measured where that takes a process of its own (on a CPU).
+        memory: whether peak memory is measured, if that needs a separate process (on a CPU).
     """
 
     case: Case
@@ -303,19 +305,19 @@ class Work:
 
     @property
     def name(self) -> str:
-        """What is computed, without batch, dtype and direction."""
+        """The work without batch, dtype and direction."""
         operator = {ConvCase: "conv2d_relu_max_pool2d ", LinearCase: "linear_relu "}
         return operator.get(type(self.case), "") + self.case.name
 
     @property
     def label(self) -> str:
-        """The comparison's name for people, and for ``--filter``."""
+        """The comparison's name in messages, and for ``--filter``."""
         level = " kernel" if self.level == KERNEL else ""
         return f"{self.name} {self.direction} {self.batch} {self.precision}{level}"
 
     @property
     def cost(self) -> Cost:
-        """The least that must be done."""
+        """The least cost."""
         return self.case.cost(self.direction, self.dtype.itemsize)
 
     @property
@@ -330,10 +332,10 @@ class Work:
 
     @property
     def step(self) -> float:
-        """What the rounding of products allows a result: a step for each product of the longest chain that leads to it.
+        """The error that rounding of products allows: a step for each product of the longest chain to a result.
 
-        0 where results themselves are rounded as coarsely. A network's products follow each other, those of its
-        backward come after.
+        0 if results themselves are rounded as coarsely. A network's products follow each other; those of its backward
+        come after.
         """
         if self.precision != "tf32":
             return 0.0
@@ -345,19 +347,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Data:
-    """What all implementations of a comparison get.
+    """The data of all implementations of a comparison.
 
     Attributes:
         parameters: by name.
-        sets: pairs (input, target), used in turn, 2 to 16 of them: as many as it takes for their calls to touch twice
-            the last-level cache. The target is the upstream gradient, or the labels of a training step.
+        sets: 2 to 16 pairs (input, target), used in turn, so many that their calls touch twice the size of the
+            last-level cache. The target is the upstream gradient, or the labels of a training step.
     """
 
     parameters: dict[str, Tensor]
     sets: list[tuple[Tensor, Tensor]]
 
     def to(self, dtype: torch.dtype, memory_format: torch.memory_format = torch.preserve_format) -> Data:
-        """Convert values, and lay four-dimensional ones out as `memory_format` says."""
+        """Convert values, and give four-dimensional ones the layout `memory_format`."""
 
         def convert(tensor: Tensor) -> Tensor:
             layout = memory_format if tensor.dim() == 4 else torch.preserve_format
@@ -378,11 +380,11 @@ def cache_bytes(device: torch.device) -> int:
 def setup(work: Work, device: torch.device, cache_bytes: int, *, choose: bool = True) -> Data:
     """Make the data of a comparison, the same in every run.
 
-    Where rounding decides which cell of a window wins, or whether a relu is open, one implementation's gradient is as
-    right as another's, yet they differ by far more than a rounding step. So gradients are asked for only where such
-    decisions are clear: the upstream gradient of an operator is zero elsewhere, and the images of a float32 training
-    step are chosen accordingly. (In tf32 and bfloat16 no image has clear decisions only; there stock's own error
-    against the reference, being full of such cases, is the measure.) Without `choose` the images are not chosen.
+    If rounding decides which cell of a window wins, or whether a relu is open, two correct gradients differ by far more
+    than a rounding step. So gradients are compared only where such decisions are clear: elsewhere the upstream gradient
+    of an operator is zero, and the images of a float32 training step are chosen accordingly. (In tf32 and bfloat16
+    every image has unclear decisions. There the measure is stock's error against the reference, which has such cases
+    too.) Without `choose` the images are not chosen.
     """
     generator = torch.Generator(device).manual_seed(1998)
 
@@ -390,7 +392,7 @@ def setup(work: Work, device: torch.device, cache_bytes: int, *, choose: bool = 
         return torch.randn(shape, generator=generator, device=device)
 
     parameters = {
-        # He's initialisation keeps values near 1 through all layers; the bias is small but never zero.
+        # He's initialisation keeps values near 1 in all layers. The bias is small but never zero.
         name: (random(*shape) * (math.sqrt(2 / math.prod(shape[1:])) if len(shape) > 1 else 0.1)).to(work.dtype)
         for name, shape in work.case.parameter_shapes.items()
     }
@@ -402,7 +404,7 @@ def setup(work: Work, device: torch.device, cache_bytes: int, *, choose: bool = 
     for _ in range(count):
         input = random(work.batch, *work.case.input_shape).to(work.dtype)
         if work.direction == TRAIN_STEP:
-            # Under BatchNorm an image's decisions depend on the whole batch: it is as it comes.
+            # Under BatchNorm an image's decisions depend on the whole batch, so images are not chosen.
             if choose and work.precision == "ieee" and not work.case.norm:  # type: ignore[union-attr]
                 _replace_undecided(input, work, exact, random)
             target = torch.randint(10, (work.batch,), generator=generator, device=device)
@@ -415,7 +417,7 @@ def setup(work: Work, device: torch.device, cache_bytes: int, *, choose: bool = 
 
 
 def _replace_undecided(input: Tensor, work: Work, parameters: dict[str, Tensor], random) -> None:
-    """Draw anew, in place, the images with a decision that rounding may change."""
+    """Draw again, in place, the images with a decision that rounding may change."""
     # One image at a time has its own root mean square, so judge by twice the step to be safe in any batch.
     open_images = torch.arange(len(input), device=input.device)
     while len(open_images):
@@ -425,7 +427,7 @@ def _replace_undecided(input: Tensor, work: Work, parameters: dict[str, Tensor],
 
 
 def parity_sets(work: Work) -> int:
-    """How many sets the parity check runs: small batches are judged together, or luck would decide."""
+    """How many sets the accuracy check runs. Small batches are judged together, otherwise chance would decide."""
     return max(1, min(16, 64 // work.batch))
 
 
@@ -439,7 +441,7 @@ LENET = NetworkCase(
 def _network(
     name: str, size: int, channels: tuple[int, ...], kernel: int, hidden: tuple[int, ...], **options: Any
 ) -> NetworkCase:
-    """Make a network whose convolutions are alike, each followed by a 2x2 pool."""
+    """Make a network of equal convolutions, each followed by a 2x2 pool."""
     norm = options.pop("norm", False)
     cases: list[ConvCase] = []
     for number, (inputs, outputs) in enumerate(pairwise(channels), start=1):
@@ -468,7 +470,7 @@ LENET_OPERATORS: tuple[Case, ...] = (
     LinearCase("LeNet.fc2", 120, 84),
 )
 
-# Others, at batches that take a CPU some ten milliseconds; a GPU gets 16 times as many.
+# Others, at batches that take a CPU some ten milliseconds. A GPU gets 16 times as many images.
 OTHER_OPERATORS: tuple[Case, ...] = (
     ConvCase("MNIST.conv1", 1, 28, 32, 3, input_grad=False, batch=128),
     ConvCase("MNIST.conv2", 32, 13, 64, 3, batch=128),
@@ -490,7 +492,7 @@ def suite(name: str, device_type: str) -> Iterator[Work]:
     """List the comparisons of a suite, the most important first.
 
     Args:
-        name: ``"quick"``, ``"full"``, or ``"networks"``: LeNet and others as people train them, at their batches.
+        name: ``"quick"``, ``"full"``, or ``"networks"``: LeNet and other small networks, at usual batches.
         device_type: ``"cpu"`` or ``"cuda"``.
     """
     full, gpu = name == "full", device_type == "cuda"
@@ -510,11 +512,11 @@ def suite(name: str, device_type: str) -> Iterator[Work]:
         for direction, batches in ((TRAIN_STEP, steps), (FORWARD, inference)):
             # On a small machine bfloat16 is measured at one batch.
             for batch in batches if full or gpu or mode == main_mode else batches[:1]:
-                # Each mode of torch.compile compiles for many seconds: the quick suite of a GPU has three headlines.
+                # Each mode of torch.compile compiles for many seconds, so a GPU's quick suite has three headlines.
                 headline = mode == main_mode and (not gpu or batch in ((64, 8192) if direction != FORWARD else (8192,)))
                 work = Work(LENET, batch, *mode, direction, compiled=full or headline)
                 yield replace(work, memory=direction == TRAIN_STEP and batch == 8192)
-                # A training step has no kernel level: calls in one graph would each start from the last one's weights.
+                # A training step has no kernel level: each call in one graph would start from the last one's weights.
                 if gpu and direction == FORWARD and (full or batch in (1, 64, 8192)):
                     yield replace(work, level=KERNEL, compiled=False)
     every = (FORWARD, BACKWARD, BOTH)

@@ -2,9 +2,9 @@
 
 FOLDER becomes a kernel repository: ``build/torch-<backend>/`` with the package's files and a ``metadata.json`` in each.
 The loader imports the package under the id that the metadata gives, so the copy's imports are made relative, and its
-operators take their namespace from that id (`fastlenet.ops.NAMESPACE`), which is another one for every content.
+operators take their namespace from that id (`fastlenet.ops.NAMESPACE`), which differs for every content.
 
-Only what ``import fastlenet`` needs is copied: no trainer, no command line.
+Only the files that ``import fastlenet`` needs are copied, without the trainer and the command line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "fastlenet"
 BACKENDS = ("cpu", "cuda", "rocm")
-# Counts incompatible changes of what the copy offers; users ask for it by this number.
+# Counts incompatible changes of the copy's interface. Users ask for the copy by this number.
 VERSION = 1
 
 
@@ -98,7 +98,7 @@ def collect() -> dict[str, bytes]:
 
 
 def build(folder: Path) -> list[Path]:
-    """Write the repository, in place of what an earlier build left there; return the folders of its variants."""
+    """Write the repository in place of an earlier build; return the folders of its variants."""
     files = collect()
     content = hashlib.sha256()
     for path in sorted(files):

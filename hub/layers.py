@@ -1,7 +1,7 @@
-"""The layers that Hugging Face's ``kernelize`` may put in another layer's place.
+"""Layers for Hugging Face's ``kernelize``, which replaces the forward of another layer by theirs.
 
-They hold nothing: `kernelize` takes their forward alone, which then works on the attributes of the layer that it stands
-in for: those of ``nn.Conv2d`` and the pool's, or those of ``nn.Linear``.
+They have no state. The forward reads the attributes of the layer that it is put on: those of ``nn.Conv2d`` and the
+pool, or those of ``nn.Linear``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["ConvReLUMaxPool2d", "LinearReLU"]
 
 
 class ConvReLUMaxPool2d(nn.Module):
-    """Stands in for a layer with the attributes of `fastlenet.ConvReLUMaxPool2d`."""
+    """The forward for a layer with the attributes of `fastlenet.ConvReLUMaxPool2d`."""
 
     has_backward = True
     can_torch_compile = True
@@ -22,7 +22,7 @@ class ConvReLUMaxPool2d(nn.Module):
 
 
 class LinearReLU(nn.Module):
-    """Stands in for a layer with the attributes of ``nn.Linear``, and relu after it."""
+    """The forward for a layer with the attributes of ``nn.Linear``, followed by relu."""
 
     has_backward = True
     can_torch_compile = True

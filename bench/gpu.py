@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = (*CHECKS, *MEASUREMENTS)
     parser.add_argument("--parts", default=",".join(known), help=f"comma-separated: {', '.join(known)}")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--seconds", type=float, default=540, help="for all parts together (default: 540)")
+    parser.add_argument("--seconds", type=float, default=540, help="seconds for all parts together (default: 540)")
     options = parser.parse_args(arguments)
     parts = options.parts.split(",")
     if unknown := set(parts) - set(known):

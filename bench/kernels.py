@@ -113,7 +113,7 @@ def show(some: list[Row]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Profile, print and save."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.partition("\n")[0])
-    parser.add_argument("--batch", type=int, action="append", help="images a call (default: 8192 and 64)")
+    parser.add_argument("--batch", type=int, action="append", help="images per call (default: 8192 and 64)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

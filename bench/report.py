@@ -393,7 +393,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     operators = [c for c in everything if c.first["level"] == "operator"]
     operators = [c for c in operators if mode(c.first) == mode(operators[0].first)]
     if not panels and not operators:
-        raise InputError("the results hold no comparison of fastlenet with stock eager: nothing to draw")
+        raise InputError("the results have no comparison of fastlenet with stock eager, so there is nothing to draw")
     height = (4.6 if panels else 0) + (0.9 + 0.23 * len(operators) if operators else 0) + 1.1
     figure = pyplot.figure(figsize=(11, height), layout="constrained")
     about = results["environment"]

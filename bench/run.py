@@ -213,7 +213,7 @@ def _parser() -> Parser:
         "--suite",
         choices=SUITES,
         default="quick",
-        help="quick (about 6 minutes, the default), networks (as courses have them) or full (hours)",
+        help="quick (about 6 minutes, the default), networks (seven small ones) or full (hours)",
     )
     parser.add_argument("--filter", metavar="TEXT", default="", help="only comparisons whose name contains TEXT")
     parser.add_argument(
@@ -221,16 +221,16 @@ def _parser() -> Parser:
     )
     parser.add_argument("--list", action="store_true", help="print the comparisons' names and stop")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of every implementation")
-    parser.add_argument("--rounds", type=int, metavar="N", default=5, help="least rounds a comparison (default: 5)")
+    parser.add_argument("--rounds", type=int, metavar="N", default=5, help="least number of rounds (default: 5)")
     defaults = "(default: {cpu:g}, on a GPU {cuda:g}".format
     parser.add_argument(
-        "--budget", type=float, metavar="S", help=f"seconds of timed rounds a comparison {defaults(**BUDGET)})"
+        "--budget", type=float, metavar="S", help=f"seconds of timed rounds for a comparison {defaults(**BUDGET)})"
     )
     parser.add_argument(
         "--limit",
         type=float,
         metavar="S",
-        help=f"start no comparison after so many seconds {defaults(**QUICK_LIMIT)}; none in the full suite)",
+        help=f"seconds after which no comparison starts {defaults(**QUICK_LIMIT)}; none in the full suite)",
     )
     return parser
 

@@ -140,9 +140,9 @@ def _step(function: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[]
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw, time and print; return 1 if a call takes too long."""
     parser = Parser(prog="python -m bench.slowest", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--draws", type=int, default=300, metavar="N", help="calls to draw (default: 300)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
-    parser.add_argument("--seconds", type=float, default=0.05, metavar="S", help="time per call (default: 0.05)")
+    parser.add_argument("--draws", type=int, default=300, metavar="N", help="number of random calls (default: 300)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random calls (default: 0)")
+    parser.add_argument("--seconds", type=float, default=0.05, metavar="S", help="seconds per call (default: 0.05)")
     options = parser.parse_args(argv)
     rng = random.Random(options.seed)
     found: list[tuple[float, float, float, ConvCall]] = []

@@ -148,7 +148,7 @@ def inside(name: str, settings: Any, tensors: Sequence[Any]) -> str | None:
     if name != "chain" or isinstance(settings[-1], ConvPoolGeometry):
         return None
     if head_of(settings, tensors[1:]) == len(settings):
-        return "linear layers that are no head of three" if LINEAR not in settings else "linear layers of other widths"
+        return "linear layers other than a head of three" if LINEAR not in settings else "linear layers of other widths"
     return head("forward", tensors[0].dtype)
 
 

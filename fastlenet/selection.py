@@ -523,7 +523,7 @@ def _run_registered(operator: Operator, registered: Any, *args: Any) -> Any:
     known = find(operator, settings, tensors, differentiable)
     if known is None:
         call = Call(operator, settings, tensors, differentiable)
-        known = Known(call, Choice("aten", "aten", "an operand is no plain tensor"))
+        known = Known(call, Choice("aten", "aten", "an operand is not a plain tensor"))
     if known.form.composed:
         _log(known, operator, tensors)
     try:

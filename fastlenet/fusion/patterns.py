@@ -421,7 +421,7 @@ def _operand_problems(match: Match, kinds: Mapping[fx.Node, type]) -> Iterator[s
     for operand in operands:
         value, kind = _value(operand), kinds.get(operand, Tensor)
         if not isinstance(value, Tensor):
-            yield f"the operand {operand.name} is no tensor"
+            yield f"the operand {operand.name} is not a tensor"
         elif kind not in _PLAIN or type(value).__name__ not in ("FakeTensor", "Tensor", "Parameter"):
             other = kind if kind not in _PLAIN else type(value)
             yield f"its parameters are of type {other.__name__}"

@@ -1,4 +1,4 @@
-"""The command line: `fastlenet train|bench|report|env`, also as `python -m fastlenet`."""
+"""The command line: `fastlenet train|predict|bench|report|env`, also as `python -m fastlenet`."""
 
 from __future__ import annotations
 
@@ -127,6 +127,51 @@ def _train(config: Any, output: Path, checkpoint_file: Path, resume: bool, main:
     return OK
 
 
+def run_predict(arguments: Sequence[str]) -> int:
+    """`fastlenet predict`: say which digits pictures show."""
+    parser = Parser(
+        prog="fastlenet predict",
+        description="Say which digit each picture shows, by a network that fastlenet train has trained. A picture has "
+        "one digit, of any size, dark on light or light on dark.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="what fastlenet train wrote: checkpoint.safetensors")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="a PNG or JPEG file, a folder of them, or an IDX file of images"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=10, metavar="N", help="images shown of each IDX file (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="auto", help="'auto' (a GPU if there is one), 'cpu', 'cuda', ...")
+    options = parser.parse_args(arguments)
+    if options.limit < 1:
+        parser.error(f"argument --limit: must be at least 1, got {options.limit}")
+    from fastlenet.training import predict
+    from fastlenet.training.data import DataError
+
+    trained = predict.load_trained(options.checkpoint, options.device)
+    code = OK
+    for given in map(Path, options.images):
+        try:
+            files = predict.files_of(given)
+        except DataError as error:
+            code = print_error("fastlenet predict", error, BAD_INPUT)
+            continue
+        for file in files:
+            try:
+                images, count = predict.read(file, options.limit)
+            except DataError as error:
+                sys.stdout.flush()  # Lines and complaints keep their order, in a log as well.
+                code = print_error("fastlenet predict", error, BAD_INPUT)
+                continue
+            for number, probabilities in enumerate(trained.probabilities(images)):
+                name = str(file) if count == 1 else f"{file}, image {number}"
+                print(*predict.lines(name, probabilities), sep="\n")
+            if count > len(images):
+                print(f"{file}: {count - len(images):,} more images; --limit shows more")
+    return code
+
+
 def run_env(arguments: Sequence[str]) -> int:
     """`fastlenet env`: print what measurements record about this machine, as JSON."""
     Parser(prog="fastlenet env", description="Print what measurements record about this machine, as JSON.").parse_args(
@@ -165,6 +210,7 @@ def _checkout_command(command: str, module: str, arguments: Sequence[str]) -> in
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (run_train, "train LeNet on handwritten digits"),
+    "predict": (run_predict, "say which digits pictures show, by a trained network"),
     "bench": (run_bench, "measure speed and memory (source checkout)"),
     "report": (run_report, "make tables from measurements (source checkout)"),
     "env": (run_env, "print what measurements record about this machine"),
@@ -182,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     logging.basicConfig(format="%(name)s: %(message)s")
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = "\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<9}{text}" for name, (_, text) in COMMANDS.items())
     parser = Parser(
         prog="fastlenet",
         description="Fused Triton operators for small convolutional networks.",

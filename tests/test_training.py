@@ -212,7 +212,7 @@ class FakeMNIST:
             raise RuntimeError("Dataset not found. You can use download=True to download it")
         split = "train" if train else "t10k"
         self.data, self.targets = (
-            data._read_idx(raw / f"{split}-{kind}-idx{dimensions}-ubyte", dimensions)
+            data.read_idx(raw / f"{split}-{kind}-idx{dimensions}-ubyte", dimensions)
             for kind, dimensions in (("images", 3), ("labels", 1))
         )
         self.targets = self.targets.long()

@@ -66,7 +66,7 @@ class Checkpoint:
         Raises:
             CheckpointError: if the checkpoint does not fit; the message names the first differences.
         """
-        _check_model(self.model, model.state_dict())
+        check_model(self.model, model.state_dict())
         groups = optimizer.state_dict()["param_groups"]
         if [sorted(group) for group in groups] != [sorted(group) for group in self.param_groups] or [
             group["params"] for group in groups
@@ -93,7 +93,16 @@ class Checkpoint:
         optimizer.load_state_dict({"state": copy.deepcopy(self.optimizer_state), "param_groups": restored})
 
 
-def _check_model(stored: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+def check_model(stored: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+    """Check that two state dicts have the same names, shapes and dtypes.
+
+    Args:
+        stored: a checkpoint's.
+        wanted: the model's.
+
+    Raises:
+        CheckpointError: if they differ; the message names the first differences.
+    """
     problems = [f"no {name}" for name in wanted if name not in stored]
     problems += [f"unexpected {name}" for name in stored if name not in wanted]
     problems += [

@@ -26,6 +26,8 @@ SAMPLE_SIZE = 5_000
 SAMPLE_TRAIN = 4_000
 SAMPLE_SEED = 0
 
+GZIP = b"\x1f\x8b"  # what gzip's files start with
+
 # Base names of the four files, each also accepted with ".idx" for "-idx" (a common renaming) and with ".gz" at the end.
 IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -128,7 +130,7 @@ def load_idx(folder: str | Path) -> Dataset:
     splits = []
     for images_name, labels_name in IDX_FILES.values():
         images_path, labels_path = _find(folder, images_name), _find(folder, labels_name)
-        images, labels = _read_idx(images_path, dimensions=3), _read_idx(labels_path, dimensions=1)
+        images, labels = read_idx(images_path, dimensions=3), read_idx(labels_path, dimensions=1)
         if images.shape[1:] != (SIDE, SIDE):
             raise DataError(f"{images_path}: images are {images.shape[1]}x{images.shape[2]}, expected {SIDE}x{SIDE}")
         if len(images) != len(labels):
@@ -171,11 +173,11 @@ def _find(folder: Path, name: str) -> Path:
     raise DataError(f"data folder {str(folder)!r} has no {name} (nor {name}.gz)")
 
 
-def _read_idx(path: Path, dimensions: int) -> torch.Tensor:
+def read_idx(path: Path, dimensions: int) -> torch.Tensor:
     """Read one IDX file of unsigned bytes.
 
     Args:
-        path: the file; gzipped if its name ends in ``.gz``.
+        path: the file, which may be gzipped.
         dimensions: how many sizes its header must give.
 
     Returns:
@@ -186,7 +188,7 @@ def _read_idx(path: Path, dimensions: int) -> torch.Tensor:
     """
     try:
         content = path.read_bytes()
-        if path.suffix == ".gz":
+        if path.suffix == ".gz" or content.startswith(GZIP):
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error

@@ -598,7 +598,8 @@ def train(
                         learner.optimizer,
                         epoch=epoch + 1,
                         step=learner.steps,
-                        config=_stored_config(config) | {"data_fingerprint": print_of_data},
+                        config=_stored_config(config)
+                        | {"data_fingerprint": print_of_data, "mean": dataset.mean, "std": dataset.std},
                         history=history,
                         rng=generators,
                     )

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run_train(arguments: Sequence[str]) -> int:
     """`fastlenet train`: train LeNet on handwritten digits."""
-    from fastlenet.training import distributed, loop
+    from fastlenet.training import distributed, loop, products
 
     parser = Parser(
         prog="fastlenet train",
@@ -64,17 +64,26 @@ def run_train(arguments: Sequence[str]) -> int:
         help="go on from the checkpoint, bit for bit; options not given are the checkpoint's, and only --epochs, "
         "--data (another place of the same digits) and --device may differ from it",
     )
+    for product, text in (
+        ("plot", "draw the run (loss, accuracy, mistakes) into a PNG, SVG or PDF file"),
+        ("onnx", "write the trained network as ONNX, checked by ONNX Runtime"),
+        ("export", "write the trained network for torch.export.load, to run without fastlenet"),
+    ):
+        parser.add_argument(f"--{product}", metavar="FILE", help=text)
     given = vars(parser.parse_args(arguments))
+    targets = {product: Path(given.pop(product)) for product in products.KINDS if product in given}
     output, resume = Path(given.pop("output")), given.pop("resume")
     checkpoint_file = Path(given.pop("checkpoint") or output / "checkpoint.safetensors")
+    for product, path in targets.items():
+        products.check_target(product, path)
     config = loop.resume_config(checkpoint_file, **given) if resume else loop.TrainConfig(**given)
     with distributed.join(config.torch_device()) as world:
-        return _train(config, output, checkpoint_file, resume, world.main)
+        return _train(config, output, checkpoint_file, resume, targets, world.main)
 
 
-def _train(config: Any, output: Path, checkpoint_file: Path, resume: bool, main: bool) -> int:
-    """Run the trainer, in the main process under a progress bar."""
-    from fastlenet.training import data, loop
+def _train(config: Any, output: Path, checkpoint_file: Path, resume: bool, targets: dict[str, Path], main: bool) -> int:
+    """Run the trainer, in the main process under a progress bar, and write there what else is asked for."""
+    from fastlenet.training import data, loop, products
 
     if not main:
         try:
@@ -124,7 +133,14 @@ def _train(config: Any, output: Path, checkpoint_file: Path, resume: bool, main:
         f"held-out accuracy {result.evaluation.accuracy:.2%} after {len(result.history)} epochs; "
         f"results in {output}, checkpoint {checkpoint_file}"
     )
-    return OK
+    code = OK
+    for product, path in targets.items():
+        try:
+            products.write(product, path, result, dataset)
+            console.print(f"{product}: {path}")
+        except products.ExportError as error:
+            code = print_error("fastlenet train", error, FAILED)
+    return code
 
 
 def run_predict(arguments: Sequence[str]) -> int:

@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
-import io
 import itertools
 import os
 import statistics
@@ -53,9 +52,9 @@ from fastlenet.training.loop import (
     progress_bars,
     run_epoch,
 )
+from fastlenet.training.picture import COLOURS, draw_confusion, draw_digits, file_bytes, new_figure, tidy
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
     from rich.console import Console
 
@@ -73,8 +72,6 @@ KERNEL_BATCH = 16
 
 FUSED, STOCK = 0, 1
 NAMES = ("fused (fastlenet.LeNet)", "stock (plain torch.nn)")
-COLOURS = ("#0b3c5d", "#f4a259")
-WRONG = "#c1121f"
 
 
 @dataclass(frozen=True)
@@ -447,9 +444,7 @@ def draw(comparison: Comparison, dataset: Dataset) -> bytes:
     Returns:
         The bytes of a PNG file.
     """
-    # The object interface draws in memory and leaves the user's pyplot settings alone.
-    figure = import_extra("matplotlib.figure").Figure(figsize=(14, 9), dpi=110, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    figure = new_figure(14, 9)
     figure.suptitle(
         f"LeNet on 5,000 MNIST digits: fused {comparison.evaluations[FUSED].accuracy:.1%}, "
         f"stock {comparison.evaluations[STOCK].accuracy:.1%} of the held-out digits right",
@@ -459,11 +454,10 @@ def draw(comparison: Comparison, dataset: Dataset) -> bytes:
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.8, 1))
     left, right = top.subfigures(1, 2, width_ratios=(1.45, 1))
     _draw_losses(left, comparison)
-    _draw_confusion(right.subplots(), comparison.evaluations[FUSED].predictions, dataset.test_labels)
-    _draw_digits(bottom, comparison.evaluations[FUSED].predictions, dataset)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    predictions = comparison.evaluations[FUSED].predictions
+    draw_confusion(right.subplots(), predictions, dataset.test_labels, "Confusion matrix (fused)")
+    draw_digits(bottom, predictions, dataset, "Held-out digits with the fused network's predictions")
+    return file_bytes(figure, "png")
 
 
 def _draw_losses(area: SubFigure, comparison: Comparison) -> None:
@@ -498,65 +492,8 @@ def _draw_losses(area: SubFigure, comparison: Comparison) -> None:
     lower.set_xlabel("epoch")
     lower.set_ylabel("|fused - stock|")
     for axes in (upper, lower):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         axes.set_xlim(0, epochs[-1])
-
-
-def _draw_confusion(axes: Axes, predictions: torch.Tensor, labels: torch.Tensor) -> None:
-    counts = torch.bincount(labels * 10 + predictions, minlength=100).reshape(10, 10)
-    # Ninety-odd right answers would drown single mistakes on one scale: right and wrong get a scale each.
-    mistakes = counts.clone().fill_diagonal_(0)
-    axes.imshow(mistakes.tolist(), cmap="Reds", vmin=0, vmax=max(5, int(mistakes.max())) * 1.6)
-    for true in range(10):
-        for predicted in range(10):
-            count = int(counts[true, predicted])
-            if true == predicted:
-                axes.fill_between((true - 0.5, true + 0.5), true - 0.5, true + 0.5, color=COLOURS[FUSED], linewidth=0)
-            if count:
-                axes.text(
-                    predicted,
-                    true,
-                    str(count),
-                    ha="center",
-                    va="center",
-                    color="white" if true == predicted else "black",
-                    fontweight="bold" if true == predicted else "normal",
-                )
-    wrong = int(mistakes.sum())
-    axes.set_title(f"Confusion matrix (fused): {wrong} of {len(labels):,} wrong")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true digit")
-    axes.set_xticks(range(10))
-    axes.set_yticks(range(10))
-    axes.tick_params(length=0)
-    axes.set_xticks([edge - 0.5 for edge in range(1, 10)], minor=True)
-    axes.set_yticks([edge - 0.5 for edge in range(1, 10)], minor=True)
-    axes.grid(which="minor", color="#dddddd", linewidth=0.8)
-    axes.tick_params(which="minor", length=0)
-
-
-def _draw_digits(area: SubFigure, predictions: torch.Tensor, dataset: Dataset) -> None:
-    columns = 15
-    wrong = (predictions != dataset.test_labels).nonzero().flatten()[:columns].tolist()
-    right = (predictions == dataset.test_labels).nonzero().flatten()[: 2 * columns - len(wrong)].tolist()
-    area.suptitle("Held-out digits with the fused network's predictions; red: wrong, with the true digit", fontsize=12)
-    for axes, index in zip(area.subplots(2, columns).flat, right + wrong, strict=True):
-        pixels = dataset.test_images[index, 0] * dataset.std + dataset.mean
-        axes.imshow(pixels.tolist(), cmap="gray_r", vmin=0, vmax=1)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        predicted, true = int(predictions[index]), int(dataset.test_labels[index])
-        mistaken = predicted != true
-        axes.set_title(
-            f"{predicted} (is {true})" if mistaken else str(predicted),
-            fontsize=11,
-            color=WRONG if mistaken else "black",
-            fontweight="bold" if mistaken else "normal",
-        )
-        for spine in axes.spines.values():
-            spine.set_color(WRONG if mistaken else "#bbbbbb")
-            spine.set_linewidth(2.5 if mistaken else 0.8)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:

@@ -1,0 +1,167 @@
+"""Pictures of training runs: the trainer's own, and the parts that it shares with the demo's."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastlenet.errors import import_extra
+from fastlenet.training.data import Dataset
+from fastlenet.training.loop import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
+
+COLOURS = ("#0b3c5d", "#f4a259")
+WRONG = "#c1121f"
+FORMATS = ("png", "svg", "pdf")
+
+
+def draw_run(
+    history: Sequence[Mapping[str, Any]], evaluation: Evaluation, dataset: Dataset, file_format: str = "png"
+) -> bytes:
+    """Draw a run: loss and accuracy after each epoch, the confusion matrix, some digits with predictions.
+
+    Args:
+        history: a record for each epoch, as `loop.TrainResult` has them.
+        evaluation: of the held-out digits.
+        dataset: the digits.
+        file_format: one of `FORMATS`.
+
+    Returns:
+        The bytes of a file of that format.
+
+    Raises:
+        MissingPackageError: if matplotlib is not installed.
+    """
+    figure = new_figure(14, 9)
+    figure.suptitle(
+        f"LeNet on {dataset.name}: {evaluation.accuracy:.2%} of {len(dataset.test_labels):,} held-out digits right",
+        fontsize=15,
+        fontweight="bold",
+    )
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.8, 1))
+    left, right = top.subfigures(1, 2, width_ratios=(1.45, 1))
+    _draw_history(left, history)
+    draw_confusion(right.subplots(), evaluation.predictions, dataset.test_labels, "Confusion matrix")
+    draw_digits(bottom, evaluation.predictions, dataset, "Held-out digits with the network's predictions")
+    return file_bytes(figure, file_format)
+
+
+def _draw_history(area: SubFigure, history: Sequence[Mapping[str, Any]]) -> None:
+    upper, lower = area.subplots(2, 1, sharex=True, height_ratios=(1.6, 1))
+    epochs = [record["epoch"] for record in history]
+    for name, label, colour in (("train_loss", "training", COLOURS[0]), ("test_loss", "held out", COLOURS[1])):
+        upper.plot(epochs, [record[name] for record in history], "o-", color=colour, markersize=3, label=label)
+    upper.set_yscale("log")
+    upper.set_ylabel("loss")
+    upper.set_title("Mean loss of each epoch")
+    upper.legend(frameon=False)
+    lower.plot(epochs, [100 * record["test_accuracy"] for record in history], "o-", color=COLOURS[1], markersize=3)
+    lower.set_ylabel("held out, right (%)")
+    lower.set_xlabel("epoch")
+    lower.xaxis.set_major_locator(import_extra("matplotlib.ticker").MaxNLocator(integer=True))
+    for axes in (upper, lower):
+        tidy(axes)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Make an empty matplotlib figure of a size in inches."""
+    # The object interface draws in memory and leaves the user's pyplot settings alone.
+    figure = import_extra("matplotlib.figure").Figure(figsize=(width, height), dpi=110, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    return figure
+
+
+def file_bytes(figure: Any, file_format: str) -> bytes:
+    """Draw a figure into the bytes of a file."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format=file_format)
+    return stream.getvalue()
+
+
+def tidy(axes: Axes) -> None:
+    """Give axes a pale grid and no frame above and to the right."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_confusion(axes: Axes, predictions: torch.Tensor, labels: torch.Tensor, title: str) -> None:
+    """Draw how often each digit was taken for each.
+
+    Args:
+        axes: where.
+        predictions: int64, (n,).
+        labels: int64, (n,).
+        title: goes above, with the count of mistakes.
+    """
+    counts = torch.bincount(labels * 10 + predictions, minlength=100).reshape(10, 10)
+    # Ninety-odd right answers would drown single mistakes on one scale: right and wrong get a scale each.
+    mistakes = counts.clone().fill_diagonal_(0)
+    axes.imshow(mistakes.tolist(), cmap="Reds", vmin=0, vmax=max(5, int(mistakes.max())) * 1.6)
+    for true in range(10):
+        for predicted in range(10):
+            count = int(counts[true, predicted])
+            if true == predicted:
+                axes.fill_between((true - 0.5, true + 0.5), true - 0.5, true + 0.5, color=COLOURS[0], linewidth=0)
+            if count:
+                axes.text(
+                    predicted,
+                    true,
+                    str(count),
+                    ha="center",
+                    va="center",
+                    color="white" if true == predicted else "black",
+                    fontweight="bold" if true == predicted else "normal",
+                )
+    wrong = int(mistakes.sum())
+    axes.set_title(f"{title}: {wrong} of {len(labels):,} wrong")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true digit")
+    axes.set_xticks(range(10))
+    axes.set_yticks(range(10))
+    axes.tick_params(length=0)
+    axes.set_xticks([edge - 0.5 for edge in range(1, 10)], minor=True)
+    axes.set_yticks([edge - 0.5 for edge in range(1, 10)], minor=True)
+    axes.grid(which="minor", color="#dddddd", linewidth=0.8)
+    axes.tick_params(which="minor", length=0)
+
+
+def draw_digits(area: SubFigure, predictions: torch.Tensor, dataset: Dataset, title: str) -> None:
+    """Draw up to 30 held-out digits, half of them mistaken if there are so many, each with what it was taken for.
+
+    Args:
+        area: where.
+        predictions: int64, (m,), of the held-out digits.
+        dataset: the digits.
+        title: goes above.
+    """
+    columns = 15
+    wrong = (predictions != dataset.test_labels).nonzero().flatten().tolist()
+    right = (predictions == dataset.test_labels).nonzero().flatten().tolist()
+    right = right[: max(columns, 2 * columns - len(wrong))]
+    shown = right + wrong[: 2 * columns - len(right)]
+    area.suptitle(f"{title}; red: wrong, with the true digit", fontsize=12)
+    places = list(area.subplots(2, columns).flat)
+    for axes in places[len(shown) :]:
+        axes.set_axis_off()
+    for axes, index in zip(places, shown, strict=False):
+        pixels = dataset.test_images[index, 0] * dataset.std + dataset.mean
+        axes.imshow(pixels.tolist(), cmap="gray_r", vmin=0, vmax=1)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        predicted, true = int(predictions[index]), int(dataset.test_labels[index])
+        mistaken = predicted != true
+        axes.set_title(
+            f"{predicted} (is {true})" if mistaken else str(predicted),
+            fontsize=11,
+            color=WRONG if mistaken else "black",
+            fontweight="bold" if mistaken else "normal",
+        )
+        for spine in axes.spines.values():
+            spine.set_color(WRONG if mistaken else "#bbbbbb")
+            spine.set_linewidth(2.5 if mistaken else 0.8)

@@ -89,7 +89,7 @@ def test_a_finished_run_can_be_asked_later(folder: Path, tmp_path: Path) -> None
     assert torch.export.load(tmp_path / "net.pt2").module()(torch.zeros(3, 1, 32, 32)).shape == (3, 10)
 
 
-@pytest.mark.thorough
+@pytest.mark.wide
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_every_dtype(folder: Path, dtype: str) -> None:
     """A program keeps its dtype; ONNX gets float32."""

@@ -1,0 +1,54 @@
+"""The notebook in `examples/`: it comes without outputs, and runs from top to bottom."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rich")
+pytest.importorskip("mlxtend")
+pytest.importorskip("matplotlib")
+pytest.importorskip("ipykernel")
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "lenet.ipynb"
+
+
+@pytest.fixture
+def notebook():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_it_comes_without_outputs(notebook):
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+
+
+@pytest.mark.wide
+def test_it_runs(notebook, tmp_path):
+    """In a folder of its own, with few epochs and small batches; what it prints is what its text says."""
+    [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    assert re.findall(r"^(\w+) =", parameters.source, re.MULTILINE) == ["EPOCHS", "BATCHES"]
+    parameters.source = "EPOCHS = 2\nBATCHES = 1, 64\n"
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    text = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "61706 numbers to learn" in text
+    assert all(float(found) < 1e-5 for found in re.findall(r"largest difference: (\S+)", text))
+    before, after = map(float, re.findall(r"loss before (\S+), after (\S+)", text)[0])
+    assert after < before
+    assert float(re.findall(r"epoch  2: .* held out (\S+)% right", text)[0]) > 80
+    assert len(re.findall(r"^(?:inference|training_step) +\d+ .* (?:yes|no)$", text, re.MULTILINE)) == 4
+    stock, fused = (
+        float(re.findall(rf"{name}: ([\d,]+) bytes", text)[0].replace(",", "")) for name in ("stock", "fused")
+    )
+    assert fused < stock
+    assert [output for output in outputs if "image/png" in output.get("data", {})]
+    assert list(tmp_path.iterdir()) == []

@@ -6,13 +6,21 @@
 torch.Size([2, 6, 14, 14])
 """
 
-from fastlenet import functional, graphs
+import importlib.util
+
+# In a checkout the kernels lie beside the package; only an installation puts them where Python finds them.
+if importlib.util.find_spec(f"{__name__}.kernels") is None:
+    raise ImportError(f"{__name__} is not installed: run 'pip install -e .' in the checkout that holds {__path__[0]}")
+
+from fastlenet import functional, graphs, private
 from fastlenet._version import __version__
 from fastlenet.export import decompositions
 from fastlenet.fusion import explain, fuse
 from fastlenet.lenet import LeNet, StockLeNet
 from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
 from fastlenet.selection import backend, use_backend
+
+private.warn_if_untested()
 
 __all__ = [
     "ConvReLUMaxPool2d",

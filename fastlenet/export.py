@@ -15,18 +15,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastlenet import reference
 from fastlenet.ops.chain import links_of
 from fastlenet.ops.conv2d_relu_max_pool2d import geometry_of
 from fastlenet.ops.registration import operators, or_empty
+from fastlenet.private import OpOverload
 
 __all__ = ["decompositions"]
 
 
-def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """Return the decompositions of fastlenet's operators, forward and backward, into plain ATen operators.
 
     The table is for ``torch.export.ExportedProgram.run_decompositions`` and ``make_fx(..., decomposition_table=...)``.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlenet import checks, ops
 from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Links, Pair
+from fastlenet.private import any_autocast
 from fastlenet.selection import run
 
 __all__ = ["addmm_relu", "chain", "conv2d_relu_max_pool2d", "linear_relu", "mlp"]
@@ -273,7 +274,7 @@ def chain(input: Tensor, parameters: Sequence[Tensor | None], links: Links) -> T
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast as autocast casts for F.conv2d and F.linear: floating point other than float64, on the autocast device."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    if not torch.compiler.is_compiling() and not any_autocast():
         return tensors
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastlenet import private
 from fastlenet.selection import logger
 
 __all__ = ["GraphedInference", "GraphedTrainStep"]
@@ -123,7 +123,7 @@ class GraphedTrainStep:
         if not self._graphed or not _alike(batch, self._batch):
             return self._step(*batch)
         # Both to warm up and to capture from the same memory: kernels are compiled for an address's alignment too.
-        torch._foreach_copy_(self._batch, list(batch))
+        private.copy_all(self._batch, list(batch))
         fixed = self._what_a_graph_fixes()
         if fixed != self._fixed:
             self._fixed, self._replay = fixed, None
@@ -238,7 +238,7 @@ class GraphedInference:
         """Return the model's output for `inputs`, without gradients."""
         if not self._graphed or not _alike(inputs, self._inputs):
             return self._model(*inputs)
-        torch._foreach_copy_(self._inputs, list(inputs))
+        private.copy_all(self._inputs, list(inputs))
         fixed = self._what_a_graph_fixes()
         if fixed != self._fixed:
             self._fixed, self._replay = fixed, None
@@ -246,7 +246,7 @@ class GraphedInference:
         if self._replay is None:
             self._output, self._replay = _capture(lambda: self._model(*self._inputs), self._device)
         self._replay()
-        return tree_map_only(Tensor, torch.clone, self._output)
+        return private.tree_map_only(Tensor, torch.clone, self._output)
 
     def _what_a_graph_fixes(self) -> list[Any]:
         """Addresses and modes that a captured forward goes on to use, whatever becomes of them outside."""
@@ -278,7 +278,7 @@ def _on_a_side_stream(function: Callable[[], Any], device: torch.device) -> Any:
     with torch.cuda.stream(stream):
         result = function()
     current.wait_stream(stream)
-    for tensor in tree_leaves(result):
+    for tensor in private.tree_leaves(result):
         if isinstance(tensor, Tensor):
             tensor.record_stream(current)
     return result

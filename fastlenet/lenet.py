@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastlenet import functional
 from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, Links
 from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU, prepared
+from fastlenet.private import has_global_hook
 
 __all__ = ["LeNet", "StockLeNet"]
 
@@ -59,7 +59,7 @@ class LeNet(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Map images (N, in_channels, 32, 32), or one unbatched, to logits (N, num_classes)."""
         # torch.fx traces with stand-ins for tensors, and hooks of all modules want to see each.
-        if type(input) is Tensor and not torch.compiler.is_compiling() and not _has_any_global_hook():
+        if type(input) is Tensor and not torch.compiler.is_compiling() and not has_global_hook():
             modules = self._modules
             chain = _chain_of(*map(modules.get, _LAYERS))
             if chain is not None:

@@ -27,6 +27,16 @@ from fastlenet import library, ops
 from fastlenet.errors import KernelError
 from fastlenet.kernels import configurations
 from fastlenet.ops.registration import Operator, implement
+from fastlenet.private import (
+    dispatch_modes,
+    forward_mode,
+    fp32_precision,
+    is_batched,
+    profiler_enabled,
+    proxied,
+    tracing_state,
+    transforms_active,
+)
 
 BACKENDS = ("auto", "triton", "cpu", "aten")
 
@@ -351,12 +361,6 @@ def triton_drives_everything() -> Iterator[None]:
 
 # Named here, because a look-up through `torch` takes as long as the call.
 _is_grad_enabled = torch.is_grad_enabled
-_precision = torch._C._get_fp32_precision_getter
-_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
-_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
-_get_tracing_state = torch._C._get_tracing_state
-_profiler_enabled = torch._C._autograd._profiler_enabled
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def find(operator: Operator, settings: Any, tensors: Sequence[Any], differentiable: bool | None = None) -> Known | None:
@@ -374,7 +378,7 @@ def find(operator: Operator, settings: Any, tensors: Sequence[Any], differentiab
     Raises:
         Exception: stock's error for operands that do not fit, or the error of a forced backend that cannot run.
     """
-    key: list[Any] = [operator, settings, backend(), _precision("cuda", "conv"), _precision("cuda", "matmul")]
+    key: list[Any] = [operator, settings, backend(), fp32_precision("cuda", "conv"), fp32_precision("cuda", "matmul")]
     grad_enabled = differentiable is None and _is_grad_enabled()
     required = bool(differentiable)
     try:
@@ -441,10 +445,10 @@ def run(operator: Operator, settings: Any, *tensors: Any) -> Tensor:
     known = None
     if not (
         torch.compiler.is_compiling()
-        or _len_torch_dispatch_stack()
-        or _are_functorch_transforms_active()
-        or _get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        or dispatch_modes()
+        or transforms_active()
+        or tracing_state() is not None
+        or forward_mode()
     ):
         known = find(operator, settings, tensors)
     if known is None:
@@ -455,7 +459,7 @@ def run(operator: Operator, settings: Any, *tensors: Any) -> Tensor:
             _log(known, operator, tensors)
     if form.composed:
         return compose(settings, *tensors, run=run) if form.apart else compose(settings, *tensors)
-    fused = operator.fused if known is None or not _profiler_enabled() else _profiled(operator)
+    fused = operator.fused if known is None or not profiler_enabled() else _profiled(operator)
     try:
         return fused(settings, known, form.differentiable, *tensors)
     except KernelError:
@@ -470,16 +474,16 @@ def _watched(operator: Operator, settings: Any, tensors: Sequence[Any]) -> Form:
     operator.check(settings, *tensors)
     compiling = torch.compiler.is_compiling()
     required = any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    if _are_functorch_transforms_active() or (not compiling and torch.autograd.forward_ad._current_level >= 0):
+    if transforms_active() or (not compiling and forward_mode()):
         return COMPOSED
-    if compiling or _proxied():
+    if compiling or proxied():
         return Form(composed=False, apart=False, differentiable=required and torch.is_grad_enabled())
-    if _get_tracing_state() is not None:
+    if tracing_state() is not None:
         # A trace records operators below autograd, so stock operators must compute gradients. A call that needs none is
         # recorded whole. PyTorch's check of a trace runs without gradients, so the mode must not decide.
         apart = not required and not operator.traceable
         return Form(composed=required or apart, apart=apart, differentiable=False)
-    batched = any(tensor is not None and _is_batched(tensor) for tensor in tensors)
+    batched = any(tensor is not None and is_batched(tensor) for tensor in tensors)
     if batched or choose(operator, settings, tensors).forward == "aten":
         return COMPOSED
     return Form(composed=False, apart=False, differentiable=required and torch.is_grad_enabled())
@@ -493,14 +497,6 @@ def _profiled(operator: Operator) -> Callable[..., Tensor]:
             return operator.fused(*args)
 
     return fused
-
-
-def _proxied() -> bool:
-    """Whether make_fx traces operators."""
-    return (
-        _len_torch_dispatch_stack() > 0
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    )
 
 
 def _log(known: Known, operator: Operator, tensors: Sequence[Any]) -> None:

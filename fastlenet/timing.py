@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from fastlenet.private import tree_leaves
 
 ROUNDS, WINS = 15, 13
 MARGIN = 0.02

@@ -16,10 +16,11 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch import empty_strided as empty_strided  # by a name of this module, so that tests can poison
 from torch.nn import Parameter
+
+from fastlenet.private import fp32_precision
 
 from . import configurations, runtime
 
@@ -217,12 +218,9 @@ class Kinds:
         return kind(*args)
 
 
-_precision = torch._C._get_fp32_precision_getter
-
-
 def key_of(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Return all of a call that a launcher's doing depends on, or None where a tensor is not a plain one."""
-    key: list[Any] = [_precision("cuda", "conv"), _precision("cuda", "matmul")]
+    key: list[Any] = [fp32_precision("cuda", "conv"), fp32_precision("cuda", "matmul")]
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 # Modules that wait until something needs them: triton, and what only the command line and its extras use.
-LATER = ("triton", "rich", "matplotlib", "numpy.testing", "mlxtend", "safetensors", "pandas", "torchvision", "onnx")
+LATER = (
+    "triton",
+    "rich",
+    "matplotlib",
+    "numpy.testing",
+    "mlxtend",
+    "PIL",
+    "safetensors",
+    "pandas",
+    "torchvision",
+    "onnx",
+)
 LIMIT_SECONDS = 0.2
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def fresh(code: str) -> str:
@@ -54,3 +68,20 @@ def test_the_help_loads_no_extras():
     names = set(json.loads(fresh(code).splitlines()[-1]))
     assert not names & set(LATER)
     assert "torch._dynamo" not in names
+
+
+def test_a_checkout_that_is_not_installed_says_what_to_do(tmp_path):
+    """There the kernels are not where Python looks for them."""
+    shutil.copytree(ROOT / "fastlenet", tmp_path / "fastlenet")
+    code = (
+        "import sys\n"
+        "sys.path.insert(0, '.')\n"
+        # The finder of an editable installation, which knows where the kernels are.
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
+        "import fastlenet"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    folder = tmp_path / "fastlenet"
+    expected = f"ImportError: fastlenet is not installed: run 'pip install -e .' in the checkout that holds {folder}"
+    assert done.stderr.splitlines()[-1] == expected

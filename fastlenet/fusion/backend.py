@@ -9,15 +9,14 @@ This module is imported when a model is compiled, and never by ``import fastlene
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fastlenet import timing
+from fastlenet import private, timing
 from fastlenet.fusion import patterns
 from fastlenet.fusion.patterns import Call, Match
 
@@ -94,7 +93,7 @@ class Backend:
         function = torch.ops.higher_order.autograd_function_apply
         if self.faithful and any(node.target is function for graph in parts for node in graph.nodes):
             raise NotImplementedError("it holds a torch.autograd.Function, whose second derivatives would be lost")
-        _guard_hooks()
+        private.guard_hooks()
         mode = "training" if torch.is_grad_enabled() else "inference"
         kinds = {
             node: type(value)
@@ -103,9 +102,7 @@ class Backend:
         }
         self.records.update((record.key, record) for record in self.rewrite(graph_module, kinds, mode))
         if self.inner is not None:
-            from torch._dynamo.backends.registry import lookup_backend
-
-            return lookup_backend(self.inner)(graph_module, list(example_inputs))
+            return private.backend_named(self.inner)(graph_module, list(example_inputs))
         return graph_module.forward
 
     def rewrite(self, module: fx.GraphModule, kinds: Mapping[fx.Node, type], mode: str) -> list[Record]:
@@ -189,22 +186,6 @@ def _is_covered(call: Call) -> bool:
     return patterns.implementation(call)[0] not in ("aten", "none")
 
 
-def _guard_hooks() -> None:
-    """Make Dynamo capture the graph again when a hook is registered on one of its modules.
-
-    Dynamo has a guard for modules without hooks, but skips it by default.
-    """
-    from torch._dynamo.guards import GuardBuilder
-
-    context = torch._guards.TracingContext.try_get()
-    if context is None:  # the backend was called by hand
-        return
-    guards = context.guards_context.dynamo_guards
-    for guard in list(guards):
-        if guard.create_fn is GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT:
-            guards.add(guard.originating_source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
-
-
 def measure(match: Match) -> timing.Comparison | None:
     """Time a site's operators and the fused one, on random numbers; None if its sizes are not known.
 
@@ -240,20 +221,9 @@ def measure(match: Match) -> timing.Comparison | None:
 
         return run
 
-    with torch.inference_mode(False), _running():
+    with torch.inference_mode(False), private.not_compiling():
         stock, fused = (timing.step(within(module), arguments, (), backward) for module in modules)
         return timing.compare(stock, fused, match.result.meta["example_value"].device)
-
-
-@contextlib.contextmanager
-def _running() -> Iterator[None]:
-    """Run as after compilation. While PyTorch reports that it compiles, operators take another form."""
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = False
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = before
 
 
 def _autocasts(match: Match) -> list[fx.Node]:
@@ -262,9 +232,9 @@ def _autocasts(match: Match) -> list[fx.Node]:
     for node in match.nodes[0].graph.nodes:
         if node is match.nodes[0]:
             break
-        if node.target is torch.amp.autocast_mode._enter_autocast:
+        if node.target is private.enter_autocast:
             inside.append(node)
-        elif node.target is torch.amp.autocast_mode._exit_autocast:
+        elif node.target is private.exit_autocast:
             inside.remove(node.args[0])
     return inside
 

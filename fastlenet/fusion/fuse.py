@@ -12,11 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as hooked
-from torch.utils._device import DeviceContext
-from torch.utils._pytree import tree_map
 
-from fastlenet import timing
+from fastlenet import private, timing
 from fastlenet.fusion import copies
 from fastlenet.lenet import LeNet
 from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
@@ -59,21 +56,19 @@ class Fused:
             model.__dict__["_compiled_call_impl"] = self._entry(model)
 
     def _entry(self, model: nn.Module) -> Callable[..., Any]:
-        from torch._dynamo.exc import TorchDynamoException
-
+        compiler_error = private.dynamo_error()
         compiled = torch.compile(_caller(model), backend=self.backend, **_isolation())
         plain = model._call_impl
         active = {training: mode in self.modes for training, mode in zip((True, False), MODES, strict=True)}
-        recording, tracing = torch.is_grad_enabled, torch._C._get_tracing_state
-        modes = torch._C._len_torch_function_stack
+        recording, tracing, hooked = torch.is_grad_enabled, private.tracing_state, private.has_global_hook
 
         def call(*args: Any, **kwargs: Any) -> Any:
             # Dynamo does not guard hooks on all modules, applies function modes twice, and torch.jit.trace refuses it.
-            if not active[recording()] or hooked() or (modes() and _intercepted()) or tracing() is not None:
+            if not active[recording()] or hooked() or private.intercepted() or tracing() is not None:
                 return plain(*args, **kwargs)
             try:
                 return compiled(*args, **kwargs)
-            except TorchDynamoException as error:
+            except compiler_error as error:
                 reason = first_line(error)
             # Dynamo also reports the model's own errors, such as a wrong shape, as errors of Dynamo.
             result = plain(*args, **kwargs)
@@ -120,12 +115,6 @@ def _caller(model: nn.Module) -> Callable[..., Any]:
     # Dynamo counts recompilations by code object: one for each model.
     call.__code__ = call.__code__.replace(co_name="fused_model")
     return call
-
-
-def _intercepted() -> bool:
-    """Whether a TorchFunctionMode is active, other than the one that sets a default device."""
-    stack = [torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())]
-    return any(not isinstance(mode, DeviceContext) for mode in stack)
 
 
 def _isolation() -> dict[str, Any]:
@@ -222,7 +211,7 @@ def arguments(example_input: Any) -> tuple[Any, ...]:
         with torch.inference_mode(False):
             return value.detach().clone().requires_grad_(value.requires_grad)
 
-    return tree_map(apart, example_input if isinstance(example_input, tuple) else (example_input,))
+    return private.tree_map(apart, example_input if isinstance(example_input, tuple) else (example_input,))
 
 
 class Judge:

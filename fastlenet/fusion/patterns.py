@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
-from fastlenet import functional, ops, selection
+from fastlenet import functional, ops, private, selection
 from fastlenet.checks import pair
 from fastlenet.kernels.geometry import LINEAR as LAST
 from fastlenet.kernels.geometry import LINEAR_RELU as LINEAR
@@ -51,7 +50,7 @@ _STAGES: dict[Any, str] = {
     F.dropout: _NOTHING, F.dropout2d: _NOTHING,
 }  # fmt: skip
 _CONVS = (torch.conv2d,)
-_LINEARS = (F.linear, torch._C._nn.linear)
+_LINEARS = private.linears
 _ADDMMS = (torch.addmm, "addmm")
 _FLATTENS = (torch.flatten, "flatten", "view", "reshape", torch.reshape)
 
@@ -404,13 +403,13 @@ def _pool_problems(node: fx.Node, pool: Mapping[str, Any], after_relu: bool) -> 
 
 def _any(value: Any, default: int) -> bool:
     """Whether an option, an int or a pair, differs from its default."""
-    return value is not None and any(leaf != default for leaf in tree_leaves(value))
+    return value is not None and any(leaf != default for leaf in private.tree_leaves(value))
 
 
 def _computed(node: fx.Node, given: Mapping[str, Any]) -> str | None:
     """Whether some of a call's options are known only when it runs."""
     for name, value in given.items():
-        if name != "input" and any(isinstance(leaf, (fx.Node, torch.SymInt)) for leaf in tree_leaves(value)):
+        if name != "input" and any(isinstance(leaf, (fx.Node, torch.SymInt)) for leaf in private.tree_leaves(value)):
             return f"the argument {name!r} of {node.name} is computed in the forward"
     return None
 
@@ -462,17 +461,17 @@ def _mutates(node: fx.Node) -> bool:
     spelled = (name.endswith("_") and not name.endswith("__")) or name in ("setitem", "__setitem__")
     written = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
     in_place = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i") and name != "index"
-    opaque = isinstance(node.target, torch._ops.HigherOrderOperator) or any(
+    opaque = isinstance(node.target, private.HigherOrderOperator) or any(
         overload._schema.is_mutable for overload in _overloads(node.target)
     )
     return node.op != "get_attr" and (spelled or written or in_place or opaque)
 
 
-def _overloads(target: Any) -> list[torch._ops.OpOverload]:
+def _overloads(target: Any) -> list[private.OpOverload]:
     """The operators that a node may call, if it calls one of ``torch.ops``."""
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, private.OpOverloadPacket):
         return [getattr(target, name) for name in target.overloads()]
-    return [target] if isinstance(target, torch._ops.OpOverload) else []
+    return [target] if isinstance(target, private.OpOverload) else []
 
 
 def _value(node: Any) -> Any:

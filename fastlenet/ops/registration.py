@@ -19,15 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlenet import private
+
 # The package's own name, so that a copy under another name registers other operators.
 NAMESPACE = "_".join(__name__.split(".")[:-2])
 library = torch.library.Library(NAMESPACE, "DEF")
 operators = getattr(torch.ops, NAMESPACE)
 implementations: dict[str, Callable[..., Any]] = {}
 """By the name of a registered operator, the function that runs it."""
-
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
-_transforms_active = torch._C._are_functorch_transforms_active
 
 
 class Registered(NamedTuple):
@@ -153,7 +152,7 @@ def implement(name: str, function: Callable[..., Any]) -> None:
 
     def below_autograd(*args: Any) -> Any:
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        with torch._C._AutoDispatchBelowAutograd(), no_autocast(device):
+        with private.below_autograd(), no_autocast(device):
             return function(*args)
 
     library.impl(name, below_autograd, "CompositeExplicitAutograd")
@@ -161,7 +160,7 @@ def implement(name: str, function: Callable[..., Any]) -> None:
 
 def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """Switch autocast off for a while, if it is on."""
-    enabled = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device)
+    enabled = private.any_autocast() and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
 
 
@@ -184,8 +183,8 @@ def composed_backward(grad_output: Tensor) -> bool:
         return False
     return (
         torch.is_grad_enabled()
-        or _transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        or private.transforms_active()
+        or private.forward_mode()
         # torch.autograd.grad(is_grads_batched=True) maps with a kind of tensor that only this test finds.
-        or _is_batched(grad_output)
+        or private.is_batched(grad_output)
     )

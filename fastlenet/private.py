@@ -1,0 +1,209 @@
+"""PyTorch's private names that this package uses: all of them, with what stands in where a release lacks one.
+
+A stand-in is the public way to the same answer. Where there is none it gives the careful answer: the one on which stock
+PyTorch runs. A test reads the sources and finds private names nowhere else. Importing `fastlenet` warns of names that
+are missing, and of a PyTorch that is newer than those tested.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NEWEST_TESTED = (2, 13)
+"""The newest release of PyTorch that the tests have run with."""
+missing: list[str] = []
+"""Names that this PyTorch lacks, of those looked up so far."""
+
+
+def _find(module: str, name: str, otherwise: Any) -> Any:
+    """Look a private name up, or take what stands in for it."""
+    try:
+        return attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError):
+        if (path := f"{module}.{name}") not in missing:
+            missing.append(path)
+        return otherwise
+
+
+def warn_if_untested() -> None:
+    """Warn once of what the tests have not seen: called when the package is imported."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version > NEWEST_TESTED or missing:
+        lacking = f"; it lacks {', '.join(missing)}, without which stock operators may run instead" if missing else ""
+        newest = ".".join(map(str, NEWEST_TESTED))
+        warnings.warn(f"fastlenet is tested up to PyTorch {newest}, this is {torch.__version__}{lacking}", stacklevel=3)
+
+
+# --- what is going on: asked at every call ----------------------------------------------------------------------------
+
+
+def _public_precision(backend: str, op: str) -> str:
+    # Six times as slow, which is why it is not what runs.
+    switch = torch.backends.cudnn.conv if op == "conv" else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    return str(switch.fp32_precision)
+
+
+def _public_any_autocast() -> bool:
+    return any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda", "xpu", "mps"))
+
+
+def _public_tracing() -> Any:
+    return torch.jit.is_tracing() or None  # type: ignore[attr-defined]
+
+
+fp32_precision: Callable[[str, str], str] = _find("torch._C", "_get_fp32_precision_getter", _public_precision)
+"""The fp32 precision of ``("cuda", "conv")`` or ``("cuda", "matmul")``."""
+any_autocast: Callable[[], bool] = _find("torch._C", "_is_any_autocast_enabled", _public_any_autocast)
+"""Whether autocast is on for some kind of device."""
+tracing_state: Callable[[], Any] = _find("torch._C", "_get_tracing_state", _public_tracing)
+"""What `torch.jit.trace` is at, or None."""
+dispatch_modes: Callable[[], int] = _find("torch._C", "_len_torch_dispatch_stack", lambda: 1)
+"""How many modes see every operator. Careful: one may."""
+transforms_active: Callable[[], bool] = _find("torch._C", "_are_functorch_transforms_active", lambda: True)
+"""Whether a transform of `torch.func` is at work. Careful: yes."""
+is_batched: Callable[[Tensor], bool] = _find("torch._C", "_functorch.is_legacy_batchedtensor", lambda tensor: True)
+"""Whether a tensor stands for a batch that ``is_grads_batched`` maps over. Careful: yes."""
+profiler_enabled: Callable[[], bool] = _find("torch._C", "_autograd._profiler_enabled", lambda: False)
+"""Whether a profiler records; it only adds a name to what is recorded."""
+has_global_hook: Callable[[], bool] = _find("torch.nn.modules.module", "_has_any_global_hook", lambda: True)
+"""Whether hooks are registered on all modules. Careful: they are."""
+below_autograd: Callable[[], Any] = _find("torch._C", "_AutoDispatchBelowAutograd", torch.no_grad)
+"""A context in which operators are recorded by nothing."""
+_find("torch.autograd", "forward_ad._current_level", None)  # read anew each time; this only notes that it is there
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is at work. Careful: yes."""
+    return bool(getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0)
+
+
+_dispatch_mode: Callable[[Any], Any] | None = _find("torch._C", "_get_dispatch_mode", None)
+_PROXY: Any = _find("torch._C", "_TorchDispatchModeKey.PROXY", None)
+
+
+def proxied() -> bool:
+    """Whether `make_fx` traces operators."""
+    if _dispatch_mode is None or _PROXY is None:
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+        return get_proxy_mode() is not None
+    return dispatch_modes() > 0 and _dispatch_mode(_PROXY) is not None
+
+
+_function_modes: Callable[[], int] = _find("torch._C", "_len_torch_function_stack", lambda: 1)
+_function_mode: Callable[[int], Any] = _find("torch._C", "_get_function_stack_at", lambda place: None)
+_DEVICE_MODE: Any = _find("torch.utils._device", "DeviceContext", ())
+
+
+def intercepted() -> bool:
+    """Whether a mode sees every function of PyTorch that is called, other than the one that sets a default device."""
+    count = _function_modes()
+    return count > 0 and any(not isinstance(_function_mode(place), _DEVICE_MODE) for place in range(count))
+
+
+# --- containers and lists ---------------------------------------------------------------------------------------------
+
+
+def _plain_tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return type(tree)((key, _plain_tree_map(function, value)) for key, value in tree.items())
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_plain_tree_map(function, value) for value in tree))
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_plain_tree_map(function, value) for value in tree)
+    return function(tree)
+
+
+def _plain_tree_leaves(tree: Any) -> list[Any]:
+    leaves: list[Any] = []
+    _plain_tree_map(leaves.append, tree)
+    return leaves
+
+
+def _plain_tree_map_only(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
+    return _plain_tree_map(lambda leaf: function(leaf) if isinstance(leaf, kind) else leaf, tree)
+
+
+def _copy_one_by_one(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+tree_map: Callable[..., Any] = _find("torch.utils._pytree", "tree_map", _plain_tree_map)
+tree_leaves: Callable[[Any], list[Any]] = _find("torch.utils._pytree", "tree_leaves", _plain_tree_leaves)
+tree_map_only: Callable[..., Any] = _find("torch.utils._pytree", "tree_map_only", _plain_tree_map_only)
+"""These three go through nests of containers."""
+copy_all: Callable[[Any, Any], Any] = _find("torch", "_foreach_copy_", _copy_one_by_one)
+"""Copy each tensor of the second list into that of the first, in one call."""
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+OpOverload: Any = type(torch.ops.aten.relu.default)
+OpOverloadPacket: Any = type(torch.ops.aten.relu)
+HigherOrderOperator: Any = _find("torch._ops", "HigherOrderOperator", object)
+"""Operators on functions. Careful: all are."""
+linears: tuple[Any, ...] = (F.linear, _find("torch._C", "_nn.linear", F.linear))
+"""The names under which a graph of TorchDynamo's has `F.linear`."""
+enter_autocast: Any = _find("torch.amp.autocast_mode", "_enter_autocast", object())
+exit_autocast: Any = _find("torch.amp.autocast_mode", "_exit_autocast", object())
+"""What a graph calls where an autocast region begins and ends."""
+
+
+def dynamo_error() -> Any:
+    """The class of TorchDynamo's own errors."""
+    return _find("torch._dynamo.exc", "TorchDynamoException", RuntimeError)
+
+
+def backend_named(name: str) -> Callable[..., Any]:
+    """The backend of that name for `torch.compile`."""
+
+    def compiled(graph_module: Any, example_inputs: Any) -> Any:
+        return torch.compile(graph_module, backend=name)
+
+    lookup = _find("torch._dynamo.backends.registry", "lookup_backend", None)
+    return compiled if lookup is None else lookup(name)
+
+
+def guard_hooks() -> None:
+    """Let the graph that is being compiled be captured anew once a hook is registered on one of its modules.
+
+    Dynamo notes that a module has no hooks, but skips that guard unless it is configured otherwise.
+
+    Raises:
+        NotImplementedError: if this PyTorch has no such guards by the names known.
+    """
+    builder = _find("torch._dynamo.guards", "GuardBuilder", None)
+    context = _find("torch._guards", "TracingContext.try_get", lambda: None)()
+    if context is None:  # the backend was called by hand
+        return
+    try:
+        guards = context.guards_context.dynamo_guards
+        for guard in list(guards):
+            if guard.create_fn is builder.EMPTY_NN_MODULE_HOOKS_DICT:
+                guards.add(guard.originating_source.make_guard(builder.SEQUENCE_LENGTH))
+    except AttributeError as error:
+        raise NotImplementedError(f"this PyTorch guards hooks in another way: {error}") from error
+
+
+@contextlib.contextmanager
+def not_compiling() -> Iterator[None]:
+    """Run as after compilation: PyTorch says meanwhile that it compiles, and operators then take the form to record."""
+    before = _find("torch.compiler", "_is_compiling_flag", None)
+    if before is None:
+        yield
+        return
+    torch.compiler._is_compiling_flag = False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before

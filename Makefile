@@ -10,7 +10,7 @@ GPU_SECONDS ?= 540
 RUN := $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-wide test-all bench gpu hub docs lint clean
+.PHONY: demo test test-wide test-all test-versions bench gpu hub docs lint clean
 
 demo: $(VENV)/.test
 	$(RUN) -m fastlenet.training.demo --output $(OUTPUT)
@@ -24,6 +24,10 @@ test-wide: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(RUN) tests/run.py --tier all
+
+# The oldest and the newest PyTorch, each in an environment of its own under $(OUTPUT)/versions.
+test-versions:
+	$(PYTHON) tests/versions.py $(OUTPUT)/versions
 
 bench: $(VENV)/.test
 	$(RUN) -m fastlenet bench --results $(RESULTS)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlenet.kernels.geometry import LINEAR, ConvPoolGeometry, Links, Pair, memory_format
+from fastlenet.private import unfold_and_multiply
 
 Grads = tuple[Tensor | None, ...]
 
@@ -38,14 +39,11 @@ LeNet's convolutions of one image take a third of oneDNN's time so, of four imag
 the largest error was 0.8 to 1.6 of oneDNN's in the output, and 0.1 to 1 of it in the gradients.
 """
 
-# A private name, bound once: its public one, torch.ops.aten.thnn_conv2d, takes some 3 us longer to call.
-_unfold_and_multiply = getattr(torch._C._nn, "thnn_conv2d", torch.ops.aten.thnn_conv2d)
-
 
 def _convolution_by_product(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int
 ) -> Tensor:
-    return _unfold_and_multiply(input, weight, weight.shape[2:], bias, stride, padding)
+    return unfold_and_multiply(input, weight, weight.shape[2:], bias, stride, padding)
 
 
 def faster_by_product(images: Sequence[int], weight: Tensor, geometry: ConvPoolGeometry) -> bool:

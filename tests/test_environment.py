@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import types
 
+import pytest
 import torch
 
 import fastlenet
 from fastlenet import environment
+from fastlenet.cli import main
 
 
 def test_variables_that_matter_are_recorded_and_no_others(monkeypatch):
@@ -60,3 +65,60 @@ def test_whoever_copied_the_files_knows_their_commit_best(monkeypatch):
     monkeypatch.setenv("FASTLENET_COMMIT", "fresh")
     record = environment.collect()
     assert (record["commit"], record["dirty"]) == ("fresh", None)
+
+
+def test_env_command_prints_the_record(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record == json.loads(json.dumps(environment.collect())) | {"clocks": record["clocks"]}
+    for key in ("device", "driver", "cuda", "torch", "triton", "python", "commit", "dirty", "threads", "clocks"):
+        assert key in record
+    assert record["torch"] == torch.__version__
+    assert record["precision"] == {
+        "cudnn.conv": torch.backends.cudnn.conv.fp32_precision,
+        "cuda.matmul": torch.backends.cuda.matmul.fp32_precision,
+    }
+
+
+def test_the_environment_imports_no_triton() -> None:
+    program = "import sys, fastlenet.environment as e; e.collect(); sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cpu", "slug"),
+    [
+        ("NVIDIA H100 80GB HBM3", "any", "nvidia-h100-80gb-hbm3"),
+        (None, "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "cpu-intel-xeon-platinum-8481c-cpu-2-70ghz"),
+        (None, "AMD EPYC", "cpu-amd-epyc"),
+    ],
+)
+def test_device_slug(monkeypatch: pytest.MonkeyPatch, gpu: str | None, cpu: str, slug: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+    monkeypatch.setattr(environment, "cpu_model", lambda: cpu)
+    assert environment.device_slug() == slug
+
+
+def test_nvidia_smi_is_read_by_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def answer(command: list[str]) -> str:
+        asked.append(command)
+        return "550.10, 1980, 2619, 1980, [N/A], 700.00, 31"
+
+    monkeypatch.setattr(environment, "_output", answer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid=f"abc-{index}"))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert environment._nvidia_smi() == {
+        "driver": "550.10",
+        "sm_mhz": 1980.0,
+        "memory_mhz": 2619.0,
+        "max_sm_mhz": 1980.0,
+        "max_memory_mhz": None,
+        "power_limit_w": 700.0,
+        "temperature_c": 31.0,
+    }
+    assert "--id=GPU-abc-1" in asked[0]

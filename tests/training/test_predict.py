@@ -16,7 +16,7 @@ pytest.importorskip("PIL")
 
 import torch
 from PIL import Image
-from test_training import idx_bytes, quick, run_command, write_idx
+from runs import idx_bytes, quick, run_command, write_idx
 
 import fastlenet
 from fastlenet.training import checkpoint, data, loop, predict

@@ -13,7 +13,7 @@ pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 
 import torch
-from test_training import assert_one_line, quick, run_command, write_idx
+from runs import assert_one_line, quick, run_command, write_idx
 
 import fastlenet
 from fastlenet.training import checkpoint, data, loop, picture, products

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "speedrun.py"
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "examples" / "speedrun.py"
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 
 from networks import TutorialNet
-from test_training import quick, write_idx
+from runs import quick, write_idx
 
 import fastlenet
 from fastlenet import errors

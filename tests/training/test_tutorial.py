@@ -12,7 +12,7 @@ from harness.judge import assert_as_accurate
 
 import fastlenet
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 # Adam and RMSprop divide a gradient by its own size: by default they move a weight whose gradient is nothing but
 # rounding as far as any other, in stock as well, so that an update would tell luck from luck. Their eps keeps it still.
 OPTIMIZERS = {

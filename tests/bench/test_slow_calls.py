@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench/ is no part of the package
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # bench/ is no part of the package
 
 import fastlenet
 from bench import slowest

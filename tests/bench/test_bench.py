@@ -12,7 +12,7 @@ import pytest
 import torch
 from harness.judge import assert_as_accurate
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 

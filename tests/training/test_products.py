@@ -105,7 +105,7 @@ def test_every_dtype(folder: Path, dtype: str) -> None:
     assert all(torch.equal(value, before[name].float()) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["onnx", "export"])
+@pytest.mark.parametrize("kind", ["export", "onnx"])
 def test_a_wrong_network_is_not_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:

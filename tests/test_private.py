@@ -81,7 +81,7 @@ def test_this_pytorch_has_them_all():
         "with private.not_compiling(): pass\n"
         "print(private.missing)"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "[]\n", done.stderr
 
 

@@ -103,9 +103,11 @@ def _even(number: int, most: int) -> int:
 
 
 def _forward(cells: int, taps: int, out_channels: int, overlaps: bool) -> Rule:
-    # Two lanes a thread: so many accumulators for each channel. Rows that wait for the next take some more.
-    channels = _even(out_channels, min(6 if overlaps else 8, 72 // (2 * cells)))
-    return Rule("patch_fma", {"CHANNELS": channels, "UNROLL": int(taps * channels * cells <= 1000)})
+    # Two lanes a thread: so many accumulators for each channel.
+    channels = _even(out_channels, min(8, 72 // (2 * cells)))
+    options = {"CHANNELS": channels, "UNROLL": int(taps * channels * cells <= 1000)}
+    # Rows that wait for the next take more registers; with 168 eight channels spill.
+    return Rule("patch_fma", options | ({"maxnreg": 200} if overlaps else {}))
 
 
 def _grad_weight(kernel: tuple[int, int], in_channels: int, out_channels: int, overlaps: bool) -> Rule:

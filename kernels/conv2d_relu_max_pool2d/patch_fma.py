@@ -628,31 +628,21 @@ def _grad_weight_kernel(
                     ),
                 )
             for r in tl.static_range(TAP_ROWS):
-                sums = ()
-                for o in tl.static_range(CHANNELS):
-                    sums = (
-                        sums
-                        + weight_sums[
-                            ((c * TAP_ROWS + r) * CHANNELS + o) * KERNEL_W : ((c * TAP_ROWS + r) * CHANNELS + o + 1)
-                            * KERNEL_W
-                        ]
-                    )
+                seen = ()
                 for b in tl.static_range(BH):
                     for a in tl.static_range(BW):
-                        seen = ()
                         for q in tl.static_range(KERNEL_W):
                             pixel = patch[b * STRIDE_H + r][a * STRIDE_W + q]
                             if CLIPPED:
                                 # A cell that is not there must not meet an infinity.
                                 pixel = tl.where(_below(cell_y + b, conv_h) & _below(cell_x + a, conv_w), pixel, 0.0)
                             seen = seen + (pixel,)
-                        new = ()
-                        for o in tl.static_range(CHANNELS):
-                            cell = cells[(o * BH + b) * BW + a]
-                            for q in tl.static_range(KERNEL_W):
-                                new = new + (tl.fma(cell, seen[q], sums[o * KERNEL_W + q]),)
-                        sums = new
-                done = done + sums
+                for o in tl.static_range(CHANNELS):
+                    for q in tl.static_range(KERNEL_W):
+                        total = weight_sums[((c * TAP_ROWS + r) * CHANNELS + o) * KERNEL_W + q]
+                        for k in tl.static_range(BH * BW):
+                            total = tl.fma(cells[o * BH * BW + k], seen[k * KERNEL_W + q], total)
+                        done = done + (total,)
         weight_sums = done
 
     channel = part.to(INDEX) * OUT_CHANNELS + first

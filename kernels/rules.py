@@ -13,6 +13,9 @@ only. All ratios below are modelled (`python -m bench.static --conv`), against p
   takes 0.48 * 64 / C * pixels / cells of the floor. Where that is more than the 1.3 of `patch_fma`, as without padding
   on small images, the FMA units take it.
 
+- **Not on gfx942**: the weight's gradient of `patch_fma`, which takes Triton 7 s to minutes to compile there; the time
+  goes into its own passes for that target, not into machine code.
+
 Tiles of `patch_fma` follow from registers. A thread has 168 of them if three programs of four warps shall fit on a
 multiprocessor; accumulators take some 70 to 100, pixels, weights and addresses the rest. The weight's gradient of small
 kernels takes 255: only then do four input channels share what spreading a gradient over its cells costs.
@@ -47,6 +50,7 @@ def choose(
     kernel: tuple[int, int],
     size: tuple[int, int],
     exact: bool,
+    architecture: str,
 ) -> Rule | None:
     """Return the specialised design for a convolution, or None where the general kernels stay.
 
@@ -58,7 +62,10 @@ def choose(
         kernel: height and width.
         size: height and width of the images.
         exact: whether products are of exact float32.
+        architecture: as the table names it.
     """
+    if direction == "grad_weight" and not architecture.startswith("sm_"):
+        return None
     if geometry.groups != 1 or geometry.dilation != (1, 1) or geometry.pool_dilation != (1, 1):
         return None
     (pool_h, pool_w), (step_h, step_w) = geometry.pool_size, geometry.pool_stride

@@ -57,10 +57,11 @@ def _chosen(
     """Choose by types, shapes and geometry: what the table says, else the rule, and what the rule alone says."""
     (out_channels, in_channels), kernel = weight.shape[:2], (weight.shape[2], weight.shape[3])
     rule = None
-    if configurations.architecture() != "interpreted":
+    architecture = configurations.architecture()
+    if architecture != "interpreted":
         exact = input.dtype == torch.float32 and precision == "ieee"
         size = input.shape[2], input.shape[3]
-        rule = rules.choose(direction, geometry, in_channels, out_channels, kernel, size, exact)
+        rule = rules.choose(direction, geometry, in_channels, out_channels, kernel, size, exact, architecture)
     ruled = _usable(rule, geometry, input, weight) or (general, {})
     entry = configurations.find(
         f"conv2d_relu_max_pool2d.{direction}", input.dtype, precision, geometry.key(input, weight)

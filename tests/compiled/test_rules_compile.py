@@ -39,9 +39,10 @@ def test_what_the_rule_takes_spills_nothing(target, case):
         run_ruled(case, torch.float32)
         assert_shipped_without_spills(records)
         specialised = [record for record in records if record.module.endswith("patch_fma")]
-        # Forward twice and both gradients; the rest sums parts.
-        assert len(specialised) == 4
-        assert {record.name for record in records} - {record.name for record in specialised} == {"_sum_parts_kernel"}
+        # Forward twice and both gradients, but for the weight's on gfx942; the rest sums parts.
+        assert len(specialised) == (3 if target == "gfx942" else 4)
+        others = {record.name for record in records if record not in specialised}
+        assert others - {"_grad_weight_kernel" if target == "gfx942" else ""} == {"_sum_parts_kernel"}
 
 
 def test_the_number_of_images_compiles_nothing_new():

@@ -260,12 +260,13 @@ def test_where_the_rule_ends():
     """Few channels go to the FMA units, more only exactly, or where the general gradient would waste its products."""
     geometry = RULED[0].geometry
 
-    def design(direction, channels, exact, size=(16, 16), kernel=(3, 3), geometry=geometry):
-        found = rules.choose(direction, geometry, channels, 64, kernel, size, exact)
+    def design(direction, channels, exact, size=(16, 16), kernel=(3, 3), geometry=geometry, target="sm_90"):
+        found = rules.choose(direction, geometry, channels, 64, kernel, size, exact, target)
         return None if found is None else found.design
 
     assert [design("forward", channels, False) for channels in (31, 32)] == ["patch_fma", None]
     assert [design("grad_weight", channels, True) for channels in (64, 65)] == ["patch_fma", None]
+    assert [design(name, 3, True, target="gfx942") for name in ("forward", "grad_weight")] == ["patch_fma", None]
     assert design("grad_input", 32, False, (13, 13)) == "patch_fma"
     assert design("grad_input", 64, False, (16, 16)) is None
     assert design("forward", 3, True, (32, 32), (12, 12)) is None

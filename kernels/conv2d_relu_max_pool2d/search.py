@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import rules
+from .. import configurations, rules
 from ..geometry import ConvPoolGeometry
 from . import DESIGNS
 
@@ -94,7 +94,8 @@ def _patch_fma(
 ) -> Iterator[dict[str, int]]:
     (out_channels, in_channels), kernel = weight.shape[:2], (weight.shape[2], weight.shape[3])
     size = input.shape[2], input.shape[3]
-    rule = rules.choose(direction, geometry, in_channels, out_channels, kernel, size, exact)
+    target = configurations.architecture()
+    rule = rules.choose(direction, geometry, in_channels, out_channels, kernel, size, exact, target)
     spaces = product((2, 3, 4, 6, 8), ({}, {"maxnreg": 128}, {"maxnreg": 255}))
     for channels, registers in spaces:
         if direction != "grad_input":

@@ -1,10 +1,12 @@
 """The rule that gives a call to cuDNN or cuBLAS, though a Triton kernel covers it.
 
 `configurations.json` decides first: an entry with the design "aten" takes the library, any other the kernel. Without an
-entry the depth decides, which is the number of products that one element of the result sums. A library multiplies
-faster than the general kernels, which gather their operands. The kernels save passes over memory for relu, its mask and
-the pool. The first gain grows with the depth, the second does not. The number of images never decides, so a sample's
-result does not depend on its batch.
+entry a rule decides. Convolutions with few input channels ask `kernels/rules.py`: what a kernel on FMA units computes
+stays there, unless there are enough output channels to fill a library's tiles. For all other calls the depth decides,
+which is the number of products that one element of the result sums. A library multiplies faster than the general
+kernels, which gather their operands. The kernels save passes over memory for relu, its mask and the pool. The first gain
+grows with the depth, the second does not. The number of images never decides, so a sample's result does not depend on
+its batch.
 
 The limits of convolutions are modelled, those of matrix products were measured on an H100.
 `docs/design/library.md` has the figures. `fastlenet bench --tune` measures and writes entries that override the rule.
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlenet.kernels import configurations
+from fastlenet.kernels import configurations, rules
 from fastlenet.kernels.geometry import LINEAR, ConvPoolGeometry, Links, head_of
 
 CONV, ADDMM = "conv2d_relu_max_pool2d", "addmm_relu"
@@ -38,10 +40,17 @@ _DEEPEST = {
 """Depth from which the library is expected to be faster, for exact float32, tf32 and 16-bit products."""
 
 _FEW_CHANNELS, _DEEPEST_OF_FEW = 16, 64
-"""Input channels below which the general kernels read the depth one number at a time, and the limit of depth then."""
+"""Input channels below which the general kernels read the depth one number at a time, and the limit of depth then.
+
+The same limit holds for the kernels on FMA units. An H100 took 1.4 to 2 times their modelled 1.2 to 1.5 of the floor:
+some 25 TFLOP/s, half of what a library reaches in exact float32.
+"""
 
 _FEW_COLUMNS = {CONV: 64, ADDMM: 1}
-"""Output channels below which a library's tiles are half empty, so that the rule keeps the kernels."""
+"""Output channels below which a library's tiles are half empty, so that the rule keeps the kernels.
+
+General kernels of few input channels are slower than even that.
+"""
 
 
 def why_library(
@@ -54,6 +63,7 @@ def why_library(
     depth: int,
     columns: int,
     channels: int = _FEW_CHANNELS,
+    general: bool = True,
 ) -> str | None:
     """Say why the library computes a call, or None if a Triton kernel does.
 
@@ -66,6 +76,7 @@ def why_library(
         depth: products summed for an element of the forward's result.
         columns: output channels of a group, or features.
         channels: input channels of a group.
+        general: whether the kernels would be the general ones.
     """
     listed = [
         configurations.find(f"{operator}.{name}", dtype, precision, shape)
@@ -79,7 +90,7 @@ def why_library(
         return None
     few = channels < _FEW_CHANNELS
     deepest = _DEEPEST_OF_FEW if few else _DEEPEST[operator, direction][precision if dtype == torch.float32 else "half"]
-    if depth >= deepest and (few or columns >= _FEW_COLUMNS[operator]):
+    if depth >= deepest and (few and general or columns >= _FEW_COLUMNS[operator]):
         return f"the library is expected to be faster from {deepest} products an element on, and this call has {depth}"
     return None
 
@@ -130,9 +141,21 @@ def convolution(direction: str, input: Tensor, weight: Tensor, geometry: ConvPoo
     """Say why cuDNN computes a convolution with its pool, or None if a Triton kernel does; see `why_library`."""
     precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
     depth, columns = math.prod(weight.shape[1:]), weight.shape[0] // geometry.groups
-    key = geometry.key(input, weight)
+    key, channels = geometry.key(input, weight), weight.shape[1]
+    if channels < _FEW_CHANNELS:
+        exact = input.dtype == torch.float32 and precision == "ieee"
+        kernel, size = (weight.shape[2], weight.shape[3]), (input.shape[2], input.shape[3])
+        sizes = geometry, channels, weight.shape[0], kernel, size, exact, configurations.architecture()
+        # Whatever gradients a call needs: a first layer's images have none.
+        general = rules.choose("forward" if direction == "forward" else "grad_weight", *sizes) is None
+    else:
+        general = True
     return why_library(
-        CONV, direction, input.dtype, precision, key, depth=depth, columns=columns, channels=weight.shape[1]
+        *(CONV, direction, input.dtype, precision, key),
+        depth=depth,
+        columns=columns,
+        channels=channels,
+        general=general,
     )
 
 

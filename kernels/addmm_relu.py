@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .runtime import (
     INTERPRETED,
+    Sum,
     all_registers,
     architecture,
     bound,
@@ -35,7 +36,7 @@ from .runtime import (
     relu,
     splits,
     store,
-    sum_all_parts,
+    sum_partials,
 )
 
 # Never specialised on: neither a size of 1 nor a multiple of 16 compiles a kernel anew. What a layout promises about
@@ -380,7 +381,7 @@ def _grad_mat2_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One part of grad^T @ mat1 and of grad's column sums, which `sum_all_parts` completes in a fixed order.
+    """One part of grad^T @ mat1 and of grad's column sums, which `sum_partials` completes in a fixed order.
 
     grad = grad_output where output > 0, else 0; unless MASKED, it is so already. The product, up to alpha, is the
     transpose of grad_mat2; the column sums, up to beta, are the gradient of an input that was broadcast over rows (a
@@ -637,6 +638,7 @@ def addmm_relu_backward(
     beta: float,
     alpha: float,
     output_mask: Sequence[bool],
+    later: list[Sum] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch those kernels of the backward that `output_mask` asks for.
 
@@ -649,6 +651,7 @@ def addmm_relu_backward(
         beta: the forward's.
         alpha: the forward's.
         output_mask: whether to compute grad_input, grad_mat1 and grad_mat2.
+        later: as in `sum_partials`; what is noted there makes grad_mat2 and a bias' gradient whole.
 
     Returns:
         The three gradients, grad_mat2 in mat2's order of dimensions; None where not asked for.
@@ -659,7 +662,7 @@ def addmm_relu_backward(
     # A sum over a broadcast dimension is left to PyTorch, in float32.
     addend = "none" if not need_input else "row" if is_bias else "full" if size == tuple(output.shape) else "broadcast"
     factors, wanted = (float(beta), float(alpha)), (addend, bool(need_mat1), bool(need_mat2))
-    grad_input, grad_mat1, grad_mat2 = _backward(mat1, mat2, grad_output, output, factors, wanted)
+    grad_input, grad_mat1, grad_mat2 = _backward(mat1, mat2, grad_output, output, factors, wanted, later)
     if grad_mat2 is not None and _columns_first(mat2):
         grad_mat2 = grad_mat2.t()
     if grad_input is not None and addend == "row":
@@ -681,6 +684,7 @@ def _backward(
     output: Tensor,
     factors: tuple[float, float],
     wanted: tuple[str, bool, bool],
+    later: list[Sum] | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch the kernels; grad_mat2 comes as (N, K) where `_columns_first` says so."""
     beta, alpha = factors
@@ -704,7 +708,7 @@ def _backward(
         grad_input = empty((n,), mat1)
     if need_mat2 or addend == "row":
         grad_bias = grad_input if addend == "row" else None
-        _grad_mat2(grad, output, mat1, grad_mat2, grad_bias, _columns_first(mat2), masked, beta, alpha)
+        _grad_mat2(grad, output, mat1, grad_mat2, grad_bias, _columns_first(mat2), masked, beta, alpha, later)
     return grad_input, grad_mat1, grad_mat2
 
 
@@ -768,6 +772,7 @@ def _grad_mat2(
     masked: bool,
     beta: float,
     alpha: float,
+    later: list[Sum] | None,
 ) -> None:
     (m, k), n = mat1.shape, output.shape[1]
     tile = _tile(mat1.dtype, n, k, m, closes=masked)
@@ -810,7 +815,5 @@ def _grad_mat2(
         **tile,
     )
     if parts > 1:
-        found = [
-            (s, (g,), f) for s, g, f in ((sums, grad_mat2, alpha), (column_sums, grad_bias, beta)) if g is not None
-        ]
-        sum_all_parts(*found)
+        found = (sums, grad_mat2, alpha), (column_sums, grad_bias, beta)
+        sum_partials(*((s, (grad,), factor) for s, grad, factor in found if grad is not None), later=later)

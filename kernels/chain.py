@@ -19,7 +19,7 @@ from . import conv2d_relu_max_pool2d as conv
 from . import mlp as head
 from .geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Links, head_of
 from .plans import Kind, Kinds
-from .runtime import by_library
+from .runtime import Sum, by_library, sum_partials
 
 Saved = tuple[Tensor, ...]
 
@@ -125,13 +125,14 @@ def _backward(grad_output: Tensor, output: Tensor | None, input: Tensor, *args: 
         outputs.append(next(waiting))
     before = [input, *outputs]
     grads: list[Tensor | None] = [None] * len(mask)
+    later: list[Sum] = []  # all links' partial sums are added up by one launch at the end
     grad: Tensor | None = grad_output
     first = head_of(links, parameters)
     if first < len(links):
         weights = parameters[2 * first :: 2]
         needs = any(mask[: 2 * first + 1]), *mask[2 * first + 1 :]
         grad, *grads[2 * first + 1 :] = head.mlp_backward(
-            grad_output, _rows(before[first]), outputs[first], outputs[first + 1], *weights, needs
+            grad_output, _rows(before[first]), outputs[first], outputs[first + 1], *weights, needs, later
         )
     for index in reversed(range(first)):
         if grad is None:
@@ -140,10 +141,11 @@ def _backward(grad_output: Tensor, output: Tensor | None, input: Tensor, *args: 
         needs = any(mask[: 2 * index + 1]), *mask[2 * index + 1 : 2 * index + 3]
         if isinstance(link, ConvPoolGeometry):
             grad = grad if grad.dim() == 4 else grad.view(argmax.shape)
-            found = conv.conv2d_relu_max_pool2d_backward(grad, before[index], weight, argmax, link, needs)
+            found = conv.conv2d_relu_max_pool2d_backward(grad, before[index], weight, argmax, link, needs, later)
         else:
-            found = _linear_backward(grad, outputs[index], before[index], weight, link, needs, library)
+            found = _linear_backward(grad, outputs[index], before[index], weight, link, needs, library, later)
         grad, *grads[2 * index + 1 : 2 * index + 3] = found
+    sum_partials(*later)
     grads[0] = grad if mask[0] else None
     return tuple(grads)
 
@@ -156,13 +158,14 @@ def _linear_backward(
     link: str,
     needs: tuple[bool, ...],
     library: bool,
+    later: list[Sum],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the input's rows, the weight and the bias."""
     need_rows, need_weight, need_bias = needs
     if link == LINEAR_RELU and not library:
         assert output is not None
         sizes = grad, output, _rows(input), weight.t(), (weight.shape[0],), 1, 1, (need_bias, need_rows, need_weight)
-        grad_bias, grad_rows, grad_matrix = linear.addmm_relu_backward(*sizes)
+        grad_bias, grad_rows, grad_matrix = linear.addmm_relu_backward(*sizes, later)
         return grad_rows, None if grad_matrix is None else grad_matrix.t(), grad_bias
     if link == LINEAR_RELU:
         grad = by_library(_masked, grad, output)

@@ -23,6 +23,7 @@ from torch import Tensor
 from .configurations import architecture
 from .runtime import (
     INTERPRETED,
+    Sum,
     all_registers,
     cdiv,
     contiguous,
@@ -37,7 +38,7 @@ from .runtime import (
     relu,
     splits,
     store,
-    sum_all_parts,
+    sum_partials,
 )
 
 # Never specialised on: neither a size of 1 nor a multiple of 16 compiles a kernel anew.
@@ -303,7 +304,7 @@ def _grad_hidden_kernel(
 
     grad2 (M, Q) = grad_output @ weight3 where hidden2 > 0, grad1 (M, P) = grad2 @ weight2 where hidden1 > 0, else 0.
     row_sums, float32 (programs, R * Q + P + Q + R), if SUMS: this program's grad_output^T @ hidden2 and the column sums
-    of grad1, grad2 and grad_output, which `sum_all_parts` completes: the gradients of weight3 and of the biases. The
+    of grad1, grad2 and grad_output, which `sum_partials` completes: the gradients of weight3 and of the biases. The
     column sums are taken before grad1 and grad2 are rounded.
 
     Shapes and strides: grad_output (M, R), any strides (0 too); all else contiguous.
@@ -451,7 +452,7 @@ def _product_kernel(
     """The three large products of the backward, a tile of BLOCK_I x BLOCK_J of one of them per program.
 
     The first `weight_tiles` programs, which take longest, own one part, of `rows_per_part` rows, of a tile of grad1^T @
-    input (P, K) or of grad2^T @ hidden1 (Q, P): the gradients of weight1 and weight2, which `sum_all_parts` completes.
+    input (P, K) or of grad2^T @ hidden1 (Q, P): the gradients of weight1 and weight2, which `sum_partials` completes.
     weight_sums, float32 (parts, P * K + Q * P), holds the parts. The others own a tile of grad_input (M, K) = grad1 @
     weight1.
 
@@ -616,6 +617,7 @@ def mlp_backward(
     weight2: Tensor,
     weight3: Tensor,
     output_mask: Sequence[bool],
+    later: list[Sum] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Launch those kernels of the backward that `output_mask` asks for: three where it asks for everything.
 
@@ -628,6 +630,7 @@ def mlp_backward(
         weight2: the forward's.
         weight3: the forward's.
         output_mask: whether to compute the gradients of input, weight1, bias1, weight2, bias2, weight3 and bias3.
+        later: as in `sum_partials`; what is noted there makes the parameters' gradients whole.
 
     Returns:
         The seven gradients; None where not asked for.
@@ -700,7 +703,7 @@ def mlp_backward(
     if weight_sums is None or row_sums is None:
         return grad_input, None, None, None, None, None, None
     grads = [empty(shape, input) for shape in ((p, k), (q, p), (r, q), (p,), (q,), (r,))]
-    sum_all_parts((weight_sums, grads[:2], 1.0), (row_sums, grads[2:], 1.0))
+    sum_partials((weight_sums, grads[:2], 1.0), (row_sums, grads[2:], 1.0), later=later)
     weight1_grad, weight2_grad, weight3_grad, *bias_grads = grads
     found = weight1_grad, bias_grads[0], weight2_grad, bias_grads[1], weight3_grad, bias_grads[2]
     return grad_input, *(grad if needed else None for grad, needed in zip(found, output_mask[1:], strict=True))

@@ -426,15 +426,15 @@ def relu(values):
     return tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit
-def _sum_width(parts, BLOCK: tl.constexpr):
-    """Elements that a program of `_sum_parts_kernel` takes: the fewer numbers it adds up for each, the more."""
-    return tl.where(parts == 1, 128 * BLOCK, tl.where(parts <= 32, 16 * BLOCK, BLOCK))
+_MATRICES, _OUTPUTS = 4, 4
+"""Matrices of partial sums that one launch adds up, and outputs of each."""
+
+_MATRICES_IN_KERNEL, _OUTPUTS_IN_KERNEL = tl.constexpr(_MATRICES), tl.constexpr(_OUTPUTS)
 
 
 @triton.jit
 def _sum_rows(
-    parts_ptr,
+    partials_ptr,
     offset,
     columns,
     parts,
@@ -448,10 +448,11 @@ def _sum_rows(
 ):
     """Add up BLOCK columns, from `offset + first` on, of a (parts, columns) matrix.
 
-    Rows p, p + ROWS, ... are added first to last, then these ROWS sums by a tree.
+    Rows p, p + ROWS, ... are added first to last, then these ROWS sums by a tree. ALIGNED promises that `columns`,
+    `offset` and `size` are multiples of four, so that loads take 16 bytes.
     """
     element = first + tl.arange(0, BLOCK)
-    found = parts_ptr + (offset + element)
+    found = partials_ptr + (offset + element)
     outputs = output_ptr + element
     if ALIGNED:
         found = tl.multiple_of(found, 16)
@@ -473,39 +474,48 @@ def _sum_rows(
 
 
 @triton.jit
-def _pick(block, width, ptr0, ptr1, ptr2, ptr3, size0, size1, size2, size3):
-    """Find the output that block number `block` of `width` elements belongs to, and the block's number in it.
+def _sum_block(
+    partials_ptr,
+    offset,
+    columns,
+    parts,
+    output_ptr,
+    block,
+    size,
+    factor,
+    ALIGNED: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add up the columns of one block: the fewer numbers there are for each, the more columns it has (`_wider`)."""
+    block = block.to(INDEX)
+    if parts == 1:
+        first = block * (128 * BLOCK)
+        _sum_rows(partials_ptr, offset, columns, parts, output_ptr, first, size, factor, ALIGNED, 1, 128 * BLOCK)
+    elif parts <= 32:
+        first = block * (16 * BLOCK)
+        _sum_rows(partials_ptr, offset, columns, parts, output_ptr, first, size, factor, ALIGNED, 8, 16 * BLOCK)
+    else:
+        _sum_rows(partials_ptr, offset, columns, parts, output_ptr, block * BLOCK, size, factor, ALIGNED, 128, BLOCK)
 
-    Returns:
-        Pointer and size of the output, where it starts in a row of parts, and the number, which is beyond the output's
-        own blocks if the block belongs to none of the four.
-    """
-    ptr, size, offset = ptr0, size0, size0 * 0
-    blocks = (size + width - 1) // width
-    if block >= blocks:
-        block -= blocks
-        ptr, size, offset = ptr1, size1, size0
-        blocks = (size + width - 1) // width
-        if block >= blocks:
-            block -= blocks
-            ptr, size, offset = ptr2, size2, size0 + size1
-            blocks = (size + width - 1) // width
-            if block >= blocks:
-                block -= blocks
-                ptr, size, offset = ptr3, size3, size0 + size1 + size2
-    return ptr, size, offset, block
+
+_WIDER = {1: 7, 32: 4}
+"""By how many bits a block is wider than BLOCK columns, up to so many parts."""
 
 
 @triton.jit(
     do_not_specialize=[
-        *("first_ptr", "second_ptr", "first_parts", "second_parts"),
-        *(f"output{i}_ptr" for i in range(8)),
-        *(f"size{i}" for i in range(8)),
+        *(f"partials{i}_ptr" for i in range(_MATRICES)),
+        *(f"output{i}_ptr" for i in range(_MATRICES * _OUTPUTS)),
+        *(f"parts{i}" for i in range(_MATRICES)),
+        *(f"size{i}" for i in range(_MATRICES * _OUTPUTS)),
     ]
 )
-def _sum_parts_kernel(
-    first_ptr,
-    second_ptr,
+def _sum_partials_kernel(
+    partials0_ptr,
+    partials1_ptr,
+    partials2_ptr,
+    partials3_ptr,
     output0_ptr,
     output1_ptr,
     output2_ptr,
@@ -514,8 +524,18 @@ def _sum_parts_kernel(
     output5_ptr,
     output6_ptr,
     output7_ptr,
-    first_parts,
-    second_parts,
+    output8_ptr,
+    output9_ptr,
+    output10_ptr,
+    output11_ptr,
+    output12_ptr,
+    output13_ptr,
+    output14_ptr,
+    output15_ptr,
+    parts0,
+    parts1,
+    parts2,
+    parts3,
     size0,
     size1,
     size2,
@@ -524,79 +544,110 @@ def _sum_parts_kernel(
     size5,
     size6,
     size7,
-    first_factor,
-    second_factor,
-    ALIGNED: tl.constexpr,
+    size8,
+    size9,
+    size10,
+    size11,
+    size12,
+    size13,
+    size14,
+    size15,
+    factor0,
+    factor1,
+    factor2,
+    factor3,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
 ):
-    """Add up the rows of two float32 matrices of partial sums, in an order that depends on the number of rows alone.
+    """Add up the rows of four float32 matrices of partial sums, in an order that depends on the number of rows alone.
 
-    Row p of the first, (first_parts, size0 + ... + size3), holds part p of outputs 0 to 3; row p of the second,
-    (second_parts, size4 + ... + size7), of outputs 4 to 7. A size of 0 leaves an output out. ALIGNED promises
-    sizes that are multiples of four, so that loads take 16 bytes.
+    Row p of matrix m, (parts, size[4 * m] + ... + size[4 * m + 3]), holds part p of outputs 4 * m to 4 * m + 3, one
+    after the other. A size of 0 leaves an output out.
 
-    Tile: a program takes `_sum_width` elements of one output, and 1, 8 or 128 parts at a time, so that many loads are
-    under way at once.
+    Tile: a program takes a block of one output, of BLOCK = 2**BITS columns or some times more (`_sum_block`), and 1, 8
+    or 128 parts at a time, so that many loads are under way at once. Blocks are numbered output by output.
 
     Cost per element of an output: reads one float32 a part, writes one element.
     """
-    block = tl.program_id(0)
-    parts_ptr, parts, factor, columns = first_ptr, first_parts, first_factor, size0 + size1 + size2 + size3
-    width = _sum_width(parts, BLOCK)
-    blocks = (size0 + width - 1) // width + (size1 + width - 1) // width
-    blocks += (size2 + width - 1) // width + (size3 + width - 1) // width
-    if block < blocks:
-        output_ptr, size, offset, block = _pick(
-            block, width, output0_ptr, output1_ptr, output2_ptr, output3_ptr, size0, size1, size2, size3
-        )
+    matrices = (partials0_ptr, partials1_ptr, partials2_ptr, partials3_ptr)
+    rows = (parts0, parts1, parts2, parts3)
+    factors = (factor0, factor1, factor2, factor3)
+    outputs = (
+        output0_ptr, output1_ptr, output2_ptr, output3_ptr, output4_ptr, output5_ptr, output6_ptr, output7_ptr,
+        output8_ptr, output9_ptr, output10_ptr, output11_ptr, output12_ptr, output13_ptr, output14_ptr, output15_ptr,
+    )  # fmt: skip
+    sizes = (
+        size0, size1, size2, size3, size4, size5, size6, size7,
+        size8, size9, size10, size11, size12, size13, size14, size15,
+    )  # fmt: skip
+    number = tl.program_id(0)
+    partials_ptr, parts, factor, columns = partials0_ptr, parts0, factor0, size0
+    output_ptr, size, offset, block = output0_ptr, size0, size0 * 0, number
+    begin = number * 0
+    for m in tl.static_range(_MATRICES_IN_KERNEL):
+        wider = tl.where(rows[m] == 1, 7, tl.where(rows[m] <= 32, 4, 0))
+        before = size0 * 0
+        first = begin
+        for i in tl.static_range(_OUTPUTS_IN_KERNEL):
+            here = sizes[m * _OUTPUTS_IN_KERNEL + i]
+            if number >= begin:
+                output_ptr, size, offset, block = outputs[m * _OUTPUTS_IN_KERNEL + i], here, before, number - begin
+            begin += (here + (BLOCK << wider) - 1) >> (BITS + wider)
+            before += here
+        if number >= first:
+            partials_ptr, parts, factor, columns = matrices[m], rows[m], factors[m], before
+    if (columns | offset | size) % 4 == 0:
+        _sum_block(partials_ptr, offset, columns, parts, output_ptr, block, size, factor, True, INDEX, BLOCK)
     else:
-        parts_ptr, parts, factor, columns = second_ptr, second_parts, second_factor, size4 + size5 + size6 + size7
-        width = _sum_width(parts, BLOCK)
-        output_ptr, size, offset, block = _pick(
-            block - blocks, width, output4_ptr, output5_ptr, output6_ptr, output7_ptr, size4, size5, size6, size7
-        )
-    first = block.to(INDEX) * width
-    if parts == 1:
-        _sum_rows(parts_ptr, offset, columns, parts, output_ptr, first, size, factor, ALIGNED, 1, 128 * BLOCK)
-    elif parts <= 32:
-        _sum_rows(parts_ptr, offset, columns, parts, output_ptr, first, size, factor, ALIGNED, 8, 16 * BLOCK)
-    else:
-        _sum_rows(parts_ptr, offset, columns, parts, output_ptr, first, size, factor, ALIGNED, 128, BLOCK)
+        _sum_block(partials_ptr, offset, columns, parts, output_ptr, block, size, factor, False, INDEX, BLOCK)
 
 
-def sum_parts(parts: Tensor, output: Tensor, factor: float = 1.0) -> Tensor:
-    """Reduce float32 `parts` (P, *) over its first dimension into the dense `output` (*); deterministic."""
-    sum_all_parts((parts, (output,), factor))
-    return output
+Sum = tuple[Tensor, Sequence[Tensor], float]
+"""A dense float32 matrix (parts, *) of partial sums, up to four dense outputs that a row holds one after the other, and
+a factor for their sums."""
 
 
-def sum_all_parts(*sums: tuple[Tensor, Sequence[Tensor], float]) -> None:
-    """Reduce one or two float32 matrices of partial sums over their rows, in one launch; deterministic.
+def sum_partials(*sums: Sum, later: list[Sum] | None = None) -> None:
+    """Reduce matrices of partial sums over their rows into their outputs; deterministic.
+
+    One launch takes four matrices whose outputs are of one type.
 
     Args:
-        sums: a matrix (P, *), dense; up to four dense tensors, all of one dtype, that a row holds one after the other;
-            and their factor. P may differ.
+        sums: what to reduce; the numbers of parts may differ.
+        later: where `sums` are noted instead, so that a caller may reduce those of several launchers together.
     """
+    if later is not None:
+        later.extend(sums)
+        return
+    for dtype in dict.fromkeys(sum[1][0].dtype for sum in sums):
+        alike = [sum for sum in sums if sum[1][0].dtype == dtype]
+        for first in range(0, len(alike), _MATRICES):
+            _launch_sum(alike[first : first + _MATRICES])
+
+
+def _launch_sum(sums: Sequence[Sum]) -> None:
     block = 1024 if INTERPRETED else 32
-    sums = (*sums, (sums[0][0], (), 1.0))[:2]
-    outputs, sizes, programs = [], [], 0
-    for parts, found, _ in sums:
-        outputs += [*found, *[sums[0][1][0]] * 4][:4]
-        sizes += [*[output.numel() for output in found], 0, 0, 0, 0][:4]
-        width = 128 * block if parts.shape[0] == 1 else 16 * block if parts.shape[0] <= 32 else block
-        programs += sum(cdiv(output.numel(), width) for output in found)
+    empty_sum: Sum = (sums[0][0], (), 1.0)
+    padded = [*sums, *[empty_sum] * (_MATRICES - len(sums))]
+    outputs: list[Tensor] = []
+    sizes: list[int] = []
+    programs = 0
+    for partials, found, _ in padded:
+        outputs += [*found, *[sums[0][1][0]] * (_OUTPUTS - len(found))]
+        sizes += [*[output.numel() for output in found], *[0] * (_OUTPUTS - len(found))]
+        wider = next((bits for most, bits in _WIDER.items() if partials.shape[0] <= most), 0)
+        programs += sum(cdiv(output.numel(), block << wider) for output in found)
     launch(
-        _sum_parts_kernel,
+        _sum_partials_kernel,
         (programs,),
-        *(parts for parts, _, _ in sums),
+        *(partials for partials, _, _ in padded),
         *outputs,
-        *(parts.shape[0] for parts, _, _ in sums),
+        *(partials.shape[0] for partials, _, _ in padded),
         *sizes,
-        *(float(factor) for _, _, factor in sums),
-        # Whether every output, and its part of a row, starts at a multiple of four elements and has as many.
-        ALIGNED=all(size % 4 == 0 for size in sizes),
-        INDEX=index_type(*(parts for parts, _, _ in sums), *outputs),
+        *(float(factor) for _, _, factor in padded),
+        INDEX=index_type(*(partials for partials, _, _ in sums), *outputs[: len(sums) * _OUTPUTS]),
         BLOCK=block,
+        BITS=block.bit_length() - 1,
         num_warps=4,
     )

@@ -52,6 +52,28 @@ def test_the_rule_at_benchmarked_shapes(name, expected, direction):
     assert {mode for mode in MODES if takes_library(CASES[name], direction, mode)} == set(expected)
 
 
+def few_channels(**changed: int) -> ConvCase:
+    return ConvCase("CIFAR's tutorial", **({"channels": 3, "size": 32, "out_channels": 6, "kernel": 5} | changed))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_few_channels_on_fma_units_stay_there(direction, mode):
+    """The rule of designs is asked first: 75 products of 3 channels are `patch_fma`'s, whose depth does not matter."""
+    assert not takes_library(few_channels(), direction, mode)
+    # A library's tiles are full from 64 output channels on.
+    assert not takes_library(few_channels(out_channels=63), direction, mode)
+    assert takes_library(few_channels(out_channels=64), direction, mode)
+    # What the rule leaves to the general kernels goes by its depth.
+    assert takes_library(few_channels(kernel=12), direction, mode)
+
+
+def test_few_channels_backward_where_the_weights_gradient_is_the_general_kernels(monkeypatch):
+    monkeypatch.setattr(configurations, "architecture", lambda: "gfx942")
+    assert not takes_library(few_channels(), "forward", "ieee")
+    assert takes_library(few_channels(), "backward", "ieee")
+
+
 def test_the_rule_never_sees_the_number_of_images():
     weight = torch.empty(256, 128, 3, 3, device="meta")
     reasons = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -85,8 +86,14 @@ def rounded(value: float) -> float:
 
 
 def _shape(launch: Launch) -> str:
-    sizes = ((a.name.removesuffix("_ptr"), a.shape) for a in launch.arguments if a.shape is not None)
-    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in sizes if shape is not None)
+    """Name the tensors of a launch with their sizes; numbered ones in a row that are alike are told once."""
+    sizes = [(a.name.removesuffix("_ptr"), a.shape) for a in launch.arguments if a.shape is not None]
+    told = []
+    for (name, shape), group in itertools.groupby(sizes, lambda found: (found[0].rstrip("0123456789"), found[1])):
+        names = [each for each, _ in group]
+        numbers = f"{names[0]}-{names[-1].removeprefix(name)}" if len(names) > 1 else names[0]
+        told.append(f"{numbers} {'x'.join(map(str, shape or ()))}")
+    return ", ".join(told)
 
 
 def launch_row(record: CompiledKernelRecord, launch: Launch, arch: str, precision: str, images: int) -> Row:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import configurations, rules
 from ..geometry import ConvPoolGeometry, memory_format
-from ..runtime import contiguous, dot_precision
+from ..runtime import Sum, contiguous, dot_precision, sum_partials
 from . import column_fma, general, patch_dot, patch_fma
 
 DESIGNS = {"column_fma": column_fma, "general": general, "patch_dot": patch_dot, "patch_fma": patch_fma}
@@ -117,6 +117,7 @@ def conv2d_relu_max_pool2d_backward(
     argmax: Tensor,
     geometry: ConvPoolGeometry,
     output_mask: Sequence[bool],
+    later: list[Sum] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch those kernels of the backward that `output_mask` asks for.
 
@@ -127,6 +128,7 @@ def conv2d_relu_max_pool2d_backward(
         argmax: the forward's argmax.
         geometry: the forward's.
         output_mask: whether to compute grad_input, grad_weight and grad_bias.
+        later: as in `sum_partials`; what is noted there makes the weight's and the bias' gradients whole.
 
     Returns:
         The three gradients in the layout of their tensors, None where not asked for.
@@ -144,9 +146,16 @@ def conv2d_relu_max_pool2d_backward(
     if need_weight or need_bias:
         design, options, last = _configured("grad_weight", geometry, input, weight)
         if design is general:
-            operands = grad_output, input, weight, argmax, geometry, options
-            return grad_input, *general.grad_weight(*operands, need_weight, need_bias)
-        grad, images, code = _laid_out(last, grad_output, input, argmax)
-        grad_weight, grad_bias = design.grad_weight(grad, images, contiguous(weight), code, geometry, last, options)
-        grad_weight = contiguous(grad_weight, memory_format(input, weight))
+            operands = grad_output, input, weight, argmax, geometry, options, need_weight, need_bias
+            grad_weight, grad_bias = general.grad_weight(*operands, later)
+        else:
+            grad, images, code = _laid_out(last, grad_output, input, argmax)
+            operands = grad, images, contiguous(weight), code, geometry, last, options
+            grad_weight, grad_bias = design.grad_weight(*operands, later)
+        layout = memory_format(input, weight)
+        if need_weight and not grad_weight.is_contiguous(memory_format=layout):
+            if later:  # a copy needs whole sums
+                sum_partials(*later)
+                later.clear()
+            grad_weight = contiguous(grad_weight, layout)
     return grad_input, grad_weight if need_weight else None, grad_bias if need_bias else None

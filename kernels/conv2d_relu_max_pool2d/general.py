@@ -23,6 +23,7 @@ from ..configurations import architecture
 from ..geometry import ConvPoolGeometry, memory_format, output_format
 from ..runtime import (
     INTERPRETED,
+    Sum,
     all_registers,
     cdiv,
     contiguous,
@@ -37,7 +38,7 @@ from ..runtime import (
     relu,
     splits,
     store,
-    sum_parts,
+    sum_partials,
 )
 
 # What the three kernels take after their pointers, in this order. Never specialised on: neither a size of 1 nor a
@@ -50,8 +51,8 @@ _GEOMETRY = [
     *("pool_padding_h", "pool_padding_w", "pool_dilation_h", "pool_dilation_w"),
 ]
 _STRIDES = [f"{tensor}_stride_{axis}" for tensor in ("input", "output", "grad", "argmax") for axis in "nchw"]
-_POINTERS = [f"{tensor}_ptr" for tensor in ("input", "weight", "bias", "output", "argmax", "grad", "weight_parts")]
-_GENERAL = [*_POINTERS, *_GEOMETRY, *_STRIDES, "rows_per_part", "bias_parts_ptr"]
+_POINTERS = [f"{tensor}_ptr" for tensor in ("input", "weight", "bias", "output", "argmax", "grad", "partials")]
+_GENERAL = [*_POINTERS, *_GEOMETRY, *_STRIDES, "rows_per_part"]
 
 
 @triton.jit
@@ -332,8 +333,7 @@ def _grad_weight_kernel(
     grad_ptr,
     argmax_ptr,
     input_ptr,
-    weight_parts_ptr,
-    bias_parts_ptr,
+    partials_ptr,
     in_channels,
     out_channels,
     input_h,
@@ -381,7 +381,7 @@ def _grad_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gradients of the weight and the bias: one part of each sum, which `sum_parts` completes in a fixed order.
+    """Gradients of the weight and the bias: one part of each sum, which `sum_partials` completes in a fixed order.
 
     Maths: ``grad_weight[o, k] = sum over (n, p, t) of where(argmax[n, o, p] == t, grad[n, o, p], 0) *
     patch[n, p, t, k]`` with k = (channel, kernel row, kernel column), and
@@ -392,7 +392,7 @@ def _grad_weight_kernel(
     `rows_per_part` pooled cells of one part, BLOCK_K at a time.
 
     Shapes and strides: grad and argmax (N, G * O, PH, PW), any strides (0 too); input (N, G * C, H, W), any strides;
-    weight_parts (parts, G * O, C * KH * KW) and bias_parts (parts, G * O) float32, contiguous.
+    partials (parts, *) float32: the weight's (G * O, C * KH * KW) if NEED_WEIGHT, then the bias' (G * O) if NEED_BIAS.
 
     Cost per image: as the forward; reads input, gradients and argmax once per tile of k.
     """
@@ -460,12 +460,13 @@ def _grad_weight_kernel(
                 grad_weight = dot(chosen, tl.trans(patch), grad_weight, PRECISION)
 
     channels = tl.num_programs(2) * out_channels
-    out_channel += part.to(INDEX) * channels
+    weights = channels * depth if NEED_WEIGHT else 0
+    partials_ptr += part.to(INDEX) * (weights + (channels if NEED_BIAS else 0))
     if NEED_WEIGHT:
         offset = (out_channel * depth)[:, None] + k[None, :]
-        tl.store(weight_parts_ptr + offset, grad_weight, mask=channel_mask[:, None] & k_mask[None, :])
+        tl.store(partials_ptr + offset, grad_weight, mask=channel_mask[:, None] & k_mask[None, :])
     if NEED_BIAS:
-        tl.store(bias_parts_ptr + out_channel, grad_bias, mask=channel_mask & (tile == 0))
+        tl.store(partials_ptr + weights + out_channel, grad_bias, mask=channel_mask & (tile == 0))
 
 
 _AS_RULED: Mapping[str, int] = MappingProxyType({})
@@ -626,8 +627,9 @@ def grad_weight(
     options: Mapping[str, int] = _AS_RULED,
     need_weight: bool = True,
     need_bias: bool = True,
+    later: list[Sum] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launch the gradients of the weight, in its layout, and of the bias; None where not needed."""
+    """Launch the gradients of the weight and the bias, dense; None where not needed. `later` as in `sum_partials`."""
     out_channels, depth = weight.shape[0], weight[0].numel()
     channels = out_channels // geometry.groups
     rows = argmax.shape[0] * argmax.shape[2] * argmax.shape[3]
@@ -643,16 +645,17 @@ def grad_weight(
     channel_tiles = cdiv(channels, tile["BLOCK_N"])
     tiles = (cdiv(depth // taps, tile["BLOCK_M"]) * taps if need_weight else 1) * channel_tiles
     parts, rows_per_part = splits(rows, tile["BLOCK_K"], tiles * geometry.groups)
-    weight_parts = empty((parts, out_channels, depth), input, torch.float32) if need_weight else None
-    bias_parts = empty((parts, out_channels), input, torch.float32) if need_bias else None
+    result = empty(weight.shape, weight) if need_weight else None
+    grad_bias = empty((out_channels,), weight) if need_bias else None
+    wanted = [output for output in (result, grad_bias) if output is not None]
+    partials = empty((parts, sum(output.numel() for output in wanted)), input, torch.float32)
     launch(
         _grad_weight_kernel,
         (tiles, parts, geometry.groups),
         grad_output,
         argmax,
         input,
-        argmax if weight_parts is None else weight_parts,
-        argmax if bias_parts is None else bias_parts,
+        partials,
         *_sizes(input, weight, argmax.shape[2:], rows, geometry),
         *grad_output.stride(),
         *argmax.stride(),
@@ -661,13 +664,8 @@ def grad_weight(
         NEED_WEIGHT=need_weight,
         NEED_BIAS=need_bias,
         WIDE=wide,
-        INDEX=index_type(grad_output, argmax, input, weight_parts),
+        INDEX=index_type(grad_output, argmax, input, partials),
         **tile,
     )
-    result = grad_bias = None
-    if weight_parts is not None:
-        result = sum_parts(weight_parts, empty(weight.shape, weight))
-        result = contiguous(result, memory_format(input, weight))
-    if bias_parts is not None:
-        grad_bias = sum_parts(bias_parts, empty((out_channels,), weight))
+    sum_partials((partials, wanted, 1.0), later=later)
     return result, grad_bias

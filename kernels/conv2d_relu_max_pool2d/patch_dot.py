@@ -29,6 +29,7 @@ from torch import Tensor
 from ..geometry import ConvPoolGeometry
 from ..runtime import (
     INTERPRETED,
+    Sum,
     all_registers,
     cdiv,
     dot_precision,
@@ -38,6 +39,7 @@ from ..runtime import (
     load,
     next_power_of_2,
     store,
+    sum_partials,
     tf32,
 )
 
@@ -435,7 +437,7 @@ def _grad_weight_kernel(
     grad_ptr,
     argmax_ptr,
     input_ptr,
-    parts_ptr,
+    partials_ptr,
     images,
     tiles_per_program,
     rows_per_program,
@@ -455,7 +457,7 @@ def _grad_weight_kernel(
     BLOCK_T: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Gradients of the weight and the bias: one part of each sum, which `_fold_kernel` completes in a fixed order.
+    """Gradients of the weight and the bias: one part of each sum, which `sum_partials` completes in a fixed order.
 
     Maths: WINDOWS x WINDOWS windows w share a patch of S = KS + 2 * WINDOWS - 1 pixels a side. ``sums[k, (t, w, o)] =
     sum over the part's (n, p) of patch[n, p, k] * cells[n, p, (t, w, o)]`` with cells t as `_to_cells` spreads them;
@@ -466,8 +468,8 @@ def _grad_weight_kernel(
     (cell, window, channel), in accumulators of BLOCK_K rows; the sum runs over the images and row blocks of a program,
     as in the forward. The wider the patches, the less often a pixel is loaded: (S / (2 * WINDOWS))^2 times.
 
-    Shapes and strides: grad and argmax (N, O, PH, PW), input (N, C, H, W), all contiguous; parts (parts, O * C * KS *
-    KS + O) float32, first the weight's part, then the bias'.
+    Shapes and strides: grad and argmax (N, O, PH, PW), input (N, C, H, W), all contiguous; partials (parts, O * C * KS
+    * KS + O) float32, first the weight's, then the bias'.
 
     Cost per image: 2 * PH * PW * C * S * S * 4 * O FLOP.
     """
@@ -541,38 +543,12 @@ def _grad_weight_kernel(
     total = tl.sum(tl.sum(total, axis=3), axis=1)
     channel = tl.arange(0, OUT_PAD)
     part = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(INDEX)
-    parts = parts_ptr + part * (OUT * (TAPS + 1))
+    partials_ptr += part * (OUT * (TAPS + 1))
     mask = (tap < TAPS)[:, None] & (channel < OUT)[None, :]
-    tl.store(parts + (channel * TAPS)[None, :] + tap[:, None], total, mask=mask)
+    tl.store(partials_ptr + (channel * TAPS)[None, :] + tap[:, None], total, mask=mask)
     bias = tl.sum(bias_sum, axis=0).reshape(WINDOWS, OUT_PAD, WINDOWS)
     bias = tl.sum(tl.sum(bias, axis=2), axis=0)
-    tl.store(parts + OUT * TAPS + channel, bias, mask=channel < OUT)
-
-
-@triton.jit(do_not_specialize=["weights", "size", "parts"])
-def _fold_kernel(
-    parts_ptr,
-    grad_weight_ptr,
-    grad_bias_ptr,
-    weights,
-    size,
-    parts,
-    BLOCK: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-):
-    """Add up the parts (parts, size) of `_grad_weight_kernel`: `weights` entries of the weight, the rest of the bias.
-
-    A program owns BLOCK entries and adds BLOCK_PARTS parts at a time, first to last.
-    """
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    part = tl.arange(0, BLOCK_PARTS)
-    total = tl.zeros((BLOCK_PARTS, BLOCK), tl.float32)
-    for start in range(0, parts, BLOCK_PARTS):
-        mask = (start + part < parts)[:, None] & (entry < size)[None, :]
-        total += tl.load(parts_ptr + (start + part)[:, None] * size + entry[None, :], mask=mask, other=0.0)
-    total = tl.sum(total, axis=0)
-    store(grad_weight_ptr + entry, total, entry < weights)
-    store(grad_bias_ptr + (entry - weights), total, (entry >= weights) & (entry < size))
+    tl.store(partials_ptr + OUT * TAPS + channel, bias, mask=channel < OUT)
 
 
 def covers(geometry: ConvPoolGeometry, input: Tensor, weight: Tensor) -> bool:
@@ -693,42 +669,30 @@ def grad_weight(
     geometry: ConvPoolGeometry,
     last: bool,
     configuration: Mapping[str, int],
+    later: list[Sum] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the gradients of the weight and the bias; all tensors contiguous."""
+    """Launch the gradients of the weight and the bias; all tensors contiguous. `later` as in `sum_partials`."""
     shape = _shape(input, weight)
     patch_rows = argmax.shape[2] // configuration["WINDOWS"]
     tiles, rows = cdiv(input.shape[0], configuration["IMAGES"]), patch_rows // configuration["ROWS"]
     tiles_per_program, rows_per_program = _share(tiles, rows, _programs(configuration))
     grid = cdiv(tiles, tiles_per_program), cdiv(rows, rows_per_program)
-    entries = weight.numel() + weight.shape[0]
-    parts = empty((grid[0] * grid[1], entries), input, torch.float32)
+    partials = empty((grid[0] * grid[1], weight.numel() + weight.shape[0]), input, torch.float32)
     launch(
         _grad_weight_kernel,
         grid,
         grad_output,
         argmax,
         input,
-        parts,
+        partials,
         input.shape[0],
         tiles_per_program,
         rows_per_program,
         **shape,
-        INDEX=index_type(input, grad_output, parts),
+        INDEX=index_type(input, grad_output, partials),
         BLOCK_T=next_power_of_2(weight.numel() // weight.shape[0]),
         **_options(input, configuration),
     )
     result, bias = empty(weight.shape, weight), empty(weight.shape[:1], weight)
-    block = 1024 if INTERPRETED else 64
-    launch(
-        _fold_kernel,
-        (cdiv(entries, block),),
-        parts,
-        result,
-        bias,
-        weight.numel(),
-        entries,
-        parts.shape[0],
-        BLOCK=block,
-        BLOCK_PARTS=16,
-    )
+    sum_partials((partials, (result, bias), 1.0), later=later)
     return result, bias

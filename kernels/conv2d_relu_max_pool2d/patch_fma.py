@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvPoolGeometry
-from ..runtime import INTERPRETED, all_registers, cdiv, empty, index_type, launch, relu, store, sum_parts
+from ..runtime import INTERPRETED, Sum, all_registers, cdiv, empty, index_type, launch, relu, store, sum_partials
 
 
 @triton.jit
@@ -468,8 +468,7 @@ def _grad_weight_kernel(
     grad_ptr,
     argmax_ptr,
     input_ptr,
-    weight_parts_ptr,
-    bias_parts_ptr,
+    partials_ptr,
     images,
     input_h,
     input_w,
@@ -503,7 +502,7 @@ def _grad_weight_kernel(
     INPUTS: tl.constexpr,
     TAP_ROWS: tl.constexpr,
 ):
-    """Gradients of the weight and the bias in exact float32: one part of each sum, which `sum_parts` completes.
+    """Gradients of the weight and the bias in exact float32: one part of each sum, which `sum_partials` completes.
 
     Maths: as in `general`: ``grad_weight[o, c, r, q] = sum over (n, cell) of grad_conv[n, o, cell] * input[n, c,
     cell * stride - padding + (r, q)]``, where grad_conv[cell] sums the gradients of the windows whose argmax is the
@@ -516,7 +515,7 @@ def _grad_weight_kernel(
     tile of channels begins earlier, if they do not come out even, and stores some sums twice, by the same bits.
 
     Shapes and strides: grad and argmax (N, O, PH, PW) and input (N, C, H, W) contiguous or, if LAST, channels_last;
-    weight_parts (parts, O, C, KH, KW) and bias_parts (parts, O) float32, contiguous.
+    partials (parts, O * C * KH * KW + O) float32: the weight's, in its own order, then the bias'.
 
     Cost per image: as the forward; reads the input once per tile of output channels, gradients and argmax once per
     tile of input channels.
@@ -645,17 +644,18 @@ def _grad_weight_kernel(
                         done = done + (total,)
         weight_sums = done
 
-    channel = part.to(INDEX) * OUT_CHANNELS + first
+    WEIGHTS: tl.constexpr = OUT_CHANNELS * IN_CHANNELS * KERNEL_H * KERNEL_W
+    partials_ptr += part.to(INDEX) * (WEIGHTS + OUT_CHANNELS)
     for c in tl.static_range(INPUTS):
         for o in tl.static_range(CHANNELS):
-            entry = ((channel + o) * IN_CHANNELS + in_channel + c) * (KERNEL_H * KERNEL_W) + first_row * KERNEL_W
+            entry = ((first + o) * IN_CHANNELS + in_channel + c) * (KERNEL_H * KERNEL_W) + first_row * KERNEL_W
             for r in tl.static_range(TAP_ROWS):
                 for q in tl.static_range(KERNEL_W):
                     total = weight_sums[((c * TAP_ROWS + r) * CHANNELS + o) * KERNEL_W + q]
-                    tl.store(weight_parts_ptr + (entry + r * KERNEL_W + q), tl.sum(total))
+                    tl.store(partials_ptr + (entry + r * KERNEL_W + q), tl.sum(total))
     if with_bias:
         for o in tl.static_range(CHANNELS):
-            tl.store(bias_parts_ptr + channel + o, tl.sum(bias_sums[o]))
+            tl.store(partials_ptr + (WEIGHTS + first + o), tl.sum(bias_sums[o]))
 
 
 @triton.jit
@@ -1107,8 +1107,12 @@ def grad_weight(
     geometry: ConvPoolGeometry,
     last: bool,
     options: Mapping[str, int],
+    later: list[Sum] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the gradients of the weight and the bias; all tensors dense, images and gradients in one layout."""
+    """Launch the gradients of the weight and the bias; all tensors dense, images and gradients in one layout.
+
+    `later` as in `sum_partials`.
+    """
     height, width = axes = _geometry(geometry, input, weight, argmax.shape[2:])
     out_channels, in_channels, kernel_h, _ = weight.shape
     size = (argmax.shape[2] + height.reach) * (argmax.shape[3] + width.reach)
@@ -1120,22 +1124,20 @@ def grad_weight(
     block, registers = 1024 if INTERPRETED else 32 * options.get("POSITIONS", 1), options.get("maxnreg", 168)
     programs = 132 * (65536 // (32 * registers))
     parts = max(cdiv(size, block), min(cdiv(argmax.shape[0] * size, 4 * block), programs // tiles))
-    weight_parts = empty((parts, *weight.shape), input, torch.float32)
-    bias_parts = empty((parts, out_channels), input, torch.float32)
+    partials = empty((parts, weight.numel() + out_channels), input, torch.float32)
     launch(
         _grad_weight_kernel,
         (tiles, parts),
         grad_output,
         argmax,
         input,
-        weight_parts,
-        bias_parts,
+        partials,
         input.shape[0],
         *input.shape[2:],
         *argmax.shape[2:],
         **_constants(geometry, input, weight, last, axes, options),
         PADDED=height.padded or width.padded,
-        INDEX=index_type(input, grad_output, weight_parts),
+        INDEX=index_type(input, grad_output, partials),
         BLOCK=block,
         CHANNELS=channels,
         INPUTS=inputs,
@@ -1145,4 +1147,5 @@ def grad_weight(
         **_registers(registers),
     )
     result, bias = empty(weight.shape, weight), empty((out_channels,), weight)
-    return sum_parts(weight_parts, result), sum_parts(bias_parts, bias)
+    sum_partials((partials, (result, bias), 1.0), later=later)
+    return result, bias

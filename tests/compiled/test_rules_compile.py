@@ -42,7 +42,7 @@ def test_what_the_rule_takes_spills_nothing(target, case):
         # Forward twice and both gradients, but for the weight's on gfx942; the rest sums parts.
         assert len(specialised) == (3 if target == "gfx942" else 4)
         others = {record.name for record in records if record not in specialised}
-        assert others - {"_grad_weight_kernel" if target == "gfx942" else ""} == {"_sum_parts_kernel"}
+        assert others - {"_grad_weight_kernel" if target == "gfx942" else ""} == {"_sum_partials_kernel"}
 
 
 def test_the_number_of_images_compiles_nothing_new():

@@ -424,7 +424,7 @@ def test_a_second_process_compiles_nothing():
 @pytest.mark.thorough
 def test_the_command_prints_and_writes(tmp_path, capsys):
     path = tmp_path / "report.json"
-    options = ["--arch", "sm_90", "--precision", "fp16", "--only", "sum_parts", "--output", str(path)]
+    options = ["--arch", "sm_90", "--precision", "fp16", "--only", "sum_partials", "--output", str(path)]
     assert command.main(options) == 0
     printed = " ".join(capsys.readouterr().out.split())  # a narrow terminal wraps lines
     assert model.LABEL in printed

@@ -87,10 +87,14 @@ def test_shipped_tiles(case, dtype, addmm, device, shipped_tiles):
 def test_several_parts_do_occur(shipped_tiles, device, launches, monkeypatch):
     """Guards the test above: its shapes must give the two-stage sum more than two parts."""
     case = next(case for case in SHIPPED_ADDMM if case.name == "several parts")
-    sum_all_parts, parts = kernels.sum_all_parts, []
-    monkeypatch.setattr(
-        kernels, "sum_all_parts", lambda *sums: (parts.append([len(s[0]) for s in sums]), sum_all_parts(*sums))[1]
-    )
+    sum_partials, parts = kernels.sum_partials, []
+
+    def counted(*sums, later):
+        sums = list(sums)
+        parts.append([len(partials) for partials, _, _ in sums])
+        sum_partials(*sums, later=later)
+
+    monkeypatch.setattr(kernels, "sum_partials", counted)
     run(ADDMM.fused, case.random(torch.float32, device=device), case.keywords)
     # The parts of mat2's gradient and the bias's are added up by one launch.
     assert [len(sums) for sums in parts] == [2]

@@ -11,7 +11,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from fastlenet.kernels.runtime import empty, sum_parts
+from fastlenet.kernels.runtime import empty, sum_partials
 from harness import modes
 from harness.judge import assert_same_values
 from harness.operators import stock_addmm_relu, stock_conv2d_relu_max_pool2d
@@ -44,8 +44,46 @@ def assert_equal(ours, stock, *tensors):
 def test_sums_of_partial_sums(parts, size, device):
     """Once only the first 128 were tested."""
     rows = torch.randint(-100, 101, (parts, size), device=device).float()
-    total = sum_parts(rows, empty((size,), rows), 2.0)
+    total = empty((size,), rows)
+    sum_partials((rows, (total,), 2.0))
     assert_same_values(total, 2 * rows.sum(0))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 9])
+def test_sums_of_many_matrices(count, device, launches):
+    """Four matrices a launch, each with up to four outputs, whose sizes, parts, factors and alignment differ."""
+    shapes = [((8, 12, 4), 3), ((5, 1), 200), ((4096, 3, 2, 7), 1), ((6,), 33), ((16, 8, 4, 4), 129)]
+    sums, expected = [], []
+    for number, (sizes, parts) in enumerate((shapes * 2)[:count]):
+        rows = torch.randint(-100, 101, (parts, sum(sizes)), device=device).float()
+        outputs = [empty((size,), rows) for size in sizes]
+        sums.append((rows, outputs, number + 1.0))
+        expected += (rows.sum(0) * (number + 1.0)).split(sizes)
+    sum_partials(*sums)
+    assert len(launches) == -(-count // 4)
+    for actual, wanted in zip((output for _, outputs, _ in sums for output in outputs), expected, strict=True):
+        assert_same_values(actual, wanted)
+
+
+def test_sums_of_several_types(device, launches):
+    """Outputs of one launch are of one type."""
+    rows = torch.randint(-100, 101, (5, 8), device=device).float()
+    outputs = [empty((8,), rows, dtype) for dtype in (torch.float32, torch.float16, torch.float32)]
+    sum_partials(*((rows, (output,), 1.0) for output in outputs))
+    assert len(launches) == 2
+    for output in outputs:
+        assert_same_values(output.float(), rows.sum(0))
+
+
+def test_sums_that_wait_are_launched_by_the_caller(device, launches):
+    later = []
+    rows = torch.ones(3, 4, device=device)
+    output = torch.full((4,), 7.0, device=device)
+    sum_partials((rows, (output,), 1.0), later=later)
+    assert not launches
+    sum_partials(*later)
+    assert len(launches) == 1
+    assert_same_values(output, rows.sum(0))
 
 
 @pytest.mark.parametrize(

@@ -104,10 +104,15 @@ def test_shipped_tiles(case, dtype, conv, device, shipped_tiles):
 def test_several_parts_do_occur(shipped_tiles, device, launches, monkeypatch):
     """Guards the test above: its shapes must give the two-stage sum more than two parts."""
     case = next(case for case in SHIPPED_CONV if case.name == "several parts")
-    sum_parts, parts = kernels.sum_parts, []
-    monkeypatch.setattr(kernels, "sum_parts", lambda *args: (parts.append(len(args[0])), sum_parts(*args))[1])
+    sum_partials, parts = kernels.sum_partials, []
+
+    def counted(sum, later):
+        parts.append(len(sum[0]))
+        sum_partials(sum, later=later)
+
+    monkeypatch.setattr(kernels, "sum_partials", counted)
     run(CONV.fused, case.random(torch.float32, device=device), case.keywords)
-    assert len(parts) == 2
+    assert len(parts) == 1, "the weight's and the bias' gradients are summed by one launch"
     assert min(parts) > 2
     assert {(c["BLOCK_M"], c["BLOCK_K"]) for _, c in launches if "BLOCK_M" in c} == {(32, 16), (128, 16)}
 
@@ -224,7 +229,7 @@ def test_only_requested_gradients_are_computed(wanted, launches, watched, device
     result = watched(CONV.fused, tensors, SMALL.keywords, grad, wanted)
     parameters = [name in wanted for name in ("weight", "bias")]
     expected = {"_forward_kernel": 1, "_grad_input_kernel": int("input" in wanted)}
-    expected |= {"_grad_weight_kernel": int(any(parameters)), "_sum_parts_kernel": sum(parameters)}
+    expected |= {"_grad_weight_kernel": int(any(parameters)), "_sum_partials_kernel": int(any(parameters))}
     assert Counter(name for name, _ in launches) == Counter(expected)
     needs = [[c["NEED_WEIGHT"], c["NEED_BIAS"]] for name, c in launches if name == "_grad_weight_kernel"]
     assert needs == ([parameters] if any(parameters) else [])

@@ -241,7 +241,7 @@ def test_nan_and_infinities_travel_as_in_stock(name, value, dtype, watched, devi
 # --- what is computed, and what is not -----------------------------------------------------------------------------
 
 FORWARD = "_exact_forward_kernel"
-BACKWARD = ["_exact_grad_hidden_kernel", "_product_kernel", "_sum_parts_kernel"]
+BACKWARD = ["_exact_grad_hidden_kernel", "_product_kernel", "_sum_partials_kernel"]
 
 
 @pytest.mark.parametrize("wanted", [c for n in (1, 2, 7) for c in itertools.combinations(NAMES, n)], ids="+".join)

@@ -352,7 +352,7 @@ def test_addresses_of_64_bits(mode, monkeypatch, conv, device, launches):
         monkeypatch.setattr(module, "index_type", lambda *_: tl.int64)
     with fp32_precision(mode.precision):
         conv.exact(SMALL, SMALL.exact(mode.dtype, device=device))
-    own = [constants for name, constants in launches if name != "_sum_parts_kernel"]
+    own = [constants for name, constants in launches if name != "_sum_partials_kernel"]
     assert {str(constants["INDEX"]) for constants in own if "INDEX" in constants} <= {"int64"}
 
 

@@ -1,4 +1,4 @@
-"""``fastlenet bench --tune``: measure which design and tile is the fastest on this GPU, and write the table.
+"""``fastlenet bench --tune``: measure which variant and tile is the fastest on this GPU, and write the table.
 
 For each benchmarked operator, direction and mode it lists the configurations that are worth trying and drops those that
 spill or do not fit. It checks the accuracy of each as the benchmarks do, times those that pass, and writes the fastest
@@ -122,7 +122,7 @@ def candidates(slot: Slot) -> list[Configuration]:
     input = torch.empty(1, *slot.case.input_shape, dtype=MODES[slot.mode])
     weight = torch.empty(slot.case.parameter_shapes["weight"], dtype=MODES[slot.mode])
     found = search.candidates(part, slot.case.geometry, input, weight, exact=slot.mode == "ieee")
-    tiles = [Configuration(design, options, "") for design, options in found]
+    tiles = [Configuration(variant, options, "") for variant, options in found]
     return tiles + ([library] if part == "forward" else [])
 
 
@@ -134,7 +134,7 @@ def trying(slot: Slot, configuration: Configuration) -> Iterator[None]:
     before = configurations.table
     configurations.table = lambda: table  # type: ignore[assignment]
     try:
-        with fastlenet.use_backend("aten" if configuration.design == LIBRARY else "triton"):
+        with fastlenet.use_backend("aten" if configuration.variant == LIBRARY else "triton"):
             yield
     finally:
         configurations.table = before
@@ -146,7 +146,7 @@ def unfit(slot: Slot, configuration: Configuration) -> str | None:
     It is compiled for the architecture and not launched.
     """
     architecture = configurations.architecture()
-    if configuration.design == LIBRARY or architecture not in TARGETS:
+    if configuration.variant == LIBRARY or architecture not in TARGETS:
         return None
     from bench.static.launches import compiling_fastlenet, run_operator
 
@@ -189,7 +189,7 @@ def choose(slot: Slot, bench: Bench, clock: Clock, say: Say) -> Configuration | 
     calls: dict[str, Call] = {}
     found: dict[str, Configuration] = {}
     for configuration in candidates(slot):
-        name = f"{configuration.design} {configuration.options}"
+        name = f"{configuration.variant} {configuration.options}"
         wrong = unfit(slot, configuration)
         if wrong is None:
             try:

@@ -1,6 +1,6 @@
 """The rule that gives a call to cuDNN or cuBLAS, though a Triton kernel covers it.
 
-`configurations.json` decides first: an entry with the design "aten" takes the library, any other the kernel. Without an
+`configurations.json` decides first: an entry with the variant "aten" takes the library, any other the kernel. Without an
 entry a rule decides. Convolutions with few input channels ask `kernels/rules.py`: what a kernel on FMA units computes
 stays there, unless there are enough output channels to fill a library's tiles. For all other calls the depth decides,
 which is the number of products that one element of the result sums. A library multiplies faster than the general
@@ -29,7 +29,7 @@ from fastlenet.kernels.geometry import LINEAR, ConvPoolGeometry, Links, head_of
 CONV, ADDMM = "conv2d_relu_max_pool2d", "addmm_relu"
 
 LIBRARY = "aten"
-"""The design of an entry that takes the library."""
+"""The variant of an entry that takes the library."""
 
 _DEEPEST = {
     (CONV, "forward"): {"ieee": 256, "tf32": 1024, "half": 256},
@@ -84,13 +84,13 @@ def why_library(
     ]
     entries = [entry for entry in listed if entry is not None]
     for entry in entries:
-        if entry.design == LIBRARY:
+        if entry.variant == LIBRARY:
             return f"the table of configurations takes the library: {entry.evidence}"
     if entries:
         return None
     few = channels < _FEW_CHANNELS
     deepest = _DEEPEST_OF_FEW if few else _DEEPEST[operator, direction][precision if dtype == torch.float32 else "half"]
-    if depth >= deepest and (few and general or columns >= _FEW_COLUMNS[operator]):
+    if depth >= deepest and ((few and general) or columns >= _FEW_COLUMNS[operator]):
         return f"the library is expected to be faster from {deepest} products an element on, and this call has {depth}"
     return None
 

@@ -2,7 +2,7 @@
 
 Each kernel is a tiled matrix product. Sizes and strides are run-time values: a new shape compiles nothing. Letters:
 output (M, N) = relu(beta * input + alpha * mat1 (M, K) @ mat2 (K, N)). Where the backward needs ``grad``, it loads
-grad_output and the output together and closes it where relu was off, so that the masked gradient never reaches memory.
+grad_output and the output together and masks it where relu was off, so that the masked gradient never reaches memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .runtime import (
     next_power_of_2,
     pointers,
     relu,
-    splits,
+    split_reduction,
     store,
     sum_partials,
 )
@@ -94,7 +94,7 @@ def _product(
 ):
     """One tile of left (m, k) @ right (k, n) over the depths `first` to `last`.
 
-    If MASKED, `left` is a gradient, closed as it is loaded where relu was off in `output`. It is the left operand, as
+    If MASKED, `left` is a gradient, masked as it is loaded where relu was off in `output`. It is the left operand, as
     that is the one that matrix units take from registers; the right one goes from memory to shared memory and stays
     there until it is multiplied.
     """
@@ -331,7 +331,7 @@ def _grad_mat1_kernel(
     """Gradient of mat1: grad_mat1 = alpha * grad @ mat2^T, with grad = grad_output where output > 0, else 0.
 
     Tile: BLOCK_M rows x BLOCK_N columns of grad_mat1 (M, K), contiguous; depth N. Unless MASKED, grad is
-    closed already.
+    masked already.
 
     Shapes and strides: grad_output (M, N), any strides (0 too); output (M, N) contiguous; mat2 (K, N), any strides.
 
@@ -435,16 +435,18 @@ def _column_sums(
     GRAD: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
-    """Sum the rows `first` to `last` of some columns of the closed gradient, 32 at a time, then these 32 by a tree."""
+    """Sum the rows `first` to `last` of some columns of the masked gradient, 32 at a time, then these 32 by a tree."""
     total = tl.zeros((32, column.shape[0]), tl.float32)
     for start in range(first, last, 32):
         row = start + tl.arange(0, 32)
-        total += _closed(grad_ptr, output_ptr, row, column, last, n, grad_stride_m, grad_stride_n, MASKED, GRAD, OUTPUT)
+        total += _masked_grad(
+            grad_ptr, output_ptr, row, column, last, n, grad_stride_m, grad_stride_n, MASKED, GRAD, OUTPUT
+        )
     store(result_ptr + column, tl.sum(total, axis=0) * beta, column < n)
 
 
 @triton.jit
-def _closed(
+def _masked_grad(
     grad_ptr,
     output_ptr,
     row,
@@ -457,7 +459,7 @@ def _closed(
     GRAD: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
-    """Load a tile of grad_output in float32, closed where relu was off in the contiguous output unless it is already.
+    """Load a tile of grad_output in float32, masked where relu was off in the contiguous output unless it is already.
 
     NaN counts as on, as in PyTorch. No load may reach beyond row m, a multiple of the elements of a load.
     """
@@ -470,7 +472,7 @@ def _closed(
 
 
 @triton.jit(do_not_specialize=_GENERAL)
-def _close_kernel(
+def _mask_grad_kernel(
     grad_ptr,
     output_ptr,
     result_ptr,
@@ -485,9 +487,9 @@ def _close_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Close grad_output where relu was off: result = factor * grad_output where output > 0, else 0.
+    """Mask grad_output where relu was off: result = factor * grad_output where output > 0, else 0.
 
-    That is the gradient of a full-size input, and what both products take where closing it once pays.
+    That is the gradient of a full-size input, and what both products take where masking it once pays.
 
     Tile: BLOCK_M rows x BLOCK_N columns. Shapes and strides: grad_output (M, N), any strides (0 too); output and result
     contiguous. Cost per row: reads 2 * N elements, writes N.
@@ -495,7 +497,7 @@ def _close_kernel(
     across = (n + BLOCK_N - 1) // BLOCK_N
     row = (tl.program_id(0) // across).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = (tl.program_id(0) % across).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
-    grad = _closed(grad_ptr, output_ptr, row, column, m, n, grad_stride_m, grad_stride_n, True, GRAD, OUTPUT)
+    grad = _masked_grad(grad_ptr, output_ptr, row, column, m, n, grad_stride_m, grad_stride_n, True, GRAD, OUTPUT)
     mask = (row < m)[:, None] & (column < bound(n, OUTPUT))[None, :]
     store(pointers(result_ptr, row, column, n, 1, OUTPUT), grad * factor, mask)
 
@@ -509,18 +511,18 @@ _FEW_PROGRAMS = 64
 _SUM_COLUMNS = 64
 """Columns of which a program sums the gradient, 32 rows at a time."""
 
-_CLOSE_FROM = {"sm_90": 2048}
-_CLOSE_FROM_ELSEWHERE = 1024
-"""Columns of both gradients' products together from which the gradient is closed once before instead of in each tile.
+_MASK_ONCE_FROM = {"sm_90": 2048}
+_MASK_ONCE_FROM_ELSEWHERE = 1024
+"""Columns of both gradients' products together from which the gradient is masked once before instead of in each tile.
 
-Modelled: a tile of 128 columns that closes the gradient itself reads the output from L2 into shared memory and on into
-registers. Closing it once is three passes over memory, as long as eight such tiles take in either product. Warps of
-sm_80 and gfx942 share left operands, and each closes its own copy. sm_100 puts a closed operand back into shared
+Modelled: a tile of 128 columns that masks the gradient itself reads the output from L2 into shared memory and on into
+registers. Masking it once is three passes over memory, as long as eight such tiles take in either product. Warps of
+sm_80 and gfx942 share left operands, and each masks its own copy. sm_100 puts a masked operand back into shared
 memory.
 """
 
 
-def _tile(dtype: torch.dtype, rows: int | None, columns: int, depth: int, *, closes: bool = False) -> dict[str, Any]:
+def _tile(dtype: torch.dtype, rows: int | None, columns: int, depth: int, *, masks: bool = False) -> dict[str, Any]:
     """Choose the tile and precision of a product of `rows` x `columns` with inner dimension `depth`.
 
     Args:
@@ -528,7 +530,7 @@ def _tile(dtype: torch.dtype, rows: int | None, columns: int, depth: int, *, clo
         rows: None where they are the forward's: a row's sums must not depend on how many rows travel with it.
         columns: of the product.
         depth: products summed.
-        closes: whether the left operand is closed in registers, across its rows: then a wide tile would spill.
+        masks: whether the left operand is masked in registers, across its rows: then a wide tile would spill.
     """
     precision = dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
     if INTERPRETED:
@@ -542,7 +544,7 @@ def _tile(dtype: torch.dtype, rows: int | None, columns: int, depth: int, *, clo
     else:
         large = columns > 128 and (rows is None or rows > 64)
         block_m, block_k, stages = (128 if large else 64), (64 if half else 32), 3
-        if on == "sm_90" and not half and rows is not None and not closes and columns > 512:
+        if on == "sm_90" and not half and rows is not None and not masks and columns > 512:
             # Twice as wide, a tile reads its left operand half as often: shared memory is what binds in tf32.
             if cdiv(rows, block_m) * cdiv(columns, 256) >= 128:
                 block_n = 256
@@ -694,11 +696,11 @@ def _backward(
     grad_input = grad_mat1 = grad_mat2 = None
     masked = True
     if addend in ("full", "broadcast"):
-        grad_input = _close(grad, output, beta, None if addend == "full" else torch.float32)
+        grad_input = _mask_grad(grad, output, beta, None if addend == "full" else torch.float32)
     if addend == "full" and beta == 1:
         grad, masked = grad_input, False
-    elif k * (need_mat1 + need_mat2) >= _CLOSE_FROM.get(architecture(), _CLOSE_FROM_ELSEWHERE):
-        grad, masked = _close(grad, output), False
+    elif k * (need_mat1 + need_mat2) >= _MASK_ONCE_FROM.get(architecture(), _MASK_ONCE_FROM_ELSEWHERE):
+        grad, masked = _mask_grad(grad, output), False
     if need_mat1:
         grad_mat1 = empty((m, k), mat1)
         _grad_mat1(grad, output, mat1, mat2, grad_mat1, masked, alpha)
@@ -712,12 +714,12 @@ def _backward(
     return grad_input, grad_mat1, grad_mat2
 
 
-def _close(grad_output: Tensor, output: Tensor, factor: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+def _mask_grad(grad_output: Tensor, output: Tensor, factor: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
     m, n = output.shape
     result = empty((m, n), output, dtype)
     tile = {"BLOCK_M": 256, "BLOCK_N": 128} if INTERPRETED else {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
     launch(
-        _close_kernel,
+        _mask_grad_kernel,
         (cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"]),),
         grad_output,
         output,
@@ -775,10 +777,10 @@ def _grad_mat2(
     later: list[Sum] | None,
 ) -> None:
     (m, k), n = mat1.shape, output.shape[1]
-    tile = _tile(mat1.dtype, n, k, m, closes=masked)
+    tile = _tile(mat1.dtype, n, k, m, masks=masked)
     tiles = 0 if grad_mat2 is None else cdiv(n, tile["BLOCK_M"]) * cdiv(k, tile["BLOCK_N"])
     sum_tiles = 0 if grad_bias is None else cdiv(n, _SUM_COLUMNS)
-    parts, depth_per_part = splits(m, tile["BLOCK_K"], max(1, 4 * (tiles or sum_tiles)))
+    parts, depth_per_part = split_reduction(m, tile["BLOCK_K"], max(1, 4 * (tiles or sum_tiles)))
     sums = output if grad_mat2 is None else grad_mat2
     column_sums = output if grad_bias is None else grad_bias
     factors = alpha, beta

@@ -1,7 +1,7 @@
-"""Which design and which tile a specialised kernel runs with: a table per architecture, dtype, precision and shape.
+"""Which variant and which tile a specialised kernel runs with: a table per architecture, dtype, precision and shape.
 
 `configurations.json` is committed. Each entry says what it rests on: a measurement, or figures modelled from the
-machine code. The design "general" names the general kernels, "aten" the library (see `dispatch`). What the table does
+machine code. The variant "general" names the general kernels, "aten" the library (see `dispatch`). What the table does
 not list runs on the general kernels, whose tiles follow rules of their own, or on the library by `dispatch`'s rule.
 Nothing is tried out at run time: the same call takes the same kernel on every machine of an architecture.
 """
@@ -20,9 +20,9 @@ _COMMITTED = Path(__file__).with_name("configurations.json")
 
 
 class Configuration(NamedTuple):
-    """How a kernel is launched: its design, its constants and launch options, and what that choice rests on."""
+    """How a kernel is launched: its variant, its constants and launch options, and what that choice rests on."""
 
-    design: str
+    variant: str
     options: dict[str, int]
     evidence: str
 
@@ -56,7 +56,7 @@ def find(kernel: str, dtype: torch.dtype, precision: str, shape: Sequence[int]) 
     return table().get((kernel, architecture(), mode, tuple(shape)))
 
 
-class _OfTable:
+class TableCache:
     """What `remembered` gives out, by architecture, and the table that it follows from."""
 
     def __init__(self, table: Any) -> None:
@@ -64,7 +64,7 @@ class _OfTable:
         self.results: dict[str, dict[Any, Any]] = {}
 
 
-_remembered = _OfTable(None)
+_remembered = TableCache(None)
 
 
 def remembered() -> dict[Any, Any]:
@@ -75,7 +75,7 @@ def remembered() -> dict[Any, Any]:
     global _remembered
     current, found = table(), _remembered
     if found.table is not current:
-        found = _remembered = _OfTable(current)
+        found = _remembered = TableCache(current)
     results = found.results.setdefault(architecture(), {})
     if len(results) >= _MOST_RESULTS:
         results.clear()
@@ -91,7 +91,7 @@ def table() -> dict[tuple[Any, ...], Configuration]:
     """Read the entries, by kernel, architecture, mode and shape."""
     return {
         (entry["kernel"], entry["architecture"], mode, tuple(entry["shape"])): Configuration(
-            entry["design"], entry["options"], entry["evidence"]
+            entry["variant"], entry["options"], entry["evidence"]
         )
         for entry in json.loads(_COMMITTED.read_text(encoding="utf-8"))
         for mode in entry["modes"]

@@ -36,7 +36,7 @@ from .runtime import (
     next_power_of_2,
     operand,
     relu,
-    splits,
+    split_reduction,
     store,
     sum_partials,
 )
@@ -267,8 +267,8 @@ def _exact_forward_kernel(
 
 
 @triton.jit
-def _masked(grad, hidden, row, column, rows, columns):
-    """Close a gradient where relu was off (NaN counts as on, as in PyTorch) and in the tile's padding."""
+def _masked_grad(grad, hidden, row, column, rows, columns):
+    """Mask a gradient where relu was off (NaN counts as on, as in PyTorch) and in the tile's padding."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     return tl.where((hidden <= 0) | (inside == 0), 0.0, grad)
 
@@ -335,21 +335,21 @@ def _grad_hidden_kernel(
                 _store(sums_ptr, column3, column2, r, q, product, False)
     for i in tl.static_range(SLICES_Q):
         column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        closed = _masked(grads[i], hiddens[i], row, column2, m, q)
+        masked = _masked_grad(grads[i], hiddens[i], row, column2, m, q)
         if SUMS:
-            tl.store(sums_ptr + r * q + p + column2, tl.sum(closed, axis=0), mask=column2 < q)
-        _store(grad2_ptr, row, column2, m, q, closed, ALIGNED)
-        grads = grads[:i] + (operand(closed, grad2_ptr),) + grads[i + 1 :]
+            tl.store(sums_ptr + r * q + p + column2, tl.sum(masked, axis=0), mask=column2 < q)
+        _store(grad2_ptr, row, column2, m, q, masked, ALIGNED)
+        grads = grads[:i] + (operand(masked, grad2_ptr),) + grads[i + 1 :]
     for first in tl.range(0, p, BLOCK_P, num_stages=1, disable_licm=True):
         column1 = first + tl.arange(0, BLOCK_P)
         product1 = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
         for i in tl.static_range(SLICES_Q):
             right = _load(weight2_ptr, i * BLOCK_Q + tl.arange(0, BLOCK_Q), column1, q, p, ALIGNED)
             product1 = dot(grads[i], right, product1, PRECISION)
-        closed1 = _masked(product1, _load(hidden1_ptr, row, column1, m, p, ALIGNED), row, column1, m, p)
+        masked1 = _masked_grad(product1, _load(hidden1_ptr, row, column1, m, p, ALIGNED), row, column1, m, p)
         if SUMS:
-            tl.store(sums_ptr + r * q + column1, tl.sum(closed1, axis=0), mask=column1 < p)
-        _store(grad1_ptr, row, column1, m, p, closed1, ALIGNED)
+            tl.store(sums_ptr + r * q + column1, tl.sum(masked1, axis=0), mask=column1 < p)
+        _store(grad1_ptr, row, column1, m, p, masked1, ALIGNED)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -406,11 +406,11 @@ def _exact_grad_hidden_kernel(
                 tl.store(sums_ptr + column3 * q + column2, total3, mask=column2 < q)
     for i in tl.static_range(SLICES_Q):
         column2 = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        closed = _masked(grads[i], hiddens[i], row, column2, m, q)
+        masked = _masked_grad(grads[i], hiddens[i], row, column2, m, q)
         if SUMS:
-            tl.store(sums_ptr + r * q + p + column2, tl.sum(closed, axis=0), mask=column2 < q)
-        _store(grad2_ptr, row, column2, m, q, closed, ALIGNED)
-        grads = grads[:i] + (operand(closed, grad2_ptr),) + grads[i + 1 :]
+            tl.store(sums_ptr + r * q + p + column2, tl.sum(masked, axis=0), mask=column2 < q)
+        _store(grad2_ptr, row, column2, m, q, masked, ALIGNED)
+        grads = grads[:i] + (operand(masked, grad2_ptr),) + grads[i + 1 :]
     # What other lanes of this program stored is read.
     tl.debug_barrier()
     for first in tl.range(0, p, BLOCK_P, num_stages=1, disable_licm=True):
@@ -421,10 +421,10 @@ def _exact_grad_hidden_kernel(
             left = _load(grad2_ptr, row, depth, m, q, ALIGNED)
             right = _load(weight2_ptr, depth, column1, q, p, ALIGNED)
             product1 = dot(left, right, product1, PRECISION)
-        closed1 = _masked(product1, _load(hidden1_ptr, row, column1, m, p, ALIGNED), row, column1, m, p)
+        masked1 = _masked_grad(product1, _load(hidden1_ptr, row, column1, m, p, ALIGNED), row, column1, m, p)
         if SUMS:
-            tl.store(sums_ptr + r * q + column1, tl.sum(closed1, axis=0), mask=column1 < p)
-        _store(grad1_ptr, row, column1, m, p, closed1, ALIGNED)
+            tl.store(sums_ptr + r * q + column1, tl.sum(masked1, axis=0), mask=column1 < p)
+        _store(grad1_ptr, row, column1, m, p, masked1, ALIGNED)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -676,7 +676,7 @@ def mlp_backward(
     tiles += cdiv(q, tile["BLOCK_I"]) * cdiv(p, tile["BLOCK_J"])
     # Half to a third as many parts as for a kernel of their own: the tiles of grad_input keep the device busy too. On
     # matrix units a part's rows then take about as long as all else that a multiprocessor has to do.
-    parts, rows_per_part = splits(m, tile["BLOCK_D"], max(1, (2 if exact else 3) * tiles))
+    parts, rows_per_part = split_reduction(m, tile["BLOCK_D"], max(1, (2 if exact else 3) * tiles))
     weight_sums = empty((parts, p * k + q * p), input, torch.float32) if need_sums else None
     weight_tiles = tiles * parts if need_sums else 0
     launch(

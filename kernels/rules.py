@@ -1,4 +1,4 @@
-"""Which design computes a convolution, and with which tile, where the table of configurations has no entry.
+"""Which variant computes a convolution, and with which tile, where the table of configurations has no entry.
 
 Free of triton, so that `dispatch` may ask as well. The number of images never decides; image sizes decide in one case
 only. All ratios below are modelled (`python -m bench.static --conv`), against products at 60 TFLOP/s on an H100.
@@ -29,9 +29,9 @@ from .geometry import ConvPoolGeometry
 
 
 class Rule(NamedTuple):
-    """A design and its tile."""
+    """A variant and its tile."""
 
-    design: str
+    variant: str
     options: dict[str, int]
 
 
@@ -52,7 +52,7 @@ def choose(
     exact: bool,
     architecture: str,
 ) -> Rule | None:
-    """Return the specialised design for a convolution, or None where the general kernels stay.
+    """Return the specialised variant for a convolution, or None where the general kernels stay.
 
     Args:
         direction: ``"forward"``, ``"grad_input"`` or ``"grad_weight"``.
@@ -121,11 +121,11 @@ def _grad_weight(kernel: tuple[int, int], in_channels: int, out_channels: int, o
     taps, rows = kernel[0] * kernel[1], kernel[0]
     if taps > 100:
         taps, rows = kernel[1], 1
-    if in_channels > 1 and (taps <= 16 or overlaps):
-        inputs = _even(in_channels, max(1, min(4, 75 // taps)))
+    if overlaps or (in_channels > 1 and taps <= 16):
+        # Spreading a gradient over its cells costs most where windows overlap or taps are few: many products share it.
         # Larger kernels keep more pixels beside their accumulators.
-        most = (150 if taps <= 16 else 75) // (taps * inputs)
-        channels = _even(out_channels, max(1, min(8, most)))
+        inputs = _even(in_channels, max(1, min(4, 75 // taps)))
+        channels = _even(out_channels, max(1, min(8, (150 if taps <= 25 else 75) // (taps * inputs))))
         return Rule("patch_fma", {"CHANNELS": channels, "INPUTS": inputs, "TAP_ROWS": rows, "maxnreg": 255})
     channels = _even(out_channels, max(1, min(8, 100 // taps)))
     return Rule("patch_fma", {"CHANNELS": channels, "INPUTS": 1, "TAP_ROWS": rows})

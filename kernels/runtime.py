@@ -16,6 +16,9 @@ from triton.language.target_info import cuda_capability_geq
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run in Triton's interpreter in this process (``TRITON_INTERPRET=1``)."""
 
+NO_WINNER = tl.constexpr(255)
+"""The argmax of a window whose output is 0 after relu: none of its cells has a gradient."""
+
 
 def empty(
     shape: Sequence[int],
@@ -294,7 +297,7 @@ def interpreted_tile(rows: int, columns: int, depth: int) -> dict[str, int]:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
 
 
-def splits(rows: int, block: int, tiles: int) -> tuple[int, int]:
+def split_reduction(rows: int, block: int, tiles: int) -> tuple[int, int]:
     """Cut a reduction over `rows` into parts that programs sum apart, for a two-stage sum in a fixed order.
 
     Depends on the shape alone, so that a result never depends on the device it was computed on.

@@ -59,7 +59,7 @@ def few_channels(**changed: int) -> ConvCase:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_few_channels_on_fma_units_stay_there(direction, mode):
-    """The rule of designs is asked first: 75 products of 3 channels are `patch_fma`'s, whose depth does not matter."""
+    """The rule of variants is asked first: 75 products of 3 channels are `patch_fma`'s, whose depth does not matter."""
     assert not takes_library(few_channels(), direction, mode)
     # A library's tiles are full from 64 output channels on.
     assert not takes_library(few_channels(out_channels=63), direction, mode)
@@ -82,8 +82,8 @@ def test_the_rule_never_sees_the_number_of_images():
     assert len(reasons) == 1
 
 
-def listed(monkeypatch, design: str, kernel: str, shape) -> None:
-    entry = configurations.Configuration(design, {}, "measured on a test")
+def listed(monkeypatch, variant: str, kernel: str, shape) -> None:
+    entry = configurations.Configuration(variant, {}, "measured on a test")
     table = {(kernel, "sm_90", mode, tuple(shape)): entry for mode in ("tf32", "ieee", "bfloat16")}
     monkeypatch.setattr(configurations, "table", lambda: table)
 
@@ -92,9 +92,9 @@ def listed(monkeypatch, design: str, kernel: str, shape) -> None:
 def test_the_table_overrides_the_rule(direction, monkeypatch):
     deep, shallow = CASES["VGG.256"], CASES["MNIST.conv1"]
     kernel = f"conv2d_relu_max_pool2d.{direction}"
-    for case, design, expected in ((deep, "general", False), (shallow, "aten", True)):
+    for case, variant, expected in ((deep, "general", False), (shallow, "aten", True)):
         input, weight = torch.empty(1, *case.input_shape), torch.empty(case.parameter_shapes["weight"])
-        listed(monkeypatch, design, kernel, case.geometry.key(input, weight))
+        listed(monkeypatch, variant, kernel, case.geometry.key(input, weight))
         assert takes_library(case, direction, "tf32") is expected
     # An entry holds for its own geometry only.
     other = case.geometry._replace(padding=(1, 1))
@@ -142,7 +142,7 @@ def test_choosing_loads_no_triton():
 def test_the_committed_table_can_be_read():
     for entry in json.loads(configurations._COMMITTED.read_text(encoding="utf-8")):
         assert entry["evidence"]
-        assert entry["design"] in ("general", "patch_dot", "patch_fma", "column_fma", library.LIBRARY)
+        assert entry["variant"] in ("general", "patch_dot", "patch_fma", "column_fma", library.LIBRARY)
 
 
 def test_forward_and_backward_never_part_ways():

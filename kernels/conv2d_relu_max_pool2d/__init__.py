@@ -1,6 +1,6 @@
 """conv2d + relu + max-pool in one kernel, and its gradients.
 
-One operator, four designs, a file each:
+One operator, four variants, a file each:
 
 - `general`: every geometry that PyTorch allows, sizes at run time.
 - `patch_fma`: few channels, on the FMA units, exactly; any stride, padding and small pool.
@@ -24,28 +24,28 @@ from ..geometry import ConvPoolGeometry, memory_format
 from ..runtime import Sum, contiguous, dot_precision, sum_partials
 from . import column_fma, general, patch_dot, patch_fma
 
-DESIGNS = {"column_fma": column_fma, "general": general, "patch_dot": patch_dot, "patch_fma": patch_fma}
+VARIANTS = {"column_fma": column_fma, "general": general, "patch_dot": patch_dot, "patch_fma": patch_fma}
 
 
 def _configured(
     direction: str, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor
 ) -> tuple[ModuleType, Mapping[str, int], bool]:
-    """Return the design and the configuration for this call, and whether the operands lie as channels_last.
+    """Return the variant and the configuration for this call, and whether the operands lie as channels_last.
 
     The table decides first, then the rule, and the general kernels take what is left. Nothing depends on the number of
     images.
     """
     precision = dot_precision(input.dtype, torch.backends.cudnn.conv.fp32_precision)
     known = configurations.remembered()
-    key = "design", direction, geometry, input.dtype, precision, input.shape, weight.shape
+    key = "variant", direction, geometry, input.dtype, precision, input.shape, weight.shape
     if key not in known:
         known[key] = _chosen(direction, geometry, input, weight, precision)
     chosen, ruled = known[key]
     last = memory_format(input, weight) == torch.channels_last
-    # What remains is the tensors' places in memory, for which some designs are compiled.
+    # What remains is the tensors' places in memory, for which some variants are compiled.
     dense = not last and input.data_ptr() % 16 == 0
-    design, options = chosen if dense or chosen[0] not in (patch_dot, column_fma) else ruled
-    return design, options, last
+    variant, options = chosen if dense or chosen[0] not in (patch_dot, column_fma) else ruled
+    return variant, options, last
 
 
 Choice = tuple[ModuleType, Mapping[str, int]]
@@ -72,14 +72,14 @@ def _chosen(
 def _usable(
     found: configurations.Configuration | rules.Rule | None, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor
 ) -> Choice | None:
-    """Return the design that was found with its options, or None if it cannot compute this call."""
+    """Return the variant that was found with its options, or None if it cannot compute this call."""
     # The library may be listed where Triton is forced.
-    design = None if found is None else DESIGNS.get(found.design)
-    if found is None or design is None:
+    variant = None if found is None else VARIANTS.get(found.variant)
+    if found is None or variant is None:
         return None
-    if design is not general and (0 in input.shape or not design.covers(geometry, input, weight)):
+    if variant is not general and (0 in input.shape or not variant.covers(geometry, input, weight)):
         return None
-    return design, found.options
+    return variant, found.options
 
 
 def _laid_out(last: bool, *tensors: Tensor) -> list[Tensor]:
@@ -102,12 +102,12 @@ def conv2d_relu_max_pool2d(
     Returns:
         The pooled output (N, G * O, PH, PW), channels_last if input or weight is, and its argmax or None.
     """
-    design, options, last = _configured("forward", geometry, input, weight)
-    if design is general:
+    variant, options, last = _configured("forward", geometry, input, weight)
+    if variant is general:
         return general.forward(input, weight, bias, geometry, return_argmax, options)
     bias = None if bias is None else contiguous(bias)
     (input,) = _laid_out(last, input)
-    return design.forward(input, contiguous(weight), bias, geometry, return_argmax, last, options)
+    return variant.forward(input, contiguous(weight), bias, geometry, return_argmax, last, options)
 
 
 def conv2d_relu_max_pool2d_backward(
@@ -136,22 +136,22 @@ def conv2d_relu_max_pool2d_backward(
     need_input, need_weight, need_bias = output_mask
     grad_input = grad_weight = grad_bias = None
     if need_input:
-        design, options, last = _configured("grad_input", geometry, input, weight)
-        if design is general:
+        variant, options, last = _configured("grad_input", geometry, input, weight)
+        if variant is general:
             grad_input = general.grad_input(grad_output, input, weight, argmax, geometry, options)
         else:
             # Of the images only the shape matters.
-            grad, code = _laid_out(last, grad_output, argmax)
-            grad_input = design.grad_input(grad, input, contiguous(weight), code, geometry, last, options)
+            grad, winners = _laid_out(last, grad_output, argmax)
+            grad_input = variant.grad_input(grad, input, contiguous(weight), winners, geometry, last, options)
     if need_weight or need_bias:
-        design, options, last = _configured("grad_weight", geometry, input, weight)
-        if design is general:
+        variant, options, last = _configured("grad_weight", geometry, input, weight)
+        if variant is general:
             operands = grad_output, input, weight, argmax, geometry, options, need_weight, need_bias
             grad_weight, grad_bias = general.grad_weight(*operands, later)
         else:
-            grad, images, code = _laid_out(last, grad_output, input, argmax)
-            operands = grad, images, contiguous(weight), code, geometry, last, options
-            grad_weight, grad_bias = design.grad_weight(*operands, later)
+            grad, images, winners = _laid_out(last, grad_output, input, argmax)
+            operands = grad, images, contiguous(weight), winners, geometry, last, options
+            grad_weight, grad_bias = variant.grad_weight(*operands, later)
         layout = memory_format(input, weight)
         if need_weight and not grad_weight.is_contiguous(memory_format=layout):
             if later:  # a copy needs whole sums

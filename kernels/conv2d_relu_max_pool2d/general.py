@@ -23,6 +23,7 @@ from ..configurations import architecture
 from ..geometry import ConvPoolGeometry, memory_format, output_format
 from ..runtime import (
     INTERPRETED,
+    NO_WINNER,
     Sum,
     all_registers,
     cdiv,
@@ -36,7 +37,7 @@ from ..runtime import (
     load,
     next_power_of_2,
     relu,
-    splits,
+    split_reduction,
     store,
     sum_partials,
 )
@@ -114,7 +115,7 @@ def _forward_kernel(
 
     Maths: ``output[n, o, p] = max over cells t of relu(bias[o] + sum_k patch[n, p, t, k] * weight[o, k])``, where k
     runs over (channel, kernel row, kernel column); argmax is the first t, in scan order, that attains the maximum (the
-    last NaN, as in PyTorch), or 255 where the output is <= 0.
+    last NaN, as in PyTorch), or `NO_WINNER` where the output is <= 0.
 
     Tile: BLOCK_N output channels of one group x BLOCK_M pooled cells (columns, of N * PH * PW). Per window cell a
     product over depth C * KH * KW accumulates in float32, and joins a running maximum. The depth is walked BLOCK_K at a
@@ -196,7 +197,7 @@ def _forward_kernel(
     mask = channel_mask[:, None] & row_mask[None, :]
     store(output_ptr + offset, best, mask)
     if RETURN_ARGMAX:
-        tl.store(argmax_ptr + offset, tl.where(best <= 0, 255, argmax).to(tl.uint8), mask=mask)
+        tl.store(argmax_ptr + offset, tl.where(best <= 0, NO_WINNER, argmax).to(tl.uint8), mask=mask)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -312,7 +313,7 @@ def _grad_input_kernel(
                     offset = image * argmax_stride_n + pooled_row.to(INDEX) * argmax_stride_h
                     offset += pooled_column.to(INDEX) * argmax_stride_w
                     pointers = argmax_ptr + ((out_channel * argmax_stride_c)[:, None] + offset[None, :])
-                    argmax = tl.load(pointers, mask=both, other=255).to(tl.int32)
+                    argmax = tl.load(pointers, mask=both, other=NO_WINNER).to(tl.int32)
                     offset = image * grad_stride_n + pooled_row.to(INDEX) * grad_stride_h
                     offset += pooled_column.to(INDEX) * grad_stride_w
                     # Loaded whatever the argmax, so that one load does not wait for the other.
@@ -385,7 +386,7 @@ def _grad_weight_kernel(
 
     Maths: ``grad_weight[o, k] = sum over (n, p, t) of where(argmax[n, o, p] == t, grad[n, o, p], 0) *
     patch[n, p, t, k]`` with k = (channel, kernel row, kernel column), and
-    ``grad_bias[o] = sum where(argmax != 255, grad, 0)``.
+    ``grad_bias[o] = sum where(argmax != NO_WINNER, grad, 0)``.
 
     Tile: BLOCK_N output channels x BLOCK_M weight entries k of one group: successive ones or, if WIDE, one tap's for
     successive input channels, which leaves no arithmetic on indices to the products. The sum runs over the
@@ -429,11 +430,11 @@ def _grad_weight_kernel(
         offset = image * argmax_stride_n
         offset += pooled_row.to(INDEX) * argmax_stride_h + pooled_column.to(INDEX) * argmax_stride_w
         argmax = tl.load(
-            argmax_ptr + offset[None, :] + (out_channel * argmax_stride_c)[:, None], mask=mask, other=255
+            argmax_ptr + offset[None, :] + (out_channel * argmax_stride_c)[:, None], mask=mask, other=NO_WINNER
         ).to(tl.int32)
         offset = image * grad_stride_n
         offset += pooled_row.to(INDEX) * grad_stride_h + pooled_column.to(INDEX) * grad_stride_w
-        grad = load(grad_ptr + offset[None, :] + (out_channel * grad_stride_c)[:, None], mask & (argmax != 255))
+        grad = load(grad_ptr + offset[None, :] + (out_channel * grad_stride_c)[:, None], mask & (argmax != NO_WINNER))
         # Every tile of k would have the same sum; the first takes it.
         if NEED_BIAS and tile == 0:
             grad_bias += tl.sum(grad.to(tl.float32), axis=1)
@@ -644,7 +645,7 @@ def grad_weight(
     tile |= options
     channel_tiles = cdiv(channels, tile["BLOCK_N"])
     tiles = (cdiv(depth // taps, tile["BLOCK_M"]) * taps if need_weight else 1) * channel_tiles
-    parts, rows_per_part = splits(rows, tile["BLOCK_K"], tiles * geometry.groups)
+    parts, rows_per_part = split_reduction(rows, tile["BLOCK_K"], tiles * geometry.groups)
     result = empty(weight.shape, weight) if need_weight else None
     grad_bias = empty((out_channels,), weight) if need_bias else None
     wanted = [output for output in (result, grad_bias) if output is not None]

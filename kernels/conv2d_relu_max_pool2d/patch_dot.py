@@ -29,6 +29,7 @@ from torch import Tensor
 from ..geometry import ConvPoolGeometry
 from ..runtime import (
     INTERPRETED,
+    NO_WINNER,
     Sum,
     all_registers,
     cdiv,
@@ -248,7 +249,7 @@ def _forward_kernel(
                 best += bias[None, :]
             if RETURN_ARGMAX:
                 argmax = tl.where(bottom > top, tl.where(cell3 > cell2, 3, 2), tl.where(cell1 > cell0, 1, 0))
-                argmax = tl.where(best <= 0, 255, argmax)
+                argmax = tl.where(best <= 0, NO_WINNER, argmax)
                 tl.store(argmax_ptrs + r * (ROWS * PW) + plane, argmax.to(tl.uint8), mask=mask)
             best = tl.maximum(best, 0.0, propagate_nan=tl.PropagateNan.ALL)
             store(outputs + r * (ROWS * PW) + plane, best, mask)
@@ -321,7 +322,7 @@ def _replace_not_finite(
     mask &= (old == float("inf")) | (old != old)
     store(output_ptrs, best, mask)
     if RETURN_ARGMAX:
-        tl.store(argmax_ptrs, tl.where(best <= 0, 255, argmax).to(tl.uint8), mask=mask)
+        tl.store(argmax_ptrs, tl.where(best <= 0, NO_WINNER, argmax).to(tl.uint8), mask=mask)
 
 
 @triton.jit(do_not_specialize=[*_COUNTS, *_SMALL])
@@ -386,7 +387,7 @@ def _grad_input_kernel(
         for p in tl.range(PH, num_stages=1):
             for dj in tl.static_range(REACH):
                 mask = (row_mask & (j >= dj) & (j - dj < PW))[:, None] & (channel < OUT)[None, :]
-                argmax = tl.load(argmax_ptr + p * PW - dj + window, mask=mask, other=255).to(tl.int32)
+                argmax = tl.load(argmax_ptr + p * PW - dj + window, mask=mask, other=NO_WINNER).to(tl.int32)
                 grad = load(grad_ptr + p * PW - dj + window, mask)
                 cells = _cells(tf32(grad, PRECISION), argmax, p, 4 * OUT_PAD, BLOCK_M, OUT_PAD)
                 new = ()
@@ -418,7 +419,9 @@ def _grad_input_kernel(
                         inside = row_mask & (y >= 0) & (y < 2 * PH) & (x >= 0) & (x < 2 * PW)
                         window = image * (OUT * PH * PW) + y // 2 * PW + x // 2
                         for o in tl.range(OUT, num_stages=1):
-                            argmax = tl.load(argmax_ptr + window + o * (PH * PW), mask=inside, other=255).to(tl.int32)
+                            argmax = tl.load(argmax_ptr + window + o * (PH * PW), mask=inside, other=NO_WINNER).to(
+                                tl.int32
+                            )
                             grad = tl.load(grad_ptr + window + o * (PH * PW), mask=inside, other=0.0).to(tl.float32)
                             grad = tl.where(argmax == y % 2 * 2 + x % 2, grad, 0.0)
                             offset = o * (C * KS * KS) + input_channel * (KS * KS) + tap
@@ -462,7 +465,7 @@ def _grad_weight_kernel(
     Maths: WINDOWS x WINDOWS windows w share a patch of S = KS + 2 * WINDOWS - 1 pixels a side. ``sums[k, (t, w, o)] =
     sum over the part's (n, p) of patch[n, p, k] * cells[n, p, (t, w, o)]`` with cells t as `_to_cells` spreads them;
     ``weight_part[o, (c, tap)] = sum over t, w of sums[(c, tap + t + 2 * w), (t, w, o)]``: the band's entries, shifted
-    onto each other; the others are never read. ``bias_part[o] = sum where(argmax != 255, grad, 0)``, in float32.
+    onto each other; the others are never read. ``bias_part[o] = sum where(argmax != NO_WINNER, grad, 0)``, in float32.
 
     Tile: IMAGES images x ROWS rows of patches x all their columns (BLOCK_M rows), times the whole matrix of patch and
     (cell, window, channel), in accumulators of BLOCK_K rows; the sum runs over the images and row blocks of a program,
@@ -508,9 +511,9 @@ def _grad_weight_kernel(
         grads = grad_ptr + window
         argmax_ptrs = argmax_ptr + window
         for r in tl.range(first_row, last_row, num_stages=STAGES):
-            argmax = tl.load(argmax_ptrs + r * (ROWS * WINDOWS * PW) + plane, mask=mask, other=255).to(tl.int32)
+            argmax = tl.load(argmax_ptrs + r * (ROWS * WINDOWS * PW) + plane, mask=mask, other=NO_WINNER).to(tl.int32)
             grad = load(grads + r * (ROWS * WINDOWS * PW) + plane, mask)
-            bias_sum += tl.where(argmax != 255, grad, 0.0).to(tl.float32)
+            bias_sum += tl.where(argmax != NO_WINNER, grad, 0.0).to(tl.float32)
             cells = _cells(tf32(grad, PRECISION), argmax, r, BLOCK_M, BLOCK_M, WIDTH)
             new = ()
             for start in tl.static_range(0, DEPTH, BLOCK_K):

@@ -25,7 +25,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvPoolGeometry
-from ..runtime import INTERPRETED, Sum, all_registers, cdiv, empty, index_type, launch, relu, store, sum_partials
+from ..runtime import (
+    INTERPRETED,
+    NO_WINNER,
+    Sum,
+    all_registers,
+    cdiv,
+    empty,
+    index_type,
+    launch,
+    relu,
+    store,
+    sum_partials,
+)
 
 
 @triton.jit
@@ -41,6 +53,51 @@ def _below(position, limit):
 
 
 @triton.jit
+def _inside(position, limit, K: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, PERIOD: tl.constexpr):
+    """Whether pixel K of a block's patch, whose first is at `position`, is in the image of `limit` pixels.
+
+    Pixels from FROM on never lie before the image, those below TO never behind it, whatever the block. `position` is
+    FROM less than a multiple of PERIOD: so pixels that are in the image together share one comparison.
+    """
+    if K < TO:
+        return position >= (FROM - K + PERIOD - 1) // PERIOD * PERIOD - FROM
+    elif K >= FROM:  # noqa: RET505  (Triton compiles what follows a return)
+        return position < limit - K
+    else:
+        return _below(position + K, limit)
+
+
+@triton.jit
+def _load_pixels(
+    pointers,
+    x,
+    there,
+    width,
+    K: tl.constexpr,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    PERIOD: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Load pixel K of a row, or a pair that starts there, as float32; 0 where it is not in the image (`_pixels`)."""
+    if (K < FROM) | (K >= TO):
+        mask = _inside(x, width, K, FROM, TO, PERIOD)
+        if MASKED:
+            mask &= there
+        if len(pointers.shape) == 2:
+            mask = mask[:, None]
+        values = tl.load(pointers, mask=mask, other=0.0)
+    elif MASKED:
+        mask = there
+        if len(pointers.shape) == 2:
+            mask = mask[:, None]
+        values = tl.load(pointers, mask=mask, other=0.0)
+    else:
+        values = tl.load(pointers)
+    return values.to(tl.float32)
+
+
+@triton.jit
 def _pixels(
     starts,
     line,
@@ -49,53 +106,44 @@ def _pixels(
     width,
     COUNT: tl.constexpr,
     STEP: tl.constexpr,
-    PADDED: tl.constexpr,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    PERIOD: tl.constexpr,
     MASKED: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
     """Load COUNT neighbours of a row, STEP elements apart, as float32; 0 for those that are not in the image.
 
     PAIRS neighbours stand before the first that lies at an even address; -1 if that is not known. The rest is loaded
-    two at a time. Of the arguments
+    two at a time. FROM, TO and PERIOD as of `_inside`. Of the arguments
 
         starts: pointers to the first neighbour of a row, or to the first pair. As these come from twice a number, the
             compiler knows that pairs begin at even addresses.
         line: how far from there the wanted row lies, in elements, or in pairs.
         x: the first neighbour's column.
-        there: whether a lane's row is there at all; looked at if MASKED or PADDED.
-        width: columns of the image; looked at if PADDED.
+        there: whether a lane's row is there at all; looked at if MASKED.
+        width: columns of the image.
     """
     values = ()
     pointers = starts + line if PAIRS < 0 else starts + line * 2
     LEAD: tl.constexpr = 0 if PAIRS < 0 else PAIRS
     for i in tl.static_range(COUNT if PAIRS < 0 else PAIRS):
-        if PADDED:
-            mask = there & _below(x + i, width)
-            values = values + (tl.load(pointers + (i * STEP - LEAD), mask=mask, other=0.0).to(tl.float32),)
-        elif MASKED:
-            values = values + (tl.load(pointers + (i * STEP - LEAD), mask=there, other=0.0).to(tl.float32),)
-        else:
-            values = values + (tl.load(pointers + (i * STEP - LEAD)).to(tl.float32),)
+        found = _load_pixels(pointers + (i * STEP - LEAD), x, there, width, i, FROM, TO, PERIOD, MASKED)
+        values = values + (found,)
     if PAIRS >= 0:
         pairs = pointers[:, None] + tl.arange(0, 2)[None, :]
-        for i in tl.static_range((COUNT - PAIRS) // 2):
-            if PADDED:
-                # A row of even length has both or neither.
-                mask = there & _below(x + (PAIRS + 2 * i), width)
-                values = values + tl.split(tl.load(pairs + 2 * i, mask=mask[:, None], other=0.0).to(tl.float32))
-            elif MASKED:
-                values = values + tl.split(tl.load(pairs + 2 * i, mask=there[:, None], other=0.0).to(tl.float32))
-            else:
-                values = values + tl.split(tl.load(pairs + 2 * i).to(tl.float32))
+        for i in tl.static_range(PAIRS, COUNT - 1, 2):
+            # A row of even length has both or neither.
+            found = _load_pixels(pairs + (i - PAIRS), x, there, width, i, FROM, TO, PERIOD, MASKED)
+            values = values + tl.split(found)
         if (COUNT - PAIRS) % 2 == 1:
-            if PADDED:
-                mask = there & _below(x + (COUNT - 1), width)
-                values = values + (tl.load(pointers + (COUNT - 1 - PAIRS), mask=mask, other=0.0).to(tl.float32),)
-            elif MASKED:
-                values = values + (tl.load(pointers + (COUNT - 1 - PAIRS), mask=there, other=0.0).to(tl.float32),)
-            else:
-                values = values + (tl.load(pointers + (COUNT - 1 - PAIRS)).to(tl.float32),)
+            last = pointers + (COUNT - 1 - PAIRS)
+            values = values + (_load_pixels(last, x, there, width, COUNT - 1, FROM, TO, PERIOD, MASKED),)
     return values
+
+
+_CODES = tl.constexpr(2.0**23)
+"""What a float32 argmax is counted from: one unit is then its last bit."""
 
 
 @triton.jit
@@ -112,12 +160,12 @@ def _better(best, value, argmax, code, RETURN_ARGMAX: tl.constexpr):
 def _finish(outputs, argmax_ptrs, best, argmax, mask, RETURN_ARGMAX: tl.constexpr):
     """Store a pooled cell after relu, and its argmax.
 
-    An argmax is a float32, which one instruction selects; integers become masks and shifts. Adding 2**23 moves a small
-    number into the last bits.
+    An argmax is a float32, which one instruction selects; integers become masks and shifts. It stands above `_CODES`,
+    so that its last bits are the number.
     """
     store(outputs, relu(best), mask)
     if RETURN_ARGMAX:
-        argmax = tl.where(best <= 0, 255.0, argmax) + 8388608.0
+        argmax = tl.where(best <= 0, _CODES + NO_WINNER, argmax)
         tl.store(argmax_ptrs, argmax.to(tl.int32, bitcast=True).to(tl.uint8), mask=mask)
 
 
@@ -187,7 +235,10 @@ def _forward_kernel(
     FIXED_POOLED_H: tl.constexpr,
     FIXED_POOLED_W: tl.constexpr,
     LAST: tl.constexpr,
-    PADDED: tl.constexpr,
+    ROWS_FROM: tl.constexpr,
+    ROWS_TO: tl.constexpr,
+    COLUMNS_FROM: tl.constexpr,
+    COLUMNS_TO: tl.constexpr,
     CLIPPED: tl.constexpr,
     PAIRS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -223,6 +274,8 @@ def _forward_kernel(
     RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H if POOL_H > POOL_STRIDE_H else 0
     RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W if POOL_W > POOL_STRIDE_W else 0
     WIDTH: tl.constexpr = (BW - 1) * STRIDE_W + KERNEL_W
+    PERIOD_H: tl.constexpr = POOL_STRIDE_H * STRIDE_H
+    PERIOD_W: tl.constexpr = POOL_STRIDE_W * STRIDE_W
     SPAN: tl.constexpr = (BH - 1) * STRIDE_H + 1  # rows of pixels that one kernel row meets
     STEP: tl.constexpr = IN_CHANNELS if LAST else 1
     DEPTH: tl.constexpr = IN_CHANNELS * KERNEL_H * KERNEL_W
@@ -238,13 +291,17 @@ def _forward_kernel(
     # Lanes beyond the last repeat it: without padding loads need no mask then.
     lane = tl.minimum(lane, lanes - 1)
     columns = pooled_w + RW
-    column = (lane % columns).to(tl.int32)
-    if RH == 0:  # then a chunk is a row of windows
-        row = (lane // columns % pooled_h).to(tl.int32)
-        image = lane // columns // pooled_h
+    # A chunk is a row of windows where these do not overlap. Unsigned numbers take fewer instructions to divide.
+    if INDEX == tl.int64:  # noqa: SIM300  (a type is no constant here)
+        unsigned = lane.to(tl.uint64)
     else:
-        row = (lane // columns % chunks).to(tl.int32) * chunk
-        image = lane // columns // chunks
+        unsigned = lane.to(tl.uint32)
+    columns = (lane * 0 + columns).to(unsigned.dtype)
+    per_image = (lane * 0 + (pooled_h if RH == 0 else chunks)).to(unsigned.dtype)
+    above = unsigned // columns
+    column = (unsigned % columns).to(tl.int32)
+    row = (above % per_image).to(tl.int32) * (1 if RH == 0 else chunk)
+    image = (above // per_image).to(INDEX)
     mask &= column < pooled_w
     x = (column * POOL_STRIDE_W - POOL_PADDING_W) * STRIDE_W - PADDING_W
     # From here on offsets of pixels count pairs, where pairs are loaded.
@@ -259,9 +316,12 @@ def _forward_kernel(
 
     pending = ()
     for _ in tl.static_range(RH * CHANNELS):
-        pending = pending + (tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32))
+        pending = pending + (tl.full((BLOCK,), float("-inf"), tl.float32), tl.full((BLOCK,), _CODES, tl.float32))
     for step in range(chunk + RH if RH > 0 else 1):
-        cell_y = (row + step) * POOL_STRIDE_H - POOL_PADDING_H
+        block_row = row + step
+        if RH > 0:  # the last chunk may have fewer rows
+            block_row = tl.minimum(block_row, pooled_h + (RH - 1))
+        cell_y = block_row * POOL_STRIDE_H - POOL_PADDING_H
         y = cell_y * STRIDE_H - PADDING_H
         conv = ()
         for o in tl.static_range(CHANNELS):
@@ -283,12 +343,14 @@ def _forward_kernel(
                                 starts,
                                 h * line,
                                 x,
-                                _below(y + h, limit_h),
+                                _inside(y, limit_h, h, ROWS_FROM, ROWS_TO, PERIOD_H),
                                 limit_w,
                                 WIDTH,
                                 STEP,
-                                PADDED,
-                                False,
+                                COLUMNS_FROM,
+                                COLUMNS_TO,
+                                PERIOD_W,
+                                h < ROWS_FROM or h >= ROWS_TO,
                                 PAIRS,
                             ),
                         )
@@ -320,8 +382,10 @@ def _forward_kernel(
                                     limit_w,
                                     WIDTH,
                                     STEP,
-                                    PADDED,
-                                    False,
+                                    COLUMNS_FROM,
+                                    COLUMNS_TO,
+                                    PERIOD_W,
+                                    ROWS_FROM > 0 or ROWS_TO < SPAN - 1 + KERNEL_H,
                                     PAIRS,
                                 ),
                             )
@@ -361,7 +425,7 @@ def _forward_kernel(
         for o in tl.static_range(CHANNELS):
             windows = pending[2 * RH * o : 2 * RH * (o + 1)]
             best = tl.full((BLOCK,), float("-inf"), tl.float32)
-            argmax = tl.zeros((BLOCK,), tl.float32)
+            argmax = tl.full((BLOCK,), _CODES, tl.float32)
             for b in tl.static_range(BH):
                 # The row's best for the window that starts in this block, its code counted from the row's first.
                 for w in tl.static_range(POOL_W):
@@ -372,12 +436,12 @@ def _forward_kernel(
                         if b == 0 and w == 0:
                             best = value
                         else:
-                            best, argmax = _better(best, value, argmax, 1.0 * (b * POOL_W + w), RETURN_ARGMAX)
+                            best, argmax = _better(best, value, argmax, _CODES + (b * POOL_W + w), RETURN_ARGMAX)
                     elif w == 0:
                         row_best = value
-                        row_argmax = tl.zeros((BLOCK,), tl.float32)
+                        row_argmax = tl.full((BLOCK,), _CODES, tl.float32)
                     else:
-                        row_best, row_argmax = _better(row_best, value, row_argmax, 1.0 * w, RETURN_ARGMAX)
+                        row_best, row_argmax = _better(row_best, value, row_argmax, _CODES + w, RETURN_ARGMAX)
                 if RH > 0:
                     merged = ()
                     for k in tl.static_range(RH):
@@ -426,7 +490,7 @@ def _cells(
     RH: tl.constexpr,
     RW: tl.constexpr,
 ):
-    """Gradients of a block's BH x BW cells, and what passes through the block's own window, 0 where argmax is not.
+    """Gradients of a block's BH x BW cells, and the masked gradient of its own window, 0 without a winner.
 
     Of the arguments
 
@@ -436,19 +500,27 @@ def _cells(
         row_step, column_step: elements from window to window.
     """
     cells = ()
-    passed = tl.zeros(j.shape, tl.float32)
+    masked_grads = tl.zeros(j.shape, tl.float32)
     for k in tl.static_range(RH + 1):
         for w in tl.static_range(RW + 1):
-            mask = there
-            if RH + RW > 0:
-                mask = there & _below(i - k, pooled_h) & _below(j - w, pooled_w)
             offset = k * row_step + w * column_step
             if RH + RW > 0:
-                grad = tl.load(grads - offset, mask=mask, other=0.0).to(tl.float32)
-                argmax = tl.load(argmaxes - offset, mask=mask, other=255).to(tl.int32)
+                mask = there
+                # Of RH + 1 windows above each other the first has none above it, the last none below.
+                if k > 0:
+                    mask &= i >= k
+                if k < RH:
+                    mask &= i < pooled_h + k
+                if w > 0:
+                    mask &= j >= w
+                if w < RW:
+                    mask &= j < pooled_w + w
+                # Without a winner the gradient is not looked at.
+                grad = tl.load(grads - offset, mask=mask).to(tl.float32)
+                argmax = tl.load(argmaxes - offset, mask=mask, other=NO_WINNER).to(tl.int32)
             else:
                 grad = tl.load(grads).to(tl.float32)
-                argmax = tl.where(there, tl.load(argmaxes).to(tl.int32), 255)
+                argmax = tl.where(there, tl.load(argmaxes).to(tl.int32), NO_WINNER)
             new = ()
             for b in tl.static_range(BH):
                 for a in tl.static_range(BW):
@@ -459,8 +531,8 @@ def _cells(
                         new = new + (cells[b * BW + a],)
             cells = new
             if k + w == 0:
-                passed = tl.where(argmax == 255, 0.0, grad)
-    return cells, passed
+                masked_grads = tl.where(argmax == NO_WINNER, 0.0, grad)
+    return cells, masked_grads
 
 
 @triton.jit(do_not_specialize=["images", "input_h", "input_w", "output_h", "output_w"])
@@ -493,7 +565,10 @@ def _grad_weight_kernel(
     FIXED_POOLED_H: tl.constexpr,
     FIXED_POOLED_W: tl.constexpr,
     LAST: tl.constexpr,
-    PADDED: tl.constexpr,
+    ROWS_FROM: tl.constexpr,
+    ROWS_TO: tl.constexpr,
+    COLUMNS_FROM: tl.constexpr,
+    COLUMNS_TO: tl.constexpr,
     CLIPPED: tl.constexpr,
     PAIRS: tl.constexpr,
     INDEX: tl.constexpr,
@@ -525,6 +600,8 @@ def _grad_weight_kernel(
     RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H if POOL_H > POOL_STRIDE_H else 0
     RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W if POOL_W > POOL_STRIDE_W else 0
     WIDTH: tl.constexpr = (BW - 1) * STRIDE_W + KERNEL_W
+    PERIOD_H: tl.constexpr = POOL_STRIDE_H * STRIDE_H
+    PERIOD_W: tl.constexpr = POOL_STRIDE_W * STRIDE_W
     HEIGHT: tl.constexpr = (BH - 1) * STRIDE_H + TAP_ROWS
     STEP: tl.constexpr = IN_CHANNELS if LAST else 1
     TAPS: tl.constexpr = TAP_ROWS * KERNEL_W
@@ -577,7 +654,7 @@ def _grad_weight_kernel(
         image += step
         offset = row * (OUT_CHANNELS * pooled_h * pooled_w) + window
         cells = ()
-        passed = ()
+        masked_grads = ()
         for o in tl.static_range(CHANNELS):
             found, own = _cells(
                 grad_ptr + (offset + o * out_plane),
@@ -597,11 +674,11 @@ def _grad_weight_kernel(
                 RW,
             )
             cells = cells + found
-            passed = passed + (own,)
+            masked_grads = masked_grads + (own,)
         if with_bias:
             done = ()
             for o in tl.static_range(CHANNELS):
-                done = done + (bias_sums[o] + passed[o],)
+                done = done + (bias_sums[o] + masked_grads[o],)
             bias_sums = done
         done = ()
         for c in tl.static_range(INPUTS):
@@ -610,8 +687,10 @@ def _grad_weight_kernel(
             patch = ()
             for h in tl.static_range(HEIGHT):
                 inside = there
-                if PADDED:
+                if TALL > 1 and (ROWS_FROM > 0 or ROWS_TO < HEIGHT - TAP_ROWS + KERNEL_H):
                     inside = there & _below(y + h, limit_h)
+                elif TALL == 1 and (h < ROWS_FROM or h >= ROWS_TO):
+                    inside = there & _inside(y, limit_h, h, ROWS_FROM, ROWS_TO, PERIOD_H)
                 patch = patch + (
                     _pixels(
                         starts,
@@ -621,7 +700,9 @@ def _grad_weight_kernel(
                         limit_w,
                         WIDTH,
                         STEP,
-                        PADDED,
+                        COLUMNS_FROM,
+                        COLUMNS_TO,
+                        PERIOD_W,
                         True,
                         PAIRS,
                     ),
@@ -941,8 +1022,8 @@ class _Axis:
         conv = (size + 2 * self.padding - kernel) // self.stride + 1
         self.clipped = self.pool_padding > 0 or last > conv
         """Whether a block has cells that the convolution has not."""
-        self.padded = self.origin > 0 or (last - 1) * self.stride + kernel - self.padding > size
-        """Whether a block looks at pixels that the image has not."""
+        self.inside = self.origin, min(self.span, size + self.origin - (pooled + self.reach - 1) * self.step)
+        """FROM and TO of `_inside`."""
 
 
 def _geometry(geometry: ConvPoolGeometry, input: Tensor, weight: Tensor, pooled: Sequence[int]) -> tuple[Any, Any]:
@@ -977,6 +1058,12 @@ def _constants(
         "CLIPPED": axes[0].clipped or axes[1].clipped,
         "PAIRS": axes[1].origin % 2 if even else -1,
     }
+
+
+def _always_inside(axes: Any) -> dict[str, int]:
+    """Tell the kernels which pixels of a block's patch need no look at the image's borders."""
+    (rows_from, rows_to), (columns_from, columns_to) = (axis.inside for axis in axes)
+    return {"ROWS_FROM": rows_from, "ROWS_TO": rows_to, "COLUMNS_FROM": columns_from, "COLUMNS_TO": columns_to}
 
 
 def _block_and_warps(lanes: int, tiles: int, halo: int, positions: int) -> dict[str, int]:
@@ -1042,7 +1129,7 @@ def forward(
         chunk,
         chunks,
         **_constants(geometry, input, weight, last, axes, options),
-        PADDED=height.padded or width.padded,
+        **_always_inside(axes),
         HAS_BIAS=bias is not None,
         RETURN_ARGMAX=return_argmax,
         INDEX=index_type(input, output),
@@ -1136,7 +1223,7 @@ def grad_weight(
         *input.shape[2:],
         *argmax.shape[2:],
         **_constants(geometry, input, weight, last, axes, options),
-        PADDED=height.padded or width.padded,
+        **_always_inside(axes),
         INDEX=index_type(input, grad_output, partials),
         BLOCK=block,
         CHANNELS=channels,

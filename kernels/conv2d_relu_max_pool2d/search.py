@@ -1,4 +1,4 @@
-"""Which configurations of each design are worth trying: what `fastlenet bench --tune` measures.
+"""Which configurations of each variant are worth trying: what `fastlenet bench --tune` measures.
 
 A space is wider than what fits: a configuration that spills, needs too much shared memory or computes something else is
 dropped by the tuner, which checks all three.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import configurations, rules
 from ..geometry import ConvPoolGeometry
-from . import DESIGNS
+from . import VARIANTS
 
 Candidate = tuple[str, dict[str, int]]
 
@@ -32,7 +32,7 @@ Candidate = tuple[str, dict[str, int]]
 def candidates(
     direction: str, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor, exact: bool
 ) -> list[Candidate]:
-    """List designs with their configurations, the general kernels' own rule first.
+    """List variants with their configurations, the general kernels' own rule first.
 
     Args:
         direction: ``"forward"``, ``"grad_input"`` or ``"grad_weight"``.
@@ -42,13 +42,13 @@ def candidates(
         exact: whether products are of exact float32, which `patch_dot` leaves to `patch_fma`.
     """
     found: list[Candidate] = [("general", options) for options in _GENERAL]
-    if not exact and DESIGNS["patch_dot"].covers(geometry, input, weight):
+    if not exact and VARIANTS["patch_dot"].covers(geometry, input, weight):
         found += [("patch_dot", options) for options in _patch_dot(direction, geometry, input, weight)]
-    if DESIGNS["patch_fma"].covers(geometry, input, weight):
+    if VARIANTS["patch_fma"].covers(geometry, input, weight):
         found += [("patch_fma", options) for options in _patch_fma(direction, geometry, input, weight, exact)]
     # The input's gradient by columns meets in memory, which must hold sums in full.
     columns = direction == "grad_input" and input.dtype == torch.float32
-    if columns and DESIGNS["column_fma"].covers(geometry, input, weight):
+    if columns and VARIANTS["column_fma"].covers(geometry, input, weight):
         found += [("column_fma", options) for options in _column_fma(input)]
     return found
 

@@ -405,13 +405,13 @@ def test_listed_configurations_spill_nothing(architecture):
         tensors = case.random(dtype)
         pooled = case.geometry.output_shape(tensors["input"], tensors["weight"])
         grad, argmax = torch.empty(pooled, dtype=dtype), torch.empty(pooled, dtype=torch.uint8)
-        design = conv.DESIGNS[entry.design]
+        variant = conv.VARIANTS[entry.variant]
         with fp32_precision("tf32" if mode == "tf32" else "ieee"), compiling_for(architecture) as records:
             if kernel.endswith("forward"):
                 for return_argmax in (True, False):
-                    design.forward(*tensors.values(), case.geometry, return_argmax, False, entry.options)
+                    variant.forward(*tensors.values(), case.geometry, return_argmax, False, entry.options)
             else:
-                launcher = getattr(design, kernel.rpartition(".")[2])
+                launcher = getattr(variant, kernel.rpartition(".")[2])
                 launcher(grad, tensors["input"], tensors["weight"], argmax, case.geometry, False, entry.options)
             check(records)
 

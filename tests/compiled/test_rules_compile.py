@@ -1,4 +1,4 @@
-"""What the rule of designs takes, compiled for every architecture: no spills, and few variants."""
+"""What the rule of variants takes, compiled for every architecture: no spills, and few variants."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_the_fastest_is_written_and_taken(table, offered, launches):
     found = entries(table)
     assert [e["kernel"].rpartition(".")[2] for e in found] == ["forward", "grad_input", "grad_weight", "backward"]
     for entry in found:
-        assert (entry["architecture"], entry["modes"], entry["design"]) == ("interpreted", ["ieee"], "general")
+        assert (entry["architecture"], entry["modes"], entry["variant"]) == ("interpreted", ["ieee"], "general")
         assert entry["options"] == SMALL
     # All other lines stand as they stood.
     assert json.loads(table.read_text())[: len(before)] == before
@@ -99,7 +99,7 @@ def test_the_library_is_written_where_it_wins(case, table, offered):
     offered()
     tuned(case, aten=0.5)
     forward = next(e for e in entries(table) if e["kernel"].endswith(".forward"))
-    assert (forward["design"], forward["options"]) == ("aten", {})
+    assert (forward["variant"], forward["options"]) == ("aten", {})
     if isinstance(case, ConvCase):
         input, weight = torch.empty(7, *case.input_shape), torch.empty(case.parameter_shapes["weight"])
         reasons = [library.convolution(way, input, weight, case.geometry) for way in ("forward", "backward")]
@@ -122,7 +122,7 @@ def test_what_computes_something_else_is_never_taken(table, offered, monkeypatch
     offered(WRONG, BROKEN)
     _, said = tuned(BLOCK_K=0.1)
     found = next(e for e in entries(table) if e["kernel"].endswith(".forward"))
-    assert (found["design"], found["options"]) == ("general", {})
+    assert (found["variant"], found["options"]) == ("general", {})
     assert "dropped general {'BLOCK_K': 64}: output: largest error" in said
     assert "dropped general {'BLOCK_K': 128}: RuntimeError: out of resources" in said
 
@@ -163,14 +163,14 @@ def test_every_space_holds_what_ships():
     found = 0
     for case, mode in itertools.product(LENET_OPERATORS[:2], tune.MODES):
         for slot in tune.slots(case, mode)[:-1]:
-            space = [(tried.design, tried.options) for tried in tune.candidates(slot)]
+            space = [(tried.variant, tried.options) for tried in tune.candidates(slot)]
             assert space[0] == ("general", {})
             assert ("aten" in dict(space)) == slot.kernel.endswith(".forward")
             for entry in listed:
                 if (entry["kernel"], entry["shape"]) == (slot.kernel, list(tune.shape_of(case))) and mode in entry[
                     "modes"
                 ]:
-                    assert (entry["design"], entry["options"]) in space
+                    assert (entry["variant"], entry["options"]) in space
                     found += 1
     assert found == 15  # five kernels in three modes
 

@@ -10,8 +10,8 @@ only. All ratios below are modelled (`python -m bench.static --conv`), against p
 - **General kernels**, on matrix units, for the rest: from 32 channels on their steps are full. They take 0.47 to 0.62
   of the floor forward and 0.49 to 0.78 for the weight's gradient.
 - **The input's gradient from 32 channels on**: the general kernel computes every pixel from all cells around it, so it
-  takes 0.48 * 64 / C * pixels / cells of the floor. Where that is more than the 1.3 of `patch_fma`, as without padding
-  on small images, the FMA units take it.
+  takes 0.33 * 64 / C * pixels / cells of the floor, 0.48 where windows overlap or the convolution strides. Where that
+  is more than the 1.3 of `patch_fma`, as without padding on the smallest images, the FMA units take it.
 
 - **Not on gfx942**: the weight's gradient of `patch_fma`, which takes Triton 7 s to minutes to compile there; the time
   goes into its own passes for that target, not into machine code.
@@ -38,8 +38,10 @@ class Rule(NamedTuple):
 MOST_CHANNELS, MOST_EXACT = 31, 64
 """Input channels up to which FMA units are taken, by matrix units' types and by exact float32."""
 
-_GENERAL_GRAD_INPUT, _FMA_GRAD_INPUT = 0.48, 1.3
-"""Modelled times of the input's gradient, in units of the floor: 64 channels of padded images, and any on FMA units."""
+_NON_OVERLAPPING_GRAD_INPUT, _GENERAL_GRAD_INPUT, _FMA_GRAD_INPUT = 0.33, 0.48, 1.3
+"""Modelled times of the input's gradient, in units of the floor: 64 channels of padded images by each of the general
+kernels, and any on FMA units.
+"""
 
 
 def choose(
@@ -100,7 +102,9 @@ def _wasteful(geometry: ConvPoolGeometry, channels: int, kernel: tuple[int, int]
     padded = 16
     while padded < channels:
         padded *= 2
-    return _GENERAL_GRAD_INPUT * 64 / padded * size[0] * size[1] / cells > _FMA_GRAD_INPUT
+    plain = geometry.stride == (1, 1) and geometry.pool_size == geometry.pool_stride == (2, 2)
+    general = _NON_OVERLAPPING_GRAD_INPUT if plain else _GENERAL_GRAD_INPUT
+    return general * 64 / padded * size[0] * size[1] / cells > _FMA_GRAD_INPUT
 
 
 def _even(number: int, most: int) -> int:

@@ -40,6 +40,7 @@ from ..runtime import (
     split_reduction,
     store,
     sum_partials,
+    tf32,
 )
 
 # What the three kernels take after their pointers, in this order. Never specialised on: neither a size of 1 nor a
@@ -243,7 +244,6 @@ def _grad_input_kernel(
     output_stride_c,
     output_stride_h,
     output_stride_w,
-    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -262,15 +262,11 @@ def _grad_input_kernel(
     neighbouring threads read neighbouring elements of NCHW tensors.
 
     Shapes and strides: grad (N, G * O, PH, PW) and argmax, any strides (0 too); weight (G * O, KH * KW, C) contiguous,
-    that is, channels_last; output (N, G * C, H, W), any strides. UNIT says that the convolution has stride 1 and the
-    pool 2x2 windows side by side: then one window covers a cell, and nothing is divided by a run-time value.
+    that is, channels_last; output (N, G * C, H, W), any strides.
 
     Cost per image: 2 * H * W * C * G * O * KH * KW FLOP, of which stride 1 needs all; reads PH * PW * G * O gradients
     and argmax, writes G * C * H * W elements.
     """
-    if UNIT:
-        stride_h, stride_w, pool_dilation_h, pool_dilation_w = 1, 1, 1, 1
-        pool_h, pool_w, pool_stride_h, pool_stride_w = 2, 2, 2, 2
     position = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     group = tl.program_id(2)
@@ -323,6 +319,114 @@ def _grad_input_kernel(
                 pointers = weight_ptr + ((tap * in_channels)[None, :] + channel[:, None])
                 weight = load(pointers, channel_mask[:, None] & k_mask[None, :])
                 grad_input = dot(weight, grad_conv.to(weight.dtype), grad_input, PRECISION)
+
+    offset = image * output_stride_n + h.to(INDEX) * output_stride_h + w.to(INDEX) * output_stride_w
+    offset = ((group * in_channels + channel).to(INDEX) * output_stride_c)[:, None] + offset[None, :]
+    store(output_ptr + offset, grad_input, channel_mask[:, None] & position_mask[None, :])
+
+
+@triton.jit(do_not_specialize=_GENERAL)
+def _non_overlapping_grad_input_kernel(
+    grad_ptr,
+    argmax_ptr,
+    weight_ptr,
+    output_ptr,
+    in_channels,
+    out_channels,
+    input_h,
+    input_w,
+    kernel_h,
+    kernel_w,
+    conv_h,
+    conv_w,
+    pooled_h,
+    pooled_w,
+    rows,
+    stride_h,
+    stride_w,
+    padding_h,
+    padding_w,
+    dilation_h,
+    dilation_w,
+    pool_h,
+    pool_w,
+    pool_stride_h,
+    pool_stride_w,
+    pool_padding_h,
+    pool_padding_w,
+    pool_dilation_h,
+    pool_dilation_w,
+    grad_stride_n,
+    grad_stride_c,
+    grad_stride_h,
+    grad_stride_w,
+    argmax_stride_n,
+    argmax_stride_c,
+    argmax_stride_h,
+    argmax_stride_w,
+    output_stride_n,
+    output_stride_c,
+    output_stride_h,
+    output_stride_w,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Gradient of the input where the convolution has stride 1 and the pool windows of 2x2 cells side by side.
+
+    Maths: as of `_grad_input_kernel`. With h + padding + pool_padding = 2 * u + parity, window u - d holds the cells on h
+    by the taps parity + 2 * d and parity + 2 * d - 1, for d = 0, 1, ..., and columns alike.
+
+    Tile: BLOCK_N input channels of one group x BLOCK_M input positions of one parity of row and column: so all have
+    the same taps at a window, and a window is loaded once for its four cells. The depth of the products is output
+    channels, BLOCK_K at a time. `rows` counts the positions of one parity, rounded up: N * ceil(H / 2) * ceil(W / 2).
+
+    Shapes, strides and cost: as of `_grad_input_kernel`, with a quarter to a half of its loads.
+    """
+    parity_h, parity_w = tl.program_id(0) % 4 // 2, tl.program_id(0) % 2
+    position = (tl.program_id(0) // 4).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    group = tl.program_id(2)
+    channel_mask = channel < in_channels
+    half_h, half_w = (input_h + 1) // 2, (input_w + 1) // 2
+    image = position // (half_h * half_w)
+    before_h, before_w = padding_h + pool_padding_h, padding_w + pool_padding_w
+    h = (position // half_w % half_h).to(tl.int32) * 2 + (parity_h + before_h) % 2
+    w = (position % half_w).to(tl.int32) * 2 + (parity_w + before_w) % 2
+    position_mask = (position < rows) & (h < input_h) & (w < input_w)
+    lowest_h, lowest_w = (h + before_h) >> 1, (w + before_w) >> 1
+
+    grad_input = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for down in range((kernel_h - parity_h) // 2 + 1):
+        pooled_row = lowest_h - down
+        row_mask = position_mask & _within(pooled_row, pooled_h)
+        for right in range((kernel_w - parity_w) // 2 + 1):
+            pooled_column = lowest_w - right
+            mask = row_mask & _within(pooled_column, pooled_w)
+            window = image * argmax_stride_n + pooled_row.to(INDEX) * argmax_stride_h
+            argmaxes = argmax_ptr + (window + pooled_column.to(INDEX) * argmax_stride_w)
+            window = image * grad_stride_n + pooled_row.to(INDEX) * grad_stride_h
+            grads = grad_ptr + (window + pooled_column.to(INDEX) * grad_stride_w)
+            for start in range(0, out_channels, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                k_mask = k < out_channels
+                out_channel = (group * out_channels + k).to(INDEX)
+                both = k_mask[:, None] & mask[None, :]
+                pointers = argmaxes[None, :] + (out_channel * argmax_stride_c)[:, None]
+                argmax = tl.load(pointers, mask=both, other=NO_WINNER).to(tl.int32)
+                # Loaded whatever the argmax, so that one load does not wait for the other; rounded once for four cells.
+                grad = tf32(load(grads[None, :] + (out_channel * grad_stride_c)[:, None], both), PRECISION)
+                for cell in tl.static_range(4):
+                    tap_h = parity_h + 2 * down - cell // 2
+                    tap_w = parity_w + 2 * right - cell % 2
+                    if _within(tap_h, kernel_h) & _within(tap_w, kernel_w):
+                        tap = (out_channel * kernel_h + tap_h) * kernel_w + tap_w
+                        weights = weight_ptr + ((tap * in_channels)[None, :] + channel[:, None])
+                        weight = tf32(load(weights, channel_mask[:, None] & k_mask[None, :]), PRECISION)
+                        grad_conv = tl.where(argmax == cell, grad, 0.0).to(weight.dtype)
+                        grad_input = tl.dot(weight, grad_conv, grad_input, input_precision=PRECISION)
 
     offset = image * output_stride_n + h.to(INDEX) * output_stride_h + w.to(INDEX) * output_stride_w
     offset = ((group * in_channels + channel).to(INDEX) * output_stride_c)[:, None] + offset[None, :]
@@ -439,6 +543,7 @@ def _grad_weight_kernel(
         if NEED_BIAS and tile == 0:
             grad_bias += tl.sum(grad.to(tl.float32), axis=1)
         if NEED_WEIGHT:
+            grad = tf32(grad, PRECISION)  # once for all cells
             for cell in range(pool_h * pool_w):
                 conv_row = pooled_row * pool_stride_h - pool_padding_h + (cell // pool_w) * pool_dilation_h
                 conv_column = pooled_column * pool_stride_w - pool_padding_w + (cell % pool_w) * pool_dilation_w
@@ -458,7 +563,8 @@ def _grad_weight_kernel(
                     position += h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w
                     patch = load(input_ptr + position, on_input)
                 chosen = tl.where(argmax == cell, grad, 0.0).to(patch.dtype)
-                grad_weight = dot(chosen, tl.trans(patch), grad_weight, PRECISION)
+                patch = tf32(patch, PRECISION)
+                grad_weight = tl.dot(chosen, tl.trans(patch), grad_weight, input_precision=PRECISION)
 
     channels = tl.num_programs(2) * out_channels
     weights = channels * depth if NEED_WEIGHT else 0
@@ -528,9 +634,9 @@ def _block(size: int, most: int) -> int:
     return min(most, max(16, next_power_of_2(size)))
 
 
-def _is_unit(geometry: ConvPoolGeometry) -> bool:
+def _non_overlapping(geometry: ConvPoolGeometry) -> bool:
     """Whether the convolution has stride 1 and the pool 2x2 windows side by side, as nearly all networks have."""
-    unit = geometry.stride == geometry.pool_dilation == (1, 1)
+    unit = geometry.stride == geometry.dilation == geometry.pool_dilation == (1, 1)
     return unit and geometry.pool_size == geometry.pool_stride == (2, 2)
 
 
@@ -599,11 +705,14 @@ def grad_input(
 ) -> Tensor:
     """Launch the gradient of the input, in the input's layout; `options` in place of the rule's."""
     result = empty(input.shape, input, memory_format=memory_format(input, weight))
-    rows, channels = input.shape[0] * input.shape[2] * input.shape[3], weight.shape[1]
+    (images, _, height, width), channels = input.shape, weight.shape[1]
+    kernel, rows, parities = _grad_input_kernel, images * height * width, 1
+    if _non_overlapping(geometry):
+        kernel, rows, parities = _non_overlapping_grad_input_kernel, images * cdiv(height, 2) * cdiv(width, 2), 4
     tile = _wide_tile(input.dtype, rows, channels, weight.shape[0] // geometry.groups) | options
     launch(
-        _grad_input_kernel,
-        (cdiv(rows, tile["BLOCK_M"]), cdiv(channels, tile["BLOCK_N"]), geometry.groups),
+        kernel,
+        (cdiv(rows, tile["BLOCK_M"]) * parities, cdiv(channels, tile["BLOCK_N"]), geometry.groups),
         grad_output,
         argmax,
         contiguous(weight, torch.channels_last),
@@ -612,7 +721,6 @@ def grad_input(
         *grad_output.stride(),
         *argmax.stride(),
         *result.stride(),
-        UNIT=_is_unit(geometry),
         INDEX=index_type(grad_output, argmax, weight, result),
         **tile,
     )

@@ -292,10 +292,7 @@ def _forward_kernel(
     lane = tl.minimum(lane, lanes - 1)
     columns = pooled_w + RW
     # A chunk is a row of windows where these do not overlap. Unsigned numbers take fewer instructions to divide.
-    if INDEX == tl.int64:  # noqa: SIM300  (a type is no constant here)
-        unsigned = lane.to(tl.uint64)
-    else:
-        unsigned = lane.to(tl.uint32)
+    unsigned = lane.to(tl.uint64) if INDEX == tl.int64 else lane.to(tl.uint32)  # noqa: SIM300
     columns = (lane * 0 + columns).to(unsigned.dtype)
     per_image = (lane * 0 + (pooled_h if RH == 0 else chunks)).to(unsigned.dtype)
     above = unsigned // columns

@@ -8,30 +8,25 @@ grad_output and the output together and masks it where relu was off, so that the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles
 from .runtime import (
     INTERPRETED,
     Sum,
-    all_registers,
-    architecture,
     bound,
     cdiv,
     contiguous,
     dot,
-    dot_precision,
     empty,
     index_type,
-    interpreted_tile,
     launch,
     layout,
     load,
-    next_power_of_2,
     pointers,
     relu,
     split_reduction,
@@ -511,51 +506,6 @@ _FEW_PROGRAMS = 64
 _SUM_COLUMNS = 64
 """Columns of which a program sums the gradient, 32 rows at a time."""
 
-_MASK_ONCE_FROM = {"sm_90": 2048}
-_MASK_ONCE_FROM_ELSEWHERE = 1024
-"""Columns of both gradients' products together from which the gradient is masked once before instead of in each tile.
-
-Modelled: a tile of 128 columns that masks the gradient itself reads the output from L2 into shared memory and on into
-registers. Masking it once is three passes over memory, as long as eight such tiles take in either product. Warps of
-sm_80 and gfx942 share left operands, and each masks its own copy. sm_100 puts a masked operand back into shared
-memory.
-"""
-
-
-def _tile(dtype: torch.dtype, rows: int | None, columns: int, depth: int, *, masks: bool = False) -> dict[str, Any]:
-    """Choose the tile and precision of a product of `rows` x `columns` with inner dimension `depth`.
-
-    Args:
-        dtype: of the operands.
-        rows: None where they are the forward's: a row's sums must not depend on how many rows travel with it.
-        columns: of the product.
-        depth: products summed.
-        masks: whether the left operand is masked in registers, across its rows: then a wide tile would spill.
-    """
-    precision = dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
-    if INTERPRETED:
-        return {"PRECISION": precision, "GROUP": 8, **interpreted_tile(rows or 1024, columns, depth)}
-    on, half = architecture(), dtype != torch.float32
-    block_n = min(128, max(16, next_power_of_2(columns)))
-    if not half and precision == "ieee":
-        # FMA units take both operands in registers: a wider tile spills, and runs on matrix units, in tf32, on sm_100.
-        block_n = min(block_n, 64 if on == "sm_90" and rows is not None else 32)
-        tile = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
-    else:
-        large = columns > 128 and (rows is None or rows > 64)
-        block_m, block_k, stages = (128 if large else 64), (64 if half else 32), 3
-        if on == "sm_90" and not half and rows is not None and not masks and columns > 512:
-            # Twice as wide, a tile reads its left operand half as often: shared memory is what binds in tf32.
-            if cdiv(rows, block_m) * cdiv(columns, 256) >= 128:
-                block_n = 256
-        elif on == "sm_80":
-            block_k //= 2  # operands pass through registers
-        elif on not in ("sm_90", "sm_100"):
-            block_k, stages = 32, 2  # 64 KiB of shared memory
-        warps = 8 if large else 4
-        tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
-    return {"PRECISION": precision, "GROUP": 8, **tile, **all_registers()}
-
 
 def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
     """Launch the forward.
@@ -580,7 +530,7 @@ def _forward(mat1: Tensor, mat2: Tensor, input: Tensor | None, factors: tuple[fl
     # The view is only asked for its strides: a plan knows the tensor that it is given.
     addend = mat1 if input is None else input.expand(m, n)
     row = addend.stride(0) == 0 or m == 1
-    tile = _tile(mat1.dtype, None, n, k)
+    tile = tiles.product(mat1.dtype, None, n, k)
     chunk = tile["CHUNK"] = _CHUNK if k > _CHUNK else 0
     programs = cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"])
     index = index_type(addend, mat1, mat2, output)
@@ -699,7 +649,7 @@ def _backward(
         grad_input = _mask_grad(grad, output, beta, None if addend == "full" else torch.float32)
     if addend == "full" and beta == 1:
         grad, masked = grad_input, False
-    elif k * (need_mat1 + need_mat2) >= _MASK_ONCE_FROM.get(architecture(), _MASK_ONCE_FROM_ELSEWHERE):
+    elif tiles.masks_once(k * (need_mat1 + need_mat2)):
         grad, masked = _mask_grad(grad, output), False
     if need_mat1:
         grad_mat1 = empty((m, k), mat1)
@@ -740,7 +690,7 @@ def _grad_mat1(
     grad: Tensor, output: Tensor, mat1: Tensor, mat2: Tensor, grad_mat1: Tensor, masked: bool, alpha: float
 ) -> None:
     (m, k), n = mat1.shape, mat2.shape[1]
-    tile = _tile(mat1.dtype, m, k, n)
+    tile = tiles.product(mat1.dtype, m, k, n)
     launch(
         _grad_mat1_kernel,
         (cdiv(m, tile["BLOCK_M"]) * cdiv(k, tile["BLOCK_N"]),),
@@ -777,10 +727,10 @@ def _grad_mat2(
     later: list[Sum] | None,
 ) -> None:
     (m, k), n = mat1.shape, output.shape[1]
-    tile = _tile(mat1.dtype, n, k, m, masks=masked)
-    tiles = 0 if grad_mat2 is None else cdiv(n, tile["BLOCK_M"]) * cdiv(k, tile["BLOCK_N"])
+    tile = tiles.product(mat1.dtype, n, k, m, masks=masked)
+    programs = 0 if grad_mat2 is None else cdiv(n, tile["BLOCK_M"]) * cdiv(k, tile["BLOCK_N"])
     sum_tiles = 0 if grad_bias is None else cdiv(n, _SUM_COLUMNS)
-    parts, depth_per_part = split_reduction(m, tile["BLOCK_K"], max(1, 4 * (tiles or sum_tiles)))
+    parts, depth_per_part = split_reduction(m, tile["BLOCK_K"], max(1, 4 * (programs or sum_tiles)))
     sums = output if grad_mat2 is None else grad_mat2
     column_sums = output if grad_bias is None else grad_bias
     factors = alpha, beta
@@ -793,7 +743,7 @@ def _grad_mat2(
     width = layout(sums[0] if sums.dim() == 3 else sums)
     launch(
         _grad_mat2_kernel,
-        (tiles + sum_tiles, parts),
+        (programs + sum_tiles, parts),
         grad,
         output,
         mat1,
@@ -806,7 +756,7 @@ def _grad_mat2(
         *mat1.stride(),
         *((k, 1) if transposed else (1, n)),
         depth_per_part,
-        tiles,
+        programs,
         *factors,
         MASKED=masked,
         LEFT=-layout(grad),

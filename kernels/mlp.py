@@ -13,27 +13,22 @@ and whether rows start at multiples of four elements, which decides how wide loa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configurations import architecture
+from . import tiles
 from .runtime import (
-    INTERPRETED,
     Sum,
-    all_registers,
     cdiv,
     contiguous,
     dot,
-    dot_precision,
     empty,
     index_type,
     launch,
     load,
-    next_power_of_2,
     operand,
     relu,
     split_reduction,
@@ -499,62 +494,6 @@ def _aligned(*matrices: Tensor) -> bool:
     return all(t.shape[1] % 4 == 0 and t.data_ptr() % (4 * t.element_size()) == 0 for t in matrices)
 
 
-def _exact(dtype: torch.dtype, precision: str) -> bool:
-    """Whether products run on the FMA units: they keep both operands in registers, and spill in wide tiles."""
-    return dtype == torch.float32 and precision == "ieee"
-
-
-def _through_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[str, Any]:
-    """Choose precision and tile of the kernels that take rows through the layers; it never depends on the rows.
-
-    Loads of single elements take registers for their addresses: a wide tile would spill.
-    """
-    precision = dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
-    exact, wide = _exact(dtype, precision), q > 96
-    registers = {} if INTERPRETED else all_registers()
-    tile: dict[str, Any]
-    if INTERPRETED:
-        tile = {"BLOCK_M": 1024, "BLOCK_K": 256, "BLOCK_P": 128, "BLOCK_Q": 128}
-    elif exact:
-        # Operands come through shared memory: the more outputs a lane has, the fewer loads a product takes, so that all
-        # of hidden1 is one block. Addresses of single elements leave room for half, sm_100's pairs of registers too.
-        paired = architecture() == "sm_100"
-        block_p = min(max(32, next_power_of_2(p)), 64 if paired else 128)
-        tile = {"BLOCK_M": 64, "BLOCK_K": 16, "BLOCK_P": block_p, "BLOCK_Q": 32, "num_stages": 1, **registers}
-        tile["num_warps"] = 4 if aligned and not (paired and wide) else 8
-    else:
-        # Four slices of hidden2 leave registers for half as wide a block of hidden1. AMD's lanes have 256: less still.
-        # On sm_80, which multiplies out of registers, rounding tf32 operands there takes the rest.
-        rounded = dtype == torch.float32 and architecture() == "sm_80"
-        block_p = min(max(32, next_power_of_2(p)), 32 if rounded else 64 if wide else 128) if aligned else 32
-        rows = 64
-        if wide and dtype == torch.float32 and not registers:
-            rows, block_p = 32, 32
-        # The third stage was measured on an H100: 23 us for 30 in tf32, 13 for 16 in bfloat16, at batch 8192.
-        stages = 1 if wide else 3 if architecture() == "sm_90" else 2
-        tile = {"BLOCK_M": rows, "BLOCK_K": 32, "BLOCK_P": block_p, "BLOCK_Q": 32, "num_warps": 8, "num_stages": stages}
-        tile |= registers
-    slices = max(1, cdiv(q, tile["BLOCK_Q"]))
-    return {"PRECISION": precision, "SLICES_Q": slices, "BLOCK_R": 16, **tile}
-
-
-def _product(dtype: torch.dtype) -> dict[str, Any]:
-    """Choose precision and tile of the backward's large products."""
-    precision = dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
-    if INTERPRETED:
-        tile = {"BLOCK_I": 1024, "BLOCK_J": 256, "BLOCK_D": 256}
-    elif _exact(dtype, precision):
-        tile = {"BLOCK_I": 128, "BLOCK_J": 32, "BLOCK_D": 16, "num_warps": 2, "num_stages": 1, **all_registers()}
-        if architecture() == "sm_90":
-            # Two stages copy past the registers, which spares shared memory's stores. On an H100 at batch 8192
-            # the whole backward takes 102 us; with 128 x 32 by two warps 118.
-            tile |= {"BLOCK_I": 64, "BLOCK_J": 64, "num_warps": 4, "num_stages": 2}
-    else:
-        depth = 32 if dtype == torch.float32 else 64
-        tile = {"BLOCK_I": 128, "BLOCK_J": 64, "BLOCK_D": depth, "num_warps": 8, "num_stages": 2, **all_registers()}
-    return {"PRECISION": precision, **tile}
-
-
 def mlp(
     input: Tensor,
     weight1: Tensor,
@@ -584,8 +523,8 @@ def mlp(
     operands = [contiguous(t) for t in (input, weight1, bias1, weight2, bias2, weight3, bias3)]
     output = empty((m, r), input)
     aligned = _aligned(operands[0], operands[1], operands[3], operands[5])
-    tile = _through_layers(input.dtype, p, q, aligned)
-    exact = _exact(input.dtype, tile["PRECISION"])
+    tile = tiles.head_layers(input.dtype, p, q, aligned)
+    exact = tiles.is_exact(input.dtype, tile["PRECISION"])
     hidden1 = empty((m, p), input) if return_hidden or exact else None
     hidden2 = empty((m, q), input) if return_hidden else None
     launch(
@@ -643,8 +582,8 @@ def mlp_backward(
     need_input, need_sums = output_mask[0], any(output_mask[1:])
     aligned = _aligned(input, hidden1, hidden2, weight1, weight2, weight3)
     grad1, grad2 = empty((m, p), input), empty((m, q), input)
-    layers = _through_layers(input.dtype, p, q, aligned)
-    exact = _exact(input.dtype, layers["PRECISION"])
+    layers = tiles.head_layers(input.dtype, p, q, aligned)
+    exact = tiles.is_exact(input.dtype, layers["PRECISION"])
     row_parts = cdiv(m, layers["BLOCK_M"])
     row_sums = empty((row_parts, r * q + p + q + r), input, torch.float32) if need_sums else None
     launch(
@@ -668,17 +607,17 @@ def mlp_backward(
         INDEX=index_type(grad_output, hidden1, hidden2),
         **layers,
     )
-    tile = _product(input.dtype)
+    tile = tiles.head_products(input.dtype)
     across = cdiv(k, tile["BLOCK_J"])
     grad_input = empty((m, k), input) if need_input else None
     input_tiles = cdiv(m, tile["BLOCK_I"]) * across if need_input else 0
-    tiles = cdiv(p, tile["BLOCK_I"]) * across
-    tiles += cdiv(q, tile["BLOCK_I"]) * cdiv(p, tile["BLOCK_J"])
+    products = cdiv(p, tile["BLOCK_I"]) * across
+    products += cdiv(q, tile["BLOCK_I"]) * cdiv(p, tile["BLOCK_J"])
     # Half to a third as many parts as for a kernel of their own: the tiles of grad_input keep the device busy too. On
     # matrix units a part's rows then take about as long as all else that a multiprocessor has to do.
-    parts, rows_per_part = split_reduction(m, tile["BLOCK_D"], max(1, (2 if exact else 3) * tiles))
+    parts, rows_per_part = split_reduction(m, tile["BLOCK_D"], max(1, (2 if exact else 3) * products))
     weight_sums = empty((parts, p * k + q * p), input, torch.float32) if need_sums else None
-    weight_tiles = tiles * parts if need_sums else 0
+    weight_tiles = products * parts if need_sums else 0
     launch(
         _product_kernel,
         (input_tiles + weight_tiles,),

@@ -19,23 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..configurations import architecture
+from .. import tiles
 from ..geometry import ConvPoolGeometry, memory_format, output_format
 from ..runtime import (
-    INTERPRETED,
     NO_WINNER,
     Sum,
-    all_registers,
     cdiv,
     contiguous,
     dot,
-    dot_precision,
     empty,
     index_type,
-    interpreted_tile,
     launch,
     load,
-    next_power_of_2,
     relu,
     split_reduction,
     store,
@@ -376,7 +371,7 @@ def _non_overlapping_grad_input_kernel(
 ):
     """Gradient of the input where the convolution has stride 1 and the pool windows of 2x2 cells side by side.
 
-    Maths: as of `_grad_input_kernel`. With h + padding + pool_padding = 2 * u + parity, window u - d holds the cells on h
+    Maths: as of `_grad_input_kernel`. With h + padding + pool_padding = 2 * u + parity, window u - d has the cells on h
     by the taps parity + 2 * d and parity + 2 * d - 1, for d = 0, 1, ..., and columns alike.
 
     Tile: BLOCK_N input channels of one group x BLOCK_M input positions of one parity of row and column: so all have
@@ -577,61 +572,10 @@ def _grad_weight_kernel(
 
 
 _AS_RULED: Mapping[str, int] = MappingProxyType({})
-"""No launch configuration from the table: tiles follow the rules below."""
+"""No launch configuration from the table: tiles follow `tiles`."""
 
 _WIDE = 16
 """Input channels of a group from which kernels walk the depth tap by tap: below, channels do not fill a step."""
-
-
-def _tile(dtype: torch.dtype, rows: int, columns: int, depth: int) -> dict[str, Any]:
-    """Choose the tile and precision of a product of `rows` x `columns` with inner dimension `depth`.
-
-    On a GPU it never depends on the rows, of which the batch may be one dimension.
-    """
-    precision = dot_precision(dtype, torch.backends.cudnn.conv.fp32_precision)
-    if INTERPRETED:
-        return {"PRECISION": precision, **interpreted_tile(rows, columns, depth)}
-    blocks = {"BLOCK_M": 32, "BLOCK_N": _block(columns, 64), "BLOCK_K": 16}
-    return {"PRECISION": precision, **blocks, "num_warps": 4, "num_stages": 1, **all_registers()}
-
-
-def _wide_tile(
-    dtype: torch.dtype, rows: int, columns: int, depth: int, *, tall: int = 128, widest: int = 128, step: int = 16
-) -> dict[str, Any]:
-    """Choose a large tile, for kernels that walk the depth tap by tap; see `_tile`.
-
-    Args:
-        dtype: of the operands.
-        rows: extent of BLOCK_M.
-        columns: extent of BLOCK_N.
-        depth: extent of BLOCK_K.
-        tall: BLOCK_M.
-        widest: the largest BLOCK_N.
-        step: BLOCK_K.
-    """
-    tile = _tile(dtype, rows, columns, depth)
-    if INTERPRETED:
-        return tile
-    if _exact(dtype) and architecture().startswith("sm_1"):
-        # Blackwell's matrix units take products of 64 columns and more, and round exact float32 to tf32 there.
-        widest = 32
-    block_n = _block(columns, widest)
-    return tile | {"BLOCK_M": tall, "BLOCK_N": block_n, "BLOCK_K": step, "num_warps": 8 if tall * block_n > 4096 else 4}
-
-
-def _roomy(dtype: torch.dtype) -> bool:
-    """Whether the weight's gradient may take 32 pooled cells a step: elsewhere, and by 64-bit addresses, it spills."""
-    return not _exact(dtype) and architecture() in ("sm_90", "sm_100")
-
-
-def _exact(dtype: torch.dtype) -> bool:
-    """Whether products are of exact float32."""
-    return dtype == torch.float32 and dot_precision(dtype, torch.backends.cudnn.conv.fp32_precision) == "ieee"
-
-
-def _block(size: int, most: int) -> int:
-    """Side of a tile that covers `size`, or as much of it as `most` allows."""
-    return min(most, max(16, next_power_of_2(size)))
 
 
 def _non_overlapping(geometry: ConvPoolGeometry) -> bool:
@@ -666,13 +610,8 @@ def forward(
     argmax = empty(shape, output, geometry.argmax_dtype, layout) if return_argmax else None
     rows, channels = shape[0] * shape[2] * shape[3], shape[1] // geometry.groups
     wide = weight.shape[1] >= _WIDE
-    if wide:
-        # Where products are taken out of registers, in which tf32 operands are rounded, deeper steps spill.
-        rounds = input.dtype == torch.float32 and not _exact(input.dtype) and architecture() not in ("sm_90", "sm_100")
-        step = _block(weight.shape[1], 16 if rounds else 32)
-        tile = _wide_tile(input.dtype, rows, channels, weight.shape[1], widest=64, step=step)
-    else:
-        tile = _tile(input.dtype, rows, channels, weight[0].numel())
+    sizes = rows, channels, weight.shape[1], weight[0].numel()
+    tile = tiles.conv_forward(input.dtype, *sizes, wide)
     tile |= options
     weight = contiguous(weight, torch.channels_last if wide else torch.contiguous_format)
     launch(
@@ -709,7 +648,7 @@ def grad_input(
     kernel, rows, parities = _grad_input_kernel, images * height * width, 1
     if _non_overlapping(geometry):
         kernel, rows, parities = _non_overlapping_grad_input_kernel, images * cdiv(height, 2) * cdiv(width, 2), 4
-    tile = _wide_tile(input.dtype, rows, channels, weight.shape[0] // geometry.groups) | options
+    tile = tiles.conv_grad_input(input.dtype, rows, channels, weight.shape[0] // geometry.groups) | options
     launch(
         kernel,
         (cdiv(rows, tile["BLOCK_M"]) * parities, cdiv(channels, tile["BLOCK_N"]), geometry.groups),
@@ -744,23 +683,19 @@ def grad_weight(
     rows = argmax.shape[0] * argmax.shape[2] * argmax.shape[3]
     wide = weight.shape[1] >= _WIDE
     taps = weight[0, 0].numel() if wide else 1
-    if wide:
-        roomy = _roomy(input.dtype) and index_type(grad_output, argmax, input) == tl.int32
-        tall, step = _block(weight.shape[1], 128), 32 if roomy else 16
-        tile = _wide_tile(input.dtype, weight.shape[1], channels, rows, tall=tall, step=step)
-    else:
-        tile = _tile(input.dtype, depth, channels, rows)
+    narrow = index_type(grad_output, argmax, input) == tl.int32
+    tile = tiles.conv_grad_weight(input.dtype, rows, channels, weight.shape[1], depth, wide, narrow)
     tile |= options
     channel_tiles = cdiv(channels, tile["BLOCK_N"])
-    tiles = (cdiv(depth // taps, tile["BLOCK_M"]) * taps if need_weight else 1) * channel_tiles
-    parts, rows_per_part = split_reduction(rows, tile["BLOCK_K"], tiles * geometry.groups)
+    programs = (cdiv(depth // taps, tile["BLOCK_M"]) * taps if need_weight else 1) * channel_tiles
+    parts, rows_per_part = split_reduction(rows, tile["BLOCK_K"], programs * geometry.groups)
     result = empty(weight.shape, weight) if need_weight else None
     grad_bias = empty((out_channels,), weight) if need_bias else None
     wanted = [output for output in (result, grad_bias) if output is not None]
     partials = empty((parts, sum(output.numel() for output in wanted)), input, torch.float32)
     launch(
         _grad_weight_kernel,
-        (tiles, parts, geometry.groups),
+        (programs, parts, geometry.groups),
         grad_output,
         argmax,
         input,

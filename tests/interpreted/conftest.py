@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fastlenet.kernels import addmm_relu, plans, runtime
+from fastlenet.kernels import addmm_relu, plans, runtime, tiles
 from fastlenet.kernels.conv2d_relu_max_pool2d import column_fma, general, patch_dot, patch_fma
 from harness import modes
 from harness.bounds import sanitized
@@ -41,9 +41,9 @@ def watched() -> Callable[..., Result]:
 def shipped_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the tiles that ship in the interpreter too, which for speed takes larger ones."""
     if modes.interpreting():
-        for module in (general, addmm_relu):
+        for module in (tiles, addmm_relu):
             monkeypatch.setattr(module, "INTERPRETED", False)
-            monkeypatch.setattr(module, "all_registers", dict)
+        monkeypatch.setattr(tiles, "all_registers", dict)
 
 
 @pytest.fixture

@@ -223,7 +223,7 @@ def test_closed_once_for_both_products(case, dtype, addmm, launches, device, mon
     once = addmm.random(case, tensors)
     masked = {c["MASKED"] for name, c in launches if "MASKED" in c}
     assert masked == {False}
-    assert Counter(name for name, _ in launches)["_close_kernel"] == 1
+    assert Counter(name for name, _ in launches)["_mask_grad_kernel"] == 1
     result = run(ADDMM.fused, tensors, case.keywords, grad)
     for name in NAMES:
         assert_bitwise_equal(result.grads[name], by_tiles.grads[name], name=name)
@@ -296,7 +296,7 @@ def test_only_requested_gradients_are_computed(case, wanted, launches, monkeypat
     bias = "input" in wanted and case is SMALL
     expected = {"_forward_kernel": 1, "_grad_mat1_kernel": int("mat1" in wanted)}
     expected |= {"_grad_mat2_kernel": int("mat2" in wanted or bias)}
-    expected |= {"_close_kernel": int("input" in wanted and not bias)}
+    expected |= {"_mask_grad_kernel": int("input" in wanted and not bias)}
     assert Counter(name for name, _ in launches) == Counter(expected)
     # A tile of mat2's gradient has a program, 64 columns of the bias's have one.
     found = [grid for name, grid in grids if name == "_grad_mat2_kernel"]

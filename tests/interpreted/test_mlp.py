@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from fastlenet.kernels import mlp as kernels
 from fastlenet.kernels import runtime
-from harness import modes
 from harness.bounds import sanitized
 from harness.cases import dtypes, wide_and_narrow
 from harness.judge import assert_as_accurate, assert_bitwise_equal, assert_same_values, exact_grid
@@ -138,14 +137,6 @@ def run_watched(watched, tensors, grad_kind="contiguous", wanted=None):
 
 
 @pytest.fixture
-def shipped(shipped_tiles, monkeypatch):
-    """Run the tiles that ship in the interpreter too."""
-    if modes.interpreting():
-        monkeypatch.setattr(kernels, "INTERPRETED", False)
-        monkeypatch.setattr(kernels, "all_registers", dict)
-
-
-@pytest.fixture
 def launched(monkeypatch, unplanned):
     """Names and constants of the kernels launched."""
     log: list[tuple[str, dict[str, Any]]] = []
@@ -184,7 +175,7 @@ def test_grid_equals_stock_where_arithmetic_is_exact(case, dtype, watched, devic
 
 @cases(SHIPPED)
 @dtypes
-def test_shipped_tiles(case, dtype, watched, device, shipped, launched):
+def test_shipped_tiles(case, dtype, watched, device, shipped_tiles, launched):
     """The compiled configuration's own tiles: several, partial ones, and several parts of a sum."""
     tensors = case.random(dtype, device)
     grad_output, result, masks = run_watched(watched, tensors)
@@ -192,7 +183,7 @@ def test_shipped_tiles(case, dtype, watched, device, shipped, launched):
     assert {c["BLOCK_M"] for _, c in launched if "BLOCK_M" in c} == {64}
 
 
-def test_tf32_is_as_accurate_as_stock_in_tf32(watched, device, launched, shipped):
+def test_tf32_is_as_accurate_as_stock_in_tf32(watched, device, launched, shipped_tiles):
     """The precision switch reaches every kernel (the interpreter itself knows no tf32)."""
     with fp32_precision("tf32"):
         tensors = SMALL.random(torch.float32, device)
@@ -227,7 +218,7 @@ def test_any_leading_dimensions(leading, watched, device):
 @dtypes
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("name", [*NAMES, "grad"])
-def test_nan_and_infinities_travel_as_in_stock(name, value, dtype, watched, device, shipped):
+def test_nan_and_infinities_travel_as_in_stock(name, value, dtype, watched, device, shipped_tiles):
     """Also where widths are padded to a tile: a zero of the padding must not meet an infinity."""
     tensors = SMALL.exact(dtype, device)
     grad_output = torch.randint(-1, 2, (SMALL.m, SMALL.r)).to(device, dtype)
@@ -285,7 +276,7 @@ def test_saves_the_hidden_layers_once(device):
 
 
 @wide_and_narrow
-def test_bitwise_reproducible_from_run_to_run(dtype, device, shipped):
+def test_bitwise_reproducible_from_run_to_run(dtype, device, shipped_tiles):
     tensors = SHIPPED[2].random(dtype, device)
     grad_output = upstream(stock_mlp(**tensors))
     first, second = (run(mlp, tensors, {}, grad_output) for _ in range(2))
@@ -293,7 +284,7 @@ def test_bitwise_reproducible_from_run_to_run(dtype, device, shipped):
         assert_bitwise_equal(one, other, name=name)
 
 
-def test_several_parts_do_occur(device, shipped, monkeypatch, unplanned):
+def test_several_parts_do_occur(device, shipped_tiles, monkeypatch, unplanned):
     """Guards the test above: its shape must give both two-stage sums more than one part."""
     empty, parts = kernels.empty, []
 
@@ -309,7 +300,7 @@ def test_several_parts_do_occur(device, shipped, monkeypatch, unplanned):
 
 
 @dtypes
-def test_a_row_does_not_depend_on_its_batch(dtype, device, shipped, sums_in_order):
+def test_a_row_does_not_depend_on_its_batch(dtype, device, shipped_tiles, sums_in_order):
     tensors = Case("batch", 70, 50, 20, 40, 6).random(dtype, device)
     rows = tensors.pop("input")
     whole = mlp(rows, **tensors)

@@ -7,8 +7,8 @@ only. All ratios below are modelled (`python -m bench.static --conv`), against p
   float32. So few products leave matrix units waiting: an H100 took 65 us for LeNet's first layer on FMA units and 106
   on matrix units, though the model had it the other way round. Any stride, padding and pool whose cells fit in
   registers.
-- **General kernels**, on matrix units, for the rest: from 32 channels on their steps are full. They take 0.47 to 0.62
-  of the floor forward and 0.49 to 0.78 for the weight's gradient.
+- **General kernels**, on matrix units, for the rest: from 32 channels on their steps are full. They take 0.36 to 0.47
+  of the floor forward and 0.34 to 0.66 for the weight's gradient.
 - **The input's gradient from 32 channels on**: the general kernel computes every pixel from all cells around it, so it
   takes 0.33 * 64 / C * pixels / cells of the floor, 0.48 where windows overlap or the convolution strides. Where that
   is more than the 1.3 of `patch_fma`, as without padding on the smallest images, the FMA units take it.

@@ -1,12 +1,12 @@
 """The rule that gives a call to cuDNN or cuBLAS, though a Triton kernel covers it.
 
-`configurations.json` decides first: an entry with the variant "aten" takes the library, any other the kernel. Without an
-entry a rule decides. Convolutions with few input channels ask `kernels/rules.py`: what a kernel on FMA units computes
-stays there, unless there are enough output channels to fill a library's tiles. For all other calls the depth decides,
-which is the number of products that one element of the result sums. A library multiplies faster than the general
-kernels, which gather their operands. The kernels save passes over memory for relu, its mask and the pool. The first gain
-grows with the depth, the second does not. The number of images never decides, so a sample's result does not depend on
-its batch.
+`configurations.json` decides first: an entry with the variant "aten" takes the library, any other the kernel. Without
+an entry a rule decides. Convolutions with few input channels ask `kernels/rules.py`: what a kernel on FMA units
+computes stays there, unless there are enough output channels to fill a library's tiles. For all other calls the depth
+decides, which is the number of products that one element of the result sums. A library multiplies faster than the
+general kernels, which gather their operands. The kernels save passes over memory for relu, its mask and the pool. The
+first gain grows with the depth, the second does not. The number of images never decides, so a sample's result does not
+depend on its batch.
 
 The limits of convolutions are modelled, those of matrix products were measured on an H100.
 `docs/design/library.md` has the figures. `fastlenet bench --tune` measures and writes entries that override the rule.

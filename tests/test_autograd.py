@@ -69,6 +69,7 @@ def agree(values):
 # --- derivatives ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("function", "tensors"), [(fused_conv, "conv_tensors"), (fused_addmm, "addmm_tensors")])
 def test_gradients_to_second_order_and_forward_mode(function, tensors, request):
     tensors = request.getfixturevalue(tensors)
@@ -257,6 +258,7 @@ def test_raw_operators_take_tensors_that_require_gradients():
     assert torch.equal(output, layer(images).detach())
 
 
+@pytest.mark.wide
 def test_one_graph_for_every_batch(networks):
     """Where the user says that the batch is dynamic; see test_compile.py for one that turns out to be."""
     fused, stock = (network.float() for network in networks)

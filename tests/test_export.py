@@ -182,6 +182,7 @@ def test_decompositions_leave_every_other_operator_alone(program, plain, network
     assert torch.equal(plain.module()(images), networks[1](images)), "it is stock's network, to the bit"
 
 
+@pytest.mark.wide
 def test_a_decomposed_program_runs_without_fastlenet(program, plain, networks, tmp_path):
     images = torch.randn(7, 1, 32, 32)
     torch.export.save(program, tmp_path / "ours.pt2")
@@ -232,6 +233,7 @@ def test_onnx_with_a_dynamic_batch(plain, networks, tmp_path):
         torch.testing.assert_close(torch.from_numpy(outputs), networks[1](images))
 
 
+@pytest.mark.wide
 def test_aot_inductor_package_runs_our_operators(tmp_path):
     """Compiled ahead of time, and loaded where only fastlenet's operators are, which it calls; for several batches."""
     model = torch.nn.Sequential(

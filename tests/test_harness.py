@@ -459,6 +459,7 @@ def sample(tmp_path):
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton's suites need Linux")
 
 
+@pytest.mark.wide
 @linux_only
 def test_runner_counts_over_all_processes(sample):
     (sample.tests / "test_plain.py").write_text("import os\n\n\ndef test_crash():\n    os.abort()\n")
@@ -471,6 +472,7 @@ def test_runner_counts_over_all_processes(sample):
     assert any("crashed while running" in line or "SIGABRT" in line for line in lines)
 
 
+@pytest.mark.wide
 @linux_only
 def test_runner_notices_suites_without_tests(sample):
     code, lines = sample("--only", "plain", "-k", "one")
@@ -502,6 +504,7 @@ def test_one(): pass
 """
 
 
+@pytest.mark.wide
 def test_tiers_show_every_test_every_value_and_every_combination(sample):
     (sample.tests / "test_plain.py").write_text(TIERED)
     ran = []
@@ -523,6 +526,7 @@ def test_tiers_show_every_test_every_value_and_every_combination(sample):
     assert set(wide) == {*quick, *then}
 
 
+@pytest.mark.wide
 def test_wrong_folder_for_the_process_is_explained(sample):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/compiled", "-p", "no:cacheprovider"],

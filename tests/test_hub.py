@@ -127,11 +127,13 @@ def run(repository, tmp_path, *parts, beside="alone", load=LOAD):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.wide
 def test_loaded_alone(repository, tmp_path):
     """The copy imports nothing of an installed fastlenet, and its operators are its own."""
     run(repository, tmp_path, OPERATORS)
 
 
+@pytest.mark.wide
 def test_loaded_beside_an_installed_fastlenet(repository, tmp_path):
     run(repository, tmp_path, BESIDE, beside="beside")
 
@@ -140,6 +142,7 @@ def test_kernelize_exchanges_the_forward_of_a_stock_like_model(repository, tmp_p
     run(repository, tmp_path, KERNELIZE)
 
 
+@pytest.mark.wide
 def test_the_guide_does_what_it_says(repository, tmp_path):
     """Its Python blocks, as they stand; the exchanged layer then runs the copy's operator."""
     (tmp_path / "checkout").mkdir()

@@ -41,6 +41,7 @@ def loaded_by(statement: str) -> set[str]:
     return set(json.loads(fresh(f"{code}; print(json.dumps(sorted(after)))"))) & set(LATER)
 
 
+@pytest.mark.wide
 def test_import_adds_little_to_torchs():
     """At most 0.2 s of this process's time, by the median of five fresh interpreters."""
     code = "import time, torch; t = time.process_time(); import fastlenet; print(time.process_time() - t)"

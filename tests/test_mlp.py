@@ -82,6 +82,7 @@ def test_any_argument_may_be_mapped(mapped):
 MASKS = [[True] * 7, *([index == chosen for index in range(7)] for chosen in range(7)), [False] * 3 + [True] * 4]
 
 
+@pytest.mark.wide
 def test_opcheck():
     input, *parameters = tensors(torch.float32, requires_grad=False)
     operators, spec = torch.ops.fastlenet, "linear_relu;linear_relu;linear"

@@ -456,6 +456,7 @@ def test_no_module_imports_itself_by_a_detour():
             del graph[module]
 
 
+@pytest.mark.wide
 def test_kernels_know_nothing_of_autograd_or_choice():
     for module, package, tree in modules():
         if module.startswith("fastlenet.kernels"):

@@ -306,6 +306,7 @@ def test_saved_bytes_are_those_of_the_contract():
     assert memory.saved_bytes_per_image(baselines.Call(Work(LENET, 4), baselines.EAGER, data)) is None
 
 
+@pytest.mark.wide
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_of_a_step_is_at_least_what_autograd_keeps():
     step = Work(LENET, 2048, direction=TRAIN_STEP)

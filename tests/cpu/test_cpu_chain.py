@@ -144,6 +144,7 @@ def test_chains(network, images):
     judge(network, input, parameters, grad_output)
 
 
+@pytest.mark.wide
 def test_more_blocks_than_parts():
     """The parts of a batch whose sums are kept apart have several blocks each."""
     network = NETWORKS["three layers, one with padding"]

@@ -397,6 +397,7 @@ def test_torch_compile_finds_the_backend(ran):
         torch.testing.assert_close(actual, expected, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.wide
 def test_inductor_takes_the_fused_graph(monkeypatch):
     """Training included; a fused operator is one opaque call in what Inductor compiles. A changed batch, too."""
     model = nn.Sequential(

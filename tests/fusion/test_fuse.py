@@ -667,6 +667,7 @@ def test_an_unbatched_image():
         torch.testing.assert_close(fused(torch.ones(shape)), net(torch.ones(shape)))
 
 
+@pytest.mark.wide
 def test_many_models_of_one_class(ran):
     """Dynamo limits recompilations by code object; models must not use up each other's."""
     models = [fastlenet.fuse(nn.Sequential(Loop(nn.ModuleList), nn.Linear(4, 4).double())) for _ in range(10)]

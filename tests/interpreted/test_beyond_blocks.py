@@ -95,6 +95,7 @@ def test_products(size, device):
     assert_equal(functional.addmm_relu, stock_addmm_relu, *tensors)
 
 
+@pytest.mark.wide
 def test_a_product_with_many_partial_sums(device):
     """Rows of a gradient's sum beyond what 128 programs take."""
     rows = 520 * (LARGEST // 4)
@@ -123,6 +124,7 @@ def test_a_convolution_with_many_partial_sums(device):
     assert_equal(functional.conv2d_relu_max_pool2d, stock_conv2d_relu_max_pool2d, *tensors)
 
 
+@pytest.mark.wide
 def test_overlapping_windows_beyond_a_block(device):
     options = {"pool_size": (3, 5), "pool_stride": (2, 1), "pool_padding": (1, 2), "padding": 2}
     tensors = integers(2, 2, 20, 23, device=device), integers(70, 2, 3, 3, device=device), integers(70, device=device)

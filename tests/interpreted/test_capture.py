@@ -55,6 +55,7 @@ def test_the_mode_sees_what_it_should():
             wrong(torch.ones(()))
 
 
+@pytest.mark.wide
 def test_no_operator_waits(device):
     """A training step and inference; and what LeNet does not use: overlapping windows, groups, an image's gradient."""
     model = fastlenet.LeNet().to(device)

@@ -50,6 +50,7 @@ def test_grid_equals_stock_where_arithmetic_is_exact(case, dtype, conv, device):
     conv.exact(case, case.exact(dtype, device=device))
 
 
+@pytest.mark.wide
 def test_the_largest_window_that_a_byte_can_index(conv, device):
     conv.random(BIG_WINDOW, BIG_WINDOW.random(torch.float32, device=device))
     conv.exact(BIG_WINDOW, BIG_WINDOW.exact(torch.bfloat16, device=device))
@@ -101,6 +102,7 @@ def test_shipped_tiles(case, dtype, conv, device, shipped_tiles):
     conv.random(case, case.random(dtype, device=device))
 
 
+@pytest.mark.wide
 def test_several_parts_do_occur(shipped_tiles, device, launches, monkeypatch):
     """Guards the test above: its shapes must give the two-stage sum more than two parts."""
     case = next(case for case in SHIPPED_CONV if case.name == "several parts")
@@ -302,6 +304,7 @@ def test_bitwise_reproducible_from_run_to_run(dtype, device, shipped_tiles):
         assert_bitwise_equal(one, other, name=name)
 
 
+@pytest.mark.wide
 @dtypes
 def test_a_sample_does_not_depend_on_its_batch(dtype, device, shipped_tiles, sums_in_order):
     """Alone, with another and in the middle of seven or 64: the same bits."""

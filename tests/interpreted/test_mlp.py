@@ -275,6 +275,7 @@ def test_saves_the_hidden_layers_once(device):
 # --- reproducibility -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 @wide_and_narrow
 def test_bitwise_reproducible_from_run_to_run(dtype, device, shipped_tiles):
     tensors = SHIPPED[2].random(dtype, device)
@@ -284,6 +285,7 @@ def test_bitwise_reproducible_from_run_to_run(dtype, device, shipped_tiles):
         assert_bitwise_equal(one, other, name=name)
 
 
+@pytest.mark.wide
 def test_several_parts_do_occur(device, shipped_tiles, monkeypatch, unplanned):
     """Guards the test above: its shape must give both two-stage sums more than one part."""
     empty, parts = kernels.empty, []
@@ -360,6 +362,7 @@ def step(network, images):
     return output.detach(), [parameter.grad.clone() for parameter in network.parameters()]
 
 
+@pytest.mark.wide
 def test_lenet_takes_one_kernel_for_its_head(network, launched, device):
     images = torch.randn(3, 1, 32, 32, device=device)
     fused = step(network, images)
@@ -424,6 +427,7 @@ def test_changed_layers_are_respected(network, device, launched):
     assert not launched
 
 
+@pytest.mark.wide
 def test_torch_func_maps_lenet(network, device):
     """Per-sample gradients and forward mode, as in a loop over the samples."""
     images = torch.randn(2, 1, 32, 32, device=device)
@@ -440,6 +444,7 @@ def test_torch_func_maps_lenet(network, device):
     assert value.shape == tangent.shape == (2, 10)
 
 
+@pytest.mark.wide
 def test_double_backward_through_the_head(device):
     """A gradient penalty: the fused backward gives way to a differentiable one.
 

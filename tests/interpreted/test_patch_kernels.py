@@ -128,6 +128,7 @@ def test_as_accurate_as_stock(mode, case, conv, device, launches):
         expect(launches, forward=mode.variant, grad_input=exact, grad_weight=mode.variant)
 
 
+@pytest.mark.wide
 @modes
 @pytest.mark.parametrize("case", [CONV1, CONV2, SMALL, PAIRS, ONE_TAP], ids=str)
 def test_equal_to_stock_where_arithmetic_is_exact(mode, case, conv, device):
@@ -141,6 +142,7 @@ def test_several_tiles_a_program(mode, conv, device, several_tiles_a_program):
         conv.exact(SMALL, SMALL.exact(mode.dtype, device=device))
 
 
+@pytest.mark.wide
 @variants
 @pytest.mark.parametrize("bias", [True, False])
 def test_with_and_without_bias(mode, bias, conv, device):
@@ -194,6 +196,7 @@ def test_what_the_rule_takes_equals_stock_where_arithmetic_is_exact(case, conv, 
     expect(launches, forward="patch_fma", grad_input="patch_fma", grad_weight="patch_fma")
 
 
+@pytest.mark.wide
 def test_a_first_layer_with_a_large_kernel(conv, device, launches):
     """Its kernel rows are shared between programs; its images' gradient, which few ask for, stays general."""
     conv.exact(FIRST_LAYER, FIRST_LAYER.exact(torch.float32, device=device))
@@ -238,6 +241,7 @@ def test_unaligned_images_are_loaded_one_by_one(conv, device, launches):
     assert {constants["PAIRS"] for name, constants in launches if name == "_forward_kernel"} == {-1}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("value", SPECIAL, ids=str)
 @pytest.mark.parametrize("name", ["input", "weight", "bias"])
 def test_nan_and_infinities_by_the_rule(name, value, conv, device):
@@ -308,6 +312,7 @@ else:
     ruled_calls = st
 
 
+@pytest.mark.wide
 @settings(max_examples=examples(20))
 @given(call=ruled_calls())
 def test_drawn_calls_by_the_rule(call, conv, device, launches):
@@ -347,6 +352,7 @@ def test_what_the_variant_cannot_load_runs_on_the_general_kernels(conv, device, 
     assert not any("OUT_PAD" in constants for _, constants in launches)
 
 
+@pytest.mark.wide
 @variants
 def test_addresses_of_64_bits(mode, monkeypatch, conv, device, launches):
     from fastlenet.kernels.conv2d_relu_max_pool2d import column_fma, patch_fma
@@ -389,6 +395,7 @@ def test_nan_and_infinities_travel_as_in_stock(mode, name, value, conv, device, 
     assert not all(tensor.isfinite().all() for _, tensor in result.tensors()) or value < 0
 
 
+@pytest.mark.wide
 @variants
 @pytest.mark.parametrize("value", SPECIAL, ids=str)
 def test_nan_and_infinities_in_the_upstream_gradient(mode, value, conv, device):
@@ -407,6 +414,7 @@ def test_nan_and_infinities_in_the_upstream_gradient(mode, value, conv, device):
         assert result.grads["bias"].isfinite().all() == (position == closed)
 
 
+@pytest.mark.wide
 @variants
 def test_finite_neighbours_keep_their_bits(mode, device):
     """One image with an infinity makes its program compute again; every other image's bits stay what they were."""
@@ -473,6 +481,7 @@ def test_every_element_is_written(mode, device):
         assert_writes_everything(lambda: run(CONV.fused, case.random(mode.dtype, device=device), case.keywords))
 
 
+@pytest.mark.wide
 @modes
 def test_bitwise_reproducible_from_run_to_run(mode, device):
     tensors = SMALL.random(mode.dtype, device=device)

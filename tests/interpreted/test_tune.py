@@ -74,6 +74,7 @@ def tuned(case=CASE, **times):
     return written, "\n".join(said)
 
 
+@pytest.mark.wide
 def test_the_fastest_is_written_and_taken(table, offered, launches):
     before = json.loads(table.read_text())
     offered(SMALL)
@@ -94,6 +95,7 @@ def test_the_fastest_is_written_and_taken(table, offered, launches):
     assert tiles == [("_forward_kernel", 32), ("_grad_weight_kernel", 32)]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("case", [CASE, LinearCase("tiny", 5, 4)], ids=["convolution", "linear"])
 def test_the_library_is_written_where_it_wins(case, table, offered):
     offered()
@@ -109,6 +111,7 @@ def test_the_library_is_written_where_it_wins(case, table, offered):
     assert all(reason.startswith("the table of configurations takes the library: measured on") for reason in reasons)
 
 
+@pytest.mark.wide
 def test_what_computes_something_else_is_never_taken(table, offered, monkeypatch):
     forward = general.forward
 
@@ -127,12 +130,14 @@ def test_what_computes_something_else_is_never_taken(table, offered, monkeypatch
     assert "dropped general {'BLOCK_K': 128}: RuntimeError: out of resources" in said
 
 
+@pytest.mark.wide
 def test_a_hair_is_no_win(table, offered):
     offered(SMALL)
     tuned(BLOCK_N=0.99)
     assert {json.dumps(e["options"]) for e in entries(table)} == {"{}"}
 
 
+@pytest.mark.wide
 def test_tuning_again_replaces_the_line(table, offered):
     offered(SMALL)
     tuned(BLOCK_N=0.5)

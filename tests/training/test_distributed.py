@@ -145,6 +145,7 @@ def test_one_process_under_torchrun_takes_the_current_gpu(
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 @together
 @pytest.mark.parametrize("name", ["ddp of 5", "ddp of 1", "fsdp", "fsdp, stepped"])
 def test_gradients_are_those_of_the_joined_batch(worked: Path, name: str) -> None:
@@ -221,6 +222,7 @@ def test_a_resumed_run_of_several_is_exact(worked: Path) -> None:
     assert {"cpu", "cpu.1", "cpu.2"} == set(checkpoint.load(whole).rng)
 
 
+@pytest.mark.wide
 @together
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(worked: Path, alone: loop.TrainResult) -> None:
     """It was killed in its second epoch; the command line takes it to its end."""

@@ -224,6 +224,7 @@ def test_resuming_is_exact(digits: data.Dataset, tmp_path: Path, optimizer: str,
     assert parts.read_bytes() == at_once.read_bytes()
 
 
+@pytest.mark.wide
 def test_resuming_in_another_process_is_exact(folder: Path, tmp_path: Path) -> None:
     def run(name: str, *options: str) -> None:
         command = [sys.executable, "-m", "fastlenet", "train", "--data", str(folder), "--device", "cpu"]

@@ -17,6 +17,7 @@ def speedrun():
     return runpy.run_path(str(SCRIPT))
 
 
+@pytest.mark.wide
 def test_trains_and_logs(speedrun, tmp_path, capsys):
     pytest.importorskip("mlxtend")
     log = tmp_path / "logs" / "run.json"

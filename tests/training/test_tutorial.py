@@ -118,6 +118,7 @@ def test_update_equals_stock(name, networks, image):
     assert_parameters_as_accurate(networks, lambda parameter: parameter.detach())
 
 
+@pytest.mark.wide
 def test_the_example_runs():
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "tutorial.py")], capture_output=True, text=True, check=True

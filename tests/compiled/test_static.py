@@ -317,21 +317,21 @@ needs_committed = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def committed():
+def saved():
     return json.loads(PATH.read_text(encoding="utf-8"))
 
 
 @pytest.mark.thorough
 @needs_committed
 @pytest.mark.parametrize("precision", launches.PRECISIONS)
-def test_no_kernel_of_lenet_got_dearer(precision, committed):
+def test_no_kernel_of_lenet_got_dearer(precision, saved):
     today = launches.report(["sm_90"], [precision], operators=False)
     assert {use for row in today["rows"] for use in row["used_by"]} == {launches.INFERENCE, launches.STEP}
     for row in today["rows"]:
         assert set(row) >= CONTRACT
         assert row["by_class"].get("other", 0) <= 0.02 * row["instructions"], f"unknown instructions in {row['kernel']}"
         assert sum(row["by_class"].values()) == pytest.approx(row["instructions"], rel=1e-4)
-    problems = committed.compare(today, committed)
+    problems = committed.compare(today, saved)
     refresh = f"if that is meant, refresh the committed figures:\n    {committed.REFRESH}"
     assert not problems, "\n".join([f"against {PATH.name}:", *problems, refresh])
 
@@ -348,21 +348,21 @@ def test_no_kernel_of_lenet_spills(arch, precision):
 
 @pytest.mark.thorough
 @needs_committed
-def test_the_committed_report_is_whole(committed):
-    assert committed["environment"]["triton"] == triton.__version__
-    for row in committed["rows"]:
+def test_the_committed_report_is_whole(saved):
+    assert saved["environment"]["triton"] == triton.__version__
+    for row in saved["rows"]:
         assert set(row) >= CONTRACT
-    found = {(row["arch"], row["precision"]) for row in committed["rows"]}
-    architectures = {row["arch"] for row in committed["rows"]}
+    found = {(row["arch"], row["precision"]) for row in saved["rows"]}
+    architectures = {row["arch"] for row in saved["rows"]}
     assert "sm_90" in architectures
     assert found == {(arch, precision) for arch in architectures for precision in launches.PRECISIONS}
-    assert {(t["arch"], t["precision"], t["use"]) for t in committed["totals"]} == {
+    assert {(t["arch"], t["precision"], t["use"]) for t in saved["totals"]} == {
         (arch, precision, use)
         for arch in architectures & set(model.DEVICES)
         for precision in launches.PRECISIONS
         for use in (launches.INFERENCE, launches.STEP)
     }
-    assert all(line["warm_compiled"] == 0 < line["cold_compiled"] for line in committed["compile"])
+    assert all(line["warm_compiled"] == 0 < line["cold_compiled"] for line in saved["compile"])
 
 
 def figures(**changes):

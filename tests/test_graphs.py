@@ -118,7 +118,7 @@ def sgd(parameters, **options):
     return torch.optim.SGD(parameters, **{"lr": 0.1, "momentum": 0.9, "nesterov": True} | options)
 
 
-def batches(count, size=6, device="cpu"):
+def batches(count, size=12, device="cpu"):
     generator = torch.Generator().manual_seed(4)
     return [
         (
@@ -149,7 +149,7 @@ def pair(make_optimizer=sgd, device="cpu", make_model=Wide):
     looped = make_model().to(device)
     stepped = copy.deepcopy(looped)
     loop = Plain(looped, make_optimizer(looped.parameters()))
-    step = GraphedTrainStep(stepped, F.cross_entropy, make_optimizer(stepped.parameters()), batches(1, 6, device)[0])
+    step = GraphedTrainStep(stepped, F.cross_entropy, make_optimizer(stepped.parameters()), batches(1, 12, device)[0])
     return loop, step
 
 
@@ -370,7 +370,7 @@ def test_inference_on_a_cpu_is_the_model_and_says_so(caplog):
 def test_graphed_inference_is_the_model(captures):
     """Other sizes between, parameters changed in place, outputs changed by their user: one capture serves all."""
     model = Several()
-    full, small = ([images for images, _ in batches(6, size)] for size in (6, 2))
+    full, small = ([images for images, _ in batches(6, size)] for size in (12, 2))
     infer = GraphedInference(model, full[0])
     infer_both(model, infer, [small[0], *full[:3], small[1], full[3]])
     with torch.no_grad():

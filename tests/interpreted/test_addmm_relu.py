@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 import pytest
 import torch
 from fastlenet.kernels import addmm_relu as kernels
+from fastlenet.kernels import tiles
 from harness import modes
 from harness.bounds import BoundsError, bounds_checked, sanitized
 from harness.cases import SHIPPED_ADDMM, AddmmCase, addmm_cases, dtypes, wide_and_narrow
@@ -213,13 +214,13 @@ def test_chunks_of_a_sum_come_to_the_same_bits(
 
 @wide_and_narrow
 @pytest.mark.parametrize("case", [SMALL, FULL, FC], ids=["bias", "full addend", "LeNet fc2"])
-def test_closed_once_for_both_products(case, dtype, addmm, launches, device, monkeypatch):
-    """Where tiles are many the gradient is closed by a kernel of its own: the same gradients, bit for bit."""
+def test_masked_once_for_both_products(case, dtype, addmm, launches, device, monkeypatch):
+    """Where tiles are many the gradient is masked by a kernel of its own: the same gradients, bit for bit."""
     tensors = case.random(dtype, device=device)
     grad = upstream(ADDMM.stock(**tensors, **case.keywords))
     by_tiles = run(ADDMM.fused, tensors, case.keywords, grad)
     launches.clear()
-    monkeypatch.setattr(kernels, "_CLOSE_FROM_ELSEWHERE", 1)
+    monkeypatch.setattr(tiles, "_MASK_ONCE_FROM_ELSEWHERE", 1)
     once = addmm.random(case, tensors)
     masked = {c["MASKED"] for name, c in launches if "MASKED" in c}
     assert masked == {False}

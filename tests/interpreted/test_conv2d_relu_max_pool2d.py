@@ -382,8 +382,8 @@ def test_kernels_are_launched_on_the_tensors_device(monkeypatch, watched):
     run_all.random(SMALL, SMALL.random(torch.float32, device=device))
     guarded.clear()  # the first call of a kind is decided on its device, too
     run_all.random(SMALL, SMALL.random(torch.float32, device=device))
-    # Forward, two gradients, two sums of parts; on the current device there is nothing to do.
-    assert len(guarded) == (5 if second or modes.interpreting() else 0)
+    # Forward, two gradients, one sum of parts; on the current device there is nothing to do.
+    assert len(guarded) == (4 if second or modes.interpreting() else 0)
     assert {d.type for d in guarded} <= {device.type}
     if second:
         assert {d.index for d in guarded} == {1}

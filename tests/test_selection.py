@@ -206,7 +206,7 @@ PRODUCT, LIBRARY = ["SlowConv2DBackward0"], ["ConvolutionBackward0"]
     ("input", "weight", "options", "expected"),
     [
         ((1, 1, 32, 32), (6, 1, 5, 5), {}, PRODUCT),
-        ((8, 6, 14, 14), (16, 6, 5, 5), {"stride": 2, "padding": (1, 2)}, PRODUCT),
+        ((8, 6, 14, 14), (16, 6, 5, 4), {"stride": (2, 1), "padding": (1, 2)}, PRODUCT),
         ((9, 6, 14, 14), (16, 6, 5, 5), {}, LIBRARY),
         ((2, 6, 14, 14), (16, 6, 3, 3), {"dilation": 2}, LIBRARY),
         ((2, 6, 14, 14), (16, 3, 5, 5), {"groups": 2}, LIBRARY),

@@ -232,7 +232,12 @@ def _planned(
             if last != torch.channels_last:
                 last = memory_format(weight) if layouts else memory_format(input, weight)
             layouts.append(last == torch.channels_last)
-    input = input.contiguous() if input.dim() == 2 else dense(input, torch.channels_last if layouts[0] else last)
+            if weight.shape[0] == 1:  # stock's pool takes a single channel for plainly laid out
+                last = torch.contiguous_format
+    if input.dim() == 2:
+        input = input.contiguous()
+    else:
+        input = dense(input, torch.channels_last if layouts[0] else torch.contiguous_format)
     shapes = tuple(tuple(weight.shape) for weight in parameters[::2] if weight is not None)
     flat = [None if tensor is None else tensor.contiguous() for tensor in parameters]
     return _plan(tuple(input.shape[1:]), shapes, tuple(links), tuple(layouts)), input, flat
@@ -337,7 +342,7 @@ def _plan(
         sums.size,
         tuple(places),
         shape,
-        torch.channels_last if layouts and layouts[-1] and len(layouts) == len(links) else torch.contiguous_format,
+        torch.channels_last if len(shape) == 3 and layouts[-1] and shape[0] > 1 else torch.contiguous_format,
         torch.channels_last if layouts and layouts[0] else torch.contiguous_format,
         tuple(plans),
     )

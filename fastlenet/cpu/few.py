@@ -380,11 +380,23 @@ def _operands(
 
 def _output_format(input: Tensor, parameters: Sequence[Tensor | None], links: Sequence[Link]) -> torch.memory_format:
     """The layout of stock's output, where that is a convolution's."""
+    layout = torch.contiguous_format
     if isinstance(links[-1], ConvPoolGeometry):
-        weights = [weight for weight in parameters[::2] if weight is not None]
-        if any(memory_format(tensor) == torch.channels_last for tensor in (input, *weights)):
-            return torch.channels_last
-    return torch.contiguous_format
+        layout = memory_format(input)
+        for weight in parameters[::2]:
+            assert weight is not None
+            if weight.shape[0] == 1:  # stock's pool takes a single channel for plainly laid out
+                layout = torch.contiguous_format
+            elif layout != torch.channels_last:
+                layout = memory_format(weight)
+    return layout
+
+
+def _laid_out(result: Tensor, layout: torch.memory_format) -> Tensor:
+    """Give a result its layout, also in the strides of dimensions of size 1, which `contiguous` leaves as they are."""
+    if layout == torch.contiguous_format:
+        return result.contiguous()
+    return empty(result.shape, torch.float32, layout).copy_(result)
 
 
 def forward(
@@ -410,9 +422,7 @@ def forward(
         _call(program, bases, images)
         if kept is not None and links[-1] == "linear_relu":
             output.copy_(kept[:, program.result_at // 4 :][:, : output.shape[1]])
-    if layout == torch.channels_last:
-        output = output.contiguous(memory_format=layout)
-    return output, [] if kept is None else [kept]
+    return _laid_out(output, layout), [] if kept is None else [kept]
 
 
 def backward(
@@ -462,5 +472,5 @@ def backward(
             weight = parameters[0]
             assert weight is not None
             layout = memory_format(whole, weight)
-        grads[0] = grad_input.contiguous(memory_format=layout)
+        grads[0] = _laid_out(grad_input, layout)
     return grads

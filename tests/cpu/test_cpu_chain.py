@@ -64,7 +64,7 @@ NETWORKS = {
     "many channels and a padding between": Network(
         (3, 13, 12),
         (
-            PADDED,
+            PADDED._replace(padding=(2, 1)),
             PADDED._replace(padding=(2, 1), stride=(1, 2)),
             PLAIN._replace(padding=(1, 0)),
             "linear_relu",
@@ -73,7 +73,7 @@ NETWORKS = {
         ((33, 3, 3, 3), (18, 33, 3, 2), (35, 18, 2, 1), (21, 70), (3, 21)),
         some_biases=True,
     ),
-    "linear layers": Network((37,), ("linear_relu", "linear_relu", "linear"), ((33, 37), (200, 33), (3, 200))),
+    "linear layers": Network((100,), ("linear_relu", "linear_relu", "linear"), ((200, 100), (33, 200), (3, 33))),
     "one linear layer with relu": Network((170,), ("linear_relu",), ((18, 170),)),
 }
 networks = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
@@ -94,12 +94,17 @@ def stock(input: Tensor, parameters: list[Tensor | None], links) -> Tensor:
 
 
 def compiled(input, parameters, links, grad_output, mask=None):
-    """Forward and backward with every allocation poisoned and guarded."""
+    """Forward and backward with every allocation poisoned and guarded, which leave the operands as they were."""
+    operands = [tensor for tensor in (input, *parameters, grad_output) if tensor is not None]
+    before = [tensor.clone() for tensor in operands]
     mask = [tensor is not None for tensor in (input, *parameters)] if mask is None else mask
     with poisoned_outputs(allocators=ALLOCATORS) as poison:
         output, saved = cpu.chain(input, parameters, links, True)
         grads = cpu.chain_backward(grad_output, input, parameters, links, saved, mask)
         poison.assert_guards_intact()
+    for tensor, values in zip(operands, before, strict=True):
+        assert_bitwise_equal(tensor, values)
+    assert not output._is_view()
     for name, tensor in (("output", output), *((f"gradient {i}", grad) for i, grad in enumerate(grads))):
         if tensor is not None:
             assert_fully_written(tensor, name=name)
@@ -214,6 +219,28 @@ def test_awkward_layouts(network, which, kind, images):
     else:
         grad_output = laid_out(grad_output)
     judge(network, input, parameters, grad_output)
+
+
+@pytest.mark.parametrize("filters", [(1, 6), (4, 1), (6, 3)], ids=str)
+@pytest.mark.parametrize("pooled", [1, 2])
+@pytest.mark.parametrize("which", ["input", "first weight", "second weight"])
+@pytest.mark.parametrize("images", [2, 19])
+def test_layout_of_what_a_chain_of_convolutions_returns(filters, pooled, which, images):
+    """Stock's strides: a single filter loses channels_last, and a pooled image of one pixel keeps its strides.
+
+    Each operand's layout is its own: one weight in channels_last does not make the images be read so.
+    """
+    size = 4 + 6 * pooled
+    network = Network((2, size, size), (PLAIN, PLAIN), ((filters[0], 2, 3, 3), (filters[1], filters[0], 3, 3)))
+    input, parameters = network.tensors(images)
+    tensors = {"input": input, "first weight": parameters[0], "second weight": parameters[2]}
+    laid_out = {name: t.contiguous(memory_format=torch.channels_last) for name, t in tensors.items() if name == which}
+    input, parameters[0], parameters[2] = (tensors | laid_out).values()
+    grad_output = torch.randn(stock(input, parameters, network.links).shape)
+    output, grads = compiled(input, parameters, network.links, grad_output)
+    expected, expected_grads = stocks(input, parameters, network.links, grad_output)
+    assert output.stride() == expected.stride()
+    torch.testing.assert_close([output, *grads], [expected, *expected_grads], rtol=1e-4, atol=1e-5)
 
 
 @some_networks

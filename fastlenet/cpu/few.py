@@ -295,7 +295,7 @@ def _backward(
         source = At(INPUT, 0, 4 * layers[0].inputs)
         if i:
             last = layers[i - 1]
-            held = last.plan is None or (last.framed and layer.plan is not None)
+            held = last.plan is None or last.framed
             source = kept.plus(last.target_at if held else last.flat_at)
             if not held and layer.plan is not None:
                 assert last.plan is not None

@@ -59,10 +59,10 @@ NETWORKS = {
     "overlapping pools and groups": Network(
         (2, 9, 10), (OVERLAPPING, PADDED, "linear_relu"), ((4, 1, 3, 2), (5, 4, 2, 3), (20, 45)), some_biases=True
     ),
-    "convolutions": Network((1, 14, 12), (PLAIN, PADDED), ((6, 1, 3, 3), (4, 6, 3, 3))),
+    "convolutions": Network((1, 15, 13), (PLAIN, PADDED), ((6, 1, 3, 3), (4, 6, 3, 3))),
     "one convolution": Network((2, 8, 9), (PADDED,), ((4, 2, 3, 3),)),
     "many channels and a padding between": Network(
-        (3, 13, 12),
+        (3, 13, 16),
         (
             PADDED._replace(padding=(2, 1)),
             PADDED._replace(padding=(2, 1), stride=(1, 2)),
@@ -70,7 +70,7 @@ NETWORKS = {
             "linear_relu",
             "linear",
         ),
-        ((33, 3, 3, 3), (18, 33, 3, 2), (35, 18, 2, 1), (21, 70), (3, 21)),
+        ((33, 3, 3, 3), (18, 33, 3, 3), (35, 18, 2, 1), (21, 70), (3, 21)),
         some_biases=True,
     ),
     "linear layers": Network((100,), ("linear_relu", "linear_relu", "linear"), ((200, 100), (33, 200), (3, 33))),

@@ -230,6 +230,29 @@ def test_few_small_convolutions_are_matrix_products(input, weight, options, expe
 
 
 @pytest.mark.usefixtures("no_cpu_kernels")
+@pytest.mark.parametrize(
+    ("input", "weight"),
+    [
+        (torch.randn(2, 6, 14, 28)[..., ::2], torch.randn(16, 6, 5, 5)),
+        (torch.randn(2, 6, 14, 14), torch.randn(6, 16, 5, 5).transpose(0, 1)),
+        (torch.randn(2, 6, 14, 14), torch.randn(16, 6, 1, 1).to(memory_format=torch.channels_last)),
+    ],
+    ids=["sliced images", "transposed weight", "weight of one pixel in channels_last"],
+)
+def test_matrix_products_take_plain_layouts_only(input, weight):
+    """Stock's matrix product refuses the gradient of a weight in another layout."""
+    images, kernel = input.requires_grad_(), weight.requires_grad_()
+    output = functional.conv2d_relu_max_pool2d(images, kernel)
+    assert convolutions(output) == LIBRARY
+    upstream = torch.randn_like(output)
+    found, wanted = (
+        torch.autograd.grad(result, (images, kernel), upstream)
+        for result in (output, stock_conv2d_relu_max_pool2d(images, kernel))
+    )
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.usefixtures("no_cpu_kernels")
 @pytest.mark.parametrize(("images", "expected"), [(1, PRODUCT * 2), (8, LIBRARY + PRODUCT), (9, LIBRARY * 2)])
 def test_convolutions_of_a_chain_are_matrix_products_each_by_its_size(images, expected):
     """The second has too many products from eight images on."""

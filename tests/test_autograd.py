@@ -277,6 +277,7 @@ def test_one_graph_for_every_batch(networks):
         torch.testing.assert_close(compiled(images), stock(images))
 
 
+@pytest.mark.wide
 def test_one_layer_in_a_compiled_stock_model():
     model = torch.nn.Sequential(fastlenet.ConvReLUMaxPool2d(1, 3, 3), torch.nn.Flatten(), torch.nn.Linear(75, 2))
     images = torch.randn(4, 1, 12, 12)

@@ -44,6 +44,7 @@ def gradients(call, network, size):
     return images, labels, loss.detach(), [parameter.grad for parameter in network.parameters()]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_changing_batch_is_compiled_for_twice(mode, networks):
     """Once for the first size and once for any; each once more without gradients."""

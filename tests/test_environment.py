@@ -80,6 +80,7 @@ def test_env_command_prints_the_record(capsys: pytest.CaptureFixture[str]) -> No
     }
 
 
+@pytest.mark.wide
 def test_the_environment_imports_no_triton() -> None:
     program = "import sys, fastlenet.environment as e; e.collect(); sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

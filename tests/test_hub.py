@@ -139,6 +139,7 @@ def test_loaded_beside_an_installed_fastlenet(repository, tmp_path):
     run(repository, tmp_path, BESIDE, beside="beside")
 
 
+@pytest.mark.wide
 def test_kernelize_exchanges_the_forward_of_a_stock_like_model(repository, tmp_path):
     run(repository, tmp_path, KERNELIZE)
 

@@ -62,6 +62,7 @@ def test_what_nobody_asked_for_stays_unloaded(use):
     assert not loaded_by(f"import fastlenet; {use}")
 
 
+@pytest.mark.wide
 def test_the_help_loads_no_extras():
     """`fastlenet --help` answers without any of them either."""
     statement = "from fastlenet.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass"

@@ -74,6 +74,7 @@ def test_the_reader_finds_them(source, found):
     assert list(private_names(source)) == found
 
 
+@pytest.mark.wide
 def test_this_pytorch_has_them_all():
     code = (
         "import torch, fastlenet; from fastlenet import private; fused = fastlenet.fuse(fastlenet.StockLeNet())\n"
@@ -151,6 +152,7 @@ def test_stand_ins_without_a_public_way_are_careful(without):
         assert not private.intercepted()
 
 
+@pytest.mark.wide
 def test_the_package_is_right_without_them_and_says_so():
     """Training steps, `fuse`, a compiled model, an exported one and a recorded step."""
     code = """

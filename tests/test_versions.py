@@ -30,6 +30,7 @@ def test_a_run_of_nothing_fails_and_names_what_it_left_out(tmp_path, capsys):
     assert capsys.readouterr().out.count("left out: no such Python on this machine") == 2
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("installed", [False, True])
 def test_outcomes_are_told(tmp_path, monkeypatch, capsys, installed):
     """The versions that were installed, and the test runner's last line; or pip's."""

@@ -297,6 +297,7 @@ def test_floor_is_the_longer_of_memory_and_arithmetic():
 # ---- memory
 
 
+@pytest.mark.wide
 def test_saved_bytes_are_those_of_the_contract():
     step = Work(LENET, 64, direction=TRAIN_STEP)
     data = workloads.setup(step, CPU, cache_bytes=0)
@@ -383,6 +384,7 @@ def test_bench_stops_at_its_limit_and_says_so(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.wide
 @together
 def test_report_makes_a_page_and_a_picture(tiny, tmp_path):
     pytest.importorskip("matplotlib")
@@ -539,6 +541,7 @@ def test_make_gpu_needs_a_gpu(monkeypatch, capsys, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.wide
 def test_make_gpu_says_of_every_part_how_it_ended(monkeypatch, capsys, tmp_path):
     """One that fails, cannot be started or takes too long does not stop the others, and none is forgotten."""
     found = {

@@ -64,6 +64,7 @@ def afresh() -> Iterator[None]:
         cache.cache_clear()
 
 
+@pytest.mark.wide
 @needs_numba
 def test_a_second_process_imports_no_numba():
     """It loads what is on disk, in a fraction of a second of work."""
@@ -158,6 +159,7 @@ def test_without_openmp_the_caller_computes_alone(monkeypatch):
     assert_bitwise_equal(cpu.conv2d_relu_max_pool2d(input, weight, None, PLAIN, False)[0], expected)
 
 
+@pytest.mark.wide
 @needs_numba
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_computes():

@@ -65,6 +65,7 @@ def test_results_are_rounded_to_nearest(dtype, device):
     assert_same_values(CONV.fused(**tensors, **case.keywords), expected)
 
 
+@pytest.mark.wide
 @settings(max_examples=examples(45))
 @given(call=conv_calls())
 def test_drawn_calls(call, conv, device):

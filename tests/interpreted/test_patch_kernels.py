@@ -215,6 +215,7 @@ def test_the_rule_at_any_number_of_images(images, case, conv, device):
     conv.exact(case, case.exact(torch.float32, device=device))
 
 
+@pytest.mark.wide
 def test_the_last_chunk_of_rows_ends_with_the_image(conv, device):
     """Three rows of windows in chunks of two: a fourth would lie beyond the last image's memory."""
     case = conv_case("chunks", (6000, 1, 7, 7), (1, 1, 1, 1), pool_size=3, pool_stride=2)

@@ -184,6 +184,7 @@ def test_checkout_commands(
             sys.modules.pop(name, None)
 
 
+@pytest.mark.wide
 def test_module_entry_point(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastlenet", "train", "--data", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)

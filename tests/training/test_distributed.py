@@ -206,6 +206,7 @@ def test_fused_models_can_be_wrapped(how: str, fused: bool, alone_in_a_group: No
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 @together
 def test_a_resumed_run_of_several_is_exact(worked: Path) -> None:
     """Generators of every process included, and every process ends with the same."""

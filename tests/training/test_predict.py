@@ -359,6 +359,7 @@ def test_pillow_is_asked_for_where_it_is_needed(
     assert "the package PIL is not installed: pip install 'fastlenet[demo]'" in capsys.readouterr().err
 
 
+@pytest.mark.wide
 def test_as_a_module(file: Path, digits: tuple, tmp_path: Path) -> None:
     """In an order that a log shows, too."""
     name = tmp_path / "digit-\udcff.png"  # a name that is no text

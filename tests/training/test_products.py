@@ -40,6 +40,7 @@ def outputs_of_onnx(content: bytes, images: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
 
 
+@pytest.mark.wide
 def test_the_trainer_writes_them(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All three at once, in folders that were not there; each holds the checkpoint's network."""
     pytest.importorskip("onnxscript")
@@ -105,6 +106,7 @@ def test_every_dtype(folder: Path, dtype: str) -> None:
     assert all(torch.equal(value, before[name].float()) for name, value in model.state_dict().items())
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", ["export", "onnx"])
 def test_a_wrong_network_is_not_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str

@@ -23,6 +23,7 @@ NAMES = {
     ("LeNet", "forward"): "LeNet inference",
 }
 DIRECTIONS = {"forward": "forward", "backward": "backward", "forward_backward": "forward + backward"}
+OF_NETWORKS = {"train_step": "training step", "forward": "inference"}
 LEGEND = (
     "Times are medians of interleaved rounds in one process, with the interquartile range. A baseline's column says "
     "how many times as long it takes as fastlenet: above 1x fastlenet is faster; ~ marks ranges that overlap, so no "
@@ -144,8 +145,14 @@ def modelled(*rows: Row) -> str:
 
 def label(row: Row) -> str:
     """Describe the work of a row."""
-    work = NAMES.get((row["name"], row["direction"])) or f"{row['name']} {DIRECTIONS[row['direction']]}"
-    return f"{work}, batch {row['batch']}, {mode(row)}" + (", kernels alone" if row["level"] == "kernel" else "")
+    return f"{_title(row)}, batch {row['batch']}, {mode(row)}" + (", kernels alone" if row["level"] == "kernel" else "")
+
+
+def _title(row: Row) -> str:
+    """Describe what a row measures, without batch and mode."""
+    operator = row["name"].startswith(("conv2d_relu_max_pool2d ", "linear_relu "))
+    directions = DIRECTIONS if operator else OF_NETWORKS
+    return f"{row['name']} {directions[row['direction']]}"
 
 
 def mode(row: Row) -> str:
@@ -209,7 +216,7 @@ def _cells(comparison: Comparison, baselines: Sequence[str]) -> list[str]:
     median = comparison.median(OURS)
     time = "red" if median is None else f"{duration(median)} +- {ours['iqr'] / median / 2:.0%}{modelled(ours)}"
     return [
-        NAMES.get((row["name"], row["direction"])) or f"{row['name']} {DIRECTIONS[row['direction']]}",
+        _title(row),
         str(row["batch"]),
         mode(row),
         time,

@@ -69,6 +69,9 @@ def test_suite_holds_what_the_issues_ask_for(name, device):
     works = list(workloads.suite(name, device))
     assert len({w.label for w in works}) == len(works)
     steps = {w.batch for w in works if w.direction == TRAIN_STEP}
+    for work in works:
+        row = {"name": work.name, "direction": work.direction, "level": KERNEL, "batch": work.batch}
+        assert report.label(row | {"dtype": "float32", "precision": work.precision}).startswith(work.name)
     if name == "networks":
         assert (steps, {w.batch for w in works if w.direction == FORWARD}) == ({32, 128, 512}, {1, 32, 512})
         assert {w.case for w in works} == {LENET, *workloads.CLASSROOM}

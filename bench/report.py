@@ -150,7 +150,8 @@ def label(row: Row) -> str:
 
 def _title(row: Row) -> str:
     """Describe what a row measures, without batch and mode."""
-    operator = row["name"].startswith(("conv2d_relu_max_pool2d ", "linear_relu "))
+    # GPU time alone is of networks and of operators.
+    operator = row["level"] == "operator" or row["name"].startswith(("conv2d_relu_max_pool2d ", "linear_relu "))
     directions = DIRECTIONS if operator else OF_NETWORKS
     return f"{row['name']} {directions[row['direction']]}"
 

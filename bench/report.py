@@ -15,13 +15,9 @@ from fastlenet.files import atomic_write
 from fastlenet.terminal import Parser, print_error
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS, EAGER = "fastlenet", "eager"
+OWN, EAGER = "fastlenet", "eager"
 # The fields that rows of one comparison share.
 KEY = ("name", "level", "direction", "batch", "dtype", "precision")
-NAMES = {
-    ("LeNet", "train_step"): "LeNet training step",
-    ("LeNet", "forward"): "LeNet inference",
-}
 DIRECTIONS = {"forward": "forward", "backward": "backward", "forward_backward": "forward + backward"}
 OF_NETWORKS = {"train_step": "training step", "forward": "inference"}
 LEGEND = (
@@ -106,10 +102,10 @@ class Comparison:
         row = self.rows.get(name)
         return row["median"] if row is not None and row["ok"] else None
 
-    def ratio(self, name: str, ours_name: str = OURS) -> float | None:
+    def ratio(self, name: str, own_name: str = OWN) -> float | None:
         """The time of an implementation as a multiple of fastlenet's, in one of fastlenet's forms."""
-        ours, theirs = self.median(ours_name), self.median(name)
-        return theirs / ours if ours and theirs else None
+        own, other = self.median(own_name), self.median(name)
+        return other / own if own and other else None
 
     def ratio_text(self, name: str) -> str:
         """The ratio as a table shows it."""
@@ -118,13 +114,13 @@ class Comparison:
         ratio = self.ratio(name)
         if ratio is None:
             return "" if self.rows[name]["ok"] else "red"
-        apart = abs(self.median(name) - self.median(OURS)) > (self.rows[name]["iqr"] + self.rows[OURS]["iqr"]) / 2
-        return f"{ratio:.2f}x" + ("" if apart else "~") + modelled(self.rows[name], self.rows[OURS])
+        apart = abs(self.median(name) - self.median(OWN)) > (self.rows[name]["iqr"] + self.rows[OWN]["iqr"]) / 2
+        return f"{ratio:.2f}x" + ("" if apart else "~") + modelled(self.rows[name], self.rows[OWN])
 
     @property
     def floor_ratio(self) -> float | None:
         """The time of fastlenet as a multiple of its floor."""
-        row = self.rows.get(OURS)
+        row = self.rows.get(OWN)
         if row is None or not row["ok"] or not row["floor_ns_per_image"]:
             return None
         return row["ns_per_image"] / row["floor_ns_per_image"]
@@ -172,9 +168,9 @@ def duration(microseconds: float) -> str:
 def line(rows: Sequence[Row]) -> str:
     """One comparison in one line."""
     comparison = Comparison({row["impl"]: row for row in rows})
-    ours = comparison.median(OURS)
-    parts = [f"{label(comparison.first)}: fastlenet {'red' if ours is None else duration(ours)}"]
-    parts += [f"{name} {text}" for name in comparison.rows if name != OURS and (text := comparison.ratio_text(name))]
+    own = comparison.median(OWN)
+    parts = [f"{label(comparison.first)}: fastlenet {'red' if own is None else duration(own)}"]
+    parts += [f"{name} {text}" for name in comparison.rows if name != OWN and (text := comparison.ratio_text(name))]
     if comparison.floor_ratio is not None:
         parts.append(f"floor {comparison.floor_ratio:.1f}x")
     return "; ".join(parts)
@@ -203,7 +199,7 @@ def sections(rows: Iterable[Row]) -> list[tuple[str, list[list[str]]]]:
         some = [comparison for comparison in everything if comparison.first["level"] == level]
         if not some:
             continue
-        baselines = list(dict.fromkeys(name for comparison in some for name in comparison.rows if name != OURS))
+        baselines = list(dict.fromkeys(name for comparison in some for name in comparison.rows if name != OWN))
         head = ["work", "batch", "mode", "fastlenet", *baselines, "floor", "saved/image", "peak memory"]
         lines = [_cells(comparison, baselines) for comparison in some]
         keep = [i for i in range(len(head)) if i < 4 or any(cells[i] for cells in lines)]
@@ -213,9 +209,9 @@ def sections(rows: Iterable[Row]) -> list[tuple[str, list[list[str]]]]:
 
 def _cells(comparison: Comparison, baselines: Sequence[str]) -> list[str]:
     row = comparison.first
-    ours = comparison.rows.get(OURS, row)
-    median = comparison.median(OURS)
-    time = "red" if median is None else f"{duration(median)} +- {ours['iqr'] / median / 2:.0%}{modelled(ours)}"
+    own = comparison.rows.get(OWN, row)
+    median = comparison.median(OWN)
+    time = "red" if median is None else f"{duration(median)} +- {own['iqr'] / median / 2:.0%}{modelled(own)}"
     return [
         _title(row),
         str(row["batch"]),
@@ -230,10 +226,10 @@ def _cells(comparison: Comparison, baselines: Sequence[str]) -> list[str]:
 
 def _against_eager(comparison: Comparison, field: str, show: Any) -> str:
     """Format fastlenet's figure with eager's beside it."""
-    ours, theirs = (comparison.rows.get(name, {}).get(field) for name in (OURS, EAGER))
-    if ours is None:
+    own, other = (comparison.rows.get(name, {}).get(field) for name in (OWN, EAGER))
+    if own is None:
         return ""
-    return show(ours) + (f" (eager {show(theirs)})" if theirs else "")
+    return show(own) + (f" (eager {show(other)})" if other else "")
 
 
 def goals(results: dict[str, Any]) -> list[list[str]]:
@@ -249,21 +245,21 @@ def goals(results: dict[str, Any]) -> list[list[str]]:
     for goal in wanted.goals:
         if (comparison := lenet.get((goal.direction, goal.batch))) is None:
             continue
-        title = f"{NAMES['LeNet', goal.direction]}, batch {goal.batch}"
+        title = f"LeNet {OF_NETWORKS[goal.direction]}, batch {goal.batch}"
         if goal.memory:
-            ours, theirs = (comparison.rows.get(name, {}).get("peak_bytes") for name in (OURS, EAGER))
-            value = ours / theirs if ours and theirs else None
+            own, other = (comparison.rows.get(name, {}).get("peak_bytes") for name in (OWN, EAGER))
+            value = own / other if own and other else None
             lines.append([f"peak memory, {title}", _against(value, goal.eager, most=True), ""])
             continue
-        ours, eager = (f"{OURS} graphed", f"{EAGER} graphed") if goal.graphed else (OURS, EAGER)
-        ratios = [ratio for name in wanted.baselines if (ratio := comparison.ratio(name, ours))]
+        own, eager = (f"{OWN} graphed", f"{EAGER} graphed") if goal.graphed else (OWN, EAGER)
+        ratios = [ratio for name in wanted.baselines if (ratio := comparison.ratio(name, own))]
         best = "" if goal.best is None else _against(min(ratios, default=None), goal.best)
         lines.append(
-            [title + ", as CUDA graphs" * goal.graphed, _against(comparison.ratio(eager, ours), goal.eager), best]
+            [title + ", as CUDA graphs" * goal.graphed, _against(comparison.ratio(eager, own), goal.eager), best]
         )
     for (direction, _), comparison in lenet.items():
         if direction == "train_step":
-            saved = comparison.rows.get(OURS, {}).get("saved_bytes_per_image")
+            saved = comparison.rows.get(OWN, {}).get("saved_bytes_per_image")
             verdict = "not measured" if saved is None else "met" if saved <= wanted.saved_bytes else "missed"
             figure = "" if saved is None else f"{saved:,.0f} B, "
             lines.append(
@@ -362,7 +358,7 @@ def heading(about: dict[str, Any]) -> str:
 
 
 COLOURS = {
-    OURS: "#c1272d",
+    OWN: "#c1272d",
     EAGER: "#555555",
     "channels_last": "#0072b2",
     "compiled": "#009e73",
@@ -391,10 +387,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     everything = [c for c in comparisons(results["rows"]) if c.ratio(EAGER)]
     networks = [c for c in everything if c.first["level"] == "module"]
     modes = [mode(c.first) for c in networks]
+    lenet = [c for c in networks if c.first["name"] == "LeNet"]
     shown = max(set(modes), key=lambda name: (modes.count(name), -modes.index(name))) if modes else ""
     panels = [
-        (title, sorted((c for c in networks if key == (c.first["name"], c.first["direction"])), key=_batch))
-        for key, title in NAMES.items()
+        (f"LeNet {word}", sorted((c for c in lenet if c.first["direction"] == direction), key=_batch))
+        for direction, word in OF_NETWORKS.items()
     ]
     panels = [(title, [c for c in some if mode(c.first) == shown]) for title, some in panels]
     panels = [(title, some) for title, some in panels if some]
@@ -438,7 +435,7 @@ def _draw_lines(axes: Any, title: str, some: list[Comparison]) -> None:
     """Speed against eager by batch."""
     names = list(dict.fromkeys(name for comparison in some for name in comparison.rows))
     speeds_seen = [1.0]
-    for name in [*(name for name in names if name != OURS), OURS]:
+    for name in [*(name for name in names if name != OWN), OWN]:
         points = [(i, c.median(EAGER) / c.median(name)) for i, c in enumerate(some) if c.median(name)]
         if not points:
             continue
@@ -450,18 +447,18 @@ def _draw_lines(axes: Any, title: str, some: list[Comparison]) -> None:
             speeds,
             "o-" if base == name else "o:",
             color=COLOURS.get(base, "#999999"),
-            linewidth=3 if base == OURS else 1.6,
-            markersize=7 if base == OURS else 4,
+            linewidth=3 if base == OWN else 1.6,
+            markersize=7 if base == OWN else 4,
             label=name,
         )
-        if base == OURS:
+        if base == OWN:
             for position, speed in points:
                 text = axes.annotate(
                     f"{speed:.2g}x", (position, speed), (0, 9), textcoords="offset points", ha="center",
-                    color=COLOURS[OURS], fontweight="bold", zorder=5,
+                    color=COLOURS[OWN], fontweight="bold", zorder=5,
                 )  # fmt: skip
                 text.set_path_effects([import_extra("matplotlib.patheffects").withStroke(linewidth=3, foreground="w")])
-    floors = [c.median(EAGER) * 1e3 / c.first["batch"] / c.rows[OURS]["floor_ns_per_image"] for c in some]
+    floors = [c.median(EAGER) * 1e3 / c.first["batch"] / c.rows[OWN]["floor_ns_per_image"] for c in some]
     # The floor of a batch of one lies outside of the picture, because there calls take longer than the work.
     top = max(speeds_seen)
     upper = max(top * 1.6, 2.0, min(max(floors), 12 * top) * 1.3)
@@ -488,7 +485,7 @@ def _name_lines(figure: Any) -> None:
     for axes in figure.axes:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(name, handle)
-    names = sorted(found, key=lambda name: (name.removesuffix(GRAPHED) != OURS, name.startswith("floor"), name != OURS))
+    names = sorted(found, key=lambda name: (name.removesuffix(GRAPHED) != OWN, name.startswith("floor"), name != OWN))
     handles = [found[name] for name in names]
     figure.legend(handles, names, loc="outside right upper", fontsize=8, frameon=False)
 
@@ -498,10 +495,10 @@ def _draw_bars(axes: Any, operators: list[Comparison]) -> None:
     operators = list(reversed(operators))
     heights = range(len(operators))
     ratios = [c.ratio(EAGER) for c in operators]
-    best = [min(r for name in c.rows if name != OURS and (r := c.ratio(name))) for c in operators]
+    best = [min(r for name in c.rows if name != OWN and (r := c.ratio(name))) for c in operators]
     # A logarithmic scale from 1: bars for twice as slow and twice as fast have the same length.
     axes.set_xscale("log")
-    colours = [COLOURS[OURS] if ratio >= 1 else "#999999" for ratio in ratios]
+    colours = [COLOURS[OWN] if ratio >= 1 else "#999999" for ratio in ratios]
     axes.barh(heights, [ratio - 1 for ratio in ratios], left=1, color=colours, alpha=0.8)
     patch = import_extra("matplotlib.patches").Patch
     [mark] = axes.plot(best, heights, "|", color="black", markersize=11, markeredgewidth=2.2)
@@ -522,7 +519,7 @@ def _draw_bars(axes: Any, operators: list[Comparison]) -> None:
     axes.minorticks_off()
     axes.set_xlabel("fastlenet is slower (grey)      |      fastlenet is faster (red)")
     axes.set_title(f"Operators ({mode(operators[0].first)}): shape, direction, batch", fontsize=11)
-    handles = [patch(color=COLOURS[OURS], alpha=0.8), mark]
+    handles = [patch(color=COLOURS[OWN], alpha=0.8), mark]
     axes.legend(handles, ["against stock eager", "against the best baseline"], loc="lower right", fontsize=8.5)
     axes.grid(axis="x", alpha=0.3)
 

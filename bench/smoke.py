@@ -32,9 +32,9 @@ def main() -> int:
 
 
 def _agree(name: str, fused: list[torch.Tensor], stock: list[torch.Tensor]) -> None:
-    for ours, theirs in zip(fused, stock, strict=True):
+    for own, other in zip(fused, stock, strict=True):
         # A few rounding steps of the dtype. The tests check accuracy; this shows that the kernels computed.
-        torch.testing.assert_close(ours, theirs, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(own, other, msg=lambda text: f"{name}: {text}")
 
 
 def _gradients(operator, *tensors: torch.Tensor) -> list[torch.Tensor]:

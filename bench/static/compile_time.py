@@ -8,10 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import triton
 
+from bench.static.committed import ROOT
 from bench.static.launches import PRECISIONS, STEP, Row, compiling_fastlenet, run_lenet
 
 
@@ -23,8 +23,7 @@ def measure_compile(arch: str, precision: str) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "bench.static", "--compile-once", arch, precision]
         variables = os.environ | {"TRITON_CACHE_DIR": folder}
-        root = Path(__file__).resolve().parents[2]
-        runs = [subprocess.run(command, cwd=root, env=variables, capture_output=True, check=True) for _ in range(2)]
+        runs = [subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, check=True) for _ in range(2)]
         cold, warm = (json.loads(run.stdout) for run in runs)
     return {
         "arch": arch,

@@ -16,6 +16,7 @@ from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format
 
 from . import record
 from .compiled import address
+from .link import PROGRAM_STEP
 from .memory import empty
 from .plan import BYTES, LANES, ONE_IMAGE, OneImage, Plan, plan_of
 
@@ -26,9 +27,6 @@ MOST_IMAGES = 7
 
 Their number alone decides, so that results are equal for any number of threads.
 """
-
-ARGUMENTS, STEP, HEADER = 10, 31, 3
-"""As in `image`, which imports numba."""
 
 # Bases of a step's arguments: addresses and numbers of a call.
 ZERO, BASES, INPUT, OUTPUT, RECORD, SCRATCH, GRAD_INPUT, SUMS, PARAMETERS = range(9)
@@ -99,7 +97,7 @@ def _step(kernel: int, *arguments: int | At) -> list[int]:
     row = [kernel]
     for argument in arguments:
         row += At(ZERO, argument) if isinstance(argument, int) else argument
-    return row + [0] * (STEP - len(row))
+    return row + [0] * (PROGRAM_STEP - len(row))
 
 
 def _program(*parts: list[list[int]]) -> array[int]:

@@ -43,18 +43,11 @@ from .lanes import (
     where_positive,
     zeros,
 )
+from .link import PROGRAM_HEADER, PROGRAM_STEP
 from .plan import BYTES, CHAIN, LANES
 
 ONE, OUTPUTS, INPUTS = (0,), (0,) * 8, (0,) * 4
 BESIDE = vectors(4)
-
-ARGUMENTS = 10
-"""Of every step: a C function ignores those that it does not take."""
-STEP = 1 + 3 * ARGUMENTS
-"""Integers of a step: the kernel's address, then of each argument the number of a base, an offset, and what is added to
-it from image to image."""
-HEADER = 3
-"""Integers before the steps: how many run once, how many for each image, and how many once at the end."""
 
 
 def steps() -> Any:
@@ -68,12 +61,12 @@ def steps() -> Any:
     @kernel(3)
     def steps(program, bases, images):
         """Call one kernel after the other; `bases`: addresses and numbers of this call."""
-        first = program + 8 * HEADER
+        first = program + 8 * PROGRAM_HEADER
         for part in range(3):
             number = field(program, part)
             for image in range(images if part == 1 else 1):
                 for i in range(number):
-                    step = first + 8 * STEP * i
+                    step = first + 8 * PROGRAM_STEP * i
                     call(
                         field(step, 0),
                         (
@@ -89,7 +82,7 @@ def steps() -> Any:
                             argument(step, 9, image, bases),
                         ),
                     )
-            first += 8 * STEP * number
+            first += 8 * PROGRAM_STEP * number
 
     return steps
 

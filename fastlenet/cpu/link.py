@@ -66,3 +66,11 @@ keeps between its layers, and in training until the backward), or of a task's su
     PIECE,
 ) = range(7)
 """A piece of a parameter: some rows whose sums over all tasks one worker takes."""
+
+PROGRAM_HEADER = 3
+"""Integers before the steps of a chain of a few images: how many run once, for each image, and once at the end."""
+PROGRAM_STEP = 1 + 3 * 10
+"""Integers of such a step: a kernel's address, then for each of ten arguments a base, an offset, and a distance.
+
+The distance is added to the offset from image to image. A C function ignores arguments that it does not take.
+"""

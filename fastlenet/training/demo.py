@@ -52,7 +52,7 @@ from fastlenet.training.loop import (
     progress_bars,
     run_epoch,
 )
-from fastlenet.training.picture import COLOURS, draw_confusion, draw_digits, file_bytes, new_figure, tidy
+from fastlenet.training.picture import COLOURS, file_bytes, overview, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
@@ -444,19 +444,14 @@ def draw(comparison: Comparison, dataset: Dataset) -> bytes:
     Returns:
         The bytes of a PNG file.
     """
-    figure = new_figure(14, 9)
-    figure.suptitle(
+    figure = overview(
         f"LeNet on 5,000 MNIST digits: fused {comparison.evaluations[FUSED].accuracy:.1%}, "
         f"stock {comparison.evaluations[STOCK].accuracy:.1%} of the held-out digits right",
-        fontsize=15,
-        fontweight="bold",
+        lambda area: _draw_losses(area, comparison),
+        comparison.evaluations[FUSED].predictions,
+        dataset,
+        ("Confusion matrix (fused)", "Held-out digits with the fused network's predictions"),
     )
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.8, 1))
-    left, right = top.subfigures(1, 2, width_ratios=(1.45, 1))
-    _draw_losses(left, comparison)
-    predictions = comparison.evaluations[FUSED].predictions
-    draw_confusion(right.subplots(), predictions, dataset.test_labels, "Confusion matrix (fused)")
-    draw_digits(bottom, predictions, dataset, "Held-out digits with the fused network's predictions")
     return file_bytes(figure, "png")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,18 +38,42 @@ def draw_run(
     Raises:
         MissingPackageError: if matplotlib is not installed.
     """
-    figure = new_figure(14, 9)
-    figure.suptitle(
+    figure = overview(
         f"LeNet on {dataset.name}: {evaluation.accuracy:.2%} of {len(dataset.test_labels):,} held-out digits right",
-        fontsize=15,
-        fontweight="bold",
+        lambda area: _draw_history(area, history),
+        evaluation.predictions,
+        dataset,
+        ("Confusion matrix", "Held-out digits with the network's predictions"),
     )
+    return file_bytes(figure, file_format)
+
+
+def overview(
+    title: str,
+    draw_curves: Callable[[SubFigure], None],
+    predictions: torch.Tensor,
+    dataset: Dataset,
+    titles: tuple[str, str],
+) -> Any:
+    """Return a figure with curves, the confusion matrix and some digits with predictions.
+
+    Args:
+        title: of the figure.
+        draw_curves: draws the curves into a part of the figure.
+        predictions: of the held-out digits.
+        dataset: the digits.
+        titles: of the confusion matrix and of the digits.
+    """
+    # The object interface draws in memory and leaves the user's pyplot settings alone.
+    figure = import_extra("matplotlib.figure").Figure(figsize=(14, 9), dpi=110, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    figure.suptitle(title, fontsize=15, fontweight="bold")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.8, 1))
     left, right = top.subfigures(1, 2, width_ratios=(1.45, 1))
-    _draw_history(left, history)
-    draw_confusion(right.subplots(), evaluation.predictions, dataset.test_labels, "Confusion matrix")
-    draw_digits(bottom, evaluation.predictions, dataset, "Held-out digits with the network's predictions")
-    return file_bytes(figure, file_format)
+    draw_curves(left)
+    _draw_confusion(right.subplots(), predictions, dataset.test_labels, titles[0])
+    _draw_digits(bottom, predictions, dataset, titles[1])
+    return figure
 
 
 def _draw_history(area: SubFigure, history: Sequence[Mapping[str, Any]]) -> None:
@@ -69,14 +93,6 @@ def _draw_history(area: SubFigure, history: Sequence[Mapping[str, Any]]) -> None
         tidy(axes)
 
 
-def new_figure(width: float, height: float) -> Any:
-    """Make an empty matplotlib figure of a size in inches."""
-    # The object interface draws in memory and leaves the user's pyplot settings alone.
-    figure = import_extra("matplotlib.figure").Figure(figsize=(width, height), dpi=110, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    return figure
-
-
 def file_bytes(figure: Any, file_format: str) -> bytes:
     """Draw a figure into the bytes of a file."""
     stream = io.BytesIO()
@@ -90,7 +106,7 @@ def tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_confusion(axes: Axes, predictions: torch.Tensor, labels: torch.Tensor, title: str) -> None:
+def _draw_confusion(axes: Axes, predictions: torch.Tensor, labels: torch.Tensor, title: str) -> None:
     """Draw how often each digit was taken for each.
 
     Args:
@@ -131,7 +147,7 @@ def draw_confusion(axes: Axes, predictions: torch.Tensor, labels: torch.Tensor, 
     axes.tick_params(which="minor", length=0)
 
 
-def draw_digits(area: SubFigure, predictions: torch.Tensor, dataset: Dataset, title: str) -> None:
+def _draw_digits(area: SubFigure, predictions: torch.Tensor, dataset: Dataset, title: str) -> None:
     """Draw up to 30 held-out digits, half of them mistaken if there are so many, each with what it was taken for.
 
     Args:

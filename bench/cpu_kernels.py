@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import fastlenet
 from fastlenet import cpu
 from fastlenet.cpu import record
-from fastlenet.cpu.compiled import address
+from fastlenet.cpu.compiled import address, register_vectors
 from fastlenet.cpu.plan import plan_of
 
 Calls = dict[str, Callable[[], object]]
@@ -85,8 +85,9 @@ def fma_chains() -> tuple[Callable[[], None], float]:
     """Return a call of nothing but FMAs in registers, and its FLOP."""
     from fastlenet.cpu.lanes import add_products, kernel, load, splat, store, zeros
 
-    rows, columns, turns = (0,) * 4, (0,) * 5, 2000
-    places = tuple(64 * i for i in range(20))
+    rows, columns, turns = ((0,) * 4, (0,) * 5, 2000) if register_vectors() == 32 else ((0,), (0,) * 6, 2000)
+    tile = len(rows) * len(columns)
+    places = tuple(64 * i for i in range(tile))
 
     @kernel(2)
     def chains(source: int, target: int) -> None:
@@ -96,8 +97,8 @@ def fma_chains() -> tuple[Callable[[], None], float]:
             sums = add_products(sums, values, factors)
         store(target, places, sums)
 
-    source, target = torch.full((64,), 1e-3), torch.empty(20 * 16)
-    return lambda: chains.ctypes(source.data_ptr(), target.data_ptr()), 2 * 20 * 16 * turns
+    source, target = torch.full((64,), 1e-3), torch.empty(tile * 16)
+    return lambda: chains.ctypes(source.data_ptr(), target.data_ptr()), 2 * tile * 16 * turns
 
 
 def kernels() -> None:

@@ -16,7 +16,7 @@ from . import few, link, record, threads
 from .compiled import address
 from .conv2d_relu_max_pool2d import MOST_TASKS, backward_kernel, covers, dense
 from .memory import empty
-from .plan import BYTES, LANES, LINEAR_FILTERS, LINEAR_VECTORS, Plan, plan_of
+from .plan import BYTES, LANES, Plan, linear_tile, plan_of
 
 Link: TypeAlias = ConvPoolGeometry | str
 """A convolution with relu and pool, ``"linear_relu"`` or ``"linear"``."""
@@ -257,6 +257,7 @@ def _plan(
     """
     tables: list[dict[int, int]] = []
     plans: list[Plan] = []
+    tile = linear_tile()
     forward, backward, kept, sums = _Space(), _Space(), _Space(), _Space()
     places: list[tuple[int, int, int, int]] = []
     shape, numbers = input, torch.Size(input).numel()
@@ -268,7 +269,7 @@ def _plan(
     for i, (place, weight) in enumerate(zip(links, weights, strict=True)):
         table = {link.INPUTS: numbers}
         ahead: dict[int, int] = {}
-        back: dict[int, int] = {link.GRAD_AT: backward.take(-(-numbers // LINEAR_FILTERS) * LINEAR_FILTERS * BYTES)}
+        back: dict[int, int] = {link.GRAD_AT: backward.take(-(-numbers // tile.filters) * tile.filters * BYTES)}
         if isinstance(place, ConvPoolGeometry):
             if len(shape) != 3 or weight[1] * place.groups != shape[0]:
                 raise ValueError(f"link {i}: a weight of shape {weight} does not fit images of shape {shape}")
@@ -295,13 +296,13 @@ def _plan(
                 raise ValueError(f"link {i}: a weight of shape {weight} does not fit {numbers} inputs")
             table[link.LINEAR], table[link.RELU] = 1, int(place == "linear_relu")
             rows, width = weight
-            wide = LANES * LINEAR_VECTORS
+            wide = LANES * tile.vectors
             step = -(-width // wide) * wide
             ahead[link.PACKED_AT] = forward.take(-(-rows // LANES) * width * BYTES)
             row_bytes = max(row_bytes, 4 * step)
             numbers, shape = rows, (rows,)
         # Tiles of the weight's gradient are whole.
-        padded_rows = -(-rows // LINEAR_FILTERS) * LINEAR_FILTERS
+        padded_rows = -(-rows // tile.filters) * tile.filters
         table[link.SUMS_STEP], table[link.OUTPUTS] = 4 * step, numbers
         if i + 1 < len(links) or place == "linear_relu":
             table[link.TARGET_AT] = kept.take(numbers * BYTES)
@@ -331,7 +332,7 @@ def _plan(
     head = {
         link.CONV_AT: backward.take(conv_bytes),
         link.ROWS_AT: backward.take(LANES * row_bytes),
-        link.OUTPUT_GRAD_AT: backward.take(-(-numbers // LINEAR_FILTERS) * LINEAR_FILTERS * BYTES),
+        link.OUTPUT_GRAD_AT: backward.take(-(-numbers // tile.filters) * tile.filters * BYTES),
     }
     head[link.SCRATCH_BYTES] = backward.size
     back_head = _table(common | head, [a | b for a, b in zip(tables, backward_tables, strict=True)])

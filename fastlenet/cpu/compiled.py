@@ -110,6 +110,12 @@ def _machine() -> tuple[str, str]:
 
 
 @functools.cache
+def register_vectors() -> int:
+    """How many vectors of 16 float32 the CPU's registers hold: 32 of AVX-512, 8 of AVX2 or NEON."""
+    return 32 if "+avx512f" in _machine()[1] else 8
+
+
+@functools.cache
 def _digest() -> str:
     """What all compiled code depends on."""
     digest = hashlib.sha256()

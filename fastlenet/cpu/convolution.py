@@ -10,8 +10,8 @@ With X the (padded) input, C the convolution's pixels, and each window w a list 
 
 Layout. Every number stands 16 times, once for each image of the block: X is [channel, pixel, image], so that any
 pixel is one aligned vector and the inner loops never see a window, a stride or an edge. `plan` has turned these into
-offsets. All three sums have one form, ``tile[i, j] += rows[i] * columns[j]``, with 12 to 24 vectors of sums in
-registers:
+offsets. All three sums have one form, ``tile[i, j] += rows[i] * columns[j]``, with as many vectors of sums as the
+registers hold:
 
     ============  =====================  =======================  =============
     sum           rows                   columns                  runs over
@@ -21,8 +21,9 @@ registers:
     grad_X        pixels of G            weights of channels      filters, taps
     ============  =====================  =======================  =============
 
-A weight is one number for all images and is spread over a vector as it is loaded. For each step of the sum a tile of
-4 x 6 takes 10 loads and 24 FMAs, which keeps both FMA units of a core busy.
+A weight is one number for all images and is spread over a vector as it is loaded. With AVX-512 a tile of 4 x 6 takes
+10 loads and 24 FMAs for each step of the sum. With AVX2 a vector takes two registers and a tile of 3 x 2 takes 8 loads
+and 12 FMAs. Both keep the FMA units of a core busy.
 
 Of one image, 16 filters or channels are the lanes instead, and rows are spread: see `image`. The loops are the same.
 

@@ -18,7 +18,7 @@ from . import record
 from .compiled import address
 from .link import PROGRAM_STEP
 from .memory import empty
-from .plan import BYTES, LANES, ONE_IMAGE, OneImage, Plan, plan_of
+from .plan import BYTES, LANES, OneImage, Plan, plan_of
 
 Link: TypeAlias = ConvPoolGeometry | str
 
@@ -239,7 +239,8 @@ def _forward(
             before.append(_step(exchange, 1, 4, bias.plus(4 * LANES * v), 4, missing.plus(live), place, 1))
             rows = weight.plus(4 * depth * LANES * v), 4 * depth, live
             before.append(_step(exchange, 1, 4, *rows, place.plus(BYTES), depth))
-        kernel = address("convolution", "forward_block", ONE_IMAGE.filters, ONE_IMAGE.pixels, int(save), 1)
+        tile = layer.plan.tile
+        kernel = address("convolution", "forward_block", tile.filters, tile.pixels, int(save), 1)
         argmax = (kept if layer.framed else lanes).plus(layer.argmax_at)
         each.append(_step(kernel, layer.plan.address, source, packed, target, argmax, At(SCRATCH, conv)))
         source = target
@@ -322,12 +323,13 @@ def _backward(
             target = At(SCRATCH, space.take(plan.record[record.INPUT_BYTES]))
             flag = At(BASES, 8 * spoiled.base)
             before.append(_step(address("image", "pack"), plan.address, weight, packed, flag))
-        tile = (ONE_IMAGE.channels, ONE_IMAGE.input_pixels) if onward else (0, 0)
-        kernel = address("convolution", "backward_block", ONE_IMAGE.filters, ONE_IMAGE.taps, *tile, 1)
+        tile = plan.tile
+        input_tile = (tile.channels, tile.input_pixels) if onward else (0, 0)
+        kernel = address("convolution", "backward_block", tile.filters, tile.taps, *input_tile, 1)
         partial = NOTHING
         if wanted[i]:
             partial = At(SUMS, sums.take(plan.record[record.PARTIAL_BYTES]))
-            taps = BYTES * plan.record[record.TAP_TILES] * ONE_IMAGE.taps
+            taps = BYTES * plan.record[record.TAP_TILES] * tile.taps
             for v, live in _by_vectors(layer.weight):
                 place = partial.plus((taps + BYTES) * v)
                 rows, biases = grad_weight.plus(4 * depth * LANES * v), grad_bias.plus(4 * LANES * v)

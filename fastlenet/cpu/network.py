@@ -43,9 +43,10 @@ from .lanes import (
     where_positive,
     zeros,
 )
-from .plan import BYTES, CHAIN, LANES, LINEAR_FILTERS, LINEAR_VECTORS
+from .plan import BYTES, CHAIN, LANES, linear_tile
 
-ONE, OUTPUTS = (0,), (0,) * LANES
+SUMS, LINEAR_VECTORS, LINEAR_FILTERS = linear_tile()
+ONE, OUTPUTS = (0,), (0,) * SUMS
 INPUT_VECTORS, FILTERS = (0,) * LINEAR_VECTORS, (0,) * LINEAR_FILTERS
 BESIDE = vectors(LINEAR_VECTORS)
 
@@ -56,13 +57,14 @@ BESIDE = vectors(LINEAR_VECTORS)
 @inlined
 def linear(source, packed, bias, inputs, outputs, positive, target):
     """Compute Y for a block; packed: the weight as [16 outputs][input, output]."""
-    for first in range(0, outputs, LANES):
-        live = min(LANES, outputs - first)
+    for first in range(0, outputs, SUMS):
+        live = min(SUMS, outputs - first)
+        factors = packed + BYTES * inputs * (first // LANES) + 4 * (first % LANES)
         for start in range(0, inputs, CHAIN):
             end = min(start + CHAIN, inputs)
             sums = zeros(ONE, OUTPUTS)
             for k in range(start, end):
-                sums = add_products(sums, load(source + BYTES * k, ONE), splat(packed + BYTES * k, OUTPUTS))
+                sums = add_products(sums, load(source + BYTES * k, ONE), splat(factors + BYTES * k, OUTPUTS))
             if start:
                 sums = add(load_first(target, BYTES, live, OUTPUTS), sums)
             if end == inputs:
@@ -71,16 +73,15 @@ def linear(source, packed, bias, inputs, outputs, positive, target):
                 if positive:
                     sums = relu(sums)
             store_first(target, BYTES, live, sums)
-        packed += BYTES * inputs
-        target += BYTES * LANES
+        target += BYTES * SUMS
 
 
 @inlined
 def linear_grad_input(grad, weight, inputs, outputs, target):
     """Compute grad_X for a block; weight: [output, input]."""
-    for place in range(0, inputs, LANES):
-        # The last 16 inputs overlap those before where their number is not a multiple of 16.
-        first = min(place, inputs - LANES)
+    for place in range(0, inputs, SUMS):
+        # The last inputs overlap those before where their number is not a multiple.
+        first = min(place, inputs - SUMS)
         for start in range(0, outputs, CHAIN):
             sums = zeros(ONE, OUTPUTS)
             for o in range(start, min(start + CHAIN, outputs)):
@@ -88,8 +89,8 @@ def linear_grad_input(grad, weight, inputs, outputs, target):
                 sums = add_products(sums, load(grad + BYTES * o, ONE), factors)
             here = target + BYTES * first
             if start:
-                sums = add(load_first(here, BYTES, LANES, OUTPUTS), sums)
-            store_first(here, BYTES, LANES, sums)
+                sums = add(load_first(here, BYTES, SUMS, OUTPUTS), sums)
+            store_first(here, BYTES, SUMS, sums)
 
 
 @inlined

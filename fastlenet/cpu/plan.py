@@ -17,6 +17,7 @@ from torch import Tensor
 from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
 
 from . import record
+from .compiled import register_vectors
 
 LANES = 16
 """Images of a block: one to a lane."""
@@ -52,26 +53,69 @@ class Tile(NamedTuple):
     input_pixels: int
 
 
-def tile_of(filters: int, channels: int) -> Tile:
-    """Choose tiles of 12 to 24 sums: the FMA units are busy from 8 on, and 32 registers hold no more."""
-    wide, deep = _width(filters, _FILTER_SPEED), _width(channels, _CHANNEL_SPEED)
-    return Tile(wide, _PIXELS[wide], _TAPS[wide], deep, _INPUT_PIXELS[deep])
+class LinearTile(NamedTuple):
+    """Sizes of the tiles of a linear layer.
+
+    Attributes:
+        sums: of a pass of the output, and of the input's gradient.
+        vectors: of 16 inputs, of the weight's gradient at a time.
+        filters: of the weight's gradient at a time.
+    """
+
+    sums: int
+    vectors: int
+    filters: int
 
 
-ONE_IMAGE = Tile(1, 8, 9, 1, 8)
-"""Tiles where the lanes are filters or channels of one image; `filters` and `channels` then count vectors of 16."""
+class _Tiles(NamedTuple):
+    """Tiles for a register file.
 
-LINEAR_VECTORS, LINEAR_FILTERS = 2, 8
-"""The tile of a linear layer's weight gradient: vectors of 16 inputs, and outputs."""
+    Each width of a pass is compiled at its first use, so they are few.
 
-_PIXELS = {1: 8, 2: 8, 4: 4, 5: 4, 6: 4}
-_TAPS = {1: 8, 2: 8, 4: 5, 5: 4, 6: 4}
-_INPUT_PIXELS = {1: 8, 4: 4, 6: 2, 8: 2}
+    Attributes:
+        filters: for each width of a pass: pixels, taps, and how fast the pass is when full.
+        channels: for each width of a pass of the input's gradient: pixels, and how fast the pass is when full.
+        one_image: tiles where the lanes are filters or channels of one image; the widths then count vectors of 16.
+        linear: tiles of linear layers.
+    """
+
+    filters: dict[int, tuple[int, int, float]]
+    channels: dict[int, tuple[int, float]]
+    one_image: Tile
+    linear: LinearTile
 
 
-_FILTER_SPEED = {1: 0.6, 2: 0.85, 4: 1.0, 5: 1.0, 6: 1.0}
-_CHANNEL_SPEED = {1: 0.6, 4: 0.9, 6: 1.0, 8: 1.0}
-"""Widths of a pass, and how fast each is when full. Each is compiled at its first use, so they are few."""
+_TILES = {
+    32: _Tiles(
+        {1: (8, 8, 0.6), 2: (8, 8, 0.85), 4: (4, 5, 1.0), 5: (4, 4, 1.0), 6: (4, 4, 1.0)},
+        {1: (8, 0.6), 4: (4, 0.9), 6: (2, 1.0), 8: (2, 1.0)},
+        Tile(1, 8, 9, 1, 8),
+        LinearTile(16, 2, 8),
+    ),
+    8: _Tiles(
+        {1: (5, 5, 0.7), 2: (3, 3, 1.0)},
+        {1: (4, 0.65), 3: (1, 0.85), 4: (1, 0.95), 6: (1, 1.0)},
+        Tile(1, 5, 5, 1, 5),
+        LinearTile(4, 2, 3),
+    ),
+}
+"""By the vectors of 16 that the registers hold: a tile's sums and one row must fit, and FMA units need 4 to 8 sums."""
+
+
+def tile_of(filters: int, channels: int, one_image: bool = False) -> Tile:
+    """Choose the tiles of this CPU."""
+    tiles = _TILES[register_vectors()]
+    if one_image:
+        return tiles.one_image
+    wide = _width(filters, {width: speed for width, (*_, speed) in tiles.filters.items()})
+    deep = _width(channels, {width: speed for width, (_, speed) in tiles.channels.items()})
+    pixels, taps, _ = tiles.filters[wide]
+    return Tile(wide, pixels, taps, deep, tiles.channels[deep][0])
+
+
+def linear_tile() -> LinearTile:
+    """Return a linear layer's tiles on this CPU."""
+    return _TILES[register_vectors()].linear
 
 
 def _width(count: int, speed: dict[int, float]) -> int:
@@ -141,7 +185,7 @@ def plan_of(
     """
     (all_channels, height, width), (all_filters, channels, *kernel) = input, weight
     filters, groups = all_filters // geometry.groups, geometry.groups
-    tile = tile_of(filters, channels) if one_image is None else ONE_IMAGE
+    tile = tile_of(filters, channels, one_image is not None)
     taps = kernel[0] * kernel[1]
     (pad_h, pad_w), (gap_h, gap_w), (step_h, step_w) = geometry.padding, geometry.dilation, geometry.stride
     padded_h, padded_w = height + 2 * pad_h, width + 2 * pad_w

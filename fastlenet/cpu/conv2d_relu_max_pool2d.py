@@ -29,6 +29,8 @@ Wider layers are what oneDNN is made for: up to `WIDE` the kernels are 1.1 to 2 
 WIDE = 3072
 ROOMY = 1 << 19
 """Bytes of a block of images up to which wide layers win over channels_last, too: they stay in a core's own cache."""
+LARGE = 1 << 22
+"""Bytes of a block of images from which half-filled lanes no longer suffice: each pass of filters reads it from memory."""
 MOST_BYTES = 1 << 26
 """Scratch that one thread may take."""
 
@@ -46,7 +48,7 @@ def rejects(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> str | 
     block = input.shape[1] * height * width * BYTES
     if products > THIN and block > ROOMY and memory_format(input, weight) == torch.channels_last:
         return f"{channels} to {filters} channels of {height}x{width} in channels_last: the library's is as fast"
-    wanted = 0.45 if products <= THIN else 0.9
+    wanted = 0.45 if products <= THIN and block <= LARGE else 0.9
     if images and threads.fill(images, LANES) < wanted:
         return f"{images} images keep too few of the {LANES} lanes of {torch.get_num_threads()} threads busy"
     return None

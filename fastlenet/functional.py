@@ -16,8 +16,6 @@ from fastlenet.selection import run
 
 __all__ = ["addmm_relu", "chain", "conv2d_relu_max_pool2d", "linear_relu", "mlp"]
 
-IntOrPair = int | tuple[int, ...]
-
 # torch.fx records calls of these as they stand: its stand-ins for tensors cannot pass their checks.
 for _name in __all__:
     torch.fx.wrap(_name)
@@ -27,15 +25,15 @@ def conv2d_relu_max_pool2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: IntOrPair = 1,
-    padding: IntOrPair | str = 0,
-    dilation: IntOrPair = 1,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
     *,
-    pool_size: IntOrPair = 2,
-    pool_stride: IntOrPair | None = None,
-    pool_padding: IntOrPair = 0,
-    pool_dilation: IntOrPair = 1,
+    pool_size: int | tuple[int, ...] = 2,
+    pool_stride: int | tuple[int, ...] | None = None,
+    pool_padding: int | tuple[int, ...] = 0,
+    pool_dilation: int | tuple[int, ...] = 1,
     ceil_mode: bool = False,
 ) -> Tensor:
     """Convolve, apply relu and max-pool in one operator.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlenet.functional import IntOrPair, conv2d_relu_max_pool2d, linear_relu, prepared_conv2d_relu_max_pool2d
+from fastlenet.functional import conv2d_relu_max_pool2d, linear_relu, prepared_conv2d_relu_max_pool2d
 from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
 
 __all__ = ["ConvReLUMaxPool2d", "LinearReLU"]
@@ -62,10 +62,10 @@ class ConvReLUMaxPool2d(nn.Conv2d):
         groups: int = 1,
         bias: bool = True,
         *,
-        pool_size: IntOrPair = 2,
-        pool_stride: IntOrPair | None = None,
-        pool_padding: IntOrPair = 0,
-        pool_dilation: IntOrPair = 1,
+        pool_size: int | tuple[int, ...] = 2,
+        pool_stride: int | tuple[int, ...] | None = None,
+        pool_padding: int | tuple[int, ...] = 0,
+        pool_dilation: int | tuple[int, ...] = 1,
         ceil_mode: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

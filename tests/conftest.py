@@ -17,6 +17,7 @@ if str(HERE) not in sys.path:  # so that `import harness` works under every impo
 pytest.register_assert_rewrite("harness")
 
 from harness import fuzz, modes  # noqa: E402
+from run import TIERS  # noqa: E402
 
 fuzz.load_profile()
 
@@ -33,9 +34,6 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leave out the folders that cannot run in this process."""
     refused = [HERE / name for name in modes.refused_folders()]
     return True if any(folder == collection_path or folder in collection_path.parents for folder in refused) else None
-
-
-TIERS = ("quick", "wide", "all")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _tiers(items: list[pytest.Item]) -> list[int]:
-    """The first tier that runs each test, as a place in `TIERS`.
+    """The first tier that runs each test, as a place in `run.TIERS`.
 
     ``quick`` runs each test function once for each implementation, ``wide`` each value of each parameter once, ``all``
     each combination. Marks leave tests to later tiers: ``wide`` from quick, ``thorough`` from quick and wide.

@@ -114,6 +114,16 @@ class Halved(torch.optim.Optimizer):
                     parameter -= parameter.grad * group["lr"] / state["step"]
 
 
+class Descent(Halved):
+    """An optimizer without state, which never asks for the value of its learning rate."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                parameter -= parameter.grad * self.param_groups[0]["lr"]
+
+
 def sgd(parameters, **options):
     return torch.optim.SGD(parameters, **{"lr": 0.1, "momentum": 0.9, "nesterov": True} | options)
 
@@ -143,14 +153,21 @@ class Plain:
         return loss.detach()
 
 
-def pair(make_optimizer=sgd, device="cpu", make_model=Wide):
+class Graphed(GraphedTrainStep):
+    """The helper, with the model and the optimizer that it was given."""
+
+    def __init__(self, model, loss, optimizer, example_inputs) -> None:
+        super().__init__(model, loss, optimizer, example_inputs)
+        self.model, self.optimizer = model, optimizer
+
+
+def pair(make_optimizer=sgd, device="cpu", make_model=Wide, loss=F.cross_entropy):
     """The same model twice, one stepped by the loop and one by the helper."""
     torch.manual_seed(1)
     looped = make_model().to(device)
     stepped = copy.deepcopy(looped)
     loop = Plain(looped, make_optimizer(looped.parameters()))
-    step = GraphedTrainStep(stepped, F.cross_entropy, make_optimizer(stepped.parameters()), batches(1, 12, device)[0])
-    return loop, step
+    return loop, Graphed(stepped, loss, make_optimizer(stepped.parameters()), batches(1, 12, device)[0])
 
 
 def state_of(model, optimizer):
@@ -167,8 +184,7 @@ def train_both(loop, step, some, seed=7):
     outcomes, after = [], []
     for take in (loop, step):
         torch.manual_seed(seed)
-        model, optimizer = (take.model, take.optimizer) if take is loop else (take._model, take._optimizer)
-        outcomes.append([(take(*batch), copy.deepcopy(state_of(model, optimizer))) for batch in some])
+        outcomes.append([(take(*batch), copy.deepcopy(state_of(take.model, take.optimizer))) for batch in some])
         after.append([torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])])
     for looped, stepped in zip(*outcomes, strict=True):
         torch.testing.assert_close(stepped, looped, rtol=0, atol=0)
@@ -211,7 +227,7 @@ def test_warming_up_and_capturing_see_the_same_memory(captures):
     """A kernel compiled for other addresses would have to be compiled, and loaded, in the middle of a capture."""
     _, step = pair()
     seen = set()
-    step._model.register_forward_pre_hook(lambda _, args: seen.add(args[0].data_ptr()))
+    step.model.register_forward_pre_hook(lambda _, args: seen.add(args[0].data_ptr()))
     for batch in batches(3):
         step(*batch)
     assert len(seen) == 1
@@ -222,32 +238,24 @@ def test_losses_and_gradients_are_their_own_and_stay(captures):
     losses = [step(*batch) for batch in batches(4)]
     assert len({loss.item() for loss in losses}) == 4
     assert len({loss.data_ptr() for loss in losses}) == 4
-    step._optimizer.zero_grad()
+    step.optimizer.zero_grad()
     step(*batches(1)[0])
-    assert step._model.head.weight.grad.abs().sum() > 0, "zero_grad by the user does not hide the gradients"
-    assert step._model.hidden.bias.grad is None
-    assert step._model.unused.grad is None
+    assert step.model.head.weight.grad.abs().sum() > 0, "zero_grad by the user does not hide the gradients"
+    assert step.model.hidden.bias.grad is None
+    assert step.model.unused.grad is None
 
 
 def test_a_changed_learning_rate_is_captured_anew(captures):
     loop, step = pair()
     for rate in (0.1, 0.01):
-        for take in (loop.optimizer, step._optimizer):
+        for take in (loop.optimizer, step.optimizer):
             take.param_groups[0]["lr"] = rate
         train_both(loop, step, batches(4))
     assert len(captures) == 2
 
 
 def test_a_learning_rate_in_a_tensor_is_changed_in_place(captures):
-    """Needs an optimizer that never asks for its value."""
     rate = torch.tensor(0.1)
-
-    class Descent(Halved):
-        @torch.no_grad()
-        def step(self, closure=None):
-            for parameter in self.param_groups[0]["params"]:
-                if parameter.grad is not None:
-                    parameter -= parameter.grad * self.param_groups[0]["lr"]
 
     def make(parameters):
         optimizer = Descent(parameters)
@@ -262,19 +270,19 @@ def test_a_learning_rate_in_a_tensor_is_changed_in_place(captures):
 
 
 def test_options_of_several_numbers_are_compared(captures):
-    """Adam's betas, also as tensors, of which a comparison is a tensor."""
-    _, step = pair(lambda parameters: torch.optim.Adam(parameters, betas=(0.9, 0.99), capturable=True))
-    [group] = step._optimizer.param_groups
-    group["betas"] = torch.tensor(0.9), torch.tensor(0.99)
-    before = step._what_a_graph_fixes()
-    assert step._what_a_graph_fixes() == before
-    group["betas"] = 0.9, 0.95
-    assert step._what_a_graph_fixes() != before
+    """Such as Adam's betas, also as tensors, of which a comparison is a tensor."""
+    _, step = pair(Descent)
+    [group] = step.optimizer.param_groups
+    for betas in ((0.9, 0.99), (torch.tensor(0.9), torch.tensor(0.95)), (0.9, 0.97)):
+        group["betas"] = betas
+        for batch in batches(3):
+            step(*batch)
+    assert len(captures) == 3
 
 
 def test_a_mode_a_freeze_and_a_move_are_captured_anew(captures):
     loop, step = pair()
-    models = loop.model, step._model
+    models = loop.model, step.model
     train_both(loop, step, batches(3))
     for model in models:
         model.eval()
@@ -296,16 +304,15 @@ def test_a_loaded_optimizer_is_captured_anew(captures):
     stored = copy.deepcopy(loop.optimizer.state_dict())
     for _ in range(2):  # The first time the groups' options are put into another order too, which tells as well.
         train_both(loop, step, batches(3))
-        for optimizer in (loop.optimizer, step._optimizer):
+        for optimizer in (loop.optimizer, step.optimizer):
             optimizer.load_state_dict(copy.deepcopy(stored))
     train_both(loop, step, batches(3))
     assert len(captures) == 3
 
 
 def test_the_gpu_is_not_waited_for(captures):
-    """The stand-in refuses what a capture refuses, so that a loss that reads a number is told from ours."""
-    _, step = pair()
-    step._loss = lambda output, target: F.cross_entropy(output, target) * float(output.detach().sum() != 0)
+    """The stand-in refuses what a capture refuses, so it tells a loss that reads a number from the usual one."""
+    _, step = pair(loss=lambda output, target: F.cross_entropy(output, target) * float(output.detach().sum() != 0))
     step(*batches(1)[0])
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         step(*batches(1)[0])
@@ -439,8 +446,10 @@ def test_real_graphs_are_the_loop(make_optimizer):
     loop, step = pair(make_optimizer, "cuda")
     assert step.graphed
     full, small = batches(8, device="cuda"), batches(2, 2, device="cuda")
+    calls = []
+    step.model.register_forward_pre_hook(lambda *_: calls.append(1))
     train_both(loop, step, [small[0], *full[:5], small[1], *full[5:]])
-    assert step._replay is not None
+    assert len(calls) == 4, "both small batches, the first full one, and the capture"
 
 
 @needs_gpu
@@ -471,8 +480,7 @@ def test_real_graphs_of_lenet_never_wait_for_the_gpu():
 
 @needs_gpu
 def test_a_step_that_waits_for_the_gpu_is_told():
-    _, step = pair(device="cuda")
-    step._loss = lambda output, target: F.cross_entropy(output, target) * output.sum().item()
+    _, step = pair(device="cuda", loss=lambda output, target: F.cross_entropy(output, target) * output.sum().item())
     step(*batches(1, device="cuda")[0])
     with pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph: something in it waits"):
         step(*batches(1, device="cuda")[0])

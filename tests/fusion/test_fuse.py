@@ -861,22 +861,26 @@ def test_functional_transforms():
 def test_autocast_with_a_scaler():
     """Half precision, a scaled loss and the scaler's step give the stock model's weights up to its own error."""
     stock = CASES["vgg11_bn"]().eval()
+    fused = fastlenet.fuse(stock, inplace=False)
     weights = []
-    for network in (stock, fastlenet.fuse(stock, inplace=False)):
-        network = copy.deepcopy(network)
+    for model, dtype in ((fused, torch.bfloat16), (stock, torch.bfloat16), (stock, torch.float64)):
+        network = copy.deepcopy(model)
+        images = images_of("vgg11_bn")
+        if dtype == torch.float64:
+            network, images = network.double(), images.double()
         optimizer, scaler = torch.optim.SGD(network.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
         for _ in range(2):
-            with torch.autocast("cpu", torch.bfloat16):
-                output = network(images_of("vgg11_bn"))
-                assert output.dtype == torch.bfloat16
-            scaler.scale(output.float().square().mean()).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                output = network(images)
+                assert output.dtype == dtype
+            loss = (output.float() if dtype == torch.bfloat16 else output).square().mean()
+            scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-        weights.append(
-            torch.cat([value.flatten() for value in network.state_dict().values() if value.is_floating_point()])
-        )
-    torch.testing.assert_close(*weights, rtol=0.05, atol=0.05)
+        before = torch.cat([value.flatten() for value in model.parameters()])
+        weights.append(torch.cat([value.flatten() for value in network.parameters()]) - before)
+    assert_as_accurate(*weights, dtype=torch.float32, name="the steps' sum")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

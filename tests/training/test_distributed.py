@@ -112,34 +112,54 @@ def test_generators_are_kept_by_rank() -> None:
             assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(expected)))
 
 
-def test_gpus_are_given_out_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name in ("cuda", "cuda:1"):
-        assert distributed._own_gpu(torch.device(name)) == torch.device("cuda", 1)
-    with pytest.raises(errors.InputError, match="choose device 'cuda' instead of 'cuda:0'"):
-        distributed._own_gpu(torch.device("cuda:0"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(errors.InputError, match="process 1 of this machine has no GPU, there are 1"):
-        distributed._own_gpu(torch.device("cuda"))
-
-
-@pytest.mark.parametrize(("name", "number"), [("cuda", 3), ("cuda:1", 1)])
-def test_one_process_under_torchrun_takes_the_current_gpu(
-    name: str, number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Or the one that was chosen; and says its number to PyTorch, which demands one."""
-    told = []
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A process that torchrun started, with four GPUs that PyTorch counts only; lists what PyTorch is told."""
+    told: list[object] = []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", told.append)
     for function, value in (("is_torchelastic_launched", True), ("get_rank", 0), ("get_world_size", 1)):
         monkeypatch.setattr(torch.distributed, function, lambda value=value: value)
     monkeypatch.setattr(torch.distributed, "init_process_group", told.append)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    return told
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_gpus_are_given_out_by_number(name: str, launched: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with distributed.join(torch.device(name)) as world:
+        assert world.device == torch.device("cuda", 1)
+    assert launched == [torch.device("cuda", 1), "nccl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "message"),
+    [
+        ("cuda:0", 2, "choose device 'cuda' instead of 'cuda:0'"),
+        ("cuda", 1, "process 1 of this machine has no GPU, there are 1"),
+    ],
+)
+def test_processes_without_a_gpu_each_are_refused(
+    name: str, gpus: int, message: str, launched: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(errors.InputError, match=message), distributed.join(torch.device(name)):
+        pass
+    assert launched == []
+
+
+@pytest.mark.parametrize(("name", "number"), [("cuda", 3), ("cuda:1", 1)])
+def test_one_process_under_torchrun_takes_the_current_gpu(name: str, number: int, launched: list[object]) -> None:
+    """Or the GPU that was chosen. PyTorch is told its number, which it demands."""
     with distributed.join(torch.device(name)) as world:
         assert world.device == torch.device("cuda", number)
-    assert told == [torch.device("cuda", number), "nccl"]
+    assert launched == [torch.device("cuda", number), "nccl"]
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ WIDE = 3072
 ROOMY = 1 << 19
 """Bytes of a block of images up to which wide layers win over channels_last, too: they stay in a core's own cache."""
 LARGE = 1 << 22
-"""Bytes of a block of images from which half-filled lanes no longer suffice: each pass of filters reads it from memory."""
+"""Bytes of a block of images from which half-filled lanes no longer suffice: each pass reads it from memory."""
 MOST_BYTES = 1 << 26
 """Scratch that one thread may take."""
 

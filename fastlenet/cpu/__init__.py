@@ -1,10 +1,18 @@
 """Compiled kernels for CPU tensors: see `convolution` for the mathematics, `lanes` for how it is written."""
 
+from .batch_norm_relu_max_pool2d import (
+    batch_norm_relu_max_pool2d,
+    batch_norm_relu_max_pool2d_backward,
+    batch_norm_relu_max_pool2d_covers,
+)
 from .chain import chain, chain_backward, chain_covers, chain_rejects
 from .compiled import unavailable
 from .conv2d_relu_max_pool2d import conv2d_relu_max_pool2d, conv2d_relu_max_pool2d_backward, covers, rejects
 
 __all__ = [
+    "batch_norm_relu_max_pool2d",
+    "batch_norm_relu_max_pool2d_backward",
+    "batch_norm_relu_max_pool2d_covers",
     "chain",
     "chain_backward",
     "chain_covers",

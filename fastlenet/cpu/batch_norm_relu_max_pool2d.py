@@ -103,7 +103,7 @@ def batch_norm_relu_max_pool2d(
     for kernel, tasks in zip(kernels, (images, 1, images), strict=True):
         _run(kernel, job, tasks)
     for given, changed in zip((running_mean, running_var), operands[2:], strict=True):
-        if given is not None and given is not changed:
+        if given is not None and changed is not None and given is not changed:
             given.copy_(changed)
     return output, argmax, factors
 

@@ -137,8 +137,11 @@ class Backend:
     def _record(self, match: Match, mode: str) -> Record:
         values: list[Any] = [match.input.meta.get("example_value"), match.result.meta.get("example_value")]
         input, output = (describe(value) if isinstance(value, Tensor) else "?" for value in values)
-        record = Record(match.name, match.operator, mode, input, output, None, False, match.refusal or "")
-        if match.refusal is not None:
+        refusal = match.refusal
+        if match.operator == patterns.NORM and self.inner is not None:
+            refusal = f"BatchNorm in training mode is left to {self.inner}"
+        record = Record(match.name, match.operator, mode, input, output, None, False, refusal or "")
+        if refusal is not None:
             return record
         record = replace(record, call=match.call(mode == "training"), fused=True)
         if not self.measure:

@@ -23,12 +23,16 @@ from fastlenet import functional, ops, private, selection
 from fastlenet.checks import pair
 from fastlenet.kernels.geometry import LINEAR as LAST
 from fastlenet.kernels.geometry import LINEAR_RELU as LINEAR
-from fastlenet.kernels.geometry import ConvPoolGeometry, Links
+from fastlenet.kernels.geometry import ConvPoolGeometry, Links, memory_format
+from fastlenet.ops.batch_norm_relu_max_pool2d import Settings as NormSettings
 
 CONV, ADDMM, CHAIN = "conv2d_relu_max_pool2d", "addmm_relu", "chain"
+NORM = "batch_norm_relu_max_pool2d"
+"""Behind a convolution that stays stock's, in channels_last: BatchNorm that takes its statistics from the batch."""
 # A linear map without relu can end a chain. It is not a site by itself.
 OPERATORS: dict[str, Any] = {
     CONV: ops.CONV2D_RELU_MAX_POOL2D, LINEAR: ops.LINEAR_RELU, ADDMM: ops.ADDMM_RELU, CHAIN: ops.CHAIN,
+    NORM: ops.BATCH_NORM_RELU_MAX_POOL2D,
 }  # fmt: skip
 
 # The kinds of the nodes after a site's first one.
@@ -85,17 +89,20 @@ def implementation(call: Call) -> tuple[str, str]:
             choice = selection.choose(operator_, call.settings, tensors, call.differentiable)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         return "none", str(error)
-    return choice.forward, choice.reason
+    behind = "; the convolution before it is stock's in channels_last" if call.operator == NORM else ""
+    return choice.forward, choice.reason + behind
 
 
 class Norm(NamedTuple):
-    """A BatchNorm in eval mode between a convolution and its relu."""
+    """A BatchNorm between a convolution and its relu."""
 
-    mean: fx.Node
-    variance: fx.Node
+    mean: fx.Node | None
+    variance: fx.Node | None
     scale: fx.Node | None
     shift: fx.Node | None
     eps: float
+    momentum: float | None
+    """None in eval mode."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +111,13 @@ class Match:
 
     Attributes:
         name: the paths of its modules and the names of its functions.
-        operator: a function of `fastlenet.functional`, or ``"linear"``, which only a chain may contain.
+        operator: a function of `fastlenet.functional`, ``"linear"``, which only a chain may contain, or `NORM`.
         nodes: the nodes to replace. The result of each except the last is used by the next one only.
         result: the node with the result. It is the last one, or the one that a last relu modifies as a statement
             (``F.relu(x, inplace=True)``).
-        operands: the fused function's positional arguments.
+        operands: the fused function's positional arguments; of `NORM` the convolution's.
         options: its keyword arguments.
-        norms: the BatchNorm to fold into each weight and bias, or None.
+        norms: the BatchNorm to fold into each weight and bias, or None; of `NORM` the BatchNorm itself.
         refusal: why the nodes must stay as they are, or None.
     """
 
@@ -152,6 +159,8 @@ class Match:
         settings: Any = None
         if self.operator == ADDMM:
             settings = self.options.get("beta", 1), self.options.get("alpha", 1)
+        elif self.operator == NORM:
+            settings = self.options["settings"]
         elif self.operator != LINEAR and (links := self.links) is not None:
             settings = links if self.operator == CHAIN else links[0]
         return Call(self.operator, settings, tuple(operands), differentiable)
@@ -159,6 +168,8 @@ class Match:
     @property
     def tensors(self) -> tuple[Any, ...]:
         """The operands that are tensors, in the operator's order; None for one that is not given."""
+        if self.operator == NORM:
+            return (self.nodes[0], *(self.norms[0] or ())[:4])
         return (self.operands[0], *self.operands[1]) if self.operator == CHAIN else self.operands
 
     def inputs(self) -> tuple[fx.Node, ...]:
@@ -316,8 +327,15 @@ def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node,
         if stage == _NORM:
             if start.operator != CONV or done or norm is not None:
                 return None
-            norm, problem = _norm(given, node)
-            problems.append(problem)
+            norm = Norm(
+                given.get("running_mean"),
+                given.get("running_var"),
+                given.get("weight"),
+                given.get("bias"),
+                given.get("eps", 1e-5),
+                None if given.get("training", False) is False else given.get("momentum", 0.1),
+            )
+            problems += _norm_problems(node, norm, given)
         elif stage == _NOTHING and given.get("training", True) is not False:
             problems.append(f"{_place(node)} drops out, in training mode")
         elif stage == _POOL:
@@ -336,9 +354,16 @@ def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node,
     name = " > ".join(_place(node) for node in nodes)
     match = replace(start, name=name, nodes=tuple(nodes), options=options, norms=(norm,), result=result)
     # The call stands where the first node stood, so that only what is read later can have changed until then.
-    late = () if norm is None else [operand for operand in norm[:4] if operand is not None]
+    late = [operand for operand in norm[:4] if operand is not None] if norm and norm.momentum is None else ()
     problems += [*_operand_problems(match, kinds), _disturbed(match, late, order)]
-    return replace(match, refusal=next((problem for problem in problems if problem), None))
+    refusal = next((problem for problem in problems if problem), None)
+    if norm is None or norm.momentum is None or refusal is not None:
+        return replace(match, refusal=refusal)
+    pooling = {name: value for name, value in options.items() if name.startswith(("pool", "ceil"))}
+    geometry = _geometry(pooling, _value(start.operands[1]))
+    if geometry is None or geometry.window_may_be_empty:
+        return replace(match, refusal="BatchNorm in training mode, and the max-pool has both padding and dilation")
+    return replace(match, operator=NORM, options={"settings": NormSettings(norm.momentum, norm.eps, geometry)})
 
 
 def _start(node: fx.Node) -> Match | None:
@@ -379,17 +404,14 @@ def _in_place(node: fx.Node, given: Mapping[str, Any]) -> bool:
     return node.target in (torch.relu_, "relu_") or bool(given.get("inplace"))
 
 
-def _norm(given: Mapping[str, Any], node: fx.Node) -> tuple[Norm | None, str | None]:
-    needs = "needs the whole batch's convolution"
-    mean, variance = given.get("running_mean"), given.get("running_var")
-    if mean is None or variance is None:
-        return None, f"BatchNorm without running statistics {needs}"
-    if given.get("training", False) is not False:
-        return None, f"BatchNorm in training mode {needs}"
-    if _value(node).dim() != 4:
-        return None, "BatchNorm of an unbatched image takes its rows for channels"
-    norm = Norm(mean, variance, given.get("weight"), given.get("bias"), given.get("eps", 1e-5))
-    return norm, _computed(node, {"eps": norm.eps})
+def _norm_problems(node: fx.Node, norm: Norm, given: Mapping[str, Any]) -> Iterator[str | None]:
+    value, missing = _value(node), norm.mean is None or norm.variance is None
+    if missing if norm.momentum is None else value.device.type != "cpu" or value.dtype != torch.float32:
+        kind = "without running statistics" if missing else "in training mode"
+        yield f"BatchNorm {kind} needs the whole batch's convolution"
+    if value.dim() != 4:
+        yield "BatchNorm of an unbatched image takes its rows for channels"
+    yield _computed(node, {name: given[name] for name in ("training", "momentum", "eps") if name in given})
 
 
 def _pool_problems(node: fx.Node, pool: Mapping[str, Any], after_relu: bool) -> Iterator[str | None]:
@@ -522,6 +544,13 @@ def fold(
     return (weight * factor[:, None, None, None]).to(weight.dtype), offset.to(weight.dtype)
 
 
+def batch_norm_relu_max_pool2d(
+    momentum: float, eps: float, geometry: ConvPoolGeometry, *tensors: Tensor | None
+) -> Tensor:
+    """Compute a `NORM`; the tensors are a convolution's result, running statistics, weight and bias."""
+    return selection.run(ops.BATCH_NORM_RELU_MAX_POOL2D, NormSettings(momentum, eps, geometry), *tensors)
+
+
 def replace_all(graph: fx.Graph, taken: Iterable[Match]) -> None:
     """Replace matches by fused calls, in place."""
     fused: dict[fx.Node, fx.Node] = {}
@@ -545,13 +574,15 @@ def isolate(match: Match, fused: bool) -> fx.GraphModule:
 def _replace(graph: fx.Graph, match: Match, copy: Callable[[fx.Node], fx.Node]) -> fx.Node:
     nodes = [copy(node) for node in match.nodes]
     result = copy(match.result)
+    if match.operator == NORM:
+        return _replace_norm(graph, match, nodes, result, copy)
     # Before the first node, not at the last: nodes in between may change the input in place.
     with graph.inserting_before(nodes[0]):
         tensors = list(fx.node.map_arg(match.tensors, copy))
         for index, norm in enumerate(match.norms):
             if norm is not None:
                 place = slice(1 + 2 * index, 3 + 2 * index)
-                folded = graph.call_function(fold, (*tensors[place], *fx.node.map_arg(tuple(norm), copy)))
+                folded = graph.call_function(fold, (*tensors[place], *fx.node.map_arg(norm[:5], copy)))
                 tensors[place] = [graph.call_function(operator.getitem, (folded, part)) for part in (0, 1)]
         operands = (tensors[0], tensors[1:], match.links) if match.operator == CHAIN else tuple(tensors)
         fused = graph.call_function(getattr(functional, match.operator), operands, dict(match.options))
@@ -560,3 +591,43 @@ def _replace(graph: fx.Graph, match: Match, copy: Callable[[fx.Node], fx.Node]) 
     for node in reversed(nodes):
         graph.erase_node(node)
     return fused
+
+
+def _replace_norm(
+    graph: fx.Graph, match: Match, nodes: list[fx.Node], result: fx.Node, copy: Callable[[fx.Node], fx.Node]
+) -> fx.Node:
+    """Replace BatchNorm, relu and pool, and let the convolution in front of them run in channels_last.
+
+    Each new node stands where the stock one stood that reads the same tensors.
+    """
+    convolution, norm, *_ = nodes
+    operands = [copy(operand) for operand in match.operands[:2]]
+    with graph.inserting_before(convolution):
+        relaid = {operand: _relaid(graph, _as_computed(operand), torch.channels_last) for operand in operands}
+    convolution.args = fx.node.map_arg(convolution.args, lambda node: relaid.get(node, node))
+    convolution.kwargs = fx.node.map_arg(convolution.kwargs, lambda node: relaid.get(node, node))
+    with graph.inserting_before(norm):
+        tensors = fx.node.map_arg((match.norms[0] or ())[:4], copy)
+        fused = graph.call_function(batch_norm_relu_max_pool2d, (*match.options["settings"], convolution, *tensors))
+        if memory_format(_value(match.result)) == torch.contiguous_format:
+            fused = _relaid(graph, fused, torch.contiguous_format)
+    fused.meta["example_value"] = _value(match.result)
+    result.replace_all_uses_with(fused)
+    for node in reversed(nodes[1:]):
+        graph.erase_node(node)
+    for operand in operands:
+        if _as_computed(operand) is not operand and not operand.users:
+            graph.erase_node(operand)
+    return fused
+
+
+def _relaid(graph: fx.Graph, node: fx.Node, layout: torch.memory_format) -> fx.Node:
+    # `contiguous` would keep the strides of a single channel, by which a convolution tells layouts apart.
+    return graph.call_method("to", (node,), {"memory_format": layout})
+
+
+def _as_computed(node: fx.Node) -> fx.Node:
+    """The node whose result this one only lays out anew."""
+    relaid = node.target == "to" and dict(node.kwargs) == {"memory_format": torch.contiguous_format}
+    (source,) = node.args if relaid and len(node.args) == 1 else (node,)
+    return source if isinstance(source, fx.Node) else node

@@ -43,7 +43,8 @@ def composed(
     """
     geometry = settings.geometry
     output = F.batch_norm(input, running_mean, running_var, weight, bias, True, settings.momentum, settings.eps)
-    return F.relu(F.max_pool2d(output, *geometry[4:8], geometry.ceil_mode))
+    size, stride, padding, dilation, ceil_mode = geometry[4:]
+    return F.relu(F.max_pool2d(output, size, stride, padding, dilation, ceil_mode))
 
 
 class BatchNormReLUMaxPool2dFunction(torch.autograd.Function):

@@ -13,6 +13,7 @@ from torch import nn
 
 import fastlenet
 from fastlenet import timing
+from fastlenet.fusion.patterns import NORM
 
 
 def names(table):
@@ -50,8 +51,8 @@ def test_a_fused_model_is_told_what_runs():
     with torch.no_grad():
         fused.eval()(images)
     training, inference = fastlenet.explain(fused).sites
-    assert (training.mode, training.implementation) == ("training", "stock")
-    assert "BatchNorm in training mode" in training.reason
+    assert (training.mode, training.operator, training.implementation) == ("training", NORM, "aten")
+    assert training.reason.endswith("the convolution before it is stock's in channels_last")
     assert (inference.mode, inference.implementation) == ("inference", "aten")
     assert inference.reason.startswith("not measured; the input is on cpu, which Triton does not drive; ")
     with fastlenet.use_backend("aten"):

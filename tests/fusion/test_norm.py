@@ -1,0 +1,306 @@
+"""Convolution, BatchNorm in training mode, relu and max-pool: stock's numbers, strides and running statistics."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness.judge import assert_as_accurate, assert_bitwise_equal
+from harness.operators import saved_for_backward
+from harness.poison import poisoned_outputs
+from torch import nn
+
+import fastlenet
+from fastlenet import cpu, private
+from fastlenet.fusion.patterns import NORM
+
+IMAGES = torch.randn(4, 3, 13, 11, generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    """A convolution of a few channels, a BatchNorm whose scales are of both signs and zero, relu and a pool."""
+
+    def __init__(self, channels=21, late=False, inplace=False, pool=None, **norm):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels, **norm)
+        self.relu, self.pool, self.late = nn.ReLU(inplace), nn.MaxPool2d(**(pool or {"kernel_size": 2})), late
+        if self.norm.affine:
+            with torch.no_grad():
+                self.norm.weight.copy_(torch.linspace(-1, 1, channels))
+                self.norm.bias.uniform_(-1, 1)
+
+    def forward(self, images):
+        maps = self.norm(self.conv(images))
+        return self.relu(self.pool(maps)) if self.late else self.pool(self.relu(maps))
+
+
+class Two(nn.Module):
+    """Two such rows and a view of the result, which needs stock's strides."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Net(8), Net(5)
+        self.second.conv = nn.Conv2d(8, 5, 3)
+
+    def forward(self, images):
+        return self.second(self.first(images)).view(-1, 10)
+
+
+FORMS = {
+    "plain": Net,
+    "relu_behind": lambda: Net(late=True),
+    "in_place": lambda: Net(inplace=True),
+    "whole_vectors": lambda: Net(32),
+    "one_channel": lambda: Net(1),
+    "without_weight": lambda: Net(affine=False),
+    "without_statistics": lambda: Net(track_running_stats=False),
+    "another_momentum": lambda: Net(momentum=0.7, eps=0.1),
+    "overlap": lambda: Net(pool={"kernel_size": 3, "stride": (2, 1), "padding": 1, "ceil_mode": True}),
+    "dilation": lambda: Net(pool={"kernel_size": (2, 3), "stride": 1, "dilation": (2, 1)}),
+    "gaps": lambda: Net(pool={"kernel_size": 1, "stride": 3}),
+    "one_window": lambda: Net(pool={"kernel_size": (13, 11)}),
+    "channels_last": lambda: Net().to(memory_format=torch.channels_last),
+    "bias_frozen": lambda: _frozen(Net(), "norm.bias"),
+    "weights_frozen": lambda: _frozen(Net(), "conv.weight", "conv.bias"),
+    "two": Two,
+}
+kinds = pytest.mark.parametrize("kind", ["aten", "cpu"])
+
+
+def _frozen(model, *names):
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+@pytest.fixture
+def implementation(kind, request):
+    """Let stock operators or the compiled kernels compute what is fused."""
+    if kind == "cpu":
+        request.getfixturevalue("compiled")
+        if (reason := cpu.unavailable()) is not None:
+            pytest.skip(reason)
+    return kind
+
+
+def outcome(model, images):
+    """Output, gradients and running statistics of one step."""
+    images = images.clone(memory_format=torch.preserve_format).requires_grad_()
+    output = model(images)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
+    wanted = {"input": images, **{name: p for name, p in model.named_parameters() if p.requires_grad}}
+    grads = torch.autograd.grad(output, list(wanted.values()), upstream)
+    return {
+        "output": output.detach(),
+        **dict(zip(wanted, grads, strict=True)),
+        **copy.deepcopy(dict(model.named_buffers())),
+    }
+
+
+def sites(model):
+    return [(site.operator, site.implementation) for site in fastlenet.explain(model, IMAGES).sites]
+
+
+@kinds
+@pytest.mark.parametrize("form", FORMS)
+def test_as_accurate_as_stock(form, implementation):
+    stock = FORMS[form]()
+    fused, exact = fastlenet.fuse(copy.deepcopy(stock), inplace=True), copy.deepcopy(stock).double()
+    number = 2 if form == "two" else 1
+    assert sites(fused) == [(NORM, implementation)] * number
+    with poisoned_outputs(allocators=("fastlenet.cpu.memory:empty",)) as poison:
+        actual = outcome(fused, IMAGES)
+        poison.assert_guards_intact()
+    expected, reference = outcome(stock, IMAGES), outcome(exact, IMAGES.double())
+    assert list(actual) == list(expected)
+    assert actual["output"].stride() == expected["output"].stride()
+    for name, value in actual.items():
+        if name.endswith("num_batches_tracked"):
+            assert value == expected[name] == 1
+        elif name.endswith("conv.bias"):  # zero but for rounding, because BatchNorm takes the mean away
+            assert value.abs().max() < 1e-4
+        else:
+            assert_as_accurate(value, expected[name], reference[name], dtype=torch.float32, allow_zero=True, name=name)
+
+
+@kinds
+def test_values_that_are_not_numbers(implementation):
+    model, images = Net(), IMAGES.clone()
+    images[1, 0, 3, 3] = float("nan")
+    fused = fastlenet.fuse(copy.deepcopy(model), inplace=True)
+    for name, value in outcome(fused, images).items():
+        torch.testing.assert_close(value.isnan(), outcome(copy.deepcopy(model), images)[name].isnan(), msg=name)
+
+
+@kinds
+def test_of_equal_cells_the_first_wins(implementation):
+    """Also where the scale is zero, so that all cells are equal."""
+    model = Net(late=True)
+    nn.init.zeros_(model.norm.weight)
+    nn.init.ones_(model.norm.bias)
+    fused = fastlenet.fuse(copy.deepcopy(model), inplace=True)
+    actual, expected = outcome(fused, IMAGES), outcome(model, IMAGES)
+    for name in ("output", "norm.weight", "norm.bias"):
+        torch.testing.assert_close(actual[name], expected[name], msg=name)
+
+
+@kinds
+def test_steps_and_modes_follow_each_other(implementation):
+    """Statistics are updated once for each training call, and eval mode uses them; copies do too."""
+    stock = Two()
+    fused = copy.deepcopy(fastlenet.fuse(copy.deepcopy(stock), inplace=True))
+    for training in (True, True, False, True):
+        for model in (stock, fused):
+            model.train(training)
+        torch.testing.assert_close(fused(IMAGES), stock(IMAGES))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(IMAGES), stock(IMAGES))
+    for name, value in fused.named_buffers():
+        torch.testing.assert_close(value, stock.get_buffer(name), msg=name)
+    assert fused.first.norm.num_batches_tracked == 4
+
+
+@kinds
+def test_second_derivatives(implementation):
+    def penalty(model):
+        images = IMAGES.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(model(images).square().sum(), images, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), (images, model.conv.weight, model.norm.weight, model.norm.bias))
+
+    model = Net()
+    for actual, expected in zip(penalty(fastlenet.fuse(model)), penalty(model), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@kinds
+def test_batched_gradients(implementation):
+    model = Net(track_running_stats=False)
+    upstream = torch.randn(2, 4, 21, 6, 5)
+    for parameter in ("norm.weight", "norm.bias"):
+        actual, expected = (
+            torch.autograd.grad(net(IMAGES), net.get_parameter(parameter), upstream, is_grads_batched=True)[0]
+            for net in (fastlenet.fuse(model), model)
+        )
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@kinds
+def test_transforms_and_autocast(implementation):
+    model = Net(track_running_stats=False)
+    fused, parameters = fastlenet.fuse(model), dict(model.named_parameters())
+
+    def loss(net):
+        return lambda given: torch.func.functional_call(net, given, IMAGES).square().mean()
+
+    actual, expected = (torch.func.grad(loss(net))(parameters) for net in (fused, model))
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fused(IMAGES), model(IMAGES), rtol=0.05, atol=0.05)
+        assert fused(IMAGES).dtype == torch.bfloat16
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(1, 3, 13, 11), (0, 3, 13, 11), (1, 3, 1, 1)], ids=str)
+def test_few_images(shape, implementation):
+    """One image, none, and a single number for each channel, which is an error."""
+    model, images = Net(pool={"kernel_size": 1}), torch.randn(shape)
+    fused = fastlenet.fuse(copy.deepcopy(model), inplace=True)
+    try:
+        expected = model(images)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=str(error)[:40]):
+            fused(images)
+    else:
+        torch.testing.assert_close(fused(images), expected)
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(model.named_buffers()), equal_nan=True)
+
+
+def test_threads_change_nothing(compiled):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            output = torch.randn(5, 20, 9, 8, generator=torch.Generator().manual_seed(3)).requires_grad_()
+            fused = fastlenet.fuse(Net(20), inplace=True)
+            fused.conv = nn.Identity()
+            results.append(_kernels(output))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            assert_bitwise_equal(actual, expected)
+
+
+def _kernels(input):
+    from fastlenet.kernels.geometry import ConvPoolGeometry
+
+    geometry = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (3, 2), (2, 2), (1, 0), (1, 1), False)
+    mean, variance, weight, bias = torch.zeros(20), torch.ones(20), torch.randn(20), torch.randn(20)
+    output, *rest = cpu.batch_norm_relu_max_pool2d(input.detach(), mean, variance, weight, bias, 0.1, 1e-5, geometry)
+    grads = cpu.batch_norm_relu_max_pool2d_backward(output + 1, input.detach(), *rest, geometry, True)
+    return output, mean, variance, *grads
+
+
+def test_less_is_saved_for_the_backward(compiled):
+    sizes = []
+    for model in (Net(), fastlenet.fuse(Net(), inplace=True)):
+        model(IMAGES)
+        with saved_for_backward() as saved:
+            model(IMAGES)
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in saved))
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+class Shown(Net):
+    """The normalised maps are returned too."""
+
+    def forward(self, images):
+        maps = self.norm(self.conv(images))
+        return self.pool(self.relu(maps)), maps
+
+
+REFUSED = {
+    "average_of_all": (lambda: Net(momentum=None), "computed in the forward"),
+    "shown": (Shown, "is used by the output too"),
+    "double": (lambda: Net().double(), "in training mode needs the whole batch's convolution"),
+    "indices": (lambda: Net(pool={"kernel_size": 2, "return_indices": True}), "returns indices"),
+    "empty_windows": (
+        lambda: Net(pool={"kernel_size": 2, "padding": 1, "dilation": 2}), "both padding and dilation",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_a_reason(name):
+    make, reason = REFUSED[name]
+    images = IMAGES.to(make().conv.weight.dtype)
+    fused, stock = fastlenet.fuse(make(), inplace=True), make()
+    actual, expected = fused(images), stock(images)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(stock.named_buffers()))
+    [site] = [site for site in fastlenet.explain(fused, images).sites if "pool" in site.name]
+    assert site.implementation == "stock"
+    assert reason in site.reason
+
+
+def test_another_compiler_gets_stock_operators(monkeypatch):
+    monkeypatch.setattr(private, "backend_named", lambda name: lambda graph_module, inputs: graph_module.forward)
+    from fastlenet.fusion.backend import Backend
+
+    backend = Backend("inductor")
+    torch.compile(Net(), backend=backend)(IMAGES)
+    [record] = backend.records.values()
+    assert (record.fused, record.reason) == (False, "BatchNorm in training mode is left to inductor")
+
+
+def test_hooks_are_called():
+    model, seen = Net(), []
+    fused = fastlenet.fuse(model, inplace=True)
+    model(IMAGES)
+    model.norm.register_forward_hook(lambda module, args, output: seen.append(F.relu(output)))
+    fused(IMAGES)
+    assert [maps.shape for maps in seen] == [(4, 21, 13, 11)]

@@ -137,13 +137,14 @@ class Backend:
     def _record(self, match: Match, mode: str) -> Record:
         values: list[Any] = [match.input.meta.get("example_value"), match.result.meta.get("example_value")]
         input, output = (describe(value) if isinstance(value, Tensor) else "?" for value in values)
-        refusal = match.refusal
-        if match.operator == patterns.NORM and self.inner is not None:
-            refusal = f"BatchNorm in training mode is left to {self.inner}"
-        record = Record(match.name, match.operator, mode, input, output, None, False, refusal or "")
-        if refusal is not None:
+        record = Record(match.name, match.operator, mode, input, output, None, False, match.refusal or "")
+        if match.refusal is not None:
             return record
-        record = replace(record, call=match.call(mode == "training"), fused=True)
+        call = match.call(mode == "training")
+        if match.operator == patterns.NORM and (self.inner is not None or not _is_covered(call)):
+            why = f"{self.inner} compiles it" if self.inner is not None else patterns.implementation(call)[1]
+            return replace(record, reason=f"BatchNorm takes its statistics from the whole batch; {why}")
+        record = replace(record, call=call, fused=True)
         if not self.measure:
             return record
         key = mode, match.name, match.operator, *(value.dtype for value in values), *_sizes(values[0])

@@ -89,8 +89,8 @@ def implementation(call: Call) -> tuple[str, str]:
             choice = selection.choose(operator_, call.settings, tensors, call.differentiable)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         return "none", str(error)
-    behind = "; the convolution before it is stock's in channels_last" if call.operator == NORM else ""
-    return choice.forward, choice.reason + behind
+    fused = call.operator == NORM and choice.forward != "aten"
+    return choice.forward, choice.reason + ("; the convolution before it is stock's, in channels_last" if fused else "")
 
 
 class Norm(NamedTuple):
@@ -335,7 +335,7 @@ def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node,
                 given.get("eps", 1e-5),
                 None if given.get("training", False) is False else given.get("momentum", 0.1),
             )
-            problems += _norm_problems(node, norm, given)
+            problems += _norm_problems(node, given)
         elif stage == _NOTHING and given.get("training", True) is not False:
             problems.append(f"{_place(node)} drops out, in training mode")
         elif stage == _POOL:
@@ -360,10 +360,8 @@ def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node,
     if norm is None or norm.momentum is None or refusal is not None:
         return replace(match, refusal=refusal)
     pooling = {name: value for name, value in options.items() if name.startswith(("pool", "ceil"))}
-    geometry = _geometry(pooling, _value(start.operands[1]))
-    if geometry is None or geometry.window_may_be_empty:
-        return replace(match, refusal="BatchNorm in training mode, and the max-pool has both padding and dilation")
-    return replace(match, operator=NORM, options={"settings": NormSettings(norm.momentum, norm.eps, geometry)})
+    settings = NormSettings(norm.momentum, norm.eps, _geometry(pooling, _value(start.operands[1])))
+    return replace(match, operator=NORM, options={"settings": settings})
 
 
 def _start(node: fx.Node) -> Match | None:
@@ -404,12 +402,8 @@ def _in_place(node: fx.Node, given: Mapping[str, Any]) -> bool:
     return node.target in (torch.relu_, "relu_") or bool(given.get("inplace"))
 
 
-def _norm_problems(node: fx.Node, norm: Norm, given: Mapping[str, Any]) -> Iterator[str | None]:
-    value, missing = _value(node), norm.mean is None or norm.variance is None
-    if missing if norm.momentum is None else value.device.type != "cpu" or value.dtype != torch.float32:
-        kind = "without running statistics" if missing else "in training mode"
-        yield f"BatchNorm {kind} needs the whole batch's convolution"
-    if value.dim() != 4:
+def _norm_problems(node: fx.Node, given: Mapping[str, Any]) -> Iterator[str | None]:
+    if _value(node).dim() != 4:
         yield "BatchNorm of an unbatched image takes its rows for channels"
     yield _computed(node, {name: given[name] for name in ("training", "momentum", "eps") if name in given})
 

@@ -36,15 +36,10 @@ def composed(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """Compute a call with stock operators.
-
-    Relu stands behind the pool, where it has fewer numbers to read: the maximum of what relu lets pass is relu of the
-    maximum. Where no cell is positive, relu stops the gradient, whichever cell would have had it.
-    """
-    geometry = settings.geometry
+    """Compute a call with stock operators."""
     output = F.batch_norm(input, running_mean, running_var, weight, bias, True, settings.momentum, settings.eps)
-    size, stride, padding, dilation, ceil_mode = geometry[4:]
-    return F.relu(F.max_pool2d(output, size, stride, padding, dilation, ceil_mode))
+    size, stride, padding, dilation, ceil_mode = settings.geometry[4:]
+    return F.max_pool2d(F.relu(output), size, stride, padding, dilation, ceil_mode)
 
 
 class BatchNormReLUMaxPool2dFunction(torch.autograd.Function):

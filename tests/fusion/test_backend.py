@@ -157,11 +157,11 @@ REFUSED = {
     "autocast": (lambda: Body(autocast_in_between), "may switch gradients or autocast"),
     "autocast_ends": (lambda: Body(autocast_ends_in_between), "may switch gradients or autocast"),
     "training_batch_norm": (
-        lambda: Pooled(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())), "BatchNorm in training mode",
+        lambda: Pooled(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())), "statistics from the whole batch; .*float32",
     ),
     "batch_norm_without_statistics": (
         lambda: Pooled(nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU())).eval(),
-        "without running stat",
+        "statistics from the whole batch",
     ),
     "training_dropout": (lambda: Pooled(nn.Sequential(nn.Dropout(), nn.ReLU())), "drops out, in training mode"),
 }  # fmt: skip

@@ -36,6 +36,14 @@ class PlainCPU(types.ModuleType):
         assert input.dim() == 4
         return None
 
+    def batch_norm_relu_max_pool2d_covers(self, geometry: Any, input: Any, *others: Any) -> str | None:
+        return "this stand-in has no kernel of BatchNorm"
+
+    def batch_norm_relu_max_pool2d(self, *args: Any) -> Any:
+        raise AssertionError("not covered")
+
+    batch_norm_relu_max_pool2d_backward = batch_norm_relu_max_pool2d
+
     def chain_covers(self, input: Any, parameters: Any, links: Any) -> str | None:
         assert input.dim() in (2, 4)
         return self.reason

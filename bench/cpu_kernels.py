@@ -114,10 +114,10 @@ def kernels() -> None:
             return torch.randn(size // 4 + 64)
 
         source = floats(max(table[record.INPUT_BYTES], table[record.PAD_BYTES]))
-        weights, target = floats(table[record.IMAGES_AT]), floats(table[record.TARGET_BYTES])
+        weights, target = floats(table[record.PACKED_BYTES]), floats(table[record.TARGET_BYTES])
         argmax = torch.randint(0, 5, (table[record.TARGET_BYTES] // 4 + 64,)).to(torch.uint8)
         argmax[argmax == 4] = 255
-        conv = floats(table[record.GRAD_AT] - table[record.CONV_AT])
+        conv = floats(max(table[record.CONV_BYTES], table[record.GRAD_BYTES]))
         grad, partial = floats(table[record.INPUT_BYTES]), floats(table[record.PARTIAL_BYTES])
         pooled, chosen = torch.empty_like(target), torch.empty_like(argmax)
         at = [t.data_ptr() for t in (source, weights, pooled, chosen, conv)]

@@ -37,13 +37,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import job, record
+from . import record
 from .lanes import (
     add,
     add_products,
     add_to_memory,
     byte_at,
-    call,
     field,
     float_at,
     inlined,
@@ -57,6 +56,7 @@ from .lanes import (
     repeat,
     set_byte,
     set_float,
+    set_long,
     splat,
     splat_each,
     spread,
@@ -64,7 +64,6 @@ from .lanes import (
     store,
     store_bytes_first,
     store_first,
-    take,
     total,
     transpose,
     transpose_bytes,
@@ -89,6 +88,17 @@ def fill(address, size):
     """Fill memory with zeros, a vector at a time."""
     for offset in range(0, size, BYTES):
         store(address + offset, (0,), zeros((0,), (0,)))
+
+
+def clear() -> Any:
+    """Return the kernel that fills memory with zeros."""
+
+    @kernel(2)
+    def clear(address, size):
+        """Fill so many bytes, whole vectors."""
+        fill(address, size)
+
+    return clear
 
 
 # --- images and lanes ----------------------------------------------------------------------------------------------
@@ -128,38 +138,49 @@ def exchange() -> Any:
     return exchange
 
 
-@inlined
-def pad(plan, images, padded):
-    """Copy a block of images into a frame that was filled with zeros before."""
-    runs = field(plan, record.PAD_RUN)
-    for i in range(field(plan, record.PAD_RUNS)):
-        source, target = images + long_at(runs + 24 * i), padded + long_at(runs + 24 * i + 8)
-        for offset in range(0, long_at(runs + 24 * i + 16), BYTES):
-            store(target + offset, (0,), load(source + offset, (0,)))
+def pad() -> Any:
+    """Return the kernel that pads a block of images."""
+
+    @kernel(3)
+    def pad(plan, images, padded):
+        """Copy the images into a frame that was filled with zeros before."""
+        runs = field(plan, record.PAD_RUN)
+        for i in range(field(plan, record.PAD_RUNS)):
+            source, target = images + long_at(runs + 24 * i), padded + long_at(runs + 24 * i + 8)
+            for offset in range(0, long_at(runs + 24 * i + 16), BYTES):
+                store(target + offset, (0,), load(source + offset, (0,)))
+
+    return pad
 
 
 # --- forward -------------------------------------------------------------------------------------------------------
 
 
-@inlined
-def pack_forward(plan, weight, bias, packed, filters):
-    """Lay the weights out as the forward reads them: for each pass its biases, then its weights.
+def pack_forward() -> Any:
+    """Return the kernel that lays the weights out as the forward reads them."""
 
-    weight: [group, filter, channel, tap]; packed: [group, pass]([filter of the pass], [channel, tap, filter of
-    the pass]), zero where the last pass of a group has fewer filters.
-    """
-    own, depth = field(plan, record.FILTERS), field(plan, record.CHANNELS) * field(plan, record.TAPS)
-    for group in range(field(plan, record.GROUPS)):
-        for first in range(0, own, filters):
-            for j in range(filters):
-                number = group * own + first + j
-                live = first + j < own
-                set_float(packed + 4 * j, float_at(bias + 4 * number) if live and bias != 0 else 0.0)
-                place = packed + 4 * (filters + j)
-                for i in range(depth):
-                    set_float(place, float_at(weight + 4 * (number * depth + i)) if live else 0.0)
-                    place += 4 * filters
-            packed += 4 * filters * (depth + 1)
+    @kernel(4)
+    def pack_forward(plan, weight, bias, packed):
+        """Write for each pass its biases, then its weights.
+
+        weight: [group, filter, channel, tap]; packed: [group, pass]([filter of the pass], [channel, tap, filter of
+        the pass]), zero where the last pass of a group has fewer filters.
+        """
+        own, depth = field(plan, record.FILTERS), field(plan, record.CHANNELS) * field(plan, record.TAPS)
+        filters = field(plan, record.TILE_FILTERS)
+        for group in range(field(plan, record.GROUPS)):
+            for first in range(0, own, filters):
+                for j in range(filters):
+                    number = group * own + first + j
+                    live = first + j < own
+                    set_float(packed + 4 * j, float_at(bias + 4 * number) if live and bias != 0 else 0.0)
+                    place = packed + 4 * (filters + j)
+                    for i in range(depth):
+                        set_float(place, float_at(weight + 4 * (number * depth + i)) if live else 0.0)
+                        place += 4 * filters
+                packed += 4 * filters * (depth + 1)
+
+    return pack_forward
 
 
 def forward_block(filters: int, pixels: int, with_argmax: int, one_image: int = 0) -> Any:
@@ -236,30 +257,34 @@ def forward_block(filters: int, pixels: int, with_argmax: int, one_image: int = 
 # --- backward ------------------------------------------------------------------------------------------------------
 
 
-@inlined
-def pack_backward(plan, weight, packed, filters, channels):
-    """Lay the weights out as the input's gradient reads them.
+def pack_backward() -> Any:
+    """Return the kernel that lays the weights out as the input's gradient reads them."""
 
-    weight: [group, filter, channel, tap]; packed: [group, pass over channels, pass over filters, tap, filter of the
-    pass, channel of the pass], zero where a last pass has fewer of either.
+    @kernel(4)
+    def pack_backward(plan, weight, packed, spoiled):
+        """Write [group, pass over channels, pass over filters, tap, filter of the pass, channel of the pass].
 
-    Returns whether all weights are finite.
-    """
-    spoiled = 0.0
-    own, depth, taps = field(plan, record.FILTERS), field(plan, record.CHANNELS), field(plan, record.TAPS)
-    for _ in range(field(plan, record.GROUPS)):
-        for first_channel in range(0, depth, channels):
-            for first_filter in range(0, own, filters):
-                for t in range(taps):
-                    for o in range(first_filter, first_filter + filters):
-                        for c in range(first_channel, first_channel + channels):
-                            live = o < own and c < depth
-                            value = float_at(weight + 4 * ((o * depth + c) * taps + t)) if live else 0.0
-                            set_float(packed, value)
-                            spoiled += 0.0 * value
-                            packed += 4
-        weight += 4 * own * depth * taps
-    return spoiled == 0.0
+        Zero where a last pass has fewer of either. weight: [group, filter, channel, tap]; spoiled: where to write 1 if
+        a weight is not finite, else 0.
+        """
+        rest = 0.0
+        own, depth, taps = field(plan, record.FILTERS), field(plan, record.CHANNELS), field(plan, record.TAPS)
+        filters, channels = field(plan, record.TILE_FILTERS), field(plan, record.TILE_CHANNELS)
+        for _ in range(field(plan, record.GROUPS)):
+            for first_channel in range(0, depth, channels):
+                for first_filter in range(0, own, filters):
+                    for t in range(taps):
+                        for o in range(first_filter, first_filter + filters):
+                            for c in range(first_channel, first_channel + channels):
+                                live = o < own and c < depth
+                                value = float_at(weight + 4 * ((o * depth + c) * taps + t)) if live else 0.0
+                                set_float(packed, value)
+                                rest += 0.0 * value
+                                packed += 4
+            weight += 4 * own * depth * taps
+        set_long(spoiled, 0 if rest == 0.0 else 1)
+
+    return pack_backward
 
 
 def backward_block(filters: int, taps: int, channels: int, input_pixels: int, one_image: int = 0) -> Any:
@@ -403,149 +428,24 @@ def backward_block(filters: int, taps: int, channels: int, input_pixels: int, on
     return backward_block
 
 
-# --- a layer by itself, from images to images -----------------------------------------------------------------------
+def sum_lanes() -> Any:
+    """Return the kernel that sums a task's partial sums over the images."""
 
+    @kernel(3)
+    def sum_lanes(plan, partial, sums):
+        """Write the weights' sums as [filter, channel, tap], then the biases'."""
+        own, depth = field(plan, record.FILTERS), field(plan, record.CHANNELS) * field(plan, record.TAPS)
+        taps, filters = field(plan, record.TILE_TAPS), field(plan, record.TILE_FILTERS)
+        size = BYTES * filters * taps * field(plan, record.TAP_TILES)
+        biases = sums + 4 * field(plan, record.GROUPS) * own * depth
+        for _ in range(field(plan, record.GROUPS)):
+            for first in range(0, own, filters):
+                for j in range(min(filters, own - first)):
+                    for i in range(depth):
+                        set_float(sums, total(partial + BYTES * (filters * i + j)))
+                        sums += 4
+                    set_float(biases, total(partial + size + BYTES * j))
+                    biases += 4
+                partial += size + BYTES * filters
 
-def forward() -> Any:
-    """Return the kernel that each worker runs: it works off blocks until none is left."""
-
-    @kernel(1)
-    def forward(shared):
-        """Take blocks of images from a `job`."""
-        plan, images, copy = field(shared, job.PLAN), field(shared, job.IMAGES), field(shared, job.EXCHANGE)
-        scratch = field(shared, job.SCRATCH) + take(shared + 8 * job.WORKERS) * field(shared, job.SCRATCH_BYTES)
-        lanes, padded = scratch + field(plan, record.IMAGES_AT), scratch + field(plan, record.PADDED_AT)
-        target, argmax = scratch + field(plan, record.TARGET_AT), scratch + field(plan, record.ARGMAX_AT)
-        conv, wanted = scratch + field(plan, record.CONV_AT), field(shared, job.ARGMAX)
-        size, pooled = field(plan, record.INPUT_BYTES), field(plan, record.TARGET_BYTES)
-        step, output_step, byte_step = (
-            field(shared, job.INPUT_STEP),
-            field(shared, job.OUTPUT_STEP),
-            field(shared, job.ARGMAX_STEP),
-        )
-        fill(padded, field(plan, record.PAD_BYTES))
-        pack_forward(
-            plan, field(shared, job.WEIGHT), field(shared, job.BIAS), scratch, field(plan, record.TILE_FILTERS)
-        )
-        while True:
-            first = LANES * take(shared + 8 * job.TAKEN)
-            if first >= images:
-                break
-            count = min(LANES, images - first)
-            call(copy, (1, 4, field(shared, job.INPUT) + first * step, step, count, lanes, size // BYTES))
-            source = lanes
-            if field(plan, record.PAD_BYTES):
-                pad(plan, lanes, padded)
-                source = padded
-            call(field(shared, job.KERNEL), (plan, source, scratch, target, argmax, conv))
-            output = field(shared, job.OUTPUT) + first * output_step
-            call(copy, (0, 4, output, output_step, count, target, pooled // BYTES))
-            if wanted != 0:
-                call(copy, (0, 1, wanted + first * byte_step, byte_step, count, argmax, pooled // BYTES))
-
-    return forward
-
-
-@inlined
-def sum_lanes(plan, partial, sums):
-    """Sum the partial sums of a task over the images: weights as [filter, channel, tap], then biases."""
-    own, depth = field(plan, record.FILTERS), field(plan, record.CHANNELS) * field(plan, record.TAPS)
-    taps, filters = field(plan, record.TILE_TAPS), field(plan, record.TILE_FILTERS)
-    size = BYTES * filters * taps * field(plan, record.TAP_TILES)
-    biases = sums + 4 * field(plan, record.GROUPS) * own * depth
-    for _ in range(field(plan, record.GROUPS)):
-        for first in range(0, own, filters):
-            for j in range(min(filters, own - first)):
-                for i in range(depth):
-                    set_float(sums, total(partial + BYTES * (filters * i + j)))
-                    sums += 4
-                set_float(biases, total(partial + size + BYTES * j))
-                biases += 4
-            partial += size + BYTES * filters
-
-
-@inlined
-def sum_tasks(sums, step, tasks, start, size, target):
-    """Add up the tasks' sums, in their order, so that the result does not depend on which thread did what."""
-    for i in range(start, start + size):
-        value = float_at(sums + 4 * i)
-        for task in range(1, tasks):
-            value += float_at(sums + step * task + 4 * i)
-        set_float(target + 4 * (i - start), value)
-
-
-def backward() -> Any:
-    """Return the kernel that each worker runs: it works off tasks, each some blocks, until none is left."""
-
-    @kernel(1)
-    def backward(shared):
-        """Take tasks from a `job`; the worker that ends the last one adds up the tasks' sums."""
-        plan, images, tasks = field(shared, job.PLAN), field(shared, job.IMAGES), field(shared, job.TASKS)
-        copy = field(shared, job.EXCHANGE)
-        scratch = field(shared, job.SCRATCH) + take(shared + 8 * job.WORKERS) * field(shared, job.SCRATCH_BYTES)
-        lanes, padded = scratch + field(plan, record.IMAGES_AT), scratch + field(plan, record.PADDED_AT)
-        target, argmax = scratch + field(plan, record.TARGET_AT), scratch + field(plan, record.ARGMAX_AT)
-        conv, grad, partial = (
-            scratch + field(plan, record.CONV_AT),
-            scratch + field(plan, record.GRAD_AT),
-            scratch + field(plan, record.PARTIAL_AT),
-        )
-        size, pooled = field(plan, record.INPUT_BYTES), field(plan, record.TARGET_BYTES)
-        step, output_step = field(shared, job.INPUT_STEP), field(shared, job.OUTPUT_STEP)
-        byte_step, grad_step = field(shared, job.ARGMAX_STEP), field(shared, job.GRAD_INPUT_STEP)
-        sums, sums_step = field(shared, job.SUMS), field(shared, job.SUMS_STEP)
-        grad_input = field(shared, job.GRAD_INPUT)
-        fill(padded, field(plan, record.PAD_BYTES))
-        exact = 0
-        if grad_input != 0:
-            finite = pack_backward(
-                plan,
-                field(shared, job.WEIGHT),
-                scratch,
-                field(plan, record.TILE_FILTERS),
-                field(plan, record.TILE_CHANNELS),
-            )
-            exact = 0 if finite else 1
-        while True:
-            task = take(shared + 8 * job.TAKEN)
-            if task >= tasks:
-                break
-            if sums != 0:
-                fill(partial, field(plan, record.PARTIAL_BYTES))
-            begin = task * field(shared, job.BLOCKS) * LANES
-            for first in range(begin, min(begin + field(shared, job.BLOCKS) * LANES, images), LANES):
-                count = min(LANES, images - first)
-                source = lanes
-                if sums != 0:
-                    call(copy, (1, 4, field(shared, job.INPUT) + first * step, step, count, lanes, size // BYTES))
-                    if field(plan, record.PAD_BYTES):
-                        pad(plan, lanes, padded)
-                        source = padded
-                output, chosen = field(shared, job.OUTPUT), field(shared, job.ARGMAX)
-                call(copy, (1, 4, output + first * output_step, output_step, count, target, pooled // BYTES))
-                call(copy, (1, 1, chosen + first * byte_step, byte_step, count, argmax, pooled // BYTES))
-                call(
-                    field(shared, job.KERNEL),
-                    (
-                        plan,
-                        source,
-                        scratch,
-                        exact,
-                        target,
-                        argmax,
-                        grad if grad_input != 0 else 0,
-                        partial if sums != 0 else 0,
-                        conv,
-                    ),
-                )
-                if grad_input != 0:
-                    call(copy, (0, 4, grad_input + first * grad_step, grad_step, count, grad, size // BYTES))
-            if sums != 0:
-                sum_lanes(plan, partial, sums + task * sums_step)
-                if take(shared + 8 * job.DONE) == tasks - 1:
-                    filters = field(plan, record.GROUPS) * field(plan, record.FILTERS)
-                    weights = filters * field(plan, record.CHANNELS) * field(plan, record.TAPS)
-                    sum_tasks(sums, sums_step, tasks, 0, weights, field(shared, job.GRAD_WEIGHT))
-                    sum_tasks(sums, sums_step, tasks, weights, filters, field(shared, job.GRAD_BIAS))
-
-    return backward
+    return sum_lanes

@@ -13,9 +13,6 @@ A block of 16 images keeps its lanes idle where there are fewer. Here a vector h
 
 What passes between layers is [vector of 16 filters, pixel, filter]. A linear layer reads its weight as it lies: in the
 forward lanes are 16 inputs, whose sums are added up at the end.
-
-A chain is a list of steps, each a kernel and its arguments. One kernel works the list off, so that no chain needs a
-driver of its own.
 """
 
 from __future__ import annotations
@@ -27,10 +24,8 @@ from .convolution import vectors
 from .lanes import (
     add,
     add_products,
-    call,
     field,
     float_at,
-    inlined,
     kernel,
     load,
     load_lanes,
@@ -43,48 +38,10 @@ from .lanes import (
     where_positive,
     zeros,
 )
-from .link import PROGRAM_HEADER, PROGRAM_STEP
 from .plan import BYTES, CHAIN, LANES
 
 ONE, OUTPUTS, INPUTS = (0,), (0,) * 8, (0,) * 4
 BESIDE = vectors(4)
-
-
-def steps() -> Any:
-    """Return the kernel that works off a list of steps: some once, some for each image, some once at the end."""
-
-    @inlined
-    def argument(step, number, image, bases):
-        here = step + 8 + 24 * number
-        return field(bases, field(here, 0)) + field(here, 1) + image * field(here, 2)
-
-    @kernel(3)
-    def steps(program, bases, images):
-        """Call one kernel after the other; `bases`: addresses and numbers of this call."""
-        first = program + 8 * PROGRAM_HEADER
-        for part in range(3):
-            number = field(program, part)
-            for image in range(images if part == 1 else 1):
-                for i in range(number):
-                    step = first + 8 * PROGRAM_STEP * i
-                    call(
-                        field(step, 0),
-                        (
-                            argument(step, 0, image, bases),
-                            argument(step, 1, image, bases),
-                            argument(step, 2, image, bases),
-                            argument(step, 3, image, bases),
-                            argument(step, 4, image, bases),
-                            argument(step, 5, image, bases),
-                            argument(step, 6, image, bases),
-                            argument(step, 7, image, bases),
-                            argument(step, 8, image, bases),
-                            argument(step, 9, image, bases),
-                        ),
-                    )
-            first += 8 * PROGRAM_STEP * number
-
-    return steps
 
 
 def pack() -> Any:

@@ -10,17 +10,19 @@ were; in training the records are what is saved, else a worker has one that it u
         grad_X[k] = sum over o of weight[o, k] * G[o],  G = grad_Y where Y is above 0
         grad_weight[o, k] = sum over images of G[o] * X[k]
 
-A linear layer has no pixels that share a weight: of 17 loads for 16 FMAs a step 16 are weights, spread over a vector by
-the FMA itself. Its weight's gradient is a sum over images, so lanes are 16 neighbouring inputs there: X is turned back
+A linear layer has no pixels that share a weight: all but one of a step's loads are weights, spread over a vector by the
+FMA itself. Its weight's gradient is a sum over images, so lanes are 16 neighbouring inputs there: X is turned back
 into images first.
+
+A chain is a program (see `program`), which one kernel works off: no chain needs a driver of its own.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from . import link, record
-from .convolution import fill, pack_backward, pack_forward, pad, sum_lanes, vectors
+from . import program
+from .convolution import vectors
 from .lanes import (
     add,
     add_products,
@@ -34,6 +36,7 @@ from .lanes import (
     load_first,
     relu,
     set_float,
+    set_long,
     splat,
     splat_strided,
     store,
@@ -43,291 +46,178 @@ from .lanes import (
     where_positive,
     zeros,
 )
-from .plan import BYTES, CHAIN, LANES, linear_tile
+from .plan import BYTES, CHAIN, LANES
 
-SUMS, LINEAR_VECTORS, LINEAR_FILTERS = linear_tile()
-ONE, OUTPUTS = (0,), (0,) * SUMS
-INPUT_VECTORS, FILTERS = (0,) * LINEAR_VECTORS, (0,) * LINEAR_FILTERS
-BESIDE = vectors(LINEAR_VECTORS)
+ONE = (0,)
 
 
-# --- linear layers -------------------------------------------------------------------------------------------------
+def steps() -> Any:
+    """Return the kernel that each worker runs: it works a program off, task by task, until none is left."""
 
-
-@inlined
-def linear(source, packed, bias, inputs, outputs, positive, target):
-    """Compute Y for a block; packed: the weight as [16 outputs][input, output]."""
-    for first in range(0, outputs, SUMS):
-        live = min(SUMS, outputs - first)
-        factors = packed + BYTES * inputs * (first // LANES) + 4 * (first % LANES)
-        for start in range(0, inputs, CHAIN):
-            end = min(start + CHAIN, inputs)
-            sums = zeros(ONE, OUTPUTS)
-            for k in range(start, end):
-                sums = add_products(sums, load(source + BYTES * k, ONE), splat(factors + BYTES * k, OUTPUTS))
-            if start:
-                sums = add(load_first(target, BYTES, live, OUTPUTS), sums)
-            if end == inputs:
-                if bias != 0:
-                    sums = add(sums, splat(bias + 4 * first, OUTPUTS))
-                if positive:
-                    sums = relu(sums)
-            store_first(target, BYTES, live, sums)
-        target += BYTES * SUMS
-
-
-@inlined
-def linear_grad_input(grad, weight, inputs, outputs, target):
-    """Compute grad_X for a block; weight: [output, input]."""
-    for place in range(0, inputs, SUMS):
-        # The last inputs overlap those before where their number is not a multiple.
-        first = min(place, inputs - SUMS)
-        for start in range(0, outputs, CHAIN):
-            sums = zeros(ONE, OUTPUTS)
-            for o in range(start, min(start + CHAIN, outputs)):
-                factors = splat(weight + 4 * (o * inputs + first), OUTPUTS)
-                sums = add_products(sums, load(grad + BYTES * o, ONE), factors)
-            here = target + BYTES * first
-            if start:
-                sums = add(load_first(here, BYTES, SUMS, OUTPUTS), sums)
-            store_first(here, BYTES, SUMS, sums)
-
-
-@inlined
-def linear_grad_weight(grad, rows, row_bytes, outputs, sums):
-    """Add a block's part to the weight's gradient, [output, input] with rows of `row_bytes`; rows: X as 16 images."""
-    for o in range(0, outputs, LINEAR_FILTERS):
-        for place in range(0, row_bytes, BYTES * LINEAR_VECTORS):
-            tile = zeros(INPUT_VECTORS, FILTERS)
-            for n in range(LANES):
-                inputs = load(rows + n * row_bytes + place, BESIDE)
-                tile = add_products(tile, inputs, splat_strided(grad + BYTES * o + 4 * n, BYTES, FILTERS))
-            add_tile(sums + o * row_bytes + place, BESIDE, row_bytes, tile)
-
-
-# --- forward -------------------------------------------------------------------------------------------------------
-
-
-def forward_chain() -> Any:
-    """Return the kernel that each worker runs: it takes blocks of images through all links until none is left."""
+    @inlined
+    def argument(step, number, unit, own):
+        here = step + 8 + 24 * number
+        return field(own, field(here, 0)) + field(here, 1) + unit * field(here, 2)
 
     @kernel(1)
-    def forward_chain(head):
-        """Take blocks of images; `head`: see `link`."""
-        scratch = field(head, link.SCRATCH) + take(head + 8 * link.WORKERS) * field(head, link.SCRATCH_BYTES)
-        images, copy, number = field(head, link.IMAGES), field(head, link.EXCHANGE), field(head, link.LINKS)
-        step, output_step = field(head, link.INPUT_STEP), field(head, link.OUTPUT_STEP)
-        conv = scratch + field(head, link.CONV_AT)
-        links = head + 8 * link.HEAD
-        for i in range(number):
-            this = links + 8 * link.SIZE * i
-            packed, weight, plan = (
-                scratch + field(this, link.PACKED_AT),
-                field(this, link.WEIGHT),
-                field(this, link.PLAN),
-            )
-            if field(this, link.LINEAR):
-                # A weight's rows are turned into lanes as images are: 16 outputs beside each other.
-                row = 4 * field(this, link.INPUTS)
-                for first in range(0, field(this, link.OUTPUTS), LANES):
-                    live = min(LANES, field(this, link.OUTPUTS) - first)
-                    call(
-                        copy, (1, 4, weight + row * first, row, live, packed + LANES * row * (first // LANES), row // 4)
-                    )
-            else:
-                pack_forward(plan, weight, field(this, link.BIAS), packed, field(plan, record.TILE_FILTERS))
-                fill(scratch + field(this, link.PADDED_AT), field(plan, record.PAD_BYTES))
+    def steps(bases):
+        """Call the kernels of the steps; `bases`: the table that all workers share."""
+        worker, size = take(bases + 8 * program.WORKERS), field(bases, program.SCRATCH_BYTES)
+        own = field(bases, program.SCRATCH) + worker * size
+        for i in range(field(bases, program.SIZE)):
+            set_long(own + 8 * i, field(bases, i))
+        set_long(own + 8 * program.OWN, own)
+        set_long(own + 8 * program.SCRATCH, own)
+        tasks, each, units = field(own, program.TASKS), field(own, program.UNITS_EACH), field(own, program.UNITS)
+        begun = 0
         while True:
-            block = take(head + 8 * link.TAKEN)
-            if LANES * block >= images:
+            task = take(bases + 8 * program.TAKEN)
+            if task >= tasks:
                 break
-            count = min(LANES, images - LANES * block)
-            kept = scratch + field(head, link.RECORD_AT)
-            if field(head, link.RECORD) != 0:
-                kept = field(head, link.RECORD) + block * field(head, link.RECORD_BYTES)
-            source, numbers = scratch, field(links, link.INPUTS)
-            call(copy, (1, 4, field(head, link.INPUT) + LANES * block * step, step, count, source, numbers))
-            for i in range(number):
-                this = links + 8 * link.SIZE * i
-                packed = scratch + field(this, link.PACKED_AT)
-                target = (scratch if field(this, link.PASSES) else kept) + field(this, link.TARGET_AT)
-                numbers = field(this, link.OUTPUTS)
-                if field(this, link.LINEAR):
-                    bias, positive = field(this, link.BIAS), field(this, link.RELU)
-                    linear(source, packed, bias, field(this, link.INPUTS), numbers, positive, target)
-                else:
-                    plan = field(this, link.PLAN)
-                    if field(plan, record.PAD_BYTES):
-                        pad(plan, source, scratch + field(this, link.PADDED_AT))
-                        source = scratch + field(this, link.PADDED_AT)
-                    argmax = kept + field(this, link.ARGMAX_AT)
-                    call(field(this, link.FORWARD), (plan, source, packed, target, argmax, conv))
-                source = target
-            output = field(head, link.OUTPUT) + LANES * block * output_step
-            call(copy, (0, 4, output, output_step, count, source, numbers))
-
-    return forward_chain
-
-
-# --- backward ------------------------------------------------------------------------------------------------------
-
-
-def backward_chain() -> Any:
-    """Return the kernel that each worker runs: it works off tasks, each some blocks, until none is left."""
-
-    @kernel(1)
-    def backward_chain(head):
-        """Take tasks; each adds up its blocks' gradients of the parameters in sums of its own."""
-        scratch = field(head, link.SCRATCH) + take(head + 8 * link.WORKERS) * field(head, link.SCRATCH_BYTES)
-        images, copy, number = field(head, link.IMAGES), field(head, link.EXCHANGE), field(head, link.LINKS)
-        step, output_step, grad_step = (
-            field(head, link.INPUT_STEP),
-            field(head, link.OUTPUT_STEP),
-            field(head, link.GRAD_INPUT_STEP),
-        )
-        conv, rows = scratch + field(head, link.CONV_AT), scratch + field(head, link.ROWS_AT)
-        output_grad, grad_input = scratch + field(head, link.OUTPUT_GRAD_AT), field(head, link.GRAD_INPUT)
-        first_wanted, links = field(head, link.FIRST_WANTED), head + 8 * link.HEAD
-        inexact = 0
-        for i in range(number):
-            this, plan = links + 8 * link.SIZE * i, field(links + 8 * link.SIZE * i, link.PLAN)
-            if field(this, link.LINEAR):
-                # `linear_grad_weight` works off the outputs' gradients in full tiles.
-                grad = output_grad if i == number - 1 else scratch + field(this + 8 * link.SIZE, link.GRAD_AT)
-                fill(grad + BYTES * field(this, link.OUTPUTS), BYTES * (-field(this, link.OUTPUTS) % LINEAR_FILTERS))
-                continue
-            fill(scratch + field(this, link.PADDED_AT), field(plan, record.PAD_BYTES))
-            if i > first_wanted or grad_input != 0:
-                packed = scratch + field(this, link.PACKED_AT)
-                filters, channels = field(plan, record.TILE_FILTERS), field(plan, record.TILE_CHANNELS)
-                if not pack_backward(plan, field(this, link.WEIGHT), packed, filters, channels):
-                    inexact |= 1 << i
-        while True:
-            task = take(head + 8 * link.TAKEN)
-            if task >= field(head, link.TASKS):
-                break
-            sums = field(head, link.SUMS) + task * field(head, link.SUMS_BYTES)
-            fill(sums, field(head, link.SUMS_BYTES))
-            for i in range(number):
-                this = links + 8 * link.SIZE * i
-                if not field(this, link.LINEAR):
-                    size = field(field(this, link.PLAN), record.PARTIAL_BYTES)
-                    fill(scratch + field(this, link.PARTIAL_AT), size)
-            begin = task * field(head, link.BLOCKS)
-            blocks = (images + LANES - 1) // LANES
-            for block in range(begin, min(begin + field(head, link.BLOCKS), blocks)):
-                count = min(LANES, images - LANES * block)
-                kept = field(head, link.RECORD) + block * field(head, link.RECORD_BYTES)
-                last = links + 8 * link.SIZE * (number - 1)
-                output = field(head, link.OUTPUT) + LANES * block * output_step
-                call(copy, (1, 4, output, output_step, count, output_grad, field(last, link.OUTPUTS)))
-                grad = output_grad
-                for back in range(number - first_wanted):
-                    i = number - 1 - back
-                    this = links + 8 * link.SIZE * i
-                    inputs, target = field(this, link.INPUTS), scratch + field(this, link.GRAD_AT)
-                    onward, wanted = i > first_wanted or grad_input != 0, field(this, link.WANTED)
-                    if i:
-                        source = kept + field(this - 8 * link.SIZE, link.TARGET_AT)
-                    else:
-                        source = scratch
-                        if wanted:
-                            images_in = field(head, link.INPUT) + LANES * block * step
-                            call(copy, (1, 4, images_in, step, count, source, inputs))
-                    if field(this, link.LINEAR):
-                        outputs = field(this, link.OUTPUTS)
-                        if field(this, link.RELU):
-                            mask(kept + field(this, link.TARGET_AT), outputs, grad)
-                        if wanted:
-                            row_bytes = field(this, link.SUMS_STEP)
-                            call(copy, (0, 4, rows, row_bytes, LANES, source, inputs))
-                            clear_tail(rows, inputs, row_bytes)
-                            linear_grad_weight(grad, rows, row_bytes, outputs, sums + field(this, link.SUMS_AT))
-                            add_lanes(grad, outputs, sums + field(this, link.BIAS_SUMS_AT))
-                        if onward:
-                            linear_grad_input(grad, field(this, link.WEIGHT), inputs, outputs, target)
-                    else:
-                        plan = field(this, link.PLAN)
-                        if wanted and field(plan, record.PAD_BYTES):
-                            pad(plan, source, scratch + field(this, link.PADDED_AT))
-                            source = scratch + field(this, link.PADDED_AT)
+            sums = field(bases, program.SUMS) + task * field(own, program.SUMS_BYTES)
+            set_long(own + 8 * program.SUMS, sums)
+            numbers = field(own, program.STEPS)
+            first = numbers + 8 * program.PARTS_OF_STEPS
+            for part in range(program.PARTS_OF_STEPS):
+                start, end, number = 0, 1, field(numbers, part)
+                if part == 0:
+                    start, begun = begun, 1
+                if part == 2:
+                    start, end = task * each, min(task * each + each, units)
+                for unit in range(start, end):
+                    set_long(own + 8 * program.COUNT, min(LANES, field(own, program.IMAGES) - LANES * unit))
+                    for i in range(number):
+                        step = first + 8 * program.STEP * i
                         call(
-                            field(this, link.BACKWARD),
+                            field(step, 0),
                             (
-                                plan,
-                                source,
-                                scratch + field(this, link.PACKED_AT),
-                                (inexact >> i) & 1,
-                                grad,
-                                kept + field(this, link.ARGMAX_AT),
-                                target if onward else 0,
-                                scratch + field(this, link.PARTIAL_AT) if wanted else 0,
-                                conv,
+                                argument(step, 0, unit, own),
+                                argument(step, 1, unit, own),
+                                argument(step, 2, unit, own),
+                                argument(step, 3, unit, own),
+                                argument(step, 4, unit, own),
+                                argument(step, 5, unit, own),
+                                argument(step, 6, unit, own),
+                                argument(step, 7, unit, own),
+                                argument(step, 8, unit, own),
+                                argument(step, 9, unit, own),
                             ),
                         )
-                    grad = target
-                if grad_input != 0:
-                    place = grad_input + LANES * block * grad_step
-                    call(copy, (0, 4, place, grad_step, count, grad, field(links, link.INPUTS)))
-            for i in range(number):
-                this = links + 8 * link.SIZE * i
-                if field(this, link.WANTED) and not field(this, link.LINEAR):
-                    partial = scratch + field(this, link.PARTIAL_AT)
-                    sum_lanes(field(this, link.PLAN), partial, sums + field(this, link.SUMS_AT))
+                first += 8 * program.STEP * number
 
-    return backward_chain
+    return steps
 
 
-@inlined
-def mask(target, numbers, grad):
-    """Let the gradient pass where relu was open."""
-    for i in range(numbers):
-        values = where_positive(load(target + BYTES * i, ONE), load(grad + BYTES * i, ONE))
-        store(grad + BYTES * i, ONE, values)
+def linear(sums: int) -> Any:
+    """Return the kernel of a linear layer, with or without relu, that computes so many outputs at a time."""
+    many = (0,) * sums
+
+    @kernel(7)
+    def linear(source, packed, bias, inputs, outputs, positive, target):
+        """Compute Y for a block; packed: the weight as [16 outputs][input, output]; bias: or 0."""
+        for first in range(0, outputs, sums):
+            live = min(sums, outputs - first)
+            factors = packed + BYTES * inputs * (first // LANES) + 4 * (first % LANES)
+            for start in range(0, inputs, CHAIN):
+                end = min(start + CHAIN, inputs)
+                tile = zeros(ONE, many)
+                for k in range(start, end):
+                    tile = add_products(tile, load(source + BYTES * k, ONE), splat(factors + BYTES * k, many))
+                if start:
+                    tile = add(load_first(target, BYTES, live, many), tile)
+                if end == inputs:
+                    if bias != 0:
+                        tile = add(tile, splat(bias + 4 * first, many))
+                    if positive:
+                        tile = relu(tile)
+                store_first(target, BYTES, live, tile)
+            target += BYTES * sums
+
+    return linear
 
 
-@inlined
-def clear_tail(rows, inputs, row_bytes):
-    """Fill the rest of each row with zeros."""
-    for n in range(LANES):
-        for place in range(4 * inputs, row_bytes, 4):
-            set_float(rows + n * row_bytes + place, 0.0)
+def linear_grads(sums: int, vectors_of_inputs: int, filters: int) -> Any:
+    """Return the kernel of a linear layer's gradients.
 
+    It computes so many gradients of inputs at a time, and so many vectors of inputs x outputs of the weight's gradient.
+    """
+    many, input_vectors, columns = (0,) * sums, (0,) * vectors_of_inputs, (0,) * filters
+    beside, wide = vectors(vectors_of_inputs), BYTES * vectors_of_inputs
 
-@inlined
-def add_lanes(grad, outputs, sums):
-    """Add each output's sum over the images."""
-    for o in range(outputs):
-        set_float(sums + 4 * o, float_at(sums + 4 * o) + total(grad + BYTES * o))
+    @inlined
+    def grad_input(grad, weight, inputs, outputs, target):
+        """Compute grad_X for a block; weight: [output, input]."""
+        for place in range(0, inputs, sums):
+            # The last inputs overlap those before where their number is not a multiple.
+            first = min(place, inputs - sums)
+            for start in range(0, outputs, CHAIN):
+                tile = zeros(ONE, many)
+                for o in range(start, min(start + CHAIN, outputs)):
+                    factors = splat(weight + 4 * (o * inputs + first), many)
+                    tile = add_products(tile, load(grad + BYTES * o, ONE), factors)
+                here = target + BYTES * first
+                if start:
+                    tile = add(load_first(here, BYTES, sums, many), tile)
+                store_first(here, BYTES, sums, tile)
+
+    @inlined
+    def grad_weight(grad, rows, row_bytes, outputs, target):
+        """Add a block's part to the weight's gradient: [output, input], rows of `row_bytes`; rows: X as 16 images."""
+        for o in range(0, outputs, filters):
+            for place in range(0, row_bytes, wide):
+                tile = zeros(input_vectors, columns)
+                for n in range(LANES):
+                    inputs = load(rows + n * row_bytes + place, beside)
+                    tile = add_products(tile, inputs, splat_strided(grad + BYTES * o + 4 * n, BYTES, columns))
+                add_tile(target + o * row_bytes + place, beside, row_bytes, tile)
+
+    @kernel(10)
+    def linear_grads(grad, result, source, rows, weight, inputs, outputs, weight_sums, bias_sums, grad_source):
+        """Compute what is asked for, and not 0; the parameters' gradients are added to sums.
+
+        grad: of Y, in which what relu stopped becomes zero; result: Y, or 0 where no relu follows; rows: scratch for X
+        as images.
+        """
+        if result != 0:
+            for place in range(0, BYTES * outputs, BYTES):
+                store(grad + place, ONE, where_positive(load(result + place, ONE), load(grad + place, ONE)))
+        if weight_sums != 0:
+            row_bytes = (4 * inputs + wide - 1) // wide * wide
+            for n in range(LANES):
+                for place in range(4 * inputs, row_bytes, 4):
+                    set_float(rows + n * row_bytes + place, 0.0)
+            grad_weight(grad, rows, row_bytes, outputs, weight_sums)
+            for o in range(outputs):
+                set_float(bias_sums + 4 * o, float_at(bias_sums + 4 * o) + total(grad + BYTES * o))
+        if grad_source != 0:
+            grad_input(grad, weight, inputs, outputs, grad_source)
+
+    return linear_grads
 
 
 def sum_tasks() -> Any:
     """Return the kernel that adds up the tasks' sums, in their order, whichever thread made them."""
 
-    @kernel(1)
-    def sum_tasks(head):
-        """Take pieces of parameters; they stand behind the links' tables."""
-        tasks, step, number = field(head, link.TASKS), field(head, link.SUMS_BYTES), field(head, link.BLOCKS)
-        pieces = head + 8 * link.HEAD
-        while True:
-            i = take(head + 8 * link.TAKEN)
-            if i >= number:
-                break
-            piece = pieces + 8 * link.PIECE * i
-            width, row_bytes = field(piece, link.WIDTH), field(piece, link.STEP)
-            for row in range(field(piece, link.FIRST), field(piece, link.LAST)):
-                source = field(head, link.SUMS) + field(piece, link.SOURCE) + row * row_bytes
-                target = field(piece, link.TARGET) + 4 * row * width
+    @kernel(8)
+    def sum_tasks(target, source, width, row_bytes, rows, tasks, step, piece):
+        """Write one of `program.PIECES` of a parameter's gradient, unless the target is 0.
+
+        source: the first task's sums, of so many rows of `width` numbers; the others follow, `step` bytes apart.
+        """
+        each = (rows + program.PIECES - 1) // program.PIECES
+        if target != 0:
+            for row in range(piece * each, min(piece * each + each, rows)):
+                here, there = source + row * row_bytes, target + 4 * row * width
                 whole = width - width % LANES
                 for k in range(0, whole, LANES):
-                    sums = load(source + 4 * k, ONE)
+                    sums = load(here + 4 * k, ONE)
                     for task in range(1, tasks):
-                        sums = add(sums, load(source + 4 * k + task * step, ONE))
-                    store(target + 4 * k, ONE, sums)
+                        sums = add(sums, load(here + 4 * k + task * step, ONE))
+                    store(there + 4 * k, ONE, sums)
                 for k in range(whole, width):
-                    value = float_at(source + 4 * k)
+                    value = float_at(here + 4 * k)
                     for task in range(1, tasks):
-                        value += float_at(source + 4 * k + task * step)
-                    set_float(target + 4 * k, value)
+                        value += float_at(here + 4 * k + task * step)
+                    set_float(there + 4 * k, value)
 
     return sum_tasks

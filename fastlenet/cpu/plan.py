@@ -294,21 +294,7 @@ def plan_of(
     forward_weights = groups * filter_tiles * tile.filters * (products + 1)
     backward_weights = groups * channel_tiles * filter_tiles * taps * factor_bytes // 4
     forward_weights *= 1 if one_image is None else LANES
-    parts = {
-        record.IMAGES_AT: 4 * max(forward_weights, backward_weights),
-        record.PADDED_AT: numbers[record.INPUT_BYTES],
-        record.TARGET_AT: numbers[record.PAD_BYTES],
-        record.ARGMAX_AT: numbers[record.TARGET_BYTES],
-        record.CONV_AT: numbers[record.TARGET_BYTES] // 4,
-        record.GRAD_AT: max(numbers[record.CONV_BYTES], numbers[record.GRAD_BYTES]),
-        record.PARTIAL_AT: numbers[record.INPUT_BYTES],
-        record.BACKWARD_BYTES: numbers[record.PARTIAL_BYTES],
-    }
-    place = 0
-    for name, size in parts.items():
-        place += _ceil(size, BYTES) * BYTES
-        numbers[name] = place
-    numbers[record.FORWARD_BYTES] = numbers[record.GRAD_AT]
+    numbers[record.PACKED_BYTES] = 4 * max(forward_weights, backward_weights)
     memory = torch.cat([torch.zeros(record.SIZE, dtype=torch.int64), *(t.flatten().long() for t in tables.values())])
     place = memory.data_ptr() + 8 * record.SIZE
     for name, table in tables.items():

@@ -54,18 +54,9 @@ Where the lanes of a vector are filters or channels of one image (see `convoluti
     INPUT_BYTES,  # size of a block of images
     TARGET_BYTES,  # size of a block of pooled images
     PARTIAL_BYTES,  # size of the partial sums of the gradients of weight and bias
-    # A worker's scratch, which begins with the packed weights: where the rest of it lies.
-    IMAGES_AT,
-    PADDED_AT,
-    TARGET_AT,
-    ARGMAX_AT,
-    CONV_AT,  # C of a pass in the forward, G in the backward
-    GRAD_AT,
-    PARTIAL_AT,
-    FORWARD_BYTES,
-    BACKWARD_BYTES,
+    PACKED_BYTES,  # size of the weights as the forward or the backward reads them
     TILE_FILTERS,
     TILE_CHANNELS,
     TILE_TAPS,
     SIZE,
-) = range(56)
+) = range(48)

@@ -149,6 +149,14 @@ def test_chains(network, images):
     judge(network, input, parameters, grad_output)
 
 
+@pytest.mark.parametrize("images", [3, 19])
+def test_tiles_of_every_cpu(tiles, images):
+    """Tiles are chosen by the CPU's registers; every choice is right on any CPU."""
+    network = NETWORKS["many channels and a padding between"]
+    input, parameters = network.tensors(images)
+    judge(network, input, parameters, torch.randn(stock(input, parameters, network.links).shape))
+
+
 @pytest.mark.wide
 def test_more_blocks_than_parts():
     """The parts of a batch whose sums are kept apart have several blocks each."""
@@ -352,6 +360,39 @@ def test_what_is_not_finite_goes_where_stock_has_it(network, where, value):
     _, expected = stocks(input, parameters, network.links, grad_output, torch.float64)
     for one, other in zip(grads, expected, strict=True):
         assert torch.equal(one.isfinite(), other.isfinite())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("images", [2, 19])
+def test_a_weight_that_is_not_finite_spoils_only_pixels_that_meet_it(images, value):
+    """No pixel of the input is multiplied by it across the edge: those of the first row and column never meet it."""
+    network = Network((2, 8, 9), (PLAIN,), ((4, 2, 3, 3),))
+    input, parameters = network.tensors(images)
+    parameters[0][1, 0, 1, 1] = value
+    grad_output = torch.randn(stock(input, parameters, network.links).shape)
+    _, (grad, *_) = compiled(input, parameters, network.links, grad_output)
+    _, (expected, *_) = stocks(input, parameters, network.links, grad_output, torch.float64)
+    assert torch.equal(grad.isfinite(), expected.isfinite())
+    assert bool(grad[:, 0, 0].isfinite().all())
+    assert not bool(grad[:, 0, 1].isfinite().all())
+
+
+def test_lanes_that_are_no_filter_reach_no_gradient():
+    """An infinite gradient times the zero weights of missing channels is NaN in lanes that are no filter.
+
+    All weights and pixels are positive, so that stock has infinities in the input's gradient, and no NaN.
+    """
+    network = Network((1, 14, 14), (PLAIN, PLAIN), ((6, 1, 3, 3), (4, 6, 3, 3)))
+    input, parameters = network.tensors(2)
+    input, parameters = input.abs(), [tensor.abs() for tensor in parameters]
+    grad_output = torch.rand(stock(input, parameters, network.links).shape)
+    grad_output[1, 1, 1, 0] = float("inf")
+    _, grads = compiled(input, parameters, network.links, grad_output)
+    _, expected = stocks(input, parameters, network.links, grad_output, torch.float64)
+    assert bool(expected[0].isinf().any())
+    for one, other in zip(grads, expected, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        assert torch.equal(one.isinf(), other.isinf())
 
 
 def test_many_images_one_by_one_are_those_of_blocks():

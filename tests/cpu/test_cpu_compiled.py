@@ -180,7 +180,7 @@ def test_a_fork_computes():
 
 
 @pytest.fixture
-def nothing_compiled(afresh, monkeypatch, tmp_path):
+def nothing_compiled(afresh, nothing_planned, monkeypatch, tmp_path):
     """An empty folder for compiled code, and no kernel in memory."""
     monkeypatch.setenv("FASTLENET_CACHE_DIR", str(tmp_path))
     compiled.address.cache_clear()

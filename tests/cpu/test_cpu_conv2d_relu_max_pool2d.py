@@ -19,7 +19,6 @@ from harness.strides import awkward, kinds_for
 from torch import Tensor
 
 from fastlenet import cpu, reference
-from fastlenet.cpu import plan
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -115,15 +114,6 @@ def test_conv_grid(case):
     """As accurate as stock on random numbers, and equal to it where arithmetic is exact."""
     TRIAL.random(case, case.random(torch.float32))
     TRIAL.exact(case, case.exact(torch.float32))
-
-
-@pytest.fixture(params=[8, 32], ids=["AVX2", "AVX-512"])
-def tiles(request, monkeypatch) -> Iterator[None]:
-    """Tiles of any CPU: LLVM splits their vectors for the CPU at hand."""
-    monkeypatch.setattr(plan, "register_vectors", lambda: request.param)
-    plan.plan_of.cache_clear()
-    yield
-    plan.plan_of.cache_clear()
 
 
 @pytest.mark.parametrize("filters", [1, 2, 4, 5, 6, 7])

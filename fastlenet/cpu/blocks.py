@@ -13,7 +13,7 @@ from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format
 
 from . import program, record, threads
 from .memory import empty
-from .plan import BYTES, LANES, Plan, linear_tile, plan_of
+from .plan import BYTES, LANES, Plan, gradients_of, linear_tile, plan_of, steps_of
 from .program import COUNT, NOTHING, UNIT, At, Link, Program, Step, exchange, step
 
 MOST_TASKS = 16
@@ -25,8 +25,9 @@ class _Layer(NamedTuple):
 
     Attributes:
         link: see `Link`.
-        plan: of a convolution.
+        plan: of a convolution's forward.
         weight: its shape.
+        shape: of an image that goes out.
         inputs: numbers of an image that come in.
         outputs: numbers of an image that go out.
         kept: whether what goes out is in the record; else no backward needs it.
@@ -40,6 +41,7 @@ class _Layer(NamedTuple):
     link: Link
     plan: Plan | None
     weight: tuple[int, ...]
+    shape: tuple[int, ...]
     inputs: int
     outputs: int
     kept: bool
@@ -98,11 +100,9 @@ def _layers(shapes: _Shapes) -> _Layers:
             layouts = shapes.layouts
             plan = plan_of(shape, weight, link, layouts[0] and i == 0, layouts[i] and i == last)
             shape = (rows, *plan.pooled_size)
-            conv_bytes = max(conv_bytes, plan.record[record.CONV_BYTES], plan.record[record.GRAD_BYTES])
+            conv_bytes = max(conv_bytes, plan.record[record.CONV_BYTES])
             argmax_at = kept.take(torch.Size(shape).numel() * LANES)
-            # `convolution.sum_lanes` writes the bias's gradient right behind the weight's.
-            sums_step, sums_at = 4 * width, sums.take(4 * (rows * width + rows))
-            bias_sums_at = sums_at + 4 * rows * width
+            sums_step, sums_at, bias_sums_at = 4 * width, sums.take(4 * rows * width), sums.take(4 * rows)
         else:
             if width != numbers:
                 raise ValueError(f"link {i}: a weight of shape {weight} does not fit {numbers} inputs")
@@ -112,7 +112,7 @@ def _layers(shapes: _Shapes) -> _Layers:
             sums_at, bias_sums_at = sums.take(_whole(rows) // BYTES * sums_step), sums.take(4 * rows)
         outputs, held = torch.Size(shape).numel(), i < last or link == "linear_relu"
         places = kept.take(outputs * BYTES if held else 0), argmax_at, sums_at, sums_step, bias_sums_at
-        layers.append(_Layer(link, plan, weight, numbers, outputs, held, *places))
+        layers.append(_Layer(link, plan, weight, shape, numbers, outputs, held, *places))
     return _Layers(tuple(layers), kept.size, sums.size, conv_bytes, shape)
 
 
@@ -184,67 +184,92 @@ def _backward(
         need_input: whether the input needs a gradient.
         wanted: of each link, whether its parameters need some.
     """
-    layers, record_bytes, sums_bytes, conv_bytes, shape = _layers(shapes)
+    layers, record_bytes, sums_bytes, _, shape = _layers(shapes)
     scratch, last = program.Scratch(len(layers)), layers[-1]
-    images, grad, conv = (scratch.at(size) for size in (BYTES * layers[0].inputs, _whole(last.outputs), conv_bytes))
     row_bytes = max(0 if layer.plan else layer.sums_step for layer in layers)
     rows = scratch.at(LANES * row_bytes)
     ready: list[Step] = []
     begin = [step("convolution", "clear", At(program.SUMS), sums_bytes)]
-    each = [exchange(1, 4, At(program.OUTPUT, 0, LANES * grad_step), grad_step, At(COUNT), grad, last.outputs)]
-    end: list[Step] = []
-    kept = At(program.RECORD, 0, record_bytes)
-    if argmax_step is not None:
-        kept = scratch.at(record_bytes)
-        argmax = At(program.RECORD, 0, LANES * argmax_step), argmax_step, At(COUNT), kept.plus(last.argmax_at)
-        each.append(exchange(1, 1, *argmax, last.outputs))
+    each: list[Step] = []
+    kept, tables = At(program.RECORD, 0, record_bytes), []
+    grad = At(program.OUTPUT, 0, LANES * grad_step)
+    grad_last = shapes.layouts[-1] if last.plan else False
+    if last.plan is None:
+        lanes = scratch.at(_whole(last.outputs))
+        each.append(exchange(1, 4, grad, grad_step, At(COUNT), lanes, last.outputs))
+        grad = lanes
     first_wanted = 0 if need_input else wanted.index(True)
     for i in reversed(range(first_wanted, len(layers))):
         layer, onward = layers[i], i > first_wanted or need_input
-        weight, *_, spoiled = program.parameters_of(i)
-        source = kept.plus(layers[i - 1].target_at) if i else images
-        if not i and wanted[0]:
-            each.append(_input(shapes, images))
-        target = scratch.at(_whole(layer.inputs)) if onward else NOTHING
-        sums = At(program.SUMS).plus(layer.sums_at)
+        weight = program.parameters_of(i)[0]
+        source = kept.plus(layers[i - 1].target_at)
+        target = NOTHING
+        sums, bias_sums = At(program.SUMS).plus(layer.sums_at), At(program.SUMS).plus(layer.bias_sums_at)
+        if not wanted[i]:
+            sums = bias_sums = NOTHING
         if layer.plan is None:
+            if not i and wanted[i]:
+                source = scratch.at(BYTES * layer.inputs)
+                each.append(_input(shapes, source))
+            if onward:
+                target = scratch.at(_whole(layer.inputs))
             rest = _whole(layer.outputs) - BYTES * layer.outputs
             if rest:
                 # The weight's gradient works off the outputs' gradients in full tiles.
                 ready.append(step("convolution", "clear", grad.plus(BYTES * layer.outputs), rest))
             if wanted[i]:
                 each.append(exchange(0, 4, rows, layer.sums_step, LANES, source, layer.inputs))
-            both = (sums, At(program.SUMS).plus(layer.bias_sums_at)) if wanted[i] else (NOTHING, NOTHING)
             result = kept.plus(layer.target_at) if layer.link == "linear_relu" else NOTHING
             sizes = layer.inputs, layer.outputs
-            gradients = "linear_grads", *linear_tile()
-            each.append(step("network", gradients, grad, result, source, rows, weight, *sizes, *both, target))
-        else:
-            plan, tile, partial, packed = layer.plan, layer.plan.tile, NOTHING, NOTHING
-            if wanted[i]:
-                size = plan.record[record.PARTIAL_BYTES]
-                partial = scratch.at(size)
-                begin.append(step("convolution", "clear", partial, size))
-                end.append(step("convolution", "sum_lanes", plan.address, partial, sums))
-                source = _padded(plan, source, scratch, ready, each)
-            if onward:
-                packed = scratch.at(plan.record[record.PACKED_BYTES])
-                flag = At(program.OWN, 8 * spoiled.base)
-                ready.append(step("convolution", "pack_backward", plan.address, weight, packed, flag))
-            input_tile = (tile.channels, tile.input_pixels) if onward else (0, 0)
-            places = packed, spoiled, grad, kept.plus(layer.argmax_at), target, partial, conv
-            kernel = "backward_block", tile.filters, tile.taps, *input_tile
-            each.append(step("convolution", kernel, plan.address, source, *places))
-        grad = target
-    if need_input:
-        numbers = layers[0].inputs
-        each.append(
-            exchange(0, 4, At(program.GRAD_INPUT, 0, LANES * 4 * numbers), 4 * numbers, At(COUNT), grad, numbers)
+            kernel = "linear_grads", *linear_tile()
+            each.append(step("network", kernel, grad, result, source, rows, weight, *sizes, sums, bias_sums, target))
+            grad = target
+            continue
+        # The kernel of the gradients works image by image.
+        if i < len(layers) - 1 and layers[i + 1].plan is None:
+            images = scratch.at(BYTES * layer.outputs)
+            each.append(exchange(0, 4, images, 4 * layer.outputs, LANES, grad, layer.outputs))
+            grad, grad_step = images, 4 * layer.outputs
+        argmax, own_argmax_step = At(program.RECORD, 0, LANES * (argmax_step or 0)), argmax_step
+        if own_argmax_step is None:
+            argmax, own_argmax_step = scratch.at(LANES * layer.outputs), layer.outputs
+            each.append(exchange(0, 1, argmax, layer.outputs, LANES, kept.plus(layer.argmax_at), layer.outputs))
+        image = layers[i - 1].shape if i else shapes.image
+        in_last = not i and shapes.layouts[0]
+        source_step = target_step = 4 * layer.inputs
+        if not i:
+            source, source_step = At(program.INPUT, 0, LANES * shapes.input_step), shapes.input_step
+        elif wanted[i]:
+            images = scratch.at(BYTES * layer.inputs)
+            each.append(exchange(0, 4, images, source_step, LANES, source, layer.inputs))
+            source = images
+        if onward:
+            target = scratch.at(BYTES * layer.inputs) if i else At(program.GRAD_INPUT, 0, BYTES * layer.inputs)
+        assert isinstance(layer.link, ConvPoolGeometry)
+        plan = gradients_of(
+            image,
+            layer.weight,
+            layer.link,
+            steps_of(image, source_step, in_last),
+            steps_of(layer.shape, grad_step, grad_last),
+            tuple(step // 4 for step in steps_of(layer.shape, 4 * own_argmax_step, grad_last)),
+            steps_of(image, target_step, in_last),
         )
-    plans = tuple(layer.plan for layer in layers if layer.plan)
-    steps = program.listed(ready, begin, each, end)
+        tables.append(plan)
+        packed = NOTHING
+        if onward:
+            packed = scratch.at(plan.packed_bytes)
+            ready.append(step("gradients", "pack", plan.address, weight, packed))
+        places = source, grad, argmax, packed, target, sums, bias_sums, scratch.at(plan.scratch_bytes)
+        each.append(step("gradients", ("gradients", plan.width), plan.address, At(COUNT), *places))
+        grad, grad_step, grad_last = target, target_step, False
+    if need_input and layers[0].plan is None:
+        numbers = layers[0].inputs
+        target = At(program.GRAD_INPUT, 0, LANES * 4 * numbers)
+        each.append(exchange(0, 4, target, 4 * numbers, At(COUNT), grad, numbers))
+    steps = program.listed(ready, begin, each, [])
     return (
-        Program(steps, scratch.size, record_bytes, sums_bytes, shape, plans),
+        Program(steps, scratch.size, record_bytes, sums_bytes, shape, tuple(tables)),
         Program(program.listed([], [], _all_sums(layers, sums_bytes), []), scratch.size, 0, 0, (), ()),
     )
 

@@ -41,7 +41,6 @@ from . import record
 from .lanes import (
     add,
     add_products,
-    add_to_memory,
     byte_at,
     field,
     float_at,
@@ -49,14 +48,11 @@ from .lanes import (
     kernel,
     larger,
     load,
-    load_bytes_first,
-    load_first,
     long_at,
     longs_at,
     repeat,
     set_byte,
     set_float,
-    set_long,
     splat,
     splat_each,
     spread,
@@ -64,15 +60,12 @@ from .lanes import (
     store,
     store_bytes_first,
     store_first,
-    total,
     transpose,
     transpose_bytes,
-    where_equal,
-    where_not_equal,
     winner,
     zeros,
 )
-from .plan import BYTES, CHAIN, LANES
+from .plan import BYTES, LANES
 
 NO_WINNER = 255
 INFINITY = float("inf")
@@ -252,200 +245,3 @@ def forward_block(filters: int, pixels: int, with_argmax: int, one_image: int = 
             source += channels * source_step
 
     return forward_block
-
-
-# --- backward ------------------------------------------------------------------------------------------------------
-
-
-def pack_backward() -> Any:
-    """Return the kernel that lays the weights out as the input's gradient reads them."""
-
-    @kernel(4)
-    def pack_backward(plan, weight, packed, spoiled):
-        """Write [group, pass over channels, pass over filters, tap, filter of the pass, channel of the pass].
-
-        Zero where a last pass has fewer of either. weight: [group, filter, channel, tap]; spoiled: where to write 1 if
-        a weight is not finite, else 0.
-        """
-        rest = 0.0
-        own, depth, taps = field(plan, record.FILTERS), field(plan, record.CHANNELS), field(plan, record.TAPS)
-        filters, channels = field(plan, record.TILE_FILTERS), field(plan, record.TILE_CHANNELS)
-        for _ in range(field(plan, record.GROUPS)):
-            for first_channel in range(0, depth, channels):
-                for first_filter in range(0, own, filters):
-                    for t in range(taps):
-                        for o in range(first_filter, first_filter + filters):
-                            for c in range(first_channel, first_channel + channels):
-                                live = o < own and c < depth
-                                value = float_at(weight + 4 * ((o * depth + c) * taps + t)) if live else 0.0
-                                set_float(packed, value)
-                                rest += 0.0 * value
-                                packed += 4
-            weight += 4 * own * depth * taps
-        set_long(spoiled, 0 if rest == 0.0 else 1)
-
-    return pack_backward
-
-
-def backward_block(filters: int, taps: int, channels: int, input_pixels: int, one_image: int = 0) -> Any:
-    """Return the kernel of the gradients, for tiles of `taps` x `filters` and of `input_pixels` x `channels`.
-
-    With `one_image` lanes are filters, and of the input's gradient channels. With neither channels nor pixels it
-    computes no gradient of the input, as for a network's first layer.
-    """
-    columns, beside = (0,) * filters, vectors(filters)
-    tap_rows, tap_tile = (0,) * taps, vectors(taps * filters)
-    input_rows = tuple(BYTES * filters * i for i in range(input_pixels))
-    input_columns = (0,) * channels
-    at_rows = splat_each if one_image else load
-    if one_image:
-        at_columns, like, each, unit = load, vectors(channels), 4, BYTES * channels
-        width, square = LANES * filters, LANES * LANES
-    else:
-        at_columns, like, each, unit = splat, input_columns, BYTES, 4 * channels
-        width, square = filters, 1
-    together = max(1, CHAIN // width)
-
-    @inlined
-    def unpool(plan, first, last, grad_target, argmax, live, grad_conv, grad_bias):
-        """Write G for some windows and a pass of filters, and add its sums to the gradients of the biases."""
-        step, cells, offsets = field(plan, record.TARGET_STEP), field(plan, record.CELLS), field(plan, record.TARGET)
-        overlap, places = field(plan, record.OVERLAP), field(plan, record.GRAD_CELL)
-        sums = zeros((0,), columns)
-        for window in range(first, last):
-            offset = field(offsets, window)
-            grad = load_first(grad_target + offset, step, live, columns)
-            arg = load_bytes_first(argmax + (offset >> 2), step >> 2, live, columns)
-            sums = add(sums, where_not_equal(arg, NO_WINNER, grad))
-            for cell in range(cells):
-                place = long_at(places + 8 * (window * cells + cell))
-                if place >= 0:
-                    part = where_equal(arg, cell, grad)
-                    if overlap:
-                        part = add(load(grad_conv + place, beside), part)
-                    store(grad_conv + place, beside, part)
-        if grad_bias != 0:
-            store(grad_bias, beside, add(load(grad_bias, beside), sums))
-
-    @inlined
-    def grad_weight(plan, first, last, source, grad_conv, partial):
-        """Add some pixels' products with a pass of filters to the gradients of all taps of all channels.
-
-        partial: [tile of taps, tap, filter of the pass, image].
-        """
-        positions, places = field(plan, record.POSITION), field(plan, record.TAP_TILE)
-        for i in range(field(plan, record.TAP_TILES)):
-            tap = longs_at(places + 8 * taps * i, tap_rows)
-            sums = zeros(tap_rows, columns)
-            for n in range(first, last):
-                pixel = at_rows(source + long_at(positions + 16 * n), tap)
-                sums = add_products(sums, pixel, load(grad_conv + long_at(positions + 16 * n + 8), beside))
-            here = partial + BYTES * taps * filters * i
-            store(here, tap_tile, add(load(here, tap_tile), sums))
-
-    if channels:
-
-        @inlined
-        def grad_input(plan, exact, first_filter, grad_conv, weights, grad_source):
-            """Add to the input's gradient what comes through a pass of filters."""
-            depth, pass_step = field(plan, record.CHANNELS), 4 * square * channels * filters * field(plan, record.TAPS)
-            # Lanes that are no filter may hold NaN.
-            live = min(width, field(plan, record.ALL_FILTERS) - LANES * first_filter) if one_image else width
-            tables = plan + 8 * (record.EXACT_TILES - record.INPUT_TILES) if exact else plan
-            number, tiles = field(tables, record.INPUT_TILES), field(tables, record.INPUT_TILE)
-            tap = field(tables, record.INPUT_TAP)
-            step, passes = field(plan, record.INPUT_STEP), field(plan, record.FILTER_TILES)
-            for first in range(0, depth, channels):
-                for i in range(number):
-                    here = tiles + 8 * (3 + input_pixels) * i
-                    pixels, end = grad_conv + long_at(here), long_at(here + 16)
-                    for start in range(long_at(here + 8), end, together):
-                        sums = zeros(input_rows, input_columns)
-                        for t in range(start, min(start + together, end)):
-                            place, factor = pixels + long_at(tap + 16 * t), weights + long_at(tap + 16 * t + 8)
-                            for j in range(live):
-                                grad = at_rows(place + each * j, input_rows)
-                                values = at_columns(factor + unit * j, like)
-                                sums = add_products(sums, grad, values)
-                        add_to_memory(grad_source, here + 24, input_rows, step, min(channels, depth - first), sums)
-                weights += passes * pass_step
-                grad_source += channels * step
-
-    else:
-
-        @inlined
-        def grad_input(plan, exact, first_filter, grad_conv, weights, grad_source):
-            """Compute nothing."""
-
-    @kernel(9)
-    def backward_block(plan, source, weights, exact, grad_target, argmax, grad_source, partial, grad_conv):
-        """Compute the gradients of a block.
-
-        source: X. weights: as `pack_backward` lays them out; exact: whether one is not finite.
-        grad_target, argmax: [filter, window, image].
-        grad_source: [channel, pixel, image], or 0
-        if not asked for. partial: sums of the gradients of weight and bias that are added to, [pass]([tap, filter of
-        the pass, image], [filter of the pass, image]), or 0. grad_conv: scratch for G of one pass of filters,
-        [pixel, filter of the pass, image] with a border of zeros left and right of each row.
-        """
-        depth, own, all_taps = field(plan, record.CHANNELS), field(plan, record.FILTERS), field(plan, record.TAPS)
-        source_step, target_step = field(plan, record.SOURCE_STEP), field(plan, record.TARGET_STEP)
-        input_step, size = field(plan, record.INPUT_STEP), field(plan, record.TAP_TILES) * taps * filters * BYTES
-        bands, band = field(plan, record.BANDS), field(plan, record.BAND)
-        overlap, grad_bytes = field(plan, record.OVERLAP), field(plan, record.GRAD_BYTES)
-        if grad_source != 0:
-            fill(grad_source, field(plan, record.INPUT_BYTES))
-        if grad_source != 0 and not overlap:
-            fill(grad_conv, grad_bytes)
-        for _ in range(field(plan, record.GROUPS)):
-            factors = weights
-            for first in range(0, own, filters):
-                live = min(filters, own - first)
-                if overlap:
-                    fill(grad_conv, grad_bytes)
-                # G of a band of windows stays in the first-level cache while all taps pass over it.
-                for i in range(bands):
-                    here = band + 32 * i
-                    grad_bias = partial + size if partial != 0 else 0
-                    begin, end = long_at(here), long_at(here + 8)
-                    unpool(plan, begin, end, grad_target, argmax, live, grad_conv, grad_bias)
-                    if partial != 0:
-                        grad_weight(plan, long_at(here + 16), long_at(here + 24), source, grad_conv, partial)
-                if grad_source != 0:
-                    grad_input(plan, exact, first, grad_conv, factors, grad_source)
-                factors += 4 * square * channels * filters * all_taps
-                if partial != 0:
-                    partial += size + BYTES * filters
-                grad_target += live * target_step
-                argmax += live * (target_step >> 2)
-            source += depth * source_step
-            weights += (
-                4 * field(plan, record.CHANNEL_TILES) * channels * field(plan, record.FILTER_TILES) * filters * all_taps
-            )
-            if grad_source != 0:
-                grad_source += depth * input_step
-
-    return backward_block
-
-
-def sum_lanes() -> Any:
-    """Return the kernel that sums a task's partial sums over the images."""
-
-    @kernel(3)
-    def sum_lanes(plan, partial, sums):
-        """Write the weights' sums as [filter, channel, tap], then the biases'."""
-        own, depth = field(plan, record.FILTERS), field(plan, record.CHANNELS) * field(plan, record.TAPS)
-        taps, filters = field(plan, record.TILE_TAPS), field(plan, record.TILE_FILTERS)
-        size = BYTES * filters * taps * field(plan, record.TAP_TILES)
-        biases = sums + 4 * field(plan, record.GROUPS) * own * depth
-        for _ in range(field(plan, record.GROUPS)):
-            for first in range(0, own, filters):
-                for j in range(min(filters, own - first)):
-                    for i in range(depth):
-                        set_float(sums, total(partial + BYTES * (filters * i + j)))
-                        sums += 4
-                    set_float(biases, total(partial + size + BYTES * j))
-                    biases += 4
-                partial += size + BYTES * filters
-
-    return sum_lanes

@@ -19,18 +19,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import record
 from .convolution import vectors
 from .lanes import (
     add,
     add_products,
-    field,
     float_at,
     kernel,
     load,
     load_lanes,
     set_float,
-    set_long,
     splat,
     store,
     store_lanes,
@@ -42,35 +39,6 @@ from .plan import BYTES, CHAIN, LANES
 
 ONE, OUTPUTS, INPUTS = (0,), (0,) * 8, (0,) * 4
 BESIDE = vectors(4)
-
-
-def pack() -> Any:
-    """Return the kernel that lays a convolution's weights out for the input's gradient."""
-
-    @kernel(4)
-    def pack(plan, weight, packed, spoiled):
-        """Write [vector of channels, vector of filters, tap, filter, channel], zero where there is none.
-
-        weight: [filter, channel, tap]; spoiled: where to write 1 if a weight is not finite, else 0.
-        """
-        taps, filters = field(plan, record.TAPS), field(plan, record.ALL_FILTERS)
-        passes, depth = field(plan, record.FILTER_TILES), field(plan, record.PRODUCTS) // field(plan, record.TAPS)
-        square = 4 * LANES * LANES
-        for offset in range(0, square * taps * passes * field(plan, record.CHANNEL_TILES), BYTES):
-            store(packed + offset, ONE, zeros(ONE, ONE))
-        rest = 0.0
-        for o in range(filters):
-            for c in range(depth):
-                vector = (c // LANES * passes + o // LANES) * taps
-                place = packed + square * vector + BYTES * (o % LANES) + 4 * (c % LANES)
-                for t in range(taps):
-                    value = float_at(weight)
-                    set_float(place + square * t, value)
-                    rest += 0.0 * value
-                    weight += 4
-        set_long(spoiled, 0 if rest == 0.0 else 1)
-
-    return pack
 
 
 def linear() -> Any:

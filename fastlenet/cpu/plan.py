@@ -9,7 +9,7 @@ are the same to it.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,26 +31,20 @@ CHAIN = 160
 From some 288 on the error of one chain is more than twice stock's.
 """
 
-BAND = 64
-"""Pixels whose gradients are kept in the first-level cache for all taps; their sum is one chain."""
+ENTRY = 16
+"""Size of an entry of a list of winners: an address and a gradient."""
 
 
 class Tile(NamedTuple):
-    """Sizes of the tiles that a kernel keeps in registers; the kernels are compiled for them.
+    """Sizes of the tile that the forward keeps in registers; the kernel is compiled for them.
 
     Attributes:
-        filters: a pass computes.
+        filters: a pass computes; with filters as lanes, vectors of 16.
         pixels: of the convolution's output at a time.
-        taps: of the weight's gradient at a time.
-        channels: of the input's gradient in a pass.
-        input_pixels: of the input's gradient at a time.
     """
 
     filters: int
     pixels: int
-    taps: int
-    channels: int
-    input_pixels: int
 
 
 class LinearTile(NamedTuple):
@@ -70,57 +64,43 @@ class LinearTile(NamedTuple):
 class _Tiles(NamedTuple):
     """Tiles for a register file.
 
-    Each width of a pass is compiled at its first use, so they are few.
+    Each is compiled at its first use, so they are few.
 
     Attributes:
-        filters: for each width of a pass: pixels, taps, and how fast the pass is when full.
-        channels: for each width of a pass of the input's gradient: pixels, and how fast the pass is when full.
-        one_image: tiles where the lanes are filters or channels of one image; the widths then count vectors of 16.
+        filters: for each width of a pass: pixels, and how fast the pass is when full.
+        one_image: tile where the lanes are filters of one image.
+        winners: vectors of sums of the gradients.
         linear: tiles of linear layers.
     """
 
-    filters: dict[int, tuple[int, int, float]]
-    channels: dict[int, tuple[int, float]]
+    filters: dict[int, tuple[int, float]]
     one_image: Tile
+    winners: tuple[int, ...]
     linear: LinearTile
 
 
 _TILES = {
     32: _Tiles(
-        {1: (8, 8, 0.6), 2: (8, 8, 0.85), 4: (4, 5, 1.0), 5: (4, 4, 1.0), 6: (4, 4, 1.0)},
-        {1: (8, 0.6), 4: (4, 0.9), 6: (2, 1.0), 8: (2, 1.0)},
-        Tile(1, 8, 9, 1, 8),
+        {1: (8, 0.6), 2: (8, 0.85), 4: (4, 1.0), 5: (4, 1.0), 6: (4, 1.0)},
+        Tile(1, 8),
+        (3, 5, 9, 10),
         LinearTile(16, 2, 8),
     ),
-    8: _Tiles(
-        {1: (5, 5, 0.7), 2: (3, 3, 1.0)},
-        {1: (4, 0.65), 3: (1, 0.85), 4: (1, 0.95), 6: (1, 1.0)},
-        Tile(1, 5, 5, 1, 5),
-        LinearTile(4, 2, 3),
-    ),
+    8: _Tiles({1: (5, 0.7), 2: (3, 1.0)}, Tile(1, 5), (3, 5, 6), LinearTile(4, 2, 3)),
 }
 """By the vectors of 16 that the registers hold: a tile's sums and one row must fit, and FMA units need 4 to 8 sums."""
 
 
-def tile_of(filters: int, channels: int, one_image: bool = False) -> Tile:
-    """Choose the tiles of this CPU."""
-    tiles = _TILES[register_vectors()]
-    if one_image:
-        return tiles.one_image
-    wide = _width(filters, {width: speed for width, (*_, speed) in tiles.filters.items()})
-    deep = _width(channels, {width: speed for width, (_, speed) in tiles.channels.items()})
-    pixels, taps, _ = tiles.filters[wide]
-    return Tile(wide, pixels, taps, deep, tiles.channels[deep][0])
+def tile_of(filters: int) -> Tile:
+    """Choose the tile of this CPU; empty places of the last pass cost as much as others."""
+    tiles = _TILES[register_vectors()].filters
+    wide = min(tiles, key=lambda width: (_ceil(filters, width) * width / tiles[width][1], -width))
+    return Tile(wide, tiles[wide][0])
 
 
 def linear_tile() -> LinearTile:
     """Return a linear layer's tiles on this CPU."""
     return _TILES[register_vectors()].linear
-
-
-def _width(count: int, speed: dict[int, float]) -> int:
-    """The width of the fastest passes; empty places of the last one cost as much as others."""
-    return min(speed, key=lambda width: (_ceil(count, width) * width / speed[width], -width))
 
 
 class OneImage(NamedTuple):
@@ -179,13 +159,13 @@ def plan_of(
         input: channels, height, width.
         weight: its shape.
         geometry: of the convolution and the pool.
-        input_last: whether images, and their gradient, lie pixel by pixel (channels_last).
+        input_last: whether images lie pixel by pixel (channels_last).
         target_last: whether pooled images do.
         one_image: how one image lies, where filters and channels are the lanes; without padding, and of one group.
     """
     (all_channels, height, width), (all_filters, channels, *kernel) = input, weight
     filters, groups = all_filters // geometry.groups, geometry.groups
-    tile = tile_of(filters, channels, one_image is not None)
+    tile = tile_of(filters) if one_image is None else _TILES[register_vectors()].one_image
     taps = kernel[0] * kernel[1]
     (pad_h, pad_w), (gap_h, gap_w), (step_h, step_w) = geometry.padding, geometry.dilation, geometry.stride
     padded_h, padded_w = height + 2 * pad_h, width + 2 * pad_w
@@ -193,12 +173,9 @@ def plan_of(
     pooled = geometry.pooled_size(conv)
     padded = bool(pad_h or pad_w)
     source_pixel, source_step = (all_channels, 1) if input_last else (1, padded_h * padded_w)
-    input_pixel, input_step = (all_channels, 1) if input_last else (1, height * width)
     target_pixel, target_step = (all_filters, 1) if target_last else (1, pooled[0] * pooled[1])
     pixel_bytes, channel_at = source_pixel * BYTES, torch.arange(channels) * source_step * BYTES
-    factor_bytes = 4 * tile.filters * tile.channels
     if one_image is not None:
-        factor_bytes *= LANES * LANES
         if one_image.lanes:
             channel_at = torch.arange(channels) // LANES * source_step * BYTES + torch.arange(channels) % LANES * 4
         else:
@@ -217,29 +194,13 @@ def plan_of(
     tap_h, tap_w = torch.meshgrid(torch.arange(kernel[0]), torch.arange(kernel[1]), indexing="ij")
     tap = ((tap_h * gap_h * padded_w + tap_w * gap_w) * pixel_bytes).flatten()
 
-    border = tile.input_pixels - 1
-    grad_w = conv[1] + 2 * border
-    in_grad = (y * grad_w + x + border) * tile.filters * BYTES
-    grad_cell = torch.where(position >= 0, in_grad[position.clamp_min(0)], -1)
-    overlap = int((position >= 0).sum()) > len(order)
-    bands = _bands(position, overlap)
-    all_taps = (channel_at[:, None] + tap).flatten()
-    products = len(all_taps)
-    tap = tap if one_image is None else all_taps
-    tap_tiles = _ceil(len(all_taps), tile.taps)
-    all_taps = torch.cat([all_taps, all_taps[-1:].expand(tap_tiles * tile.taps - len(all_taps))])
-    sizes = (height, width), (kernel[0], kernel[1]), conv, geometry, tile, (input_pixel * BYTES, factor_bytes)
-    input_tiles, input_taps = _input_tiles(*sizes, tile.input_pixels)
-    exact_tiles, exact_taps = _input_tiles(*sizes, 1)
-
-    chunks = _chunks(channels, taps)
-    windows = torch.arange(len(cell))
+    products = channels * taps
+    chunks, windows = _chunks(channels, taps), torch.arange(len(cell))
     if one_image is not None:
+        tap = (channel_at[:, None] + tap).flatten()
         chunks = [(0, 1, 0, products)] if products <= CHAIN else _flat_chunks(products)
         windows, target_step = one_image.placed(windows, pooled)
-        filters, channels = _ceil(filters, LANES), _ceil(channels, LANES)
-        all_filters, all_channels = filters, channels
-    filter_tiles, channel_tiles = _ceil(filters, tile.filters), _ceil(channels, tile.channels)
+        filters = all_filters = _ceil(filters, LANES)
     runs = _pad_runs(all_channels, (height, width), geometry.padding, input_last) if padded else []
     tables = {
         record.PIXELS: pixels,
@@ -249,60 +210,30 @@ def plan_of(
         record.CELL: torch.where(position >= 0, position * tile.filters * BYTES, -1),
         record.EMPTY: (position < 0).all(1),
         record.TARGET: windows * target_pixel * BYTES,
-        record.GRAD_CELL: grad_cell,
-        record.POSITION: torch.stack([in_source, in_grad], 1),
-        record.BAND: torch.tensor(bands),
-        record.TAP_TILE: all_taps,
-        record.INPUT_TILE: input_tiles,
-        record.INPUT_TAP: input_taps,
-        record.EXACT_TILE: exact_tiles,
-        record.EXACT_TAP: exact_taps,
         record.PAD_RUN: torch.tensor(runs, dtype=torch.int64),
     }
     numbers = {
         record.GROUPS: groups,
         record.CHANNELS: channels,
         record.FILTERS: filters,
-        record.FILTER_TILES: filter_tiles,
-        record.CHANNEL_TILES: channel_tiles,
         record.TAPS: taps,
         record.PRODUCTS: products,
-        record.ALL_FILTERS: weight[0] // groups,
         record.SOURCE_STEP: source_step * BYTES,
         record.TARGET_STEP: target_step * BYTES,
-        record.INPUT_STEP: input_step * BYTES,
         record.PIXEL_TILES: tiles,
         record.CHUNKS: len(chunks),
         record.WINDOWS: len(cell),
         record.CELLS: geometry.window_size,
         record.CONV_BYTES: tiles * tile.pixels * tile.filters * BYTES,
-        record.GRAD_BYTES: conv[0] * grad_w * tile.filters * BYTES,
-        record.OVERLAP: int(overlap),
-        record.BANDS: len(bands),
-        record.TAP_TILES: tap_tiles,
-        record.INPUT_TILES: len(input_tiles),
-        record.EXACT_TILES: len(exact_tiles),
         record.PAD_RUNS: len(runs),
         record.PAD_BYTES: all_channels * padded_h * padded_w * BYTES if padded else 0,
-        record.INPUT_BYTES: all_channels * height * width * BYTES,
         record.TARGET_BYTES: all_filters * (target_step if one_image else len(cell)) * BYTES,
-        record.PARTIAL_BYTES: groups * filter_tiles * tile.filters * (tap_tiles * tile.taps + 1) * BYTES,
         record.TILE_FILTERS: tile.filters,
-        record.TILE_CHANNELS: tile.channels,
-        record.TILE_TAPS: tile.taps,
     }
-    forward_weights = groups * filter_tiles * tile.filters * (products + 1)
-    backward_weights = groups * channel_tiles * filter_tiles * taps * factor_bytes // 4
-    forward_weights *= 1 if one_image is None else LANES
-    numbers[record.PACKED_BYTES] = 4 * max(forward_weights, backward_weights)
-    memory = torch.cat([torch.zeros(record.SIZE, dtype=torch.int64), *(t.flatten().long() for t in tables.values())])
-    place = memory.data_ptr() + 8 * record.SIZE
-    for name, table in tables.items():
-        memory[name] = place
-        place += 8 * table.numel()
-    for name, number in numbers.items():
-        memory[name] = number
-    return Plan(tuple(memory[: record.SIZE].tolist()), tile, memory.data_ptr(), pooled, memory)
+    packed = groups * _ceil(filters, tile.filters) * tile.filters * (products + 1)
+    numbers[record.PACKED_BYTES] = packed * (4 if one_image is None else BYTES)
+    memory = _table(record.FORWARD_SIZE, numbers, tables)
+    return Plan(tuple(memory[: record.FORWARD_SIZE].tolist()), tile, memory.data_ptr(), pooled, memory)
 
 
 def _window_cells(conv: Pair, pooled: Pair, geometry: ConvPoolGeometry) -> Tensor:
@@ -350,76 +281,6 @@ def _flat_chunks(products: int) -> list[tuple[int, int, int, int]]:
     return [(0, 1, first, min(first + step, products)) for first in range(0, products, step)]
 
 
-def _bands(position: Tensor, overlap: bool) -> list[tuple[int, int, int, int]]:
-    """First and last window whose gradient is taken next, and first and last pixel that can be worked off then.
-
-    Where windows overlap all must have been taken before the first pixel is complete.
-    """
-    windows, pixels = len(position), int(position.max()) + 1
-    if overlap:
-        return [(0, 0 if i else windows, i, min(i + BAND, pixels)) for i in range(0, max(pixels, 1), BAND)]
-    ends = position.amax(1).cummax(0).values + 1
-    bands, first, done = [], 0, 0
-    while first < windows:
-        last = max(first + 1, int(torch.searchsorted(ends, done + BAND, right=True)))
-        bands.append((first, last, done, int(ends[last - 1])))
-        first, done = last, int(ends[last - 1])
-    return bands
-
-
-def _input_tiles(
-    size: Pair, kernel: Pair, conv: Pair, geometry: ConvPoolGeometry, tile: Tile, bytes: Pair, together: int
-) -> tuple[Tensor, Tensor]:
-    """Tables for the gradient of the input: what reaches each tile of its pixels.
-
-    Pixel (i, j) of the (padded) input meets tap k at row (i - k * dilation) / stride of the convolution, if that is an
-    integer and a row; columns likewise. A tile's pixels lie in one row, a stride apart, so that tap by tap they meet
-    neighbours. Taps that meet no pixel of the convolution are left out: of 5x5 taps over LeNet's conv2 that is half.
-    A tile whose pixels meet the edge at different taps reads zeros beyond it, from a border beside the gradient. Times
-    an infinite weight they would be NaN: for such weights `together` is 1, and a tile is one pixel.
-
-    Returns:
-        A row for each tile: base in the gradient, first and last of its taps, then its pixels' places (-1 beyond the
-        row); and a row for each tap: offset in the gradient, and of the weight. `bytes` says how far pixels lie apart,
-        and how far the weights of two taps.
-    """
-    pixels, border, (step, factor) = tile.input_pixels, tile.input_pixels - 1, bytes
-    grad_w = conv[1] + 2 * border
-
-    def meets(i: int, place: int, reach: int) -> tuple[int, tuple[tuple[int, int], ...]]:
-        """A base, and relative to it the pixels that `reach` pixels from `place` on meet, tap by tap."""
-        stride = geometry.stride[i]
-        base, found = (place + geometry.padding[i]) // stride, []
-        for k in range(kernel[i]):
-            there, rest = divmod(place + geometry.padding[i] - k * geometry.dilation[i], stride)
-            if rest == 0 and there + reach > 0 and there < conv[i]:
-                found.append((k, there - base))
-        return base, tuple(found)
-
-    columns = []
-    for phase in range(min(geometry.stride[1], size[1])):
-        places = list(range(phase, size[1], geometry.stride[1]))
-        for start in range(0, len(places), together):
-            own = places[start : start + together]
-            columns.append((*meets(1, own[0], len(own)), own + [-1] * (pixels - len(own))))
-    kinds: dict[object, tuple[int, int]] = {}
-    taps: list[tuple[int, int]] = []
-    tiles = []
-    for row in range(size[0]):
-        base_h, rows = meets(0, row, 1)
-        for base_w, beside, own in columns:
-            if (rows, beside) not in kinds:
-                first = len(taps)
-                for kernel_h, h in rows:
-                    for kernel_w, w in beside:
-                        offset = (h * grad_w + w) * tile.filters * BYTES
-                        taps.append((offset, (kernel_h * kernel[1] + kernel_w) * factor))
-                kinds[rows, beside] = first, len(taps)
-            base = (base_h * grad_w + base_w + border) * tile.filters * BYTES
-            tiles.append((base, *kinds[rows, beside], *(-1 if j < 0 else (row * size[1] + j) * step for j in own)))
-    return torch.tensor(tiles), torch.tensor(taps, dtype=torch.int64).reshape(-1, 2)
-
-
 def _pad_runs(channels: int, size: Pair, padding: Pair, last: bool) -> list[tuple[int, int, int]]:
     """Each run of pixels that padding keeps together: offset in the images, offset in the padded ones, and size."""
     (height, width), (pad_h, pad_w) = size, padding
@@ -434,3 +295,132 @@ def _pad_runs(channels: int, size: Pair, padding: Pair, last: bool) -> list[tupl
         for plane in range(planes)
         for row in range(height)
     ]
+
+
+class Gradients(NamedTuple):
+    """A table for the kernel of the gradients, and what its launchers must know.
+
+    Attributes:
+        address: where the table lies.
+        width: vectors of sums at a time.
+        packed_bytes: of the weights as the input's gradient reads them.
+        scratch_bytes: what the kernel needs.
+        memory: the table and the tables that it refers to.
+    """
+
+    address: int
+    width: int
+    packed_bytes: int
+    scratch_bytes: int
+    memory: Tensor
+
+
+Steps: TypeAlias = tuple[int, int, int, int]
+"""Bytes from image to image, channel to channel, row to row and column to column."""
+
+
+def steps_of(shape: tuple[int, ...], image: int = 0, last: bool = False) -> Steps:
+    """Return the steps of dense float32 images, in channels_last or plainly, `image` bytes apart."""
+    channels, height, width = shape
+    return (image, 4, 4 * channels * width, 4 * channels) if last else (image, 4 * height * width, 4 * width, 4)
+
+
+@functools.lru_cache(maxsize=512)
+def gradients_of(
+    input: tuple[int, int, int],
+    weight: tuple[int, int, int, int],
+    geometry: ConvPoolGeometry,
+    source: Steps,
+    grad: Steps,
+    argmax: Steps,
+    target: Steps,
+) -> Gradients:
+    """Plan gradients of calls of one shape.
+
+    Args:
+        input: channels, height, width.
+        weight: its shape.
+        geometry: of the convolution and the pool.
+        source: how the images lie.
+        grad: how the pooled output's gradient lies.
+        argmax: how its winners lie.
+        target: how the images' gradient lies.
+    """
+    (_, height, width), (all_filters, depth, *kernel) = input, weight
+    groups, filters, taps = geometry.groups, all_filters // geometry.groups, kernel[0] * kernel[1]
+    (pad_h, pad_w), (gap_h, gap_w), (step_h, step_w) = geometry.padding, geometry.dilation, geometry.stride
+    padded_h, padded_w = height + 2 * pad_h, width + 2 * pad_w
+    conv = geometry.conv_size((height, width), (kernel[0], kernel[1]))
+    pooled = geometry.pooled_size(conv)
+    pixel, pitch = 4 * depth, 4 * depth * padded_w
+    # A run of neighbouring numbers: a row of the kernel, or a single tap where taps lie apart.
+    together = kernel[1] if gap_w == 1 else 1
+    run = together * depth
+    each = _ceil(run, LANES)
+    starts = [h * gap_h * pitch + w * gap_w * pixel for h in range(kernel[0]) for w in range(0, kernel[1], together)]
+    vector = [start + BYTES * v for start in starts for v in range(each)]
+    sums = min(_TILES[register_vectors()].winners, key=lambda sums: (_ceil(len(vector), sums) * (sums + 1), sums))
+    tiles = _ceil(len(vector), sums)
+    vector += vector[-1:] * (tiles * sums - len(vector))
+    mask = torch.zeros(tiles * sums, LANES, dtype=torch.uint8)
+    mask[: len(starts) * each] = (torch.arange(each * LANES) < run).view(each, LANES).repeat(len(starts), 1)
+    channel, tap = torch.meshgrid(torch.arange(depth), torch.arange(taps), indexing="ij")
+    in_run = tap % together * depth + channel
+    lane = tap // together * each * BYTES + in_run * 4
+    cell = _window_cells(conv, pooled, geometry)
+    place = cell // conv[1] * step_h * pitch + cell % conv[1] * step_w * pixel
+    tables = {
+        record.PLACE: torch.where(cell >= 0, place, 0),
+        record.VECTOR: torch.tensor(vector),
+        record.MASK: mask.flatten().view(torch.int64),
+        record.LANE: lane,
+    }
+    row, plane = BYTES * tiles * sums, padded_h * pitch
+    numbers = {
+        record.GROUPS: groups,
+        record.CHANNELS: depth,
+        record.FILTERS: filters,
+        record.PRODUCTS: depth * taps,
+        record.CELLS: geometry.window_size,
+        record.POOLED_ROWS: pooled[0],
+        record.POOLED_COLUMNS: pooled[1],
+        record.CONV_ROWS: conv[0],
+        record.CONV_COLUMNS: conv[1],
+        record.CONV_ROW_STEP: step_h * pitch,
+        record.CONV_COLUMN_STEP: step_w * pixel,
+        record.ROWS: height,
+        record.COLUMNS: width,
+        record.PITCH: pitch,
+        record.FIRST: pad_h * pitch + pad_w * pixel,
+        record.PLANE_BYTES: plane,
+        # The last run ends up to a vector behind the frame.
+        record.FRAME_BYTES: _ceil(groups * plane, BYTES) * BYTES + BYTES,
+        record.TILES: tiles,
+        record.ROW_BYTES: row,
+        record.BIAS_BYTES: _ceil(4 * all_filters, BYTES) * BYTES,
+        record.DENSE_BYTES: _ceil(plane // depth, BYTES) * BYTES,
+    }
+    for first, steps in (
+        (record.SOURCE_STEPS, source),
+        (record.GRAD_STEPS, grad),
+        (record.ARGMAX_STEPS, argmax),
+        (record.TARGET_STEPS, target),
+    ):
+        numbers |= {first + i: step for i, step in enumerate(steps)}
+    memory = _table(record.GRADIENTS_SIZE, numbers, tables)
+    packed = row * all_filters
+    lists = max(ENTRY * max(len(cell) + 1, conv[0] * conv[1]), (geometry.window_size + 1) * (BYTES + ENTRY * filters))
+    fixed = 2 * numbers[record.FRAME_BYTES] + numbers[record.BIAS_BYTES] + numbers[record.DENSE_BYTES]
+    return Gradients(memory.data_ptr(), sums, BYTES + packed, packed + fixed + lists, memory)
+
+
+def _table(size: int, numbers: dict[int, int], tables: dict[int, Tensor]) -> Tensor:
+    """Return a table of so many integers with all tables that it refers to behind it."""
+    memory = torch.cat([torch.zeros(size, dtype=torch.int64), *(t.flatten().long() for t in tables.values())])
+    place = memory.data_ptr() + 8 * size
+    for name, table in tables.items():
+        memory[name] = place
+        place += 8 * table.numel()
+    for name, number in numbers.items():
+        memory[name] = number
+    return memory

@@ -19,7 +19,7 @@ from fastlenet.kernels.geometry import ConvPoolGeometry
 
 from . import threads
 from .compiled import address
-from .plan import BYTES, Plan
+from .plan import BYTES, Gradients, Plan
 
 Link: TypeAlias = ConvPoolGeometry | str
 """A convolution with relu and pool, ``"linear_relu"`` or ``"linear"``."""
@@ -153,7 +153,7 @@ class Program(NamedTuple):
     record_bytes: int
     sums_bytes: int
     output_shape: tuple[int, ...]
-    plans: tuple[Plan, ...]
+    plans: tuple[Plan | Gradients, ...]
 
 
 def run(steps: array[int], workers: int, tasks: int, units_each: int, units: int, rest: Sequence[int]) -> None:

@@ -1,25 +1,23 @@
-"""What a convolution's kernels are told: names for the places of a table of integers.
+"""What a convolution's kernels are told: names for the places of two tables of integers, the forward's and the gradients'.
 
 `plan` fills such a table once for each kind of call, and the kernels read it. Offsets and steps are bytes. Addresses of
-further tables stand in it, too. Everything here is independent of the number of images, and of where tensors lie.
+further tables stand in it, too. Everything here is independent of where tensors lie, and of the number of images.
 
-Where the lanes of a vector are filters or channels of one image (see `convolution`), "filter" and "channel" below mean
-16 of them.
+Where the lanes of a vector are filters of one image (see `image`), "filter" means 16 of them in the forward's table.
 """
 
-(
+BOTH = (
     GROUPS,
     CHANNELS,  # of input, in a group
     FILTERS,  # of a group
-    FILTER_TILES,  # passes over a group's filters
-    CHANNEL_TILES,  # passes over a group's channels, for the input's gradient
+    PRODUCTS,  # whose sum is a pixel: taps of all channels of a group
+    CELLS,  # of a window
+) = range(5)
+
+(
     TAPS,  # cells of the kernel
-    PRODUCTS,  # whose sum is a pixel: taps of all channels
-    ALL_FILTERS,  # of a group, one by one, where FILTERS counts vectors of 16
     SOURCE_STEP,  # from channel to channel in a block of (padded) images
     TARGET_STEP,  # from channel to channel in a block of pooled images
-    INPUT_STEP,  # from channel to channel in a block of images as they came, and of their gradient
-    # Forward.
     PIXEL_TILES,
     PIXELS,  # table: offsets of the pixels of each tile in the source
     READY,  # table: windows that are complete after each tile
@@ -27,36 +25,42 @@ Where the lanes of a vector are filters or channels of one image (see `convoluti
     CHUNK,  # table: first and last channel, first and last tap of each chain of additions
     TAP,  # table: offset of each tap in the source
     WINDOWS,
-    CELLS,  # of a window
     CELL,  # table: for each window and cell the position of its pixel, or -1
     EMPTY,  # table: for each window whether it has no cell at all
     TARGET,  # table: offset of each window in the target
     CONV_BYTES,  # size of the convolution of a tile of filters
-    # Backward.
-    GRAD_BYTES,  # size of the gradient of a tile of filters at the convolution's resolution
-    GRAD_CELL,  # table: for each window and cell its offset there, or -1
-    OVERLAP,  # whether some pixel belongs to several windows
-    POSITION,  # table: for each pixel, in the forward's order, its offset in the source and in the gradient
-    BANDS,
-    BAND,  # table: first and last window whose gradient comes next, first and last pixel that is complete then
-    TAP_TILES,
-    TAP_TILE,  # table: offset in the source of each tap of each channel, in tiles
-    INPUT_TILES,
-    INPUT_TILE,  # table: for each tile of input pixels base, first and last tap, then each pixel's offset or -1
-    INPUT_TAP,  # table: for each tap offset in the gradient and offset of its weight
-    EXACT_TILES,  # the same three without any product that is zero by its place alone, for weights that are not finite
-    EXACT_TILE,
-    EXACT_TAP,
-    # Layout of the padded images.
     PAD_RUNS,
     PAD_RUN,  # table: for each run of pixels that padding keeps together offset in the images, in the padded, and size
     PAD_BYTES,  # size of a block of padded images, 0 where nothing is padded
-    INPUT_BYTES,  # size of a block of images
     TARGET_BYTES,  # size of a block of pooled images
-    PARTIAL_BYTES,  # size of the partial sums of the gradients of weight and bias
-    PACKED_BYTES,  # size of the weights as the forward or the backward reads them
+    PACKED_BYTES,  # size of the weights as the forward reads them
     TILE_FILTERS,
-    TILE_CHANNELS,
-    TILE_TAPS,
-    SIZE,
-) = range(48)
+    FORWARD_SIZE,
+) = range(len(BOTH), len(BOTH) + 21)
+
+(
+    POOLED_ROWS,
+    POOLED_COLUMNS,
+    PLACE,  # table: for each window and cell the place of its pixel in the frame
+    CONV_ROWS,
+    CONV_COLUMNS,
+    CONV_ROW_STEP,  # from row to row of the convolution's pixels in the frame
+    CONV_COLUMN_STEP,
+    ROWS,  # of the images, without padding
+    COLUMNS,
+    PITCH,  # from row to row of the frame
+    FIRST,  # place of the images' first pixel in the frame
+    PLANE_BYTES,  # size of a group's part of the frame
+    FRAME_BYTES,
+    VECTOR,  # table: offset of each vector of weights in the frame
+    MASK,  # table: for each vector and lane whether it has a weight, in bytes
+    TILES,  # of vectors
+    LANE,  # table: offset of each weight among a filter's vectors
+    ROW_BYTES,  # size of a filter's vectors
+    BIAS_BYTES,
+    DENSE_BYTES,  # size of a filter's gradient at the convolution's resolution
+    FIRST_STEPS,
+) = range(len(BOTH), len(BOTH) + 21)
+
+# Four steps each: from image to image, channel to channel, row to row, column to column.
+SOURCE_STEPS, GRAD_STEPS, ARGMAX_STEPS, TARGET_STEPS, GRADIENTS_SIZE = range(FIRST_STEPS, FIRST_STEPS + 17, 4)

@@ -101,6 +101,17 @@ def finite(address, size):
 
 
 @inlined
+def total_of(numbers, count):
+    """Sum so many numbers, in 16 chains; behind them there is room for a vector."""
+    for i in range(count, count + LANES):
+        set_float(numbers + 4 * i, 0.0)
+    sums = zeros(ONE, ONE)
+    for i in range(0, count, LANES):
+        sums = add(sums, load(numbers + 4 * i, ONE))
+    return totals(sums)[0]
+
+
+@inlined
 def exchange(plan, to_frame, image, steps, frame):
     """Copy an image to its frame, or back; `steps`: the field of its step from channel to channel, then row, column."""
     depth, plane = field(plan, record.CHANNELS), field(plan, record.PLANE_BYTES)
@@ -124,114 +135,106 @@ def gradients(width: int) -> Any:
     many, beside, masks = (0,) * width, vectors(width), tuple(LANES * i for i in range(width))
 
     @inlined
-    def winners(plan, grads, argmax, frame, entries):
-        """List a filter's winners: place in the frame and gradient; return the list's end and the gradients' sum."""
-        place, cells, total = field(plan, record.PLACE), field(plan, record.CELLS), 0.0
+    def winners(plan, grads, argmax, frame, places, factors):
+        """List a filter's winners: places in the frame, and gradients; return how many there are."""
+        count, place, step = 0, field(plan, record.PLACE), 8 * field(plan, record.CELLS) + 8
+        grad_row, grad_column = field(plan, record.GRAD_STEPS + 2), field(plan, record.GRAD_STEPS + 3)
+        argmax_row, argmax_column = field(plan, record.ARGMAX_STEPS + 2), field(plan, record.ARGMAX_STEPS + 3)
+        columns = field(plan, record.POOLED_COLUMNS)
         for row in range(field(plan, record.POOLED_ROWS)):
-            grad, arg = (
-                grads + row * field(plan, record.GRAD_STEPS + 2),
-                argmax + row * field(plan, record.ARGMAX_STEPS + 2),
-            )
-            for _ in range(field(plan, record.POOLED_COLUMNS)):
-                cell = byte_at(arg)
-                live = 1 if cell != NO_WINNER else 0
-                value = float_at(grad)
-                set_long(entries, frame + field(place, cell & -live))
-                set_float(entries + 8, value)
-                total += value if live else 0.0
-                entries += ENTRY * live
-                place += 8 * cells
-                grad += field(plan, record.GRAD_STEPS + 3)
-                arg += field(plan, record.ARGMAX_STEPS + 3)
-        return entries, total
+            grad, arg = grads + row * grad_row, argmax + row * argmax_row
+            for _ in range(columns):
+                # What does not count is written, too, and then overwritten: a branch would be mispredicted.
+                cell = byte_at(arg) + 1 & NO_WINNER
+                set_long(places + 8 * count, frame + field(place, cell))
+                set_float(factors + 4 * count, float_at(grad))
+                count += cell + NO_WINNER >> 8
+                place += step
+                grad += grad_column
+                arg += argmax_column
+        return count
 
     @inlined
-    def everything(plan, grads, argmax, frame, dense, entries):
-        """List all pixels of the convolution likewise, with the gradient 0 if they won nothing; return the list's end."""
-        place, cells, depth = field(plan, record.PLACE), field(plan, record.CELLS), field(plan, record.CHANNELS)
-        fill(dense, field(plan, record.DENSE_BYTES))
-        for row in range(field(plan, record.POOLED_ROWS)):
-            for column in range(field(plan, record.POOLED_COLUMNS)):
-                cell = byte_at(
-                    argmax + row * field(plan, record.ARGMAX_STEPS + 2) + column * field(plan, record.ARGMAX_STEPS + 3)
-                )
-                if cell != NO_WINNER:
-                    here = dense + field(place, cell) // depth
-                    value = float_at(
-                        grads + row * field(plan, record.GRAD_STEPS + 2) + column * field(plan, record.GRAD_STEPS + 3)
-                    )
-                    set_float(here, float_at(here) + value)
-                place += 8 * cells
+    def everything(plan, grads, argmax, frame, dense, places, factors):
+        """List all pixels of the convolution likewise, with the gradient 0 if they won nothing."""
+        depth, bytes = field(plan, record.CHANNELS), field(plan, record.DENSE_BYTES)
+        fill(dense, bytes)
+        # A place in the frame has a number for each channel, in the dense gradient one.
+        count = winners(plan, grads, argmax, 0, places, factors)
+        for e in range(count):
+            here = dense + field(places, e) // depth
+            set_float(here, float_at(here) + float_at(factors + 4 * e))
+        count = 0
         for row in range(field(plan, record.CONV_ROWS)):
             for column in range(field(plan, record.CONV_COLUMNS)):
                 offset = row * field(plan, record.CONV_ROW_STEP) + column * field(plan, record.CONV_COLUMN_STEP)
-                set_long(entries, frame + offset)
-                set_float(entries + 8, float_at(dense + offset // depth))
-                entries += ENTRY
-        return entries
+                set_long(places + 8 * count, frame + offset)
+                set_float(factors + 4 * count, float_at(dense + offset // depth))
+                count += 1
+        return count
 
     @inlined
-    def weight_sums_of(plan, entries, end, sums):
+    def weight_sums_of(plan, count, places, factors, sums):
         """Add a list's part to a filter's sums."""
         offsets = field(plan, record.VECTOR)
         for t in range(field(plan, record.TILES)):
-            places, here = longs_at(offsets + 8 * width * t, many), sums + BYTES * width * t
-            for start in range(entries, end, ENTRY * CHAIN):
+            vector, here = longs_at(offsets + 8 * width * t, many), sums + BYTES * width * t
+            for start in range(0, count, CHAIN):
                 tile = zeros(many, ONE)
-                for e in range(start, min(start + ENTRY * CHAIN, end), ENTRY):
-                    tile = add_products(tile, load(long_at(e), places), splat(e + 8, ONE))
+                for e in range(start, min(start + CHAIN, count)):
+                    tile = add_products(tile, load(field(places, e), vector), splat(factors + 4 * e, ONE))
                 store(here, beside, add(load(here, beside), tile))
 
     @inlined
-    def input_sums_of(plan, entries, end, target):
-        """Add a list's part to the gradient's frame, vector by vector: short runs overlap."""
-        offsets = field(plan, record.VECTOR)
-        for t in range(field(plan, record.TILES)):
-            places = longs_at(offsets + 8 * width * t, many)
-            for start in range(entries, end, ENTRY * CHAIN):
-                tile = zeros(many, ONE)
-                for e in range(start, min(start + ENTRY * CHAIN, end), ENTRY):
-                    tile = add_products(tile, load(long_at(e) + BYTES * width * t, beside), splat(e + 8, ONE))
-                add_tile(target, places, 0, tile)
-
-    @inlined
     def grad_input(plan, grads, argmax, weights, lists, frame):
-        """Add a group's part to the gradient's frame, window by window; `lists`: of each cell, and of no cell."""
+        """Add a group's part to the gradient's frame, window by window.
+
+        lists: for each cell, and for no cell, its end, then the weights and the gradients of its filters.
+        """
         cells, own, row_bytes = field(plan, record.CELLS), field(plan, record.FILTERS), field(plan, record.ROW_BYTES)
-        place, each = field(plan, record.PLACE), BYTES + ENTRY * own
+        place, offsets, each = field(plan, record.PLACE), field(plan, record.VECTOR), 8 + ENTRY * own
+        grad_step, argmax_step = field(plan, record.GRAD_STEPS + 1), field(plan, record.ARGMAX_STEPS + 1)
         for row in range(field(plan, record.POOLED_ROWS)):
             for column in range(field(plan, record.POOLED_COLUMNS)):
                 for k in range(cells + 1):
-                    set_long(lists + each * k, lists + each * k + BYTES)
+                    set_long(lists + each * k, lists + each * k + 8)
                 grad = grads + row * field(plan, record.GRAD_STEPS + 2) + column * field(plan, record.GRAD_STEPS + 3)
                 arg = (
                     argmax + row * field(plan, record.ARGMAX_STEPS + 2) + column * field(plan, record.ARGMAX_STEPS + 3)
                 )
                 for o in range(own):
-                    cell = byte_at(arg)
-                    head = lists + each * (cells if cell == NO_WINNER else cell)
+                    head = lists + each * (byte_at(arg) + 1 & NO_WINNER)
                     end = long_at(head)
                     set_long(end, weights + row_bytes * o)
                     set_float(end + 8, float_at(grad))
                     set_long(head, end + ENTRY)
-                    grad += field(plan, record.GRAD_STEPS + 1)
-                    arg += field(plan, record.ARGMAX_STEPS + 1)
-                for k in range(cells):
-                    head = lists + each * k
-                    if long_at(head) > head + BYTES:
-                        input_sums_of(plan, head + BYTES, long_at(head), frame + field(place, k))
-                place += 8 * cells
+                    grad += grad_step
+                    arg += argmax_step
+                for k in range(1, cells + 1):
+                    first, end = lists + each * k + 8, long_at(lists + each * k)
+                    if end > first:
+                        target = frame + field(place, k)
+                        for t in range(field(plan, record.TILES)):
+                            vector = longs_at(offsets + 8 * width * t, many)
+                            for start in range(first, end, ENTRY * CHAIN):
+                                tile = zeros(many, ONE)
+                                for e in range(start, min(start + ENTRY * CHAIN, end), ENTRY):
+                                    values = load(long_at(e) + BYTES * width * t, beside)
+                                    tile = add_products(tile, values, splat(e + 8, ONE))
+                                # Vector by vector: short runs overlap.
+                                add_tile(target, vector, 0, tile)
+                place += 8 * cells + 8
 
     @inlined
-    def exact_grad_input(plan, entries, end, weights):
+    def exact_grad_input(plan, count, places, factors, weights):
         """Add a filter's part to the gradient's frame, pixel by pixel, and no lane that has no weight."""
         offsets, mask = field(plan, record.VECTOR), field(plan, record.MASK)
-        for e in range(entries, end, ENTRY):
+        for e in range(count):
             for t in range(field(plan, record.TILES)):
-                places, factors = longs_at(offsets + 8 * width * t, many), load(weights + BYTES * width * t, beside)
-                tile = add_products(zeros(many, ONE), factors, splat(e + 8, ONE))
+                values = load(weights + BYTES * width * t, beside)
+                tile = add_products(zeros(many, ONE), values, splat(factors + 4 * e, ONE))
                 tile = where_not_equal(load_bytes(mask + LANES * width * t, masks), 0, tile)
-                add_tile(long_at(e), places, 0, tile)
+                add_tile(field(places, e), longs_at(offsets + 8 * width * t, many), 0, tile)
 
     @kernel(10)
     def gradients(plan, count, source, grads, argmax, weights, target, weight_sums, bias_sums, scratch):
@@ -247,7 +250,8 @@ def gradients(width: int) -> Any:
         sums = grad_frame + frame_bytes
         biases = sums + row_bytes * groups * own
         dense = biases + field(plan, record.BIAS_BYTES)
-        entries = dense + field(plan, record.DENSE_BYTES)
+        places = dense + field(plan, record.DENSE_BYTES)
+        factors = places + field(plan, record.LIST_BYTES)
         fill(frame, frame_bytes)
         fill(sums, dense - sums)
         for _ in range(count):
@@ -262,12 +266,13 @@ def gradients(width: int) -> Any:
                     argmax + o * field(plan, record.ARGMAX_STEPS + 1),
                 )
                 own_frame = frame + o // own * plane
-                end, total = winners(plan, grad, arg, own_frame, entries)
+                number = winners(plan, grad, arg, own_frame, places, factors)
+                total = total_of(factors, number)
                 rest += 0.0 * total
                 if weight_sums != 0:
                     if not plain:
-                        end = everything(plan, grad, arg, own_frame, dense, entries)
-                    weight_sums_of(plan, entries, end, sums + row_bytes * o)
+                        number = everything(plan, grad, arg, own_frame, dense, places, factors)
+                    weight_sums_of(plan, number, places, factors, sums + row_bytes * o)
                     set_float(biases + 4 * o, float_at(biases + 4 * o) + total)
             if target != 0:
                 fill(grad_frame, frame_bytes)
@@ -279,15 +284,15 @@ def gradients(width: int) -> Any:
                             grads + first * field(plan, record.GRAD_STEPS + 1),
                             argmax + first * field(plan, record.ARGMAX_STEPS + 1),
                             weights + BYTES + row_bytes * first,
-                            entries,
+                            places,
                             grad_frame + group * plane,
                         )
                 else:
                     for o in range(groups * own):
                         grad = grads + o * field(plan, record.GRAD_STEPS + 1)
                         arg = argmax + o * field(plan, record.ARGMAX_STEPS + 1)
-                        end = everything(plan, grad, arg, grad_frame + o // own * plane, dense, entries)
-                        exact_grad_input(plan, entries, end, weights + BYTES + row_bytes * o)
+                        number = everything(plan, grad, arg, grad_frame + o // own * plane, dense, places, factors)
+                        exact_grad_input(plan, number, places, factors, weights + BYTES + row_bytes * o)
                 exchange(plan, False, target, record.TARGET_STEPS + 1, grad_frame)
                 target += field(plan, record.TARGET_STEPS)
             source += field(plan, record.SOURCE_STEPS)

@@ -12,6 +12,7 @@ import functools
 from typing import NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
@@ -370,7 +371,7 @@ def gradients_of(
     cell = _window_cells(conv, pooled, geometry)
     place = cell // conv[1] * step_h * pitch + cell % conv[1] * step_w * pixel
     tables = {
-        record.PLACE: torch.where(cell >= 0, place, 0),
+        record.PLACE: F.pad(torch.where(cell >= 0, place, 0), (1, 0)),
         record.VECTOR: torch.tensor(vector),
         record.MASK: mask.flatten().view(torch.int64),
         record.LANE: lane,
@@ -407,9 +408,11 @@ def gradients_of(
         (record.TARGET_STEPS, target),
     ):
         numbers |= {first + i: step for i, step in enumerate(steps)}
+    places = 8 * _ceil(max(len(cell), conv[0] * conv[1]) + 1, 8) * 8
+    numbers[record.LIST_BYTES] = places
     memory = _table(record.GRADIENTS_SIZE, numbers, tables)
     packed = row * all_filters
-    lists = max(ENTRY * max(len(cell) + 1, conv[0] * conv[1]), (geometry.window_size + 1) * (BYTES + ENTRY * filters))
+    lists = max(places + places // 2 + BYTES, (geometry.window_size + 1) * (8 + ENTRY * filters))
     fixed = 2 * numbers[record.FRAME_BYTES] + numbers[record.BIAS_BYTES] + numbers[record.DENSE_BYTES]
     return Gradients(memory.data_ptr(), sums, BYTES + packed, packed + fixed + lists, memory)
 

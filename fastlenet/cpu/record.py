@@ -41,7 +41,7 @@ BOTH = (
 (
     POOLED_ROWS,
     POOLED_COLUMNS,
-    PLACE,  # table: for each window and cell the place of its pixel in the frame
+    PLACE,  # table: for each window and no cell, then each cell, the place of its pixel in the frame
     CONV_ROWS,
     CONV_COLUMNS,
     CONV_ROW_STEP,  # from row to row of the convolution's pixels in the frame
@@ -59,8 +59,9 @@ BOTH = (
     ROW_BYTES,  # size of a filter's vectors
     BIAS_BYTES,
     DENSE_BYTES,  # size of a filter's gradient at the convolution's resolution
+    LIST_BYTES,  # size of the places of a filter's pixels
     FIRST_STEPS,
-) = range(len(BOTH), len(BOTH) + 21)
+) = range(len(BOTH), len(BOTH) + 22)
 
 # Four steps each: from image to image, channel to channel, row to row, column to column.
 SOURCE_STEPS, GRAD_STEPS, ARGMAX_STEPS, TARGET_STEPS, GRADIENTS_SIZE = range(FIRST_STEPS, FIRST_STEPS + 17, 4)

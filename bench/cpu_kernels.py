@@ -31,7 +31,7 @@ import fastlenet
 from fastlenet import cpu
 from fastlenet.cpu import record
 from fastlenet.cpu.compiled import address, register_vectors
-from fastlenet.cpu.plan import plan_of
+from fastlenet.cpu.plan import gradients_of, plan_of, steps_of
 
 Calls = dict[str, Callable[[], object]]
 
@@ -113,12 +113,22 @@ def kernels() -> None:
         def floats(size: int) -> Tensor:
             return torch.randn(size // 4 + 64)
 
-        source = floats(max(table[record.INPUT_BYTES], table[record.PAD_BYTES]))
+        source = floats(max(64 * channels * size**2, table[record.PAD_BYTES]))
         weights, target = floats(table[record.PACKED_BYTES]), floats(table[record.TARGET_BYTES])
         argmax = torch.randint(0, 5, (table[record.TARGET_BYTES] // 4 + 64,)).to(torch.uint8)
         argmax[argmax == 4] = 255
-        conv = floats(max(table[record.CONV_BYTES], table[record.GRAD_BYTES]))
-        grad, partial = floats(table[record.INPUT_BYTES]), floats(table[record.PARTIAL_BYTES])
+        conv = floats(table[record.CONV_BYTES])
+        shape, pooled_shape = (channels, size, size), (filters, *plan.pooled_size)
+        steps, pooled_steps = (
+            steps_of(shape, 4 * channels * size**2),
+            steps_of(pooled_shape, table[record.TARGET_BYTES] // 16),
+        )
+        argmax_steps = tuple(step // 4 for step in pooled_steps)
+        gradients = gradients_of(
+            shape, (filters, channels, kernel, kernel), geometry, steps, pooled_steps, argmax_steps, steps
+        )
+        grad, sums = torch.empty_like(source), torch.zeros(filters * channels * kernel**2 + filters)
+        packed, scratch = torch.zeros(gradients.packed_bytes // 4), floats(gradients.scratch_bytes)
         pooled, chosen = torch.empty_like(target), torch.empty_like(argmax)
         at = [t.data_ptr() for t in (source, weights, pooled, chosen, conv)]
 
@@ -128,20 +138,19 @@ def kernels() -> None:
             )
             return lambda: function(plan.address, *at)  # noqa: B023
 
-        def backward(grad_at: int, partial_at: int) -> Callable[[], object]:
-            with_input = (tile.channels, tile.input_pixels) if grad_at else (0, 0)  # noqa: B023
-            function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 9)(
-                address("convolution", "backward_block", tile.filters, tile.taps, *with_input)  # noqa: B023
+        def backward(grad_at: int, *sums_at: int) -> Callable[[], object]:
+            function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 10)(
+                address("gradients", "gradients", gradients.width)  # noqa: B023
             )
-            tensors = source, weights, target, argmax, conv  # noqa: B023
-            first, second, third, fourth, last = (t.data_ptr() for t in tensors)
-            return lambda: function(plan.address, first, second, 0, third, fourth, grad_at, partial_at, last)  # noqa: B023
+            places = [t.data_ptr() for t in (source, target, argmax, packed)]  # noqa: B023
+            last = scratch.data_ptr()  # noqa: B023
+            return lambda: function(gradients.address, 16, *places, grad_at, *sums_at, last)  # noqa: B023
 
         calls: Calls = {
             "forward": forward(1),
             "inference": forward(0),
-            "grad_weight": backward(0, partial.data_ptr()),
-            "grad_input": backward(grad.data_ptr(), 0),
+            "grad_weight": backward(0, sums.data_ptr(), sums[-filters:].data_ptr()),
+            "grad_input": backward(grad.data_ptr(), 0, 0),
         }
         pixels = (plan.pooled_size[0] * 2) * (plan.pooled_size[1] * 2)
         flop = 2 * 16 * filters * channels * kernel**2 * pixels

@@ -7,9 +7,10 @@ winners count (of 2x2 windows at most one pixel of four; none where no cell was 
     grad_X[c, p + t]     = sum over the w and o that p won of  g[o, w] * weight[o, c, t]
     grad_bias[o]         = sum over images and w of  g[o, w]
 
-Layout. An image lies in a *frame*, [group, row, column, channel] with its padding around it, so that a row of the kernel
-is one run of neighbouring numbers, KW * C of them: they are the lanes, in as many vectors as the run needs. The weights
-lie likewise. Both sums are then the same loop over a list of winners, with as many vectors of sums as the registers hold:
+Layout. An image lies in a *frame*, [group, row, column, channel] with its padding around it. A row of the kernel is
+then one run of neighbouring numbers, KW * C of them: they are the lanes, in as many vectors as the run needs. The
+weights lie likewise. Both sums are the same loop over a list of winners, with as many vectors of sums as the registers
+hold:
 
     ============  ================  ======================  ===============================
     sum           list              vectors, from           sums are added to
@@ -18,11 +19,11 @@ lie likewise. Both sums are then the same loop over a list of winners, with as m
     grad_X        of a window cell  the weights of o        the gradient's frame, at p
     ============  ================  ======================  ===============================
 
-An image costs 2 * O * C * T * W FLOP for each of the two sums, W being the number of windows, where the dense sums cost
-as much for each pixel. Chains have at most `CHAIN` products; a block's sums are added to its task's.
+An image costs 2 * O * C * T * W FLOP for each of the two sums, W being the number of windows. The dense sums over all
+pixels cost as much for each pixel. A chain has at most `CHAIN` products. A block's sums are added to its task's.
 
-Zeros matter where something is not finite: 0 * inf is NaN in stock PyTorch. If an image is not finite, its lists for the
-weight's gradient have all pixels; if a weight or a gradient is not finite, so have those for the input's.
+Zeros matter where something is not finite: 0 * inf is NaN in stock PyTorch. If an image is not finite, its lists for
+the weight's gradient have all pixels. If a weight or a gradient is not finite, so have those for the input's.
 """
 
 from __future__ import annotations
@@ -240,9 +241,9 @@ def gradients(width: int) -> Any:
     def gradients(plan, count, source, grads, argmax, weights, target, weight_sums, bias_sums, scratch):
         """Compute the gradients of so many images.
 
-        source: the images. grads: of the pooled output. argmax: its winners. weights: as `pack` lays them out. target:
-        the images' gradient, or 0 if not asked for. weight_sums, bias_sums: gradients of the parameters, which are added
-        to; or 0. The plan has the steps of all images.
+        source: the images. grads: of the pooled output. argmax: its winners. weights: as `pack` lays them out.
+        target: the images' gradient, or 0 if not asked for. weight_sums, bias_sums: the parameters' gradients, which
+        are added to, or 0. The plan has the steps of all images.
         """
         groups, own, row_bytes = field(plan, record.GROUPS), field(plan, record.FILTERS), field(plan, record.ROW_BYTES)
         frame_bytes, plane = field(plan, record.FRAME_BYTES), field(plan, record.PLANE_BYTES)

@@ -246,41 +246,6 @@ def load_first(typingctx, address, step, count, like):
 
 
 @intrinsic
-def load_bytes_first(typingctx, address, step, count, like):
-    """Load `count` vectors of 16 bytes as int32; the last of them stands for what `like` has more."""
-
-    def generate(context, builder, signature, args):
-        values = [_load(builder, place, _BYTES) for place in _clamped(builder, *args[:3], like.count)]
-        return cgutils.pack_array(builder, [builder.zext(value, _INTS) for value in values], _INTS)
-
-    return types.UniTuple(ints, like.count)(types.int64, types.int64, types.int64, like), generate
-
-
-@intrinsic
-def add_to_memory(typingctx, address, table, rows, step, count, tile):
-    """Add a tile to memory, row i at `address` plus the table's entry i, unless that is negative.
-
-    A row's vectors lie `step` bytes apart, and only the first `count` of them are added.
-    """
-    columns = tile.count // rows.count
-
-    def generate(context, builder, signature, args):
-        address, table, _, step, count, tile = args
-        values = iter(cgutils.unpack_tuple(builder, tile))
-        for i in range(rows.count):
-            offset = builder.load(_pointer(builder, builder.add(table, _LONG(8 * i)), _LONG))
-            row = [next(values) for _ in range(columns)]
-            with builder.if_then(builder.icmp_signed(">=", offset, _LONG(0)), likely=True):
-                for j, value in enumerate(row):
-                    with builder.if_then(builder.icmp_signed("<", _LONG(j), count), likely=True):
-                        place = builder.add(builder.add(address, offset), builder.mul(step, _LONG(j)))
-                        _store(builder, builder.fadd(_load(builder, place, _FLOATS), value), place)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.int64, rows, types.int64, types.int64, tile), generate
-
-
-@intrinsic
 def add_tile(typingctx, address, offsets, step, tile):
     """Add a tile to memory: element (i, j) at `address` plus offset i plus j times `step`."""
 

@@ -223,7 +223,6 @@ def plan_of(
         record.TARGET_STEP: target_step * BYTES,
         record.PIXEL_TILES: tiles,
         record.CHUNKS: len(chunks),
-        record.WINDOWS: len(cell),
         record.CELLS: geometry.window_size,
         record.CONV_BYTES: tiles * tile.pixels * tile.filters * BYTES,
         record.PAD_RUNS: len(runs),

@@ -1,4 +1,4 @@
-"""What a convolution's kernels are told: names for the places of two tables of integers, the forward's and the gradients'.
+"""What a convolution's kernels are told: names for the places of the tables of the forward and of the gradients.
 
 `plan` fills such a table once for each kind of call, and the kernels read it. Offsets and steps are bytes. Addresses of
 further tables stand in it, too. Everything here is independent of where tensors lie, and of the number of images.
@@ -24,7 +24,6 @@ BOTH = (
     CHUNKS,
     CHUNK,  # table: first and last channel, first and last tap of each chain of additions
     TAP,  # table: offset of each tap in the source
-    WINDOWS,
     CELL,  # table: for each window and cell the position of its pixel, or -1
     EMPTY,  # table: for each window whether it has no cell at all
     TARGET,  # table: offset of each window in the target
@@ -36,7 +35,7 @@ BOTH = (
     PACKED_BYTES,  # size of the weights as the forward reads them
     TILE_FILTERS,
     FORWARD_SIZE,
-) = range(len(BOTH), len(BOTH) + 21)
+) = range(len(BOTH), len(BOTH) + 20)
 
 (
     POOLED_ROWS,

@@ -11,6 +11,7 @@ from fastlenet.cpu import blocks, few, plan
 
 def _forget() -> None:
     plan.plan_of.cache_clear()
+    plan.gradients_of.cache_clear()
     for form in (blocks, few):
         for table in (form._layers, form._forward, form._backward):
             table.cache_clear()

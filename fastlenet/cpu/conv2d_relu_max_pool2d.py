@@ -18,29 +18,31 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 THIN = 256
 """Channels times filters up to which a layer is 1.5 to 10 times as fast as stock's, and half-filled lanes suffice.
 
-Wider layers are what oneDNN is made for: up to `WIDE` the kernels are 1.1 to 2 times as fast, with all lanes filled.
+Wider layers are what oneDNN is made for: up to `WIDE` the forward is 1.1 to 2 times as fast, with all lanes filled.
 """
 WIDE = 3072
+DEEP = 1 << 14
+"""The same where a backward follows: that touches winners only, and stock's all pixels. Wider layers were not tried."""
 ROOMY = 1 << 19
-"""Bytes of a block of images up to which wide layers win over channels_last, too: they stay in a core's own cache."""
+"""Bytes of a block of images up to which a wide layer's forward wins over channels_last: it stays in a core's cache."""
 LARGE = 1 << 22
 """Bytes of a block of images from which half-filled lanes no longer suffice: each pass reads it from memory."""
 MOST_BYTES = 1 << 26
 """Scratch that one thread may take."""
 
 
-def rejects(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> str | None:
-    """Why a call is not covered, or not expected to win; None if it is."""
+def rejects(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry, save: bool) -> str | None:
+    """Why a call is not covered, or not expected to win; None if it is. `save`: whether a backward may follow."""
     reason = covers(input.dtype, input.shape[1:], weight, geometry)
     if reason is not None:
         return reason
     images, _, height, width = input.shape
     filters, channels = weight.shape[0] // geometry.groups, weight.shape[1]
     products = filters * channels
-    if products >= WIDE:
+    if products > DEEP or (products >= WIDE and not save):
         return f"{channels} to {filters} channels: the library's convolution is as fast"
     block = input.shape[1] * height * width * BYTES
-    if products > THIN and block > ROOMY and memory_format(input, weight) == torch.channels_last:
+    if not save and products > THIN and block > ROOMY and memory_format(input, weight) == torch.channels_last:
         return f"{channels} to {filters} channels of {height}x{width} in channels_last: the library's is as fast"
     wanted = 0.45 if products <= THIN and block <= LARGE else 0.9
     if images and threads.fill(images, LANES) < wanted:

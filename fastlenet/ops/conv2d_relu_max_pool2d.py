@@ -214,7 +214,7 @@ class _Operator(Operator):
         from fastlenet import cpu
 
         input, weight, _ = tensors
-        return cpu.rejects(input if input.dim() == 4 else input.unsqueeze(0), weight, settings)
+        return cpu.rejects(input if input.dim() == 4 else input.unsqueeze(0), weight, settings, differentiable)
 
     def implementation(self, name: str, library: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
         if name == "triton":

@@ -411,7 +411,8 @@ def test_backward_after_another_implementations_forward(case):
         (17, (16, 64, 64), (6, 16, 5, 3), 2, None),
         (17, (16, 112, 112), (6, 16, 5, 3), 2, "lanes"),
         (32, (16, 112, 112), (6, 16, 5, 3), 2, None),
-        (512, (64, 14, 14), (64, 64, 3, 3), 2, "library"),
+        (512, (64, 14, 14), (64, 64, 3, 3), 2, "in inference: library"),
+        (512, (128, 14, 14), (256, 128, 3, 3), 2, "library"),
         (0, (1, 32, 32), (6, 1, 5, 5), 2, None),
         (16, (64, 224, 224), (8, 64, 3, 3), 1, "memory"),
     ],
@@ -420,16 +421,19 @@ def test_what_is_rejected_by_its_size(images, shape, weight, count, reason):
     """With a reason each; more threads need more images."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
+    _, inference, expected = (reason or "").rpartition("in inference: ")
     try:
-        found = cpu.rejects(torch.empty(1).expand(images, *shape), torch.empty(weight), PLAIN)
+        for save in (True, False):
+            found = cpu.rejects(torch.empty(1).expand(images, *shape), torch.empty(weight), PLAIN, save)
+            declined = reason is not None and not (inference and save)
+            assert expected in found if declined else found is None
     finally:
         torch.set_num_threads(before)
-    assert found is None if reason is None else reason in found
 
 
 def test_what_is_rejected_by_its_kind():
     """With a reason each."""
     tensors = TOO_BIG_WINDOW.random(torch.float32)
-    assert "255 cells" in cpu.rejects(tensors["input"], tensors["weight"], TOO_BIG_WINDOW.geometry)
+    assert "255 cells" in cpu.rejects(tensors["input"], tensors["weight"], TOO_BIG_WINDOW.geometry, True)
     double = {name: tensor.double() for name, tensor in BLOCKS[2].random(torch.float32).items()}
-    assert "float32" in cpu.rejects(double["input"], double["weight"], BLOCKS[2].geometry)
+    assert "float32" in cpu.rejects(double["input"], double["weight"], BLOCKS[2].geometry, True)

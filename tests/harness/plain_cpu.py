@@ -32,7 +32,7 @@ class PlainCPU(types.ModuleType):
         assert len(image) == 3
         return self.reason
 
-    def rejects(self, input: Any, weight: Any, geometry: Any) -> str | None:
+    def rejects(self, input: Any, weight: Any, geometry: Any, save: bool) -> str | None:
         assert input.dim() == 4
         return None
 

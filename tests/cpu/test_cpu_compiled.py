@@ -214,7 +214,7 @@ def _network_call(kind: str):
 @needs_numba
 @pytest.mark.parametrize("kind", ["network", "layer"])
 @pytest.mark.parametrize(
-    ("stage", "only"), [("_compile", ""), ("_loaded", ""), ("_digest", ""), ("_compile", "backward")]
+    ("stage", "only"), [("_compile", ""), ("_loaded", ""), ("_digest", ""), ("_compile", "gradients")]
 )
 def test_a_kernel_that_cannot_be_had_leaves_the_call_to_stock(stage, only, kind, nothing_compiled, monkeypatch, caplog):
     """Forward or backward: with stock's results, one log line, the reason in the choice, and no second try."""

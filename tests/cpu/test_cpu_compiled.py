@@ -239,7 +239,7 @@ def test_a_kernel_that_cannot_be_had_leaves_the_call_to_stock(stage, only, kind,
 
 
 @needs_numba
-@pytest.mark.parametrize("only", ["", "backward"])
+@pytest.mark.parametrize("only", ["", "gradients"])
 def test_a_forced_kernel_that_cannot_be_had_raises(only, nothing_compiled, monkeypatch):
     """What failed, and what to do; at the first call and at later ones."""
     _breaks("_compile", monkeypatch, only)

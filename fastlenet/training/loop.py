@@ -5,9 +5,9 @@ the seed and *e*, not from a generator that runs on, so a run that stops and res
 uninterrupted run sees.
 
 The loop is made of parts that know nothing of each other: `Batches` says which images come when, a `Learner` is
-everything that one step changes, `run_epoch` hands the batches of one epoch to any number of learners, and `train` adds
-evaluation, checkpoints and metrics. What differs between the processes of a distributed run is confined to them: which
-part of each batch a process takes (`Batches`), what wraps the model (`Learner`), and who writes files (`train`).
+everything that one step changes, and `train` hands one to the other and adds evaluation, checkpoints and metrics. What
+differs between the processes of a distributed run is confined to them: which part of each batch a process takes
+(`Batches`), what wraps the model (`Learner`), and who writes files (`train`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,6 @@ from fastlenet.errors import InputError, import_extra
 from fastlenet.files import write_json
 from fastlenet.lenet import LeNet
 from fastlenet.selection import backend
-from fastlenet.timing import synchronize
 from fastlenet.training import checkpoint, data, distributed
 from fastlenet.training.distributed import ALONE, World
 
@@ -51,17 +50,12 @@ OPTIMIZERS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
 # Rates that train LeNet well on the sample digits.
 DEFAULT_LR = {"sgd": 0.1, "nesterov": 0.03, "adam": 0.002, "rmsprop": 0.001}
 LOSSES = ("cross-entropy", "mse")
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 MAX_SHIFT = 8
 
-# Options that a resumed run may change: they do not touch the steps already taken. `data` may be another path to the
-# same digits, which is checked by their fingerprint.
-FREE_ON_RESUME = ("data", "epochs", "device")
+# Options that a resumed run may change, besides the device: they do not touch the steps already taken. `data` may be
+# another path to the same digits, which is checked by their fingerprint.
+FREE_ON_RESUME = ("data", "epochs")
 
 
 class ConfigError(InputError):
@@ -183,10 +177,11 @@ def derived_generator(seed: int, *purpose: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(number >> 1)  # `manual_seed` takes 63 bits without a sign.
 
 
+@dataclass(frozen=True, eq=False)
 class Batches:
     """Which training images come when: shuffled, shifted and cut into batches, anew each epoch.
 
-    Args:
+    Attributes:
         images: float32, (N, C, H, W), on the device that trains. The outermost pixels must be background, as they are
             after padding: a shift repeats them.
         labels: int64, (N,), on the same device.
@@ -196,34 +191,19 @@ class Batches:
         world: the processes that share each batch; this one gets its part of them.
     """
 
-    def __init__(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        *,
-        batch_size: int,
-        seed: int,
-        max_shift: int = 0,
-        world: World = ALONE,
-    ) -> None:
-        self.images, self.labels = images, labels
-        self.batch_size, self.seed, self.max_shift = batch_size, seed, max_shift
-        self.world = world
+    images: torch.Tensor
+    labels: torch.Tensor
+    _: KW_ONLY
+    batch_size: int
+    seed: int
+    max_shift: int = 0
+    world: World = ALONE
 
     def __len__(self) -> int:
         """Batches an epoch."""
         return math.ceil(len(self.images) / self.batch_size)
 
-    def weight(self, number: int) -> float:
-        """What the mean over this process's part of batch `number` counts in the mean over all processes' means.
-
-        It is 1 but where a batch does not divide evenly, as the last of an epoch may not; 0 for an empty part.
-        """
-        count = min(self.batch_size, len(self.images) - number * self.batch_size)
-        mine = self.world.share(count)
-        return (mine.stop - mine.start) * self.world.size / count
-
-    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
         """Go through the batches of one epoch.
 
         Args:
@@ -231,7 +211,8 @@ class Batches:
 
         Yields:
             Images (n, C, H, W), float32, and labels (n,), int64; memory of their own. Of a batch that processes share,
-            this one's part, which may be empty.
+            this one's part, which may be empty. And the weight of the part's mean in the mean over all processes: 1 but
+            where a batch does not divide evenly, as the last of an epoch may not; 0 for an empty part.
         """
         generator = derived_generator(self.seed, "batches", epoch)
         device, count = self.images.device, len(self.images)
@@ -240,9 +221,11 @@ class Batches:
         shifts = torch.randint(-self.max_shift, self.max_shift + 1, (2, count), generator=generator).to(device)
         for start in range(0, count, self.batch_size):
             batch = slice(start, start + self.batch_size)
-            mine = self.world.share(len(order[batch]))
+            size = len(order[batch])
+            mine = self.world.share(size)
             chosen = order[batch][mine]
-            yield self._shifted(chosen, *shifts[:, batch][:, mine]), self.labels[chosen]
+            weight = len(chosen) * self.world.size / size
+            yield self._shifted(chosen, *shifts[:, batch][:, mine]), self.labels[chosen], weight
 
     def _shifted(self, chosen: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         if self.max_shift == 0:
@@ -314,7 +297,7 @@ class Learner:
         Args:
             images: (n, 1, 32, 32), any floating-point dtype.
             labels: int64, (n,).
-            weight: factor of the loss: what `Batches.weight` says of a part of a batch.
+            weight: factor of the loss, as `Batches.epoch` gives it.
 
         Returns:
             A scalar: float64 for a float64 model, else float32.
@@ -410,68 +393,34 @@ def evaluate(
     return Evaluation(accuracy=accuracy, loss=mean, predictions=predicted.cpu())
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What `run_epoch` reports after each step of each learner.
-
-    Attributes:
-        learner: index of the learner.
-        number: how many steps it has taken by now, those before a resumption included.
-        loss: its loss before the step: a scalar tensor on the device. Where processes share a batch, that of this one's
-            part, weighted; the mean over the processes is the batch's.
-        seconds: what the step took on the wall clock, the device's work included; None unless timed.
-    """
-
-    learner: int
-    number: int
-    loss: torch.Tensor
-    seconds: float | None
-
-
 def run_epoch(
-    learners: Sequence[Learner],
-    batches: Batches,
-    epoch: int,
-    on_step: Callable[[Step], None] | None = None,
-    *,
-    timed: bool = False,
-) -> list[list[float]]:
-    """Train learners side by side for one epoch: each takes a step on a batch before any sees the next batch.
-
-    Which learner goes first changes from step to step: what a neighbour leaves in the caches, and what else the machine
-    does at the moment, then falls on all alike.
-
-    Args:
-        learners: who trains; all on the device of `batches`.
-        batches: the training images.
-        epoch: the epoch's number, from 0.
-        on_step: called after each step of each learner.
-        timed: measure each step. This waits for the device before and after, which an untimed loop never does.
+    learner: Learner, batches: Batches, epoch: int, on_step: Callable[[int, torch.Tensor], None] | None = None
+) -> list[float]:
+    """Train for one epoch; arguments as of `train`, with the epoch's number from 0.
 
     Returns:
-        For each learner its losses, in order.
+        The loss of each step, over all processes.
     """
-    device = batches.images.device
-    losses: list[list[torch.Tensor]] = [[] for _ in learners]
-    for learner in learners:
-        learner.start_epoch(epoch)
-    for number, (images, labels) in enumerate(batches.epoch(epoch)):
-        order = range(len(learners)) if number % 2 == 0 else reversed(range(len(learners)))
-        for index in order:
-            if timed:
-                synchronize(device)
-            start = time.perf_counter()
-            loss = learners[index].step(images, labels, batches.weight(number))
-            if timed:
-                synchronize(device)
-            seconds = time.perf_counter() - start if timed else None
-            losses[index].append(loss)
-            if on_step is not None:
-                on_step(Step(index, learners[index].steps, loss, seconds))
-    return [
-        (learner.world.sum(torch.stack(some).double()) / learner.world.size).tolist()
-        for learner, some in zip(learners, losses, strict=True)
-    ]
+    losses = []
+    learner.start_epoch(epoch)
+    for images, labels, weight in batches.epoch(epoch):
+        losses.append(learner.step(images, labels, weight))
+        if on_step is not None:
+            on_step(learner.steps, losses[-1])
+    world = learner.world
+    return (world.sum(torch.stack(losses).double()) / world.size).tolist()
+
+
+def make_batches(dataset: data.Dataset, config: TrainConfig, device: torch.device, world: World = ALONE) -> Batches:
+    """Put the training images on the device and cut them into batches as `config` says."""
+    return Batches(
+        dataset.train_images.to(device),
+        dataset.train_labels.to(device),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        max_shift=config.max_shift,
+        world=world,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -483,14 +432,12 @@ class TrainResult:
         history: a record per epoch, resumed ones included: ``epoch`` (from 1), ``lr``, ``train_loss``, ``test_loss``,
             ``test_accuracy``.
         losses: the loss of every step that this process took.
-        seconds: wall-clock time of this process's epochs, evaluation included.
         evaluation: of the final model on the held-out images.
     """
 
     model: nn.Module
     history: list[dict[str, Any]]
     losses: list[float]
-    seconds: float
     evaluation: Evaluation
 
 
@@ -502,7 +449,7 @@ def train(
     output: str | os.PathLike[str] | None = None,
     checkpoint_file: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    on_step: Callable[[Step], None] | None = None,
+    on_step: Callable[[int, torch.Tensor], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
     """Train a classifier of handwritten digits.
@@ -523,7 +470,8 @@ def train(
         checkpoint_file: where the checkpoint goes, if not into `output`.
         resume: go on from the checkpoint. On the same device, with the same number of threads and the same PyTorch, the
             result equals, bit for bit, that of a run that never stopped; of as many processes, if there are several.
-        on_step: called after each step.
+        on_step: called after each step with its number, steps before a resumption included, and its loss: a scalar
+            tensor on the device. Where processes share a batch, the loss is that of this one's part, weighted.
         on_epoch: called after each epoch with its record, once the checkpoint is on the disk.
 
     Raises:
@@ -561,19 +509,12 @@ def train(
             learner.steps, history = stored.step, list(stored.history)
 
         test_images, test_labels = dataset.test_images.to(device), dataset.test_labels.to(device)
-        batches = Batches(
-            dataset.train_images.to(device),
-            dataset.train_labels.to(device),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            max_shift=config.max_shift,
-            world=world,
-        )
+        batches = make_batches(dataset, config, device, world)
         metrics = _describe_run(config, dataset, world) if output is not None and world.main else {}
         start, losses = time.perf_counter(), []
         evaluation = None
         for epoch in range(len(history), config.epochs):
-            [epoch_losses] = run_epoch([learner], batches, epoch, on_step)
+            epoch_losses = run_epoch(learner, batches, epoch, on_step)
             losses += epoch_losses
             evaluation = evaluate(learner.model, test_images, test_labels, config.loss, world=world)
             record = {
@@ -590,19 +531,16 @@ def train(
                 )
             history.append(record)
             if checkpoint_file is not None:
-                generators = checkpoint.merge_rng(world.gather(checkpoint.rng_state(device)))
+                about = {"data_fingerprint": print_of_data, "mean": dataset.mean, "std": dataset.std}
+                state = {
+                    "epoch": epoch + 1,
+                    "step": learner.steps,
+                    "config": _stored_config(config) | about,
+                    "history": history,
+                    "rng": checkpoint.merge_rng(world.gather(checkpoint.rng_state(device))),
+                }
                 if world.main:
-                    checkpoint.save(
-                        checkpoint_file,
-                        learner.model,
-                        learner.optimizer,
-                        epoch=epoch + 1,
-                        step=learner.steps,
-                        config=_stored_config(config)
-                        | {"data_fingerprint": print_of_data, "mean": dataset.mean, "std": dataset.std},
-                        history=history,
-                        rng=generators,
-                    )
+                    checkpoint.save(checkpoint_file, learner.model, learner.optimizer, **state)
                 world.wait()  # The others may read it next.
             if output is not None and world.main:
                 metrics |= {
@@ -616,7 +554,7 @@ def train(
                 on_epoch(record)
         if evaluation is None:  # The checkpoint had all the epochs asked for.
             evaluation = evaluate(learner.model, test_images, test_labels, config.loss, world=world)
-    return TrainResult(learner.model, history, losses, time.perf_counter() - start, evaluation)
+    return TrainResult(learner.model, history, losses, evaluation)
 
 
 def fingerprint(dataset: data.Dataset) -> str:

@@ -90,17 +90,9 @@ def load_trained(path: str | os.PathLike[str], device: str = "auto") -> Trained:
 
 
 def files_of(path: Path) -> list[Path]:
-    """List what a path stands for: itself, or the PNG and JPEG files in a folder, by name.
-
-    Raises:
-        DataError: if a folder holds none.
-    """
-    if not path.is_dir():
-        return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-    if not found:
-        raise DataError(f"{path}: a folder without PNG or JPEG files")
-    return found
+    """List what a path stands for: the PNG and JPEG files in a folder, by name, if it has any; else itself."""
+    found = path.iterdir() if path.is_dir() else ()
+    return sorted(file for file in found if file.suffix.lower() in SUFFIXES) or [path]
 
 
 def read(path: Path, limit: int) -> tuple[torch.Tensor, int]:
@@ -117,6 +109,8 @@ def read(path: Path, limit: int) -> tuple[torch.Tensor, int]:
         DataError: if the file holds no image of a digit.
         MissingPackageError: if a picture is to be read and Pillow is not installed.
     """
+    if path.is_dir():
+        raise DataError(f"{path}: a folder without PNG or JPEG files")
     try:
         with open(path, "rb") as file:
             start = file.read(4)

@@ -42,7 +42,7 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
         >>> len(fastlenet.decompositions())
         6
     """
-    found = {}
+    found: dict[OpOverload, Callable[..., Any]] = {}
     for operator in (CONV2D_RELU_MAX_POOL2D, ADDMM_RELU, CHAIN):
         forward, backward = operator.implementation("aten")
         stock = SimpleNamespace(forward=forward, backward=backward, choice=SimpleNamespace(forward="aten"))

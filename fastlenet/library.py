@@ -96,20 +96,15 @@ _BACKWARD = {CONV: ("backward", "grad_input", "grad_weight"), ADDMM: ("backward"
 def why(name: str, settings: Any, tensors: Sequence[Any], differentiable: bool) -> str | None:
     """Say why a library computes a whole call, or None if kernels do.
 
-    If a backward follows and the library should compute it, the library computes the forward too.
-
-    Args:
-        name: of the operator.
-        settings: as `fastlenet.ops` has them.
-        tensors: the operands.
-        differentiable: whether a backward follows.
+    If a backward follows and the library should compute it, the library computes the forward too. The arguments are
+    those of a `fastlenet.selection.Call`.
     """
     for direction in ("forward", "backward") if differentiable else ("forward",):
         reason = None  # of other operators: the kernels compute them
         if name == ADDMM:
-            reason = product(direction, *tensors[1:])
+            reason = product(direction, tensors[1], tensors[2])
         elif name == CONV:
-            reason = convolution(direction, *tensors[:2], settings)
+            reason = convolution(direction, tensors[0], tensors[1], settings)
         elif name == "chain":
             reason = _link(direction, settings, tensors)
         if reason is not None:

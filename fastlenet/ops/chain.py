@@ -318,7 +318,7 @@ def _backward_call(grad_output: Tensor, output: Tensor, input: Tensor, parameter
 
 def _run_backward(known: Any, *args: Any) -> list[Tensor]:
     *tensors, spec, output_mask = args
-    backward = reference.chain_backward if known.choice.forward == "cpu" else known.backward
+    backward: Callable[..., Any] = reference.chain_backward if known.choice.forward == "cpu" else known.backward
     return list(or_empty(tensors[2], backward(*tensors, links_of(spec), tuple(output_mask))))
 
 

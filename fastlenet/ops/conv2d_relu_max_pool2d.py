@@ -126,25 +126,23 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
         input, weight, argmax = ctx.saved_tensors
         batched = input.dim() == 4
         operands = (grad_output, input) if batched else (grad_output.unsqueeze(0), input.unsqueeze(0))
-        grads: reference.Grads | None = None
-        if composed_backward(grad_output):
-            pass
-        elif ctx.known is None:
+        composed = composed_backward(grad_output)
+        if not composed and ctx.known is None:
             found = operators.conv2d_relu_max_pool2d_backward(*operands, weight, argmax, *ctx.geometry, needs)
             grads = reference.requested(found, needs)
-        else:
+        elif not composed:
             try:
                 grads = ctx.known.backward(*operands, weight, argmax, ctx.geometry, needs)
             except KernelError:
                 ctx.known.give_up()
-        if grads is not None:
-            grad_input = grads[0] if batched or grads[0] is None else grads[0].squeeze_(0)
-        else:
+                composed = True
+        if composed:
+            geometry = ConvPoolGeometry(*ctx.geometry)
             with no_autocast(input.device.type):
-                grads = reference.conv2d_relu_max_pool2d_backward(
-                    *operands, weight, argmax, ConvPoolGeometry(*ctx.geometry), needs
-                )
-            grad_input = grads[0] if batched or grads[0] is None else grads[0].squeeze(0)
+                grads = reference.conv2d_relu_max_pool2d_backward(*operands, weight, argmax, geometry, needs)
+        grad_input = grads[0]
+        if not batched and grad_input is not None:
+            grad_input = grad_input.squeeze(0) if composed else grad_input.squeeze_(0)
         return grad_input, *grads[1:], None, None
 
 
@@ -176,7 +174,9 @@ class _Operator(Operator):
         plain = input.dim() == 4 and input.is_contiguous() and memory_format(input) == torch.contiguous_format
         if not plain or not reference.faster_by_product(input.shape, weight, settings):
             return None
-        return lambda settings, *tensors: reference.conv2d_relu_max_pool2d(*tensors, settings, by_product=True)
+        return lambda settings, input, weight, bias: reference.conv2d_relu_max_pool2d(
+            input, weight, bias, settings, True
+        )
 
     def fused(self, settings: ConvPoolGeometry, known: Any, differentiable: bool, *tensors: Any) -> Tensor:
         input, weight, bias = tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -175,27 +176,16 @@ def run_predict(arguments: Sequence[str]) -> int:
 
 def run_env(arguments: Sequence[str]) -> int:
     """`fastlenet env`: print what measurements record about this machine, as JSON."""
-    Parser(prog="fastlenet env", description="Print what measurements record about this machine, as JSON.").parse_args(
-        arguments
-    )
+    description = "Print what measurements record about this machine, as JSON."
+    Parser(prog="fastlenet env", description=description).parse_args(arguments)
     from fastlenet import environment
 
     print(json.dumps(environment.collect(), indent=2))
     return OK
 
 
-def run_bench(arguments: Sequence[str]) -> int:
-    """`fastlenet bench`: measure, in a source checkout."""
-    return _checkout_command("bench", "bench.run", arguments)
-
-
-def run_report(arguments: Sequence[str]) -> int:
-    """`fastlenet report`: tabulate measurements, in a source checkout."""
-    return _checkout_command("report", "bench.report", arguments)
-
-
-def _checkout_command(command: str, module: str, arguments: Sequence[str]) -> int:
-    """Run a command of the `bench` folder beside this package, which is not part of an installation."""
+def run_in_checkout(command: str, module: str, arguments: Sequence[str]) -> int:
+    """`fastlenet bench` and `fastlenet report`: run a module of the `bench` folder, which is not installed."""
     # Looked for as a file: some other package called `bench` may well be installed.
     if not (ROOT / module.replace(".", "/")).with_suffix(".py").is_file():
         return print_error(
@@ -212,8 +202,11 @@ def _checkout_command(command: str, module: str, arguments: Sequence[str]) -> in
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (run_train, "train LeNet on handwritten digits"),
     "predict": (run_predict, "say which digits pictures show, by a trained network"),
-    "bench": (run_bench, "measure speed and memory (source checkout)"),
-    "report": (run_report, "make tables from measurements (source checkout)"),
+    "bench": (functools.partial(run_in_checkout, "bench", "bench.run"), "measure speed and memory (source checkout)"),
+    "report": (
+        functools.partial(run_in_checkout, "report", "bench.report"),
+        "make tables from measurements (source checkout)",
+    ),
     "env": (run_env, "print what measurements record about this machine"),
 }
 

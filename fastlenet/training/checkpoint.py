@@ -1,9 +1,9 @@
 """Checkpoints: one safetensors file that holds everything a training run needs to go on as if it had never stopped.
 
 Tensors (parameters, buffers, the optimizer's per-parameter state, random generator states) are stored as such;
-everything else is JSON in the file's metadata. Nothing is pickled, so loading a file from a stranger runs no code of
-theirs. A digest over both parts tells a damaged file from a good one: safetensors by itself checks only the layout. The
-same training state always gives the same bytes.
+everything else is JSON in the file's metadata. Nothing is pickled, so loading a foreign file runs no code. A digest
+over both parts tells a damaged file from a good one: safetensors by itself checks only the layout. The same training
+state always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -83,11 +83,7 @@ class Checkpoint:
 
 
 def check_model(stored: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
-    """Check that two state dicts have the same names, shapes and dtypes.
-
-    Args:
-        stored: a checkpoint's.
-        wanted: the model's.
+    """Check that a checkpoint's state dict has the names, shapes and dtypes of a model's.
 
     Raises:
         CheckpointError: if they differ; the message names the first differences.
@@ -126,12 +122,10 @@ def _of_rank(name: str, rank: int) -> str:
 
 
 def set_rng_state(states: Mapping[str, torch.Tensor], device: torch.device, rank: int = 0) -> None:
-    """Put generator states back; a run that moved to another kind of device restores what applies there.
+    """Put the generator states of a checkpoint back, those of this process.
 
-    Args:
-        states: what a checkpoint holds.
-        device: where the run goes on.
-        rank: which process's states; one that was not there before keeps its own.
+    A run that moved to another kind of device restores what applies there. A process that was not there before keeps
+    its own states.
     """
     cpu, cuda = states.get(_of_rank("cpu", rank)), states.get(_of_rank("cuda", rank))
     if cpu is not None:
@@ -153,15 +147,8 @@ def save(
 ) -> None:
     """Write a checkpoint, atomically: a crash at any moment leaves the previous file whole.
 
-    Args:
-        path: the file to write.
-        model: the model; its `state_dict` is stored.
-        optimizer: its optimizer; the state must consist of tensors and JSON values, as in every `torch.optim` class.
-        epoch: number of finished epochs.
-        step: number of finished steps.
-        config: the run's options; JSON values.
-        history: a record per finished epoch; JSON values.
-        rng: generator states, from `rng_state` or, of several processes, `merge_rng`.
+    The arguments are those of `Checkpoint`. The optimizer's state must consist of tensors and JSON values, as in every
+    class of `torch.optim`.
 
     Raises:
         MissingPackageError: if safetensors is not installed.
@@ -189,7 +176,7 @@ def save(
         "optimizer": {"state": plain, "param_groups": optimizer_state["param_groups"]},
     }
     body = {"format": FORMAT, "version": VERSION, "digest": _digest(state, tensors), "state": state}
-    # One metadata entry: safetensors keeps several in no fixed order, and equal runs shall give equal files.
+    # One metadata entry: safetensors keeps several in no fixed order, and equal runs must give equal files.
     metadata = {FORMAT: json.dumps(body, allow_nan=False)}
     atomic_write(path, import_extra("safetensors.torch").save(tensors, metadata))
 

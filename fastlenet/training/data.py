@@ -134,14 +134,11 @@ def load_idx(folder: str | Path) -> Dataset:
         if int(labels.max()) >= NUM_CLASSES:
             raise DataError(f"{labels_path}: found label {int(labels.max())}, expected 0 to {NUM_CLASSES - 1}")
         splits.append((images, labels))
-    return _dataset(*splits, name=f"IDX files in {folder}")
+    return _dataset(splits[0], splits[1], name=f"IDX files in {folder}")
 
 
 def load_torchvision(root: str | Path = "data") -> Dataset:
-    """Load MNIST through torchvision, from files that are already there.
-
-    Args:
-        root: the folder given to ``torchvision.datasets.MNIST``.
+    """Load MNIST through torchvision, from files that are already under `root`.
 
     Raises:
         MissingPackageError: if torchvision is not installed.
@@ -217,8 +214,8 @@ def _dataset(train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor,
         raise DataError(f"{name}: all training images are blank")
     mean, std = total / pixels / 255, math.sqrt(variance) / 255
 
-    tensors: list[torch.Tensor] = []
-    for images, labels in (train, test):
+    def prepare(images: torch.Tensor) -> torch.Tensor:
         padded = F.pad(images.unsqueeze(1), (PADDING,) * 4)
-        tensors += [padded.to(torch.float32).div_(255).sub_(mean).div_(std), labels.long()]
-    return Dataset(*tensors, mean, std, name)
+        return padded.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    return Dataset(prepare(train[0]), train[1].long(), prepare(test[0]), test[1].long(), mean, std, name)

@@ -116,12 +116,10 @@ def initial_weights(seed: int) -> dict[str, torch.Tensor]:
         return StockLeNet().state_dict()
 
 
-def learner_from(
-    model: nn.Module, weights: dict[str, torch.Tensor], config: TrainConfig, dtype: torch.dtype | None = None
-) -> Learner:
+def learner_from(model: nn.Module, weights: dict[str, torch.Tensor], config: TrainConfig) -> Learner:
     """Make a learner whose model starts from `weights`."""
     model.load_state_dict(weights)
-    return Learner(model, config, config.torch_device(), dtype)
+    return Learner(model, config, config.torch_device())
 
 
 def train_in_turns(learners: Sequence[Learner], batches: Batches, epoch: int) -> Iterator[tuple[int, float, float]]:
@@ -149,24 +147,19 @@ def train_in_turns(learners: Sequence[Learner], batches: Batches, epoch: int) ->
 def judge(
     fused_losses: Sequence[float], batches: Batches, weights: dict[str, torch.Tensor], config: TrainConfig
 ) -> Agreement:
-    """Judge the fused network's losses over the first steps of epoch 0; the module's docstring says how.
+    """Judge the losses of a network over the first steps of epoch 0, from these weights on these batches.
 
-    Args:
-        fused_losses: its loss at each of the steps to judge.
-        batches: the batches it was trained on.
-        weights: the weights it started from.
-        config: how it was trained.
+    The module's docstring says how.
     """
     generator = derived_generator(config.seed, "last bits")
-    exact = learner_from(StockLeNet(), weights, config, torch.float64)
-    stock = [learner_from(StockLeNet(), weights, config)]
+    exact = learner_from(StockLeNet(), weights, dataclasses.replace(config, dtype="float64"))
+    learners = [exact, learner_from(StockLeNet(), weights, config)]
     for _ in range(STOCK_RUNS - 1):
         nudged = {
             name: torch.nextafter(value, value + torch.randn(value.shape, generator=generator))
             for name, value in weights.items()
         }
-        stock.append(learner_from(StockLeNet(), nudged, config))
-    learners = [exact, *stock]
+        learners.append(learner_from(StockLeNet(), nudged, config))
     losses: list[list[float]] = [[] for _ in learners]
     for index, loss, _ in itertools.islice(train_in_turns(learners, batches, 0), len(learners) * len(fused_losses)):
         losses[index].append(loss)
@@ -184,15 +177,9 @@ def largest_difference(left: Sequence[float], right: Sequence[float]) -> float:
 
 
 def saved_bytes_per_image(learner: Learner, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Measure what autograd keeps for the backward pass: forward and loss of one real batch.
+    """Measure what autograd keeps for the backward pass of a batch, in bytes an image.
 
-    Args:
-        learner: whose network and loss.
-        images: (n, 1, 32, 32).
-        labels: (n,).
-
-    Returns:
-        Bytes an image. Each storage counts once and whole, however many views of it are kept; parameters do not count.
+    Each storage counts once and whole, however many views of it are kept. Parameters do not count.
     """
     parameters = {parameter.untyped_storage().data_ptr() for parameter in learner.model.parameters()}
     kept: dict[int, int] = {}
@@ -255,13 +242,7 @@ class Comparison:
 
 
 def compare_training(dataset: Dataset, config: TrainConfig, console: Console) -> Comparison:
-    """Train the fused and the stock network side by side and compare them.
-
-    Args:
-        dataset: the digits.
-        config: how to train.
-        console: where the progress bars go.
-    """
+    """Train the fused and the stock network side by side and compare them."""
     batches, weights = make_batches(dataset, config, config.torch_device()), initial_weights(config.seed)
     learners = [learner_from(LeNet(), weights, config), learner_from(StockLeNet(), weights, config)]
     images, labels, _ = next(batches.epoch(0))
@@ -425,11 +406,7 @@ def run_kernels_apart(arguments: Sequence[str], config: TrainConfig, console: Co
 
 
 def draw(comparison: Comparison, dataset: Dataset) -> bytes:
-    """Draw the picture: loss curves, some digits with predictions, the confusion matrix.
-
-    Returns:
-        The bytes of a PNG file.
-    """
+    """Draw loss curves, some digits with predictions and the confusion matrix into the bytes of a PNG file."""
     figure = overview(
         f"LeNet on 5,000 MNIST digits: fused {comparison.evaluations[FUSED].accuracy:.1%}, "
         f"stock {comparison.evaluations[STOCK].accuracy:.1%} of the held-out digits right",

@@ -106,12 +106,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.lr is None:
             object.__setattr__(self, "lr", DEFAULT_LR[self.optimizer])
-        for name, low, high in (
-            ("epochs", 1, 10**6),
-            ("batch_size", 1, 10**6),
-            ("max_shift", 0, MAX_SHIFT),
-            ("seed", 0, 2**63 - 1),
-        ):
+        limits = {"epochs": (1, 10**6), "batch_size": (1, 10**6), "max_shift": (0, MAX_SHIFT), "seed": (0, 2**63 - 1)}
+        for name, (low, high) in limits.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise ConfigError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
@@ -141,9 +137,9 @@ class TrainConfig:
         try:
             device = torch.device(self.device)
             torch.empty(0, device=device)
-        # An unknown name is a RuntimeError; a build without CUDA says AssertionError, one without XPU something else.
+        # An unknown name is a RuntimeError; builds without CUDA or without XPU raise the others.
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason, *_ = (str(error).strip() or type(error).__name__).splitlines()
             raise ConfigError(f"device {self.device!r} cannot be used here: {reason}") from error
         if device.type == "meta":
             raise ConfigError("device 'meta' holds no numbers to train on")
@@ -152,9 +148,6 @@ class TrainConfig:
 
 def check_backend(config: TrainConfig) -> str:
     """Find which implementation the fused layers will take, before any work is done.
-
-    Returns:
-        ``"triton"`` or ``"aten"``.
 
     Raises:
         ConfigError: if a backend is forced that does not exist or cannot run with these options.
@@ -168,9 +161,7 @@ def check_backend(config: TrainConfig) -> str:
 def derived_generator(seed: int, *purpose: str | int) -> torch.Generator:
     """Make a CPU generator that is a function of `seed` and `purpose` alone.
 
-    Args:
-        seed: the run's seed.
-        purpose: what the numbers are for, such as ``("batches", 3)``: different purposes get unrelated streams.
+    Different purposes, such as ``("batches", 3)``, get unrelated streams.
     """
     text = "/".join(map(str, (seed, *purpose)))
     number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
@@ -234,8 +225,8 @@ class Batches:
         rows = (torch.arange(height, device=down.device) - down[:, None]).clamp_(0, height - 1)
         columns = (torch.arange(width, device=right.device) - right[:, None]).clamp_(0, width - 1)
         channels = torch.arange(self.images.shape[1], device=down.device)
-        # The index tensors broadcast to (n, C, H, W), which gives the images the very strides of that shape: of others,
-        # though as contiguous, gradients take strides that DistributedDataParallel complains of.
+        # The index tensors broadcast to (n, C, H, W), so the images get the strides of that shape. With other strides,
+        # even contiguous ones, gradients get strides that DistributedDataParallel warns about.
         return self.images[
             chosen[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
         ]
@@ -248,31 +239,20 @@ class Learner:
         model: a classifier from (n, 1, 32, 32) to (n, 10). It is moved to `device` and to the dtype of `config`.
         config: says optimizer, learning rate, loss and dtype.
         device: where to train.
-        dtype: overrides the dtype of `config`.
         world: the processes that train it together, each on its part of every batch. Gradients are then averaged over
             them while the backward runs (DistributedDataParallel), so that all take the same step.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: TrainConfig,
-        device: torch.device,
-        dtype: torch.dtype | None = None,
-        world: World = ALONE,
-    ) -> None:
-        self.dtype = dtype or config.torch_dtype
-        self.model = model.to(device=device, dtype=self.dtype)
-        self.world = world
+    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, world: World = ALONE) -> None:
+        self.config, self.world, self.steps = config, world, 0
+        self.model = model.to(device=device, dtype=config.torch_dtype)
         self._replica = self.model if world.size == 1 else self._distributed(device)
-        self.config = config
-        self.steps = 0
         assert config.lr is not None  # TrainConfig replaces None.
         self.lr: float = config.lr
         self.optimizer = OPTIMIZERS[config.optimizer](self.model.parameters(), self.lr)
 
     def _distributed(self, device: torch.device) -> DistributedDataParallel:
-        """Wrap the model, and let a first backward pass, of no consequence, go by.
+        """Wrap the model, and run one backward pass that changes nothing.
 
         After its first backward DistributedDataParallel regroups the gradients, and with them the order of sums over
         three processes or more. So a resumed run regroups before its first step, as one that never stopped did before.
@@ -280,7 +260,7 @@ class Learner:
         replica = DistributedDataParallel(self.model)
         training = self.model.training
         self.model.eval()  # No running statistics, no dropout.
-        replica(torch.zeros(1, 1, 32, 32, dtype=self.dtype, device=device)).sum().backward()
+        replica(torch.zeros(1, 1, 32, 32, dtype=self.config.torch_dtype, device=device)).sum().backward()
         self.model.zero_grad()
         self.model.train(training)
         return replica
@@ -302,7 +282,7 @@ class Learner:
         Returns:
             A scalar: float64 for a float64 model, else float32.
         """
-        outputs = self._replica(images.to(self.dtype))
+        outputs = self._replica(images.to(self.config.torch_dtype))
         if weight == 0:
             # A mean over no images is not a number, but the other processes wait for gradients, which are zero.
             return classification_loss(outputs, labels, self.config.loss, reduction="sum")
@@ -325,13 +305,9 @@ class Learner:
 
 
 def classification_loss(logits: torch.Tensor, labels: torch.Tensor, kind: str, reduction: str = "mean") -> torch.Tensor:
-    """Compute a loss from outputs (n, classes) and labels (n,); 16-bit outputs are taken to float32 first.
+    """Compute one of the `LOSSES` from outputs (n, classes) and labels (n,), int64.
 
-    Args:
-        logits: the model's outputs.
-        labels: int64 class numbers.
-        kind: ``"cross-entropy"`` or ``"mse"`` (against one-hot labels).
-        reduction: ``"mean"`` or ``"sum"``.
+    Outputs of 16 bits are taken to float32 first.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
@@ -485,10 +461,10 @@ def train(
         checkpoint_file = Path(output) / "checkpoint.safetensors"
     if resume and checkpoint_file is None:
         raise ConfigError("resuming needs a checkpoint file or an output folder")
-    # Read before anything else: a wrong file shall be reported at once, not after the data are loaded.
+    # Read first, so that a wrong file is reported before the data are loaded.
     stored = checkpoint.load(checkpoint_file) if resume and checkpoint_file is not None else None
     if checkpoint_file is not None:
-        import_extra("safetensors.torch")  # Better missed now than after the first epoch.
+        import_extra("safetensors.torch")  # A missing package is reported before the first epoch.
     dataset = data.load(config.data) if dataset is None else dataset
     print_of_data = fingerprint(dataset)
     if stored is not None:
@@ -532,7 +508,7 @@ def train(
             history.append(record)
             if checkpoint_file is not None:
                 about = {"data_fingerprint": print_of_data, "mean": dataset.mean, "std": dataset.std}
-                state = {
+                state: dict[str, Any] = {
                     "epoch": epoch + 1,
                     "step": learner.steps,
                     "config": _stored_config(config) | about,
@@ -564,11 +540,9 @@ def fingerprint(dataset: data.Dataset) -> str:
 
 
 def resume_config(path: str | os.PathLike[str], **changes: Any) -> TrainConfig:
-    """Take the options of a resumed run from its checkpoint.
+    """Take the options of a resumed run from its checkpoint, other than those given anew.
 
-    Args:
-        path: the checkpoint.
-        changes: options given anew; those that `train` does not allow to change it will refuse.
+    `train` refuses the changes that it does not allow.
 
     Raises:
         CheckpointError: if the file cannot be used.
@@ -602,15 +576,10 @@ def _check_resumable(stored: checkpoint.Checkpoint, config: TrainConfig, print_o
 
 def _describe_run(config: TrainConfig, dataset: data.Dataset, world: World) -> dict[str, Any]:
     """The part of ``metrics.json`` that does not change during a run."""
+    sizes = {"train": len(dataset.train_labels), "test": len(dataset.test_labels)}
     return {
         "config": dataclasses.asdict(config),
-        "data": {
-            "name": dataset.name,
-            "train": len(dataset.train_labels),
-            "test": len(dataset.test_labels),
-            "mean": dataset.mean,
-            "std": dataset.std,
-        },
+        "data": {"name": dataset.name, **sizes, "mean": dataset.mean, "std": dataset.std},
         "processes": world.size,
         "environment": environment.collect(),
     }

@@ -30,10 +30,7 @@ def draw_run(
         history: a record for each epoch, as `loop.TrainResult` has them.
         evaluation: of the held-out digits.
         dataset: the digits.
-        file_format: one of `FORMATS`.
-
-    Returns:
-        The bytes of a file of that format.
+        file_format: one of `FORMATS`, in which the file's bytes are returned.
 
     Raises:
         MissingPackageError: if matplotlib is not installed.
@@ -55,15 +52,7 @@ def overview(
     dataset: Dataset,
     titles: tuple[str, str],
 ) -> Any:
-    """Return a figure with curves, the confusion matrix and some digits with predictions.
-
-    Args:
-        title: of the figure.
-        draw_curves: draws the curves into a part of the figure.
-        predictions: of the held-out digits.
-        dataset: the digits.
-        titles: of the confusion matrix and of the digits.
-    """
+    """Return a figure with curves, the confusion matrix and some held-out digits, under `titles` of their own."""
     # The object interface draws in memory and leaves the user's pyplot settings alone.
     figure = import_extra("matplotlib.figure").Figure(figsize=(14, 9), dpi=110, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)

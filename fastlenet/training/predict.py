@@ -36,13 +36,7 @@ _BAR = 40
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A network from a checkpoint, and how the images that it was trained on were normalised.
-
-    Attributes:
-        model: in evaluation mode, on the device that computes.
-        mean: of the padded training pixels, black 0 and white 1.
-        std: their standard deviation.
-    """
+    """A network from a checkpoint, in evaluation mode, with the mean and deviation of the padded training pixels."""
 
     model: LeNet
     mean: float
@@ -239,12 +233,7 @@ def centred(ink: torch.Tensor) -> torch.Tensor:
 
 
 def lines(name: str, probabilities: torch.Tensor) -> Iterator[str]:
-    """Say what the network takes an image for: the digit and its probability, then a bar for each class.
-
-    Args:
-        name: what to call the image.
-        probabilities: float64, (10,).
-    """
+    """Say what the network takes an image for: the digit and its probability, then a bar for each class."""
     digit = int(probabilities.argmax())
     # A name may hold bytes that are no text, which a terminal refuses.
     yield f"{name.encode(errors='backslashreplace').decode()}: {digit}, probability {probabilities[digit]:.1%}"

@@ -25,25 +25,16 @@ def tensors(operator: str, *required: tuple[str, Any], **optional: Any) -> None:
             raise TypeError(f"{operator}(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
-def _same(operator: str, kind: str, reference: tuple[str, Tensor], others: dict[str, Tensor | None]) -> None:
-    """Raise for the first of `others` that differs in dtype or device; `kind` says which of the two."""
-    name, tensor = reference
-    for other_name, other in others.items():
-        if other is not None and getattr(other, kind) != getattr(tensor, kind):
-            raise RuntimeError(
-                f"{operator}: expected {name} and {other_name} to have the same {kind}, but got {name} of {kind} "
-                f"{getattr(tensor, kind)} and {other_name} of {kind} {getattr(other, kind)}"
-            )
-
-
 def same_type(operator: str, reference: tuple[str, Tensor], **others: Tensor | None) -> None:
     """Require that all have one real dtype and one device."""
     name, tensor = reference
-    dtype, device = tensor.dtype, tensor.device
-    for other in others.values():
-        if other is not None and (other.dtype != dtype or other.device != device):
-            _same(operator, "dtype", reference, others)
-            _same(operator, "device", reference, others)
+    for kind in ("dtype", "device"):
+        for other_name, other in others.items():
+            if other is not None and getattr(other, kind) != getattr(tensor, kind):
+                raise RuntimeError(
+                    f"{operator}: expected {name} and {other_name} to have the same {kind}, but got {name} of {kind} "
+                    f"{getattr(tensor, kind)} and {other_name} of {kind} {getattr(other, kind)}"
+                )
     if tensor.is_complex():
         raise NotImplementedError(
             f"{operator}: relu is not defined for complex numbers, but got {name} of {tensor.dtype}"
@@ -79,35 +70,17 @@ def pair(operator: str, name: str, value: Any) -> Pair:
 
 def geometry(operator: str, fields: ConvPoolGeometry) -> None:
     """Require hyper-parameters that stock accepts."""
-    (pool_h, pool_w), (pad_h, pad_w) = fields.pool_size, fields.pool_padding
-    if (
-        min(*fields.stride, *fields.dilation, pool_h, pool_w, *fields.pool_stride, *fields.pool_dilation) >= 1
-        and min(*fields.padding, pad_h, pad_w) >= 0
-        and fields.groups >= 1
-        and pad_h <= pool_h // 2
-        and pad_w <= pool_w // 2
-    ):
-        return
-    for name, low in (
-        ("stride", 1),
-        ("padding", 0),
-        ("dilation", 1),
-        ("pool_size", 1),
-        ("pool_stride", 1),
-        ("pool_padding", 0),
-        ("pool_dilation", 1),
-    ):
-        value = getattr(fields, name)
+    for name in ("stride", "padding", "dilation", "pool_size", "pool_stride", "pool_padding", "pool_dilation"):
+        value, low = getattr(fields, name), 0 if name.endswith("padding") else 1
         if min(value) < low:
             raise RuntimeError(f"{operator}: {name} must be at least {low} in both dimensions, but got {name}={value}")
     if fields.groups < 1:
         raise RuntimeError(f"{operator}: groups must be at least 1, but got groups={fields.groups}")
-    for i in (0, 1):
-        if fields.pool_padding[i] > fields.pool_size[i] // 2:
-            raise RuntimeError(
-                f"{operator}: pool_padding should be at most half of pool_size, but got "
-                f"pool_padding={fields.pool_padding} and pool_size={fields.pool_size}"
-            )
+    if any(padding > size // 2 for padding, size in zip(fields.pool_padding, fields.pool_size, strict=True)):
+        raise RuntimeError(
+            f"{operator}: pool_padding should be at most half of pool_size, but got "
+            f"pool_padding={fields.pool_padding} and pool_size={fields.pool_size}"
+        )
 
 
 def conv_shapes(
@@ -200,8 +173,7 @@ def linear_shapes(operator: str, input: Tensor, weight: Tensor, bias: Tensor | N
 
 def chain(operator: str, links: Links, input: Tensor, *parameters: Tensor | None) -> None:
     """Require links in the order of a chain, and weights and biases that fit them."""
-    kinds = [LINEAR_RELU if link == LINEAR else link for link in links[-1:]]
-    kinds = [*links[:-1], *kinds]
+    kinds = [*links[:-1], *(LINEAR_RELU if link == LINEAR else link for link in links[-1:])]
     linear = next((i for i, link in enumerate(kinds) if not isinstance(link, ConvPoolGeometry)), len(kinds))
     if not links or any(link != LINEAR_RELU for link in kinds[linear:]):
         raise RuntimeError(
@@ -225,8 +197,8 @@ def chain(operator: str, links: Links, input: Tensor, *parameters: Tensor | None
     if not shape:
         raise RuntimeError(f"{operator}: expected input of at least 1 dimension, but got a scalar")
     images = input.unsqueeze(0) if linear and len(shape) == 3 else input
-    for index, link in enumerate(links):
-        (name, weight), (bias_name, bias) = list(named.items())[2 * index : 2 * index + 2]
+    pairs = iter(named.items())
+    for index, (link, (name, weight), (bias_name, bias)) in enumerate(zip(links, pairs, pairs, strict=True)):
         assert weight is not None
         if isinstance(link, ConvPoolGeometry):
             conv_shapes(operator, images, weight, bias, link.groups)
@@ -250,11 +222,11 @@ def chain(operator: str, links: Links, input: Tensor, *parameters: Tensor | None
 
 
 def _broadcasts(operator: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    sizes = tuple(tensor.shape)
+    sizes = list(tensor.shape)
     fits = len(sizes) <= len(shape) and all(a in (1, b) for a, b in zip(sizes[::-1], shape[::-1], strict=False))
     if not fits:
         raise RuntimeError(
-            f"{operator}: expected {name} to broadcast to size {list(shape)}, but got {name} of size {list(sizes)}"
+            f"{operator}: expected {name} to broadcast to size {list(shape)}, but got {name} of size {sizes}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -10,11 +11,14 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastlenet._version import __version__
-from fastlenet.errors import InputError, MissingPackageError, import_extra
-from fastlenet.terminal import BAD_INPUT, FAILED, INTERRUPTED, OK, Parser, print_error
+from fastlenet.errors import import_extra
+from fastlenet.terminal import BAD_INPUT, FAILED, INTERRUPTED, OK, Parser, exit_code, print_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The folder that holds the package: the project root in a source checkout.
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,26 +58,20 @@ def run_train(arguments: Sequence[str]) -> int:
         help_text = text if name == "lr" else f"{text} (default: {getattr(default, field)})"
         parser.add_argument(f"--{name}", dest=field, type=kind, metavar=metavar or name.upper(), help=help_text)
     parser.add_argument("--output", metavar="FOLDER", default="out", help="folder for the results (default: out)")
-    parser.add_argument(
-        "--checkpoint", metavar="FILE", default=None, help="checkpoint file (default: OUTPUT/checkpoint.safetensors)"
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        default=False,
-        help="go on from the checkpoint, bit for bit; options not given are the checkpoint's, and only --epochs, "
-        "--data (another place of the same digits) and --device may differ from it",
-    )
-    for product, text in (
+    parser.add_argument("--resume", action="store_true", default=False, help="go on from the checkpoint, bit for bit; "
+        "options not given are the checkpoint's, and only --epochs, --data (another place of the same digits) and "
+        "--device may differ from it")  # fmt: skip
+    for name, text in (
+        ("checkpoint", "checkpoint file (default: OUTPUT/checkpoint.safetensors)"),
         ("plot", "draw the run (loss, accuracy, mistakes) into a PNG, SVG or PDF file"),
         ("onnx", "write the trained network as ONNX, checked by ONNX Runtime"),
         ("export", "write the trained network for torch.export.load, to run without fastlenet"),
     ):
-        parser.add_argument(f"--{product}", metavar="FILE", help=text)
+        parser.add_argument(f"--{name}", metavar="FILE", help=text)
     given = vars(parser.parse_args(arguments))
     targets = {product: Path(given.pop(product)) for product in products.KINDS if product in given}
     output, resume = Path(given.pop("output")), given.pop("resume")
-    checkpoint_file = Path(given.pop("checkpoint") or output / "checkpoint.safetensors")
+    checkpoint_file = Path(given.pop("checkpoint", output / "checkpoint.safetensors"))
     for product, path in targets.items():
         products.check_target(product, path)
     config = loop.resume_config(checkpoint_file, **given) if resume else loop.TrainConfig(**given)
@@ -82,16 +80,10 @@ def run_train(arguments: Sequence[str]) -> int:
 
 
 def _train(config: Any, output: Path, checkpoint_file: Path, resume: bool, targets: dict[str, Path], main: bool) -> int:
-    """Run the trainer, in the main process under a progress bar, and write there what else is asked for."""
+    """Run the trainer; the main process shows a progress bar, and writes what else is asked for."""
     from fastlenet.training import data, loop, products
 
-    if not main:
-        try:
-            loop.train(config, output=output, checkpoint_file=checkpoint_file, resume=resume)
-        except loop.TrainingDivergedError:  # The main process says so.
-            return FAILED
-        return OK
-    console = import_extra("rich.console").Console(highlight=False, soft_wrap=True, markup=False)
+    console = import_extra("rich.console").Console(highlight=False, soft_wrap=True, markup=False, quiet=not main)
     dataset = data.load(config.data)
     steps_per_epoch = -(-len(dataset.train_labels) // config.batch_size)
     progress = loop.progress_bars(console)
@@ -99,11 +91,11 @@ def _train(config: Any, output: Path, checkpoint_file: Path, resume: bool, targe
     # Where lines stay, as in a log, the line of each epoch says it all and a bar would only repeat it.
     progress.disable = not console.is_terminal
 
-    def on_step(step: loop.Step) -> None:
-        progress.update(task, completed=step.number)
+    def on_step(number: int, loss: Tensor) -> None:
+        progress.update(task, completed=number)
         # Reading a loss waits for the device: now and then is enough for the eye.
-        if step.number % 20 == 0:
-            progress.update(task, loss=f"{step.loss.item():.4f}")
+        if number % 20 == 0:
+            progress.update(task, loss=f"{loss.item():.4f}")
 
     def on_epoch(record: dict[str, Any]) -> None:
         console.print(
@@ -124,17 +116,17 @@ def _train(config: Any, output: Path, checkpoint_file: Path, resume: bool, targe
                 on_epoch=on_epoch,
             )
     except loop.TrainingDivergedError as error:
-        return print_error("fastlenet train", error, FAILED)
+        return print_error("fastlenet train", error, FAILED) if main else FAILED
     except KeyboardInterrupt:
-        if checkpoint_file.is_file():
-            return print_error("fastlenet train", f"interrupted; --resume goes on from {checkpoint_file}", INTERRUPTED)
-        return print_error("fastlenet train", "interrupted before the first epoch's end", INTERRUPTED)
+        kept = checkpoint_file.is_file()
+        how = f"; --resume goes on from {checkpoint_file}" if kept else " before the first epoch's end"
+        return print_error("fastlenet train", f"interrupted{how}", INTERRUPTED)
     console.print(
         f"held-out accuracy {result.evaluation.accuracy:.2%} after {len(result.history)} epochs; "
         f"results in {output}, checkpoint {checkpoint_file}"
     )
     code = OK
-    for product, path in targets.items():
+    for product, path in targets.items() if main else ():
         try:
             products.write(product, path, result, dataset)
             console.print(f"{product}: {path}")
@@ -167,50 +159,33 @@ def run_predict(arguments: Sequence[str]) -> int:
 
     trained = predict.load_trained(options.checkpoint, options.device)
     code = OK
-    for given in map(Path, options.images):
+    for file in (file for given in options.images for file in predict.files_of(Path(given))):
         try:
-            files = predict.files_of(given)
+            images, count = predict.read(file, options.limit)
         except DataError as error:
+            sys.stdout.flush()  # Lines and complaints keep their order, in a log as well.
             code = print_error("fastlenet predict", error, BAD_INPUT)
             continue
-        for file in files:
-            try:
-                images, count = predict.read(file, options.limit)
-            except DataError as error:
-                sys.stdout.flush()  # Lines and complaints keep their order, in a log as well.
-                code = print_error("fastlenet predict", error, BAD_INPUT)
-                continue
-            for number, probabilities in enumerate(trained.probabilities(images)):
-                name = str(file) if count == 1 else f"{file}, image {number}"
-                print(*predict.lines(name, probabilities), sep="\n")
-            if count > len(images):
-                print(f"{file}: {count - len(images):,} more images; --limit shows more")
+        for number, probabilities in enumerate(trained.probabilities(images)):
+            name = str(file) if count == 1 else f"{file}, image {number}"
+            print(*predict.lines(name, probabilities), sep="\n")
+        if count > len(images):
+            print(f"{file}: {count - len(images):,} more images; --limit shows more")
     return code
 
 
 def run_env(arguments: Sequence[str]) -> int:
     """`fastlenet env`: print what measurements record about this machine, as JSON."""
-    Parser(prog="fastlenet env", description="Print what measurements record about this machine, as JSON.").parse_args(
-        arguments
-    )
+    description = "Print what measurements record about this machine, as JSON."
+    Parser(prog="fastlenet env", description=description).parse_args(arguments)
     from fastlenet import environment
 
     print(json.dumps(environment.collect(), indent=2))
     return OK
 
 
-def run_bench(arguments: Sequence[str]) -> int:
-    """`fastlenet bench`: measure, in a source checkout."""
-    return _checkout_command("bench", "bench.run", arguments)
-
-
-def run_report(arguments: Sequence[str]) -> int:
-    """`fastlenet report`: tabulate measurements, in a source checkout."""
-    return _checkout_command("report", "bench.report", arguments)
-
-
-def _checkout_command(command: str, module: str, arguments: Sequence[str]) -> int:
-    """Run a command of the `bench` folder beside this package, which is not part of an installation."""
+def run_in_checkout(command: str, module: str, arguments: Sequence[str]) -> int:
+    """`fastlenet bench` and `fastlenet report`: run a module of the `bench` folder, which is not installed."""
     # Looked for as a file: some other package called `bench` may well be installed.
     if not (ROOT / module.replace(".", "/")).with_suffix(".py").is_file():
         return print_error(
@@ -227,8 +202,11 @@ def _checkout_command(command: str, module: str, arguments: Sequence[str]) -> in
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (run_train, "train LeNet on handwritten digits"),
     "predict": (run_predict, "say which digits pictures show, by a trained network"),
-    "bench": (run_bench, "measure speed and memory (source checkout)"),
-    "report": (run_report, "make tables from measurements (source checkout)"),
+    "bench": (functools.partial(run_in_checkout, "bench", "bench.run"), "measure speed and memory (source checkout)"),
+    "report": (
+        functools.partial(run_in_checkout, "report", "bench.report"),
+        "make tables from measurements (source checkout)",
+    ),
     "env": (run_env, "print what measurements record about this machine"),
 }
 
@@ -254,13 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"fastlenet {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=" | ".join(COMMANDS))
-    try:
+
+    def command() -> int:
         # Each command parses its own arguments, so that only the one asked for imports what it needs.
-        command = parser.parse_args(arguments[:1]).command
-        return COMMANDS[command][0](arguments[1:])
-    except SystemExit as stop:  # argparse's way to end after --help or an error
-        return int(stop.code or OK)
-    except (InputError, MissingPackageError) as error:
-        return print_error(f"fastlenet {arguments[0]}", error, BAD_INPUT)
-    except KeyboardInterrupt:
-        return print_error("fastlenet", "interrupted", INTERRUPTED)
+        return COMMANDS[parser.parse_args(arguments[:1]).command][0](arguments[1:])
+
+    return exit_code(" ".join(["fastlenet", *arguments[:1]]), command)

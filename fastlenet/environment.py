@@ -26,9 +26,8 @@ _VARIABLES = re.compile(
 # Optional packages that matter if they are installed.
 _PACKAGES = ("numpy", "torchvision", "mlxtend", "safetensors", "kernels", "onnx", "onnxruntime", "pytest", "hypothesis")
 
-# nvidia-smi's names for what `clocks` and `driver` report: MHz, W and degrees Celsius.
-_SMI_FIELDS = {
-    "driver": "driver_version",
+# nvidia-smi's names for what `clocks` reports: MHz, W and degrees Celsius.
+_CLOCKS = {
     "sm_mhz": "clocks.current.sm",
     "memory_mhz": "clocks.current.memory",
     "max_sm_mhz": "clocks.max.sm",
@@ -54,15 +53,8 @@ def collect() -> dict[str, Any]:
         >>> fastlenet.environment.collect()["fastlenet"] == fastlenet.__version__
         True
     """
+    commit, dirty = _commit()
     smi = _nvidia_smi()
-    # A copy of the files may have no repository, or an outdated one. FASTLENET_COMMIT then names the commit. Git
-    # would compare with another commit, so changes are unknown.
-    commit = os.environ.get("FASTLENET_COMMIT")
-    changes = None
-    if not commit:
-        commit = _git("rev-parse", "HEAD")
-        # Files that git does not track, such as new results, do not affect a measurement.
-        changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "device": device_name(),
         "device_slug": device_slug(),
@@ -75,7 +67,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "commit": commit,
-        "dirty": None if changes is None else bool(changes),
+        "dirty": dirty,
         "precision": precision(),
         "threads": {"intra_op": torch.get_num_threads(), "inter_op": torch.get_num_interop_threads()},
         "cpu": {"model": cpu_model(), "count": os.cpu_count(), "vectors": torch.backends.cpu.get_cpu_capability()},
@@ -151,13 +143,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
-    """Output of a git command on the checkout this package runs from; None outside of one."""
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit of the checkout that this package runs from, and whether its files were changed since."""
+    # A copy of the files may have no repository, or an outdated one. FASTLENET_COMMIT then names the commit. Git would
+    # compare with another commit, so changes are unknown.
+    if commit := os.environ.get("FASTLENET_COMMIT"):
+        return commit, None
     # An installed package may lie inside some other project's repository, whose commit says nothing about it.
     if not (ROOT / ".git").exists():
-        return None
+        return None, None
     # Without optional locks `git status` writes nothing, so it cannot disturb a git command running beside it.
-    return _output(["git", "--no-optional-locks", "-C", str(ROOT), *arguments])
+    git = "git", "--no-optional-locks", "-C", str(ROOT)
+    # Files that git does not track, such as new results, do not affect a measurement.
+    changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
+    return _output(*git, "rev-parse", "HEAD"), None if changes is None else bool(changes)
 
 
 def _nvidia_smi() -> dict[str, Any]:
@@ -166,26 +165,19 @@ def _nvidia_smi() -> dict[str, Any]:
         return {}
     # By UUID, because nvidia-smi counts all GPUs and PyTorch only those in CUDA_VISIBLE_DEVICES.
     uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-    query = ",".join(_SMI_FIELDS.values())
-    line = _output(["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={query}", "--format=csv,noheader,nounits"])
-    values = [value.strip() for value in (line or "").split(",")]
-    if len(values) != len(_SMI_FIELDS):
+    query = ",".join(("driver_version", *_CLOCKS.values()))
+    line = _output("nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={query}", "--format=csv,noheader,nounits")
+    driver, *values = [value.strip() for value in (line or "").split(",")]
+    if len(values) != len(_CLOCKS):
         return {}
-    # A driver's version stays text, even if it looks like a number.
-    return {key: value if key == "driver" else _number(value) for key, value in zip(_SMI_FIELDS, values, strict=True)}
+    # Some values may be "[N/A]" or "[Not Supported]".
+    numbers = (float(value) if value.replace(".", "").isdigit() else None for value in values)
+    return {"driver": driver, **dict(zip(_CLOCKS, numbers, strict=True))}
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:  # "[N/A]", "[Not Supported]"
-        return None
-
-
-def _output(command: list[str]) -> str | None:
+def _output(*command: str) -> str | None:
     """Return a command's output, or None if it is missing, fails or hangs."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None

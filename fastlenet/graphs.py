@@ -7,6 +7,7 @@ takes the GPU. A replayed graph costs one launch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -82,34 +83,23 @@ class GraphedTrainStep:
                 f"example_inputs must be a batch: the model's inputs and then the target, got {len(example_inputs)} "
                 "tensors"
             )
-        devices = {tensor.device for tensor in example_inputs}
-        devices |= {parameter.device for group in optimizer.param_groups for parameter in group["params"]}
-        if len(devices) > 1:
-            raise ValueError(f"the batch and the parameters must be on one device, got {sorted(map(str, devices))}")
-        self._model, self._loss, self._optimizer = model, loss, optimizer
-        self._device = devices.pop()
-        self._graphed = _has_graphs(self._device)
-        if not self._graphed:
-            logger.debug("GraphedTrainStep runs eagerly: there are no CUDA graphs on %s", self._device)
+        self._model, self._loss, self._optimizer, self._device = model, loss, optimizer, example_inputs[0].device
+        self._graph = _graph("GraphedTrainStep", self._step, example_inputs, self._parameters())
+        if self._graph is None:
             return
-        for group in optimizer.param_groups:
-            if not group.get("capturable", True):
-                name = type(optimizer).__name__
-                raise ValueError(
-                    f"{name} counts its steps on the CPU, which a CUDA graph cannot: make it with {name}(..., "
-                    "capturable=True)"
-                )
-        self._batch = [torch.empty_like(tensor) for tensor in example_inputs]
-        self._fixed: list[Any] | None = None
-        self._replay: Callable[[], None] | None = None
-        self._result: Tensor | None = None
-        self._grads: list[tuple[Tensor, Tensor | None]] = []
-        optimizer.register_load_state_dict_post_hook(self._forget)
+        if not all(group.get("capturable", True) for group in optimizer.param_groups):
+            name = type(optimizer).__name__
+            raise ValueError(
+                f"{name} counts its steps on the CPU, which a CUDA graph cannot: make it with {name}(..., "
+                "capturable=True)"
+            )
+        # A loaded state is in new tensors: what was captured steps the old ones.
+        optimizer.register_load_state_dict_post_hook(self._graph.forget)
 
     @property
     def graphed(self) -> bool:
         """Whether batches like the example are replayed as a CUDA graph. False on a CPU, where every step is eager."""
-        return self._graphed
+        return self._graph is not None
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """Take one training step.
@@ -120,46 +110,35 @@ class GraphedTrainStep:
         Returns:
             The loss before the step: a detached scalar on the device, with memory of its own.
         """
-        if not self._graphed or not _alike(batch, self._batch):
-            return self._step(*batch)
-        # Both to warm up and to capture from the same memory: kernels are compiled for an address's alignment too.
-        private.copy_all(self._batch, list(batch))
-        fixed = self._what_a_graph_fixes()
-        if fixed != self._fixed:
-            self._fixed, self._replay = fixed, None
-            return _on_a_side_stream(lambda: self._step(*self._batch), self._device)
-        if self._replay is None:
-            self._capture()
-        assert self._replay is not None
-        assert self._result is not None
-        self._replay()
-        for parameter, grad in self._grads:
+        if self._graph is None or not self._graph.takes(batch):
+            return self._step(*batch)[0]
+        loss, grads = self._graph(batch, self._what_a_graph_fixes(), self._prepare_capture)
+        for parameter, grad in zip(self._parameters(), grads, strict=True):
             # An eager step in between, or a user's zero_grad, has put something else there.
             if parameter.grad is not grad:
                 parameter.grad = grad
-        return self._result.clone()
+        return loss.clone()
 
-    def _step(self, *batch: Tensor) -> Tensor:
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    def _step(self, *batch: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         self._optimizer.zero_grad(set_to_none=True)
         loss = self._loss(self._model(*batch[:-1]), batch[-1])
         loss.backward()
         self._optimizer.step()
-        return loss.detach()
+        return loss.detach(), [parameter.grad for parameter in self._parameters()]
 
-    def _capture(self) -> None:
+    def _prepare_capture(self) -> None:
         for state in self._optimizer.state.values():
             for name, value in state.items():
-                if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.device != self._device):
+                if getattr(value, "device", None) != self._device and isinstance(value, (int, float, Tensor)):
                     raise RuntimeError(
                         f"{type(self._optimizer).__name__} keeps its state {name!r} on the CPU, which a CUDA graph "
                         "does not see: choose an optimizer with capturable=True, or SGD"
                     )
         # Gradients allocated while capturing belong to the graph, which writes them anew at each replay.
         self._optimizer.zero_grad(set_to_none=True)
-        self._result, self._replay = _capture(lambda: self._step(*self._batch), self._device)
-        self._grads = [
-            (parameter, parameter.grad) for group in self._optimizer.param_groups for parameter in group["params"]
-        ]
 
     def _what_a_graph_fixes(self) -> list[Any]:
         """Numbers and addresses that a captured step goes on to use, whatever becomes of them outside."""
@@ -173,10 +152,6 @@ class GraphedTrainStep:
                     in_place = isinstance(value, Tensor) and value.device == self._device
                     fixed.append(value.data_ptr() if in_place else float(value) if isinstance(value, Tensor) else value)
         return fixed
-
-    def _forget(self, *_: Any) -> None:
-        """The optimizer has new state tensors: what was captured steps the old ones."""
-        self._fixed = None
 
 
 class GraphedInference:
@@ -213,44 +188,27 @@ class GraphedInference:
     """
 
     def __init__(self, model: nn.Module, *example_inputs: Tensor) -> None:
-        devices = {tensor.device for tensor in (*example_inputs, *model.parameters(), *model.buffers())}
         if not example_inputs:
             raise ValueError("example_inputs must hold at least one tensor")
-        if len(devices) > 1:
-            raise ValueError(f"the inputs and the parameters must be on one device, got {sorted(map(str, devices))}")
-        self._model, self._device = model, devices.pop()
-        self._graphed = _has_graphs(self._device)
-        if not self._graphed:
-            logger.debug("GraphedInference runs eagerly: there are no CUDA graphs on %s", self._device)
-            return
-        self._inputs = [torch.empty_like(tensor) for tensor in example_inputs]
-        self._fixed: list[Any] | None = None
-        self._replay: Callable[[], None] | None = None
-        self._output: Any = None
+        self._model, self._kind = model, example_inputs[0].device.type
+        self._graph = _graph("GraphedInference", model, example_inputs, [*model.parameters(), *model.buffers()])
 
     @property
     def graphed(self) -> bool:
         """Whether inputs like the example are replayed as a CUDA graph. False on a CPU."""
-        return self._graphed
+        return self._graph is not None
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Any:
         """Return the model's output for `inputs`, without gradients."""
-        if not self._graphed or not _alike(inputs, self._inputs):
+        if self._graph is None or not self._graph.takes(inputs):
             return self._model(*inputs)
-        private.copy_all(self._inputs, list(inputs))
-        fixed = self._what_a_graph_fixes()
-        if fixed != self._fixed:
-            self._fixed, self._replay = fixed, None
-            return _on_a_side_stream(lambda: self._model(*self._inputs), self._device)
-        if self._replay is None:
-            self._output, self._replay = _capture(lambda: self._model(*self._inputs), self._device)
-        self._replay()
-        return private.tree_map_only(Tensor, torch.clone, self._output)
+        output = self._graph(inputs, self._what_a_graph_fixes())
+        return private.tree_map_only(Tensor, torch.clone, output)
 
     def _what_a_graph_fixes(self) -> list[Any]:
         """Addresses and modes that a captured forward goes on to use, whatever becomes of them outside."""
-        kind = self._device.type
+        kind = self._kind
         fixed: list[Any] = [torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)]
         for module in self._model.modules():
             fixed.append(module.training)
@@ -259,42 +217,85 @@ class GraphedInference:
         return fixed
 
 
-def _alike(batch: Sequence[Tensor], places: Sequence[Tensor]) -> bool:
-    """Whether tensors may be copied to the places that a graph reads."""
-    return len(batch) == len(places) and all(
-        tensor.shape == place.shape and tensor.dtype == place.dtype and tensor.device == place.device
-        for tensor, place in zip(batch, places, strict=True)
-    )
+DEVICES = ("cuda",)
+"""The kinds of device that have graphs."""
 
 
-def _has_graphs(device: torch.device) -> bool:
-    return device.type == "cuda"
+def _graph(
+    owner: str, function: Callable[..., Any], example: Sequence[Tensor], others: Sequence[Tensor]
+) -> _Graph | None:
+    """Make the graph of a function of tensors like `example`; None if their device has no graphs."""
+    devices = {tensor.device for tensor in (*example, *others)}
+    if len(devices) > 1:
+        raise ValueError(f"the example and the parameters must be on one device, got {sorted(map(str, devices))}")
+    device = devices.pop()
+    if device.type not in DEVICES:
+        logger.debug("%s runs eagerly: there are no CUDA graphs on %s", owner, device)
+        return None
+    return _Graph(function, example, device)
 
 
-def _on_a_side_stream(function: Callable[[], Any], device: torch.device) -> Any:
-    """Run `function` as a capture will: not on the default stream."""
-    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        result = function()
-    current.wait_stream(stream)
-    for tensor in private.tree_leaves(result):
-        if isinstance(tensor, Tensor):
-            tensor.record_stream(current)
-    return result
+class _Graph:
+    """A function that runs eagerly at its first call, is captured at its second, and replays from then on."""
 
+    def __init__(self, function: Callable[..., Any], example: Sequence[Tensor], device: torch.device) -> None:
+        self._function, self._device = function, device
+        self._places = [torch.empty_like(tensor) for tensor in example]
+        self.forget()
 
-def _capture(function: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
-    """Record the GPU's work of `function`, which is not done now; return its result's memory and what does the work."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        # Other threads may go on: a data loader's pins memory, which a stricter mode forbids to the whole process.
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
-            result = function()
-    except RuntimeError as error:
-        # The end of a capture that has failed is an error of its own, which came on top of the first.
-        raise RuntimeError(
-            "this cannot be captured as a CUDA graph: something in it waits for the GPU (.item(), .cpu(), "
-            f"printing) or allocates outside PyTorch's memory pool; first complaint: {error.__context__ or error}"
-        ) from error
-    return result, graph.replay
+    def forget(self, *_: Any) -> None:
+        """Start anew: the next call is eager."""
+        self._fixed: list[Any] | None = None
+
+    def takes(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether tensors may be copied to the places that the graph reads."""
+        alike = attrgetter("shape", "dtype", "device")
+        return [*map(alike, tensors)] == [*map(alike, self._places)]
+
+    def __call__(self, tensors: Sequence[Tensor], fixed: list[Any], prepare: Callable[[], None] = lambda: None) -> Any:
+        """Return the function's result, whose memory the next replay writes anew.
+
+        Args:
+            tensors: that it `takes`.
+            fixed: what a graph goes on to use as it was captured. If this changes, the call is eager.
+            prepare: is called before a capture, and raises if the function cannot be captured.
+        """
+        # Both to warm up and to capture from the same memory: kernels are compiled for an address's alignment too.
+        for place, tensor in zip(self._places, tensors, strict=True):
+            place.copy_(tensor)
+        if fixed != self._fixed:
+            self._fixed, self._captured = fixed, None
+            return self._on_a_side_stream()
+        if self._captured is None:
+            prepare()
+            self._captured = self._capture()
+        graph, result = self._captured
+        graph.replay()
+        return result
+
+    def _on_a_side_stream(self) -> Any:
+        """Run the function as a capture will: not on the default stream."""
+        stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            result = self._function(*self._places)
+        current.wait_stream(stream)
+        for tensor in private.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(current)
+        return result
+
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """Record the GPU's work of the function, which is not done now, and its result's memory."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may go on: a data loader's pins memory, which a stricter mode forbids to the whole process.
+            stream = torch.cuda.Stream(self._device)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                return graph, self._function(*self._places)
+        except RuntimeError as error:
+            # The end of a capture that has failed is an error of its own, which came on top of the first.
+            raise RuntimeError(
+                "this cannot be captured as a CUDA graph: something in it waits for the GPU (.item(), .cpu(), "
+                f"printing) or allocates outside PyTorch's memory pool; first complaint: {error.__context__ or error}"
+            ) from error

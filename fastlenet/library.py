@@ -62,7 +62,7 @@ def why_library(
     *,
     depth: int,
     columns: int,
-    channels: int = _FEW_CHANNELS,
+    few: bool = False,
     general: bool = True,
 ) -> str | None:
     """Say why the library computes a call, or None if a Triton kernel does.
@@ -75,20 +75,14 @@ def why_library(
         shape: the call's key in the table.
         depth: products summed for an element of the forward's result.
         columns: output channels of a group, or features.
-        channels: input channels of a group.
+        few: whether a group has less than `_FEW_CHANNELS` input channels.
         general: whether the kernels would be the general ones.
     """
-    listed = [
-        configurations.find(f"{operator}.{name}", dtype, precision, shape)
-        for name in ([direction] if direction == "forward" else _BACKWARD[operator])
-    ]
-    entries = [entry for entry in listed if entry is not None]
-    for entry in entries:
-        if entry.variant == LIBRARY:
-            return f"the table of configurations takes the library: {entry.evidence}"
-    if entries:
-        return None
-    few = channels < _FEW_CHANNELS
+    names = [direction] if direction == "forward" else _BACKWARD[operator]
+    listed = [configurations.find(f"{operator}.{name}", dtype, precision, shape) for name in names]
+    if entries := [entry for entry in listed if entry is not None]:
+        evidence = next((entry.evidence for entry in entries if entry.variant == LIBRARY), None)
+        return None if evidence is None else f"the table of configurations takes the library: {evidence}"
     deepest = _DEEPEST_OF_FEW if few else _DEEPEST[operator, direction][precision if dtype == torch.float32 else "half"]
     if depth >= deepest and ((few and general) or columns >= _FEW_COLUMNS[operator]):
         return f"the library is expected to be faster from {deepest} products an element on, and this call has {depth}"
@@ -102,59 +96,49 @@ _BACKWARD = {CONV: ("backward", "grad_input", "grad_weight"), ADDMM: ("backward"
 def why(name: str, settings: Any, tensors: Sequence[Any], differentiable: bool) -> str | None:
     """Say why a library computes a whole call, or None if kernels do.
 
-    If a backward follows and the library should compute it, the library computes the forward too.
-
-    Args:
-        name: of the operator.
-        settings: as `fastlenet.ops` has them.
-        tensors: the operands.
-        differentiable: whether a backward follows.
+    If a backward follows and the library should compute it, the library computes the forward too. The arguments are
+    those of a `fastlenet.selection.Call`.
     """
-    directions = ("forward", "backward") if differentiable else ("forward",)
-    if name == ADDMM:
-        _, mat1, mat2 = tensors
-        reasons = (product(direction, mat1, mat2) for direction in directions)
-    elif name == CONV:
-        input, weight, _ = tensors
-        reasons = (convolution(direction, input, weight, settings) for direction in directions)
-    elif name == "chain":
-        reasons = (_link(direction, settings, tensors) for direction in directions)
-    else:  # no rule: the kernels compute it
-        return None
-    return next((reason for reason in reasons if reason is not None), None)
+    for direction in ("forward", "backward") if differentiable else ("forward",):
+        reason = None  # of other operators: the kernels compute them
+        if name == ADDMM:
+            reason = product(direction, tensors[1], tensors[2])
+        elif name == CONV:
+            reason = convolution(direction, tensors[0], tensors[1], settings)
+        elif name == "chain":
+            reason = _link(direction, settings, tensors)
+        if reason is not None:
+            return reason
+    return None
 
 
 def _link(direction: str, links: Links, tensors: Sequence[Any]) -> str | None:
     """Say why a library computes a convolution of a chain, or None. If one does, the links run one by one."""
-    shape, input = tensors[0].shape, tensors[0]
+    images = tensors[0]
     for link, weight in zip(links, tensors[1::2], strict=True):
         if not isinstance(link, ConvPoolGeometry):
             break
-        reason = convolution(direction, input.new_empty((0, *shape[-3:])), weight, link)
-        if reason is not None:
+        images = images.new_empty((0, *images.shape[-3:]))
+        if (reason := convolution(direction, images, weight, link)) is not None:
             return reason
-        shape = link.output_shape(input.new_empty((0, *shape[-3:])), weight)
+        images = images.new_empty(link.output_shape(images, weight))
     return None
 
 
 def convolution(direction: str, input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> str | None:
     """Say why cuDNN computes a convolution with its pool, or None if a Triton kernel does; see `why_library`."""
     precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
-    depth, columns = math.prod(weight.shape[1:]), weight.shape[0] // geometry.groups
-    key, channels = geometry.key(input, weight), weight.shape[1]
-    if channels < _FEW_CHANNELS:
-        exact = input.dtype == torch.float32 and precision == "ieee"
-        kernel, size = (weight.shape[2], weight.shape[3]), (input.shape[2], input.shape[3])
-        sizes = geometry, channels, weight.shape[0], kernel, size, exact, configurations.architecture()
-        # Whatever gradients a call needs: a first layer's images have none.
-        general = rules.choose("forward" if direction == "forward" else "grad_weight", *sizes) is None
-    else:
-        general = True
+    few = weight.shape[1] < _FEW_CHANNELS
+    exact = input.dtype == torch.float32 and precision == "ieee"
+    sizes = weight.shape[1], weight.shape[0], (weight.shape[2], weight.shape[3]), (input.shape[2], input.shape[3])
+    # Whatever gradients a call needs: a first layer's images have none.
+    name = "forward" if direction == "forward" else "grad_weight"
+    general = not few or rules.choose(name, geometry, *sizes, exact, configurations.architecture()) is None
     return why_library(
-        *(CONV, direction, input.dtype, precision, key),
-        depth=depth,
-        columns=columns,
-        channels=channels,
+        *(CONV, direction, input.dtype, precision, geometry.key(input, weight)),
+        depth=math.prod(weight.shape[1:]),
+        columns=weight.shape[0] // geometry.groups,
+        few=few,
         general=general,
     )
 

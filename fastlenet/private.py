@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -110,7 +110,7 @@ def intercepted() -> bool:
     return count > 0 and any(not isinstance(_function_mode(place), _DEVICE_MODE) for place in range(count))
 
 
-# --- containers and lists ---------------------------------------------------------------------------------------------
+# --- containers -------------------------------------------------------------------------------------------------------
 
 
 def _plain_tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -133,17 +133,10 @@ def _plain_tree_map_only(kind: type, function: Callable[[Any], Any], tree: Any) 
     return _plain_tree_map(lambda leaf: function(leaf) if isinstance(leaf, kind) else leaf, tree)
 
 
-def _copy_one_by_one(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
-
-
 tree_map: Callable[..., Any] = _find("torch.utils._pytree", "tree_map", _plain_tree_map)
 tree_leaves: Callable[[Any], list[Any]] = _find("torch.utils._pytree", "tree_leaves", _plain_tree_leaves)
 tree_map_only: Callable[..., Any] = _find("torch.utils._pytree", "tree_map_only", _plain_tree_map_only)
 """These three go through nests of containers."""
-copy_all: Callable[[Any, Any], Any] = _find("torch", "_foreach_copy_", _copy_one_by_one)
-"""Copy each tensor of the second list into that of the first, in one call."""
 
 unfold_and_multiply: Callable[..., Tensor] = _find("torch._C", "_nn.thnn_conv2d", torch.ops.aten.thnn_conv2d)
 """A convolution as a matrix product. The public name takes some 3 us longer to call."""

@@ -201,14 +201,9 @@ def chain(
     convolve: Callable[..., Tensor] = conv2d_relu_max_pool2d,
     linear_relu: Callable[..., Tensor] = linear_relu,
 ) -> Tensor:
-    """Return the output of the links, one after the other. Samples are flattened before the first linear link.
+    """Return the output of the links, one after the other, for an input that is batched or not.
 
-    Args:
-        input: of the first link, batched or not.
-        parameters: weight and bias of each link.
-        links: geometries, then linear maps.
-        convolve: computes a convolution, relu and max-pool from operands and geometry.
-        linear_relu: computes a linear map and relu from operands.
+    Samples are flattened before the first linear link. `parameters` are weight and bias of each link.
     """
     convolved = False
     for index, link in enumerate(links):

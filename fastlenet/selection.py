@@ -190,7 +190,7 @@ def _rejected_by_triton(call: Call) -> Rejection | None:
 
 def _unreachable(device: torch.device) -> str | None:
     """Why Triton cannot drive `device`, or None if it can."""
-    if not _triton_installed():
+    if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if device.type == "cuda" or _everything_driven or (device.type == "cpu" and triton_interpreted()):
         return None
@@ -198,11 +198,6 @@ def _unreachable(device: torch.device) -> str | None:
         f"Triton does not drive {device.type} tensors: move them to a GPU, or set TRITON_INTERPRET=1 before "
         "importing triton to interpret the kernels on the CPU"
     )
-
-
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def triton_interpreted() -> bool:
@@ -217,10 +212,10 @@ def _rejected_by_cpu(call: Call) -> Rejection | None:
         from fastlenet import cpu
     except ImportError:
         return Rejection("this installation has no compiled CPU kernels", RuntimeError)
+    uncovered = slower = None
     if call.operator is None:
-        covered = call.main.dtype == torch.float32
-        uncovered = None if covered else f"the compiled CPU kernels cover torch.float32, not {call.main.dtype}"
-        slower = None
+        if call.main.dtype != torch.float32:
+            uncovered = f"the compiled CPU kernels cover torch.float32, not {call.main.dtype}"
     else:
         uncovered = call.operator.uncovered("cpu", call.settings, *call.tensors)
         slower = uncovered or call.operator.slower(call.settings, call.differentiable, *call.tensors)
@@ -299,25 +294,28 @@ class Known:
     __slots__ = ("backward", "choice", "compose", "forced", "form", "forward", "logged")
 
     def __init__(self, call: Call, choice: Choice) -> None:
-        self.choice = choice
-        self.forced = backend() != "auto"
-        self.logged = False
-        assert call.operator is not None
-        by_library = None
-        if choice.forward == "triton" and backend() == "auto":
-            by_library = library.inside(call.operator.name, call.settings, call.tensors)
+        operator, settings, tensors, differentiable = call
+        assert operator is not None
+        auto = backend() == "auto"
+        self.forced, self.logged = not auto, False
+        by_library = library.inside(operator.name, settings, tensors) if auto and choice.forward == "triton" else None
         if by_library is not None:
-            self.choice = choice._replace(reason=f"{choice.reason}; a library multiplies its matrices: {by_library}")
-        self.forward, self.backward = call.operator.implementation(choice.forward, by_library is not None)
+            choice = choice._replace(reason=f"{choice.reason}; a library multiplies its matrices: {by_library}")
+        self.forward, self.backward = operator.implementation(choice.forward, by_library is not None)
         composed = choice.forward == "aten"
-        apart = composed and backend() == "auto" and _parts_differ(call)
-        self.compose = call.operator.composition
-        if composed and not apart and backend() == "auto" and call.main.device.type == "cpu":
-            small = call.operator.small_composition(call.settings, *call.tensors)
+        # Where kernels take parts of a call, but not the whole call.
+        apart = (
+            composed
+            and auto
+            and any(_walk(Call(*part, differentiable)).forward != "aten" for part in operator.parts(settings, *tensors))
+        )
+        self.compose = operator.composition
+        if composed and auto and not apart and call.main.device.type == "cpu":
+            small = operator.small_composition(settings, *tensors)
             if small is not None:
                 self.compose = small
-                self.choice = choice._replace(reason=f"{choice.reason}; its convolutions are matrix products")
-        self.form = Form(composed, apart, call.differentiable)
+                choice = choice._replace(reason=f"{choice.reason}; its convolutions are matrix products")
+        self.choice, self.form = choice, Form(composed, apart, differentiable)
 
     def give_up(self) -> None:
         """Decide every kind of call anew after a compiled kernel failed, or raise the error again if it is forced.
@@ -327,13 +325,6 @@ class Known:
         if self.forced:
             raise
         forget()
-
-
-def _parts_differ(call: Call) -> bool:
-    """Whether kernels take parts of a call, but not the whole call."""
-    assert call.operator is not None
-    parts = call.operator.parts(call.settings, *call.tensors)
-    return any(_walk(Call(*part, call.differentiable)).forward != "aten" for part in parts)
 
 
 _known: dict[Any, Known] = {}

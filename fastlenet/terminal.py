@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import NoReturn
+
+from fastlenet.errors import InputError, MissingPackageError
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -21,3 +24,15 @@ def print_error(program: str, problem: Exception | str, code: int) -> int:
     """Print one line on stderr."""
     print(f"{program}: error: {' '.join(str(problem).split())}", file=sys.stderr)
     return code
+
+
+def exit_code(program: str, command: Callable[[], int]) -> int:
+    """Run a command and return its exit code; bad input gets one line, and so does an interruption."""
+    try:
+        return command()
+    except SystemExit as stop:  # argparse's way to end after --help or an error
+        return int(stop.code or OK)
+    except (InputError, MissingPackageError) as error:
+        return print_error(program, error, BAD_INPUT)
+    except KeyboardInterrupt:
+        return print_error(program, "interrupted", INTERRUPTED)

@@ -52,13 +52,7 @@ def tensors(values: Any) -> list[Tensor]:
 
 
 def compare(stock: Callable[[], Any], fused: Callable[[], Any], device: torch.device) -> Comparison:
-    """Time two calls in turns.
-
-    Args:
-        stock: the present implementation.
-        fused: the candidate.
-        device: the device of both. The clock stops when it has finished.
-    """
+    """Time the present implementation and a candidate in turns. The clock stops when `device` has finished."""
     calls = {"stock": stock, "fused": fused}
     # The first calls compile, allocate and choose algorithms. The second ones show how many calls fill a sample.
     for call in calls.values():

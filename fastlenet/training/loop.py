@@ -5,9 +5,9 @@ the seed and *e*, not from a generator that runs on, so a run that stops and res
 uninterrupted run sees.
 
 The loop is made of parts that know nothing of each other: `Batches` says which images come when, a `Learner` is
-everything that one step changes, `run_epoch` hands the batches of one epoch to any number of learners, and `train` adds
-evaluation, checkpoints and metrics. What differs between the processes of a distributed run is confined to them: which
-part of each batch a process takes (`Batches`), what wraps the model (`Learner`), and who writes files (`train`).
+everything that one step changes, and `train` hands one to the other and adds evaluation, checkpoints and metrics. What
+differs between the processes of a distributed run is confined to them: which part of each batch a process takes
+(`Batches`), what wraps the model (`Learner`), and who writes files (`train`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,6 @@ from fastlenet.errors import InputError, import_extra
 from fastlenet.files import write_json
 from fastlenet.lenet import LeNet
 from fastlenet.selection import backend
-from fastlenet.timing import synchronize
 from fastlenet.training import checkpoint, data, distributed
 from fastlenet.training.distributed import ALONE, World
 
@@ -51,17 +50,12 @@ OPTIMIZERS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
 # Rates that train LeNet well on the sample digits.
 DEFAULT_LR = {"sgd": 0.1, "nesterov": 0.03, "adam": 0.002, "rmsprop": 0.001}
 LOSSES = ("cross-entropy", "mse")
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 MAX_SHIFT = 8
 
-# Options that a resumed run may change: they do not touch the steps already taken. `data` may be another path to the
-# same digits, which is checked by their fingerprint.
-FREE_ON_RESUME = ("data", "epochs", "device")
+# Options that a resumed run may change, besides the device: they do not touch the steps already taken. `data` may be
+# another path to the same digits, which is checked by their fingerprint.
+FREE_ON_RESUME = ("data", "epochs")
 
 
 class ConfigError(InputError):
@@ -112,12 +106,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.lr is None:
             object.__setattr__(self, "lr", DEFAULT_LR[self.optimizer])
-        for name, low, high in (
-            ("epochs", 1, 10**6),
-            ("batch_size", 1, 10**6),
-            ("max_shift", 0, MAX_SHIFT),
-            ("seed", 0, 2**63 - 1),
-        ):
+        limits = {"epochs": (1, 10**6), "batch_size": (1, 10**6), "max_shift": (0, MAX_SHIFT), "seed": (0, 2**63 - 1)}
+        for name, (low, high) in limits.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise ConfigError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
@@ -147,9 +137,9 @@ class TrainConfig:
         try:
             device = torch.device(self.device)
             torch.empty(0, device=device)
-        # An unknown name is a RuntimeError; a build without CUDA says AssertionError, one without XPU something else.
+        # An unknown name is a RuntimeError; builds without CUDA or without XPU raise the others.
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason, *_ = (str(error).strip() or type(error).__name__).splitlines()
             raise ConfigError(f"device {self.device!r} cannot be used here: {reason}") from error
         if device.type == "meta":
             raise ConfigError("device 'meta' holds no numbers to train on")
@@ -158,9 +148,6 @@ class TrainConfig:
 
 def check_backend(config: TrainConfig) -> str:
     """Find which implementation the fused layers will take, before any work is done.
-
-    Returns:
-        ``"triton"`` or ``"aten"``.
 
     Raises:
         ConfigError: if a backend is forced that does not exist or cannot run with these options.
@@ -174,19 +161,18 @@ def check_backend(config: TrainConfig) -> str:
 def derived_generator(seed: int, *purpose: str | int) -> torch.Generator:
     """Make a CPU generator that is a function of `seed` and `purpose` alone.
 
-    Args:
-        seed: the run's seed.
-        purpose: what the numbers are for, such as ``("batches", 3)``: different purposes get unrelated streams.
+    Different purposes, such as ``("batches", 3)``, get unrelated streams.
     """
     text = "/".join(map(str, (seed, *purpose)))
     number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
     return torch.Generator().manual_seed(number >> 1)  # `manual_seed` takes 63 bits without a sign.
 
 
+@dataclass(frozen=True, eq=False)
 class Batches:
     """Which training images come when: shuffled, shifted and cut into batches, anew each epoch.
 
-    Args:
+    Attributes:
         images: float32, (N, C, H, W), on the device that trains. The outermost pixels must be background, as they are
             after padding: a shift repeats them.
         labels: int64, (N,), on the same device.
@@ -196,34 +182,19 @@ class Batches:
         world: the processes that share each batch; this one gets its part of them.
     """
 
-    def __init__(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        *,
-        batch_size: int,
-        seed: int,
-        max_shift: int = 0,
-        world: World = ALONE,
-    ) -> None:
-        self.images, self.labels = images, labels
-        self.batch_size, self.seed, self.max_shift = batch_size, seed, max_shift
-        self.world = world
+    images: torch.Tensor
+    labels: torch.Tensor
+    _: KW_ONLY
+    batch_size: int
+    seed: int
+    max_shift: int = 0
+    world: World = ALONE
 
     def __len__(self) -> int:
         """Batches an epoch."""
         return math.ceil(len(self.images) / self.batch_size)
 
-    def weight(self, number: int) -> float:
-        """What the mean over this process's part of batch `number` counts in the mean over all processes' means.
-
-        It is 1 but where a batch does not divide evenly, as the last of an epoch may not; 0 for an empty part.
-        """
-        count = min(self.batch_size, len(self.images) - number * self.batch_size)
-        mine = self.world.share(count)
-        return (mine.stop - mine.start) * self.world.size / count
-
-    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
         """Go through the batches of one epoch.
 
         Args:
@@ -231,7 +202,8 @@ class Batches:
 
         Yields:
             Images (n, C, H, W), float32, and labels (n,), int64; memory of their own. Of a batch that processes share,
-            this one's part, which may be empty.
+            this one's part, which may be empty. And the weight of the part's mean in the mean over all processes: 1 but
+            where a batch does not divide evenly, as the last of an epoch may not; 0 for an empty part.
         """
         generator = derived_generator(self.seed, "batches", epoch)
         device, count = self.images.device, len(self.images)
@@ -240,9 +212,11 @@ class Batches:
         shifts = torch.randint(-self.max_shift, self.max_shift + 1, (2, count), generator=generator).to(device)
         for start in range(0, count, self.batch_size):
             batch = slice(start, start + self.batch_size)
-            mine = self.world.share(len(order[batch]))
+            size = len(order[batch])
+            mine = self.world.share(size)
             chosen = order[batch][mine]
-            yield self._shifted(chosen, *shifts[:, batch][:, mine]), self.labels[chosen]
+            weight = len(chosen) * self.world.size / size
+            yield self._shifted(chosen, *shifts[:, batch][:, mine]), self.labels[chosen], weight
 
     def _shifted(self, chosen: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         if self.max_shift == 0:
@@ -251,8 +225,8 @@ class Batches:
         rows = (torch.arange(height, device=down.device) - down[:, None]).clamp_(0, height - 1)
         columns = (torch.arange(width, device=right.device) - right[:, None]).clamp_(0, width - 1)
         channels = torch.arange(self.images.shape[1], device=down.device)
-        # The index tensors broadcast to (n, C, H, W), which gives the images the very strides of that shape: of others,
-        # though as contiguous, gradients take strides that DistributedDataParallel complains of.
+        # The index tensors broadcast to (n, C, H, W), so the images get the strides of that shape. With other strides,
+        # even contiguous ones, gradients get strides that DistributedDataParallel warns about.
         return self.images[
             chosen[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
         ]
@@ -265,31 +239,20 @@ class Learner:
         model: a classifier from (n, 1, 32, 32) to (n, 10). It is moved to `device` and to the dtype of `config`.
         config: says optimizer, learning rate, loss and dtype.
         device: where to train.
-        dtype: overrides the dtype of `config`.
         world: the processes that train it together, each on its part of every batch. Gradients are then averaged over
             them while the backward runs (DistributedDataParallel), so that all take the same step.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: TrainConfig,
-        device: torch.device,
-        dtype: torch.dtype | None = None,
-        world: World = ALONE,
-    ) -> None:
-        self.dtype = dtype or config.torch_dtype
-        self.model = model.to(device=device, dtype=self.dtype)
-        self.world = world
+    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, world: World = ALONE) -> None:
+        self.config, self.world, self.steps = config, world, 0
+        self.model = model.to(device=device, dtype=config.torch_dtype)
         self._replica = self.model if world.size == 1 else self._distributed(device)
-        self.config = config
-        self.steps = 0
         assert config.lr is not None  # TrainConfig replaces None.
         self.lr: float = config.lr
         self.optimizer = OPTIMIZERS[config.optimizer](self.model.parameters(), self.lr)
 
     def _distributed(self, device: torch.device) -> DistributedDataParallel:
-        """Wrap the model, and let a first backward pass, of no consequence, go by.
+        """Wrap the model, and run one backward pass that changes nothing.
 
         After its first backward DistributedDataParallel regroups the gradients, and with them the order of sums over
         three processes or more. So a resumed run regroups before its first step, as one that never stopped did before.
@@ -297,7 +260,7 @@ class Learner:
         replica = DistributedDataParallel(self.model)
         training = self.model.training
         self.model.eval()  # No running statistics, no dropout.
-        replica(torch.zeros(1, 1, 32, 32, dtype=self.dtype, device=device)).sum().backward()
+        replica(torch.zeros(1, 1, 32, 32, dtype=self.config.torch_dtype, device=device)).sum().backward()
         self.model.zero_grad()
         self.model.train(training)
         return replica
@@ -314,12 +277,12 @@ class Learner:
         Args:
             images: (n, 1, 32, 32), any floating-point dtype.
             labels: int64, (n,).
-            weight: factor of the loss: what `Batches.weight` says of a part of a batch.
+            weight: factor of the loss, as `Batches.epoch` gives it.
 
         Returns:
             A scalar: float64 for a float64 model, else float32.
         """
-        outputs = self._replica(images.to(self.dtype))
+        outputs = self._replica(images.to(self.config.torch_dtype))
         if weight == 0:
             # A mean over no images is not a number, but the other processes wait for gradients, which are zero.
             return classification_loss(outputs, labels, self.config.loss, reduction="sum")
@@ -342,13 +305,9 @@ class Learner:
 
 
 def classification_loss(logits: torch.Tensor, labels: torch.Tensor, kind: str, reduction: str = "mean") -> torch.Tensor:
-    """Compute a loss from outputs (n, classes) and labels (n,); 16-bit outputs are taken to float32 first.
+    """Compute one of the `LOSSES` from outputs (n, classes) and labels (n,), int64.
 
-    Args:
-        logits: the model's outputs.
-        labels: int64 class numbers.
-        kind: ``"cross-entropy"`` or ``"mse"`` (against one-hot labels).
-        reduction: ``"mean"`` or ``"sum"``.
+    Outputs of 16 bits are taken to float32 first.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
@@ -410,68 +369,34 @@ def evaluate(
     return Evaluation(accuracy=accuracy, loss=mean, predictions=predicted.cpu())
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What `run_epoch` reports after each step of each learner.
-
-    Attributes:
-        learner: index of the learner.
-        number: how many steps it has taken by now, those before a resumption included.
-        loss: its loss before the step: a scalar tensor on the device. Where processes share a batch, that of this one's
-            part, weighted; the mean over the processes is the batch's.
-        seconds: what the step took on the wall clock, the device's work included; None unless timed.
-    """
-
-    learner: int
-    number: int
-    loss: torch.Tensor
-    seconds: float | None
-
-
 def run_epoch(
-    learners: Sequence[Learner],
-    batches: Batches,
-    epoch: int,
-    on_step: Callable[[Step], None] | None = None,
-    *,
-    timed: bool = False,
-) -> list[list[float]]:
-    """Train learners side by side for one epoch: each takes a step on a batch before any sees the next batch.
-
-    Which learner goes first changes from step to step: what a neighbour leaves in the caches, and what else the machine
-    does at the moment, then falls on all alike.
-
-    Args:
-        learners: who trains; all on the device of `batches`.
-        batches: the training images.
-        epoch: the epoch's number, from 0.
-        on_step: called after each step of each learner.
-        timed: measure each step. This waits for the device before and after, which an untimed loop never does.
+    learner: Learner, batches: Batches, epoch: int, on_step: Callable[[int, torch.Tensor], None] | None = None
+) -> list[float]:
+    """Train for one epoch; arguments as of `train`, with the epoch's number from 0.
 
     Returns:
-        For each learner its losses, in order.
+        The loss of each step, over all processes.
     """
-    device = batches.images.device
-    losses: list[list[torch.Tensor]] = [[] for _ in learners]
-    for learner in learners:
-        learner.start_epoch(epoch)
-    for number, (images, labels) in enumerate(batches.epoch(epoch)):
-        order = range(len(learners)) if number % 2 == 0 else reversed(range(len(learners)))
-        for index in order:
-            if timed:
-                synchronize(device)
-            start = time.perf_counter()
-            loss = learners[index].step(images, labels, batches.weight(number))
-            if timed:
-                synchronize(device)
-            seconds = time.perf_counter() - start if timed else None
-            losses[index].append(loss)
-            if on_step is not None:
-                on_step(Step(index, learners[index].steps, loss, seconds))
-    return [
-        (learner.world.sum(torch.stack(some).double()) / learner.world.size).tolist()
-        for learner, some in zip(learners, losses, strict=True)
-    ]
+    losses = []
+    learner.start_epoch(epoch)
+    for images, labels, weight in batches.epoch(epoch):
+        losses.append(learner.step(images, labels, weight))
+        if on_step is not None:
+            on_step(learner.steps, losses[-1])
+    world = learner.world
+    return (world.sum(torch.stack(losses).double()) / world.size).tolist()
+
+
+def make_batches(dataset: data.Dataset, config: TrainConfig, device: torch.device, world: World = ALONE) -> Batches:
+    """Put the training images on the device and cut them into batches as `config` says."""
+    return Batches(
+        dataset.train_images.to(device),
+        dataset.train_labels.to(device),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        max_shift=config.max_shift,
+        world=world,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -483,14 +408,12 @@ class TrainResult:
         history: a record per epoch, resumed ones included: ``epoch`` (from 1), ``lr``, ``train_loss``, ``test_loss``,
             ``test_accuracy``.
         losses: the loss of every step that this process took.
-        seconds: wall-clock time of this process's epochs, evaluation included.
         evaluation: of the final model on the held-out images.
     """
 
     model: nn.Module
     history: list[dict[str, Any]]
     losses: list[float]
-    seconds: float
     evaluation: Evaluation
 
 
@@ -502,7 +425,7 @@ def train(
     output: str | os.PathLike[str] | None = None,
     checkpoint_file: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    on_step: Callable[[Step], None] | None = None,
+    on_step: Callable[[int, torch.Tensor], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
     """Train a classifier of handwritten digits.
@@ -523,7 +446,8 @@ def train(
         checkpoint_file: where the checkpoint goes, if not into `output`.
         resume: go on from the checkpoint. On the same device, with the same number of threads and the same PyTorch, the
             result equals, bit for bit, that of a run that never stopped; of as many processes, if there are several.
-        on_step: called after each step.
+        on_step: called after each step with its number, steps before a resumption included, and its loss: a scalar
+            tensor on the device. Where processes share a batch, the loss is that of this one's part, weighted.
         on_epoch: called after each epoch with its record, once the checkpoint is on the disk.
 
     Raises:
@@ -537,10 +461,10 @@ def train(
         checkpoint_file = Path(output) / "checkpoint.safetensors"
     if resume and checkpoint_file is None:
         raise ConfigError("resuming needs a checkpoint file or an output folder")
-    # Read before anything else: a wrong file shall be reported at once, not after the data are loaded.
+    # Read first, so that a wrong file is reported before the data are loaded.
     stored = checkpoint.load(checkpoint_file) if resume and checkpoint_file is not None else None
     if checkpoint_file is not None:
-        import_extra("safetensors.torch")  # Better missed now than after the first epoch.
+        import_extra("safetensors.torch")  # A missing package is reported before the first epoch.
     dataset = data.load(config.data) if dataset is None else dataset
     print_of_data = fingerprint(dataset)
     if stored is not None:
@@ -561,19 +485,12 @@ def train(
             learner.steps, history = stored.step, list(stored.history)
 
         test_images, test_labels = dataset.test_images.to(device), dataset.test_labels.to(device)
-        batches = Batches(
-            dataset.train_images.to(device),
-            dataset.train_labels.to(device),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            max_shift=config.max_shift,
-            world=world,
-        )
+        batches = make_batches(dataset, config, device, world)
         metrics = _describe_run(config, dataset, world) if output is not None and world.main else {}
         start, losses = time.perf_counter(), []
         evaluation = None
         for epoch in range(len(history), config.epochs):
-            [epoch_losses] = run_epoch([learner], batches, epoch, on_step)
+            epoch_losses = run_epoch(learner, batches, epoch, on_step)
             losses += epoch_losses
             evaluation = evaluate(learner.model, test_images, test_labels, config.loss, world=world)
             record = {
@@ -590,19 +507,16 @@ def train(
                 )
             history.append(record)
             if checkpoint_file is not None:
-                generators = checkpoint.merge_rng(world.gather(checkpoint.rng_state(device)))
+                about = {"data_fingerprint": print_of_data, "mean": dataset.mean, "std": dataset.std}
+                state: dict[str, Any] = {
+                    "epoch": epoch + 1,
+                    "step": learner.steps,
+                    "config": _stored_config(config) | about,
+                    "history": history,
+                    "rng": checkpoint.merge_rng(world.gather(checkpoint.rng_state(device))),
+                }
                 if world.main:
-                    checkpoint.save(
-                        checkpoint_file,
-                        learner.model,
-                        learner.optimizer,
-                        epoch=epoch + 1,
-                        step=learner.steps,
-                        config=_stored_config(config)
-                        | {"data_fingerprint": print_of_data, "mean": dataset.mean, "std": dataset.std},
-                        history=history,
-                        rng=generators,
-                    )
+                    checkpoint.save(checkpoint_file, learner.model, learner.optimizer, **state)
                 world.wait()  # The others may read it next.
             if output is not None and world.main:
                 metrics |= {
@@ -616,7 +530,7 @@ def train(
                 on_epoch(record)
         if evaluation is None:  # The checkpoint had all the epochs asked for.
             evaluation = evaluate(learner.model, test_images, test_labels, config.loss, world=world)
-    return TrainResult(learner.model, history, losses, time.perf_counter() - start, evaluation)
+    return TrainResult(learner.model, history, losses, evaluation)
 
 
 def fingerprint(dataset: data.Dataset) -> str:
@@ -626,11 +540,9 @@ def fingerprint(dataset: data.Dataset) -> str:
 
 
 def resume_config(path: str | os.PathLike[str], **changes: Any) -> TrainConfig:
-    """Take the options of a resumed run from its checkpoint.
+    """Take the options of a resumed run from its checkpoint, other than those given anew.
 
-    Args:
-        path: the checkpoint.
-        changes: options given anew; those that `train` does not allow to change it will refuse.
+    `train` refuses the changes that it does not allow.
 
     Raises:
         CheckpointError: if the file cannot be used.
@@ -664,15 +576,10 @@ def _check_resumable(stored: checkpoint.Checkpoint, config: TrainConfig, print_o
 
 def _describe_run(config: TrainConfig, dataset: data.Dataset, world: World) -> dict[str, Any]:
     """The part of ``metrics.json`` that does not change during a run."""
+    sizes = {"train": len(dataset.train_labels), "test": len(dataset.test_labels)}
     return {
         "config": dataclasses.asdict(config),
-        "data": {
-            "name": dataset.name,
-            "train": len(dataset.train_labels),
-            "test": len(dataset.test_labels),
-            "mean": dataset.mean,
-            "std": dataset.std,
-        },
+        "data": {"name": dataset.name, **sizes, "mean": dataset.mean, "std": dataset.std},
         "processes": world.size,
         "environment": environment.collect(),
     }

@@ -30,10 +30,7 @@ def draw_run(
         history: a record for each epoch, as `loop.TrainResult` has them.
         evaluation: of the held-out digits.
         dataset: the digits.
-        file_format: one of `FORMATS`.
-
-    Returns:
-        The bytes of a file of that format.
+        file_format: one of `FORMATS`, in which the file's bytes are returned.
 
     Raises:
         MissingPackageError: if matplotlib is not installed.
@@ -55,15 +52,7 @@ def overview(
     dataset: Dataset,
     titles: tuple[str, str],
 ) -> Any:
-    """Return a figure with curves, the confusion matrix and some digits with predictions.
-
-    Args:
-        title: of the figure.
-        draw_curves: draws the curves into a part of the figure.
-        predictions: of the held-out digits.
-        dataset: the digits.
-        titles: of the confusion matrix and of the digits.
-    """
+    """Return a figure with curves, the confusion matrix and some held-out digits, under `titles` of their own."""
     # The object interface draws in memory and leaves the user's pyplot settings alone.
     figure = import_extra("matplotlib.figure").Figure(figsize=(14, 9), dpi=110, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
@@ -81,16 +70,10 @@ def _draw_history(area: SubFigure, history: Sequence[Mapping[str, Any]]) -> None
     epochs = [record["epoch"] for record in history]
     for name, label, colour in (("train_loss", "training", COLOURS[0]), ("test_loss", "held out", COLOURS[1])):
         upper.plot(epochs, [record[name] for record in history], "o-", color=colour, markersize=3, label=label)
-    upper.set_yscale("log")
-    upper.set_ylabel("loss")
-    upper.set_title("Mean loss of each epoch")
-    upper.legend(frameon=False)
+    upper.set(title="Mean loss of each epoch", ylabel="loss")
     lower.plot(epochs, [100 * record["test_accuracy"] for record in history], "o-", color=COLOURS[1], markersize=3)
     lower.set_ylabel("held out, right (%)")
-    lower.set_xlabel("epoch")
-    lower.xaxis.set_major_locator(import_extra("matplotlib.ticker").MaxNLocator(integer=True))
-    for axes in (upper, lower):
-        tidy(axes)
+    finish_curves(upper, lower)
 
 
 def file_bytes(figure: Any, file_format: str) -> bytes:
@@ -100,62 +83,35 @@ def file_bytes(figure: Any, file_format: str) -> bytes:
     return stream.getvalue()
 
 
-def tidy(axes: Axes) -> None:
-    """Give axes a pale grid and no frame above and to the right."""
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+def finish_curves(upper: Axes, lower: Axes) -> None:
+    """Give losses over other curves their scales, legend and pale grid."""
+    upper.set_yscale("log")
+    upper.legend(frameon=False)
+    lower.set_xlabel("epoch")
+    lower.xaxis.set_major_locator(import_extra("matplotlib.ticker").MaxNLocator(integer=True))
+    for axes in (upper, lower):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_confusion(axes: Axes, predictions: torch.Tensor, labels: torch.Tensor, title: str) -> None:
-    """Draw how often each digit was taken for each.
-
-    Args:
-        axes: where.
-        predictions: int64, (n,).
-        labels: int64, (n,).
-        title: goes above, with the count of mistakes.
-    """
+    """Draw how often each digit was taken for each, under a title that counts the mistakes."""
     counts = torch.bincount(labels * 10 + predictions, minlength=100).reshape(10, 10)
     # Ninety-odd right answers would drown single mistakes on one scale: right and wrong get a scale each.
     mistakes = counts.clone().fill_diagonal_(0)
     axes.imshow(mistakes.tolist(), cmap="Reds", vmin=0, vmax=max(5, int(mistakes.max())) * 1.6)
-    for true in range(10):
-        for predicted in range(10):
-            count = int(counts[true, predicted])
-            if true == predicted:
-                axes.fill_between((true - 0.5, true + 0.5), true - 0.5, true + 0.5, color=COLOURS[0], linewidth=0)
-            if count:
-                axes.text(
-                    predicted,
-                    true,
-                    str(count),
-                    ha="center",
-                    va="center",
-                    color="white" if true == predicted else "black",
-                    fontweight="bold" if true == predicted else "normal",
-                )
-    wrong = int(mistakes.sum())
-    axes.set_title(f"{title}: {wrong} of {len(labels):,} wrong")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true digit")
-    axes.set_xticks(range(10))
-    axes.set_yticks(range(10))
+    for true, predicted in counts.nonzero().tolist():
+        style = {"ha": "center", "va": "center"}
+        if true == predicted:
+            style |= {"color": "white", "fontweight": "bold", "backgroundcolor": COLOURS[0]}
+        axes.text(predicted, true, str(int(counts[true, predicted])), style)
+    axes.set(title=f"{title}: {int(mistakes.sum())} of {len(labels):,} wrong", xlabel="predicted", ylabel="true digit")
+    axes.set(xticks=range(10), yticks=range(10))
     axes.tick_params(length=0)
-    axes.set_xticks([edge - 0.5 for edge in range(1, 10)], minor=True)
-    axes.set_yticks([edge - 0.5 for edge in range(1, 10)], minor=True)
-    axes.grid(which="minor", color="#dddddd", linewidth=0.8)
-    axes.tick_params(which="minor", length=0)
 
 
 def _draw_digits(area: SubFigure, predictions: torch.Tensor, dataset: Dataset, title: str) -> None:
-    """Draw up to 30 held-out digits, half of them mistaken if there are so many, each with what it was taken for.
-
-    Args:
-        area: where.
-        predictions: int64, (m,), of the held-out digits.
-        dataset: the digits.
-        title: goes above.
-    """
+    """Draw up to 30 held-out digits, half of them mistaken if there are so many, each with what it was taken for."""
     columns = 15
     wrong = (predictions != dataset.test_labels).nonzero().flatten().tolist()
     right = (predictions == dataset.test_labels).nonzero().flatten().tolist()
@@ -168,16 +124,11 @@ def _draw_digits(area: SubFigure, predictions: torch.Tensor, dataset: Dataset, t
     for axes, index in zip(places, shown, strict=False):
         pixels = dataset.test_images[index, 0] * dataset.std + dataset.mean
         axes.imshow(pixels.tolist(), cmap="gray_r", vmin=0, vmax=1)
-        axes.set_xticks([])
-        axes.set_yticks([])
         predicted, true = int(predictions[index]), int(dataset.test_labels[index])
-        mistaken = predicted != true
-        axes.set_title(
-            f"{predicted} (is {true})" if mistaken else str(predicted),
-            fontsize=11,
-            color=WRONG if mistaken else "black",
-            fontweight="bold" if mistaken else "normal",
-        )
-        for spine in axes.spines.values():
-            spine.set_color(WRONG if mistaken else "#bbbbbb")
-            spine.set_linewidth(2.5 if mistaken else 0.8)
+        if predicted == true:
+            axes.set_title(str(predicted), fontsize=11)
+            axes.spines[:].set(color="#bbbbbb", linewidth=0.8)
+        else:
+            axes.set_title(f"{predicted} (is {true})", fontsize=11, color=WRONG, fontweight="bold")
+            axes.spines[:].set(color=WRONG, linewidth=2.5)
+        axes.set(xticks=[], yticks=[])

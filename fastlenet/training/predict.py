@@ -36,13 +36,7 @@ _BAR = 40
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A network from a checkpoint, and how the images that it was trained on were normalised.
-
-    Attributes:
-        model: in evaluation mode, on the device that computes.
-        mean: of the padded training pixels, black 0 and white 1.
-        std: their standard deviation.
-    """
+    """A network from a checkpoint, in evaluation mode, with the mean and deviation of the padded training pixels."""
 
     model: LeNet
     mean: float
@@ -90,17 +84,9 @@ def load_trained(path: str | os.PathLike[str], device: str = "auto") -> Trained:
 
 
 def files_of(path: Path) -> list[Path]:
-    """List what a path stands for: itself, or the PNG and JPEG files in a folder, by name.
-
-    Raises:
-        DataError: if a folder holds none.
-    """
-    if not path.is_dir():
-        return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-    if not found:
-        raise DataError(f"{path}: a folder without PNG or JPEG files")
-    return found
+    """List what a path stands for: the PNG and JPEG files in a folder, by name, if it has any; else itself."""
+    found = path.iterdir() if path.is_dir() else ()
+    return sorted(file for file in found if file.suffix.lower() in SUFFIXES) or [path]
 
 
 def read(path: Path, limit: int) -> tuple[torch.Tensor, int]:
@@ -117,6 +103,8 @@ def read(path: Path, limit: int) -> tuple[torch.Tensor, int]:
         DataError: if the file holds no image of a digit.
         MissingPackageError: if a picture is to be read and Pillow is not installed.
     """
+    if path.is_dir():
+        raise DataError(f"{path}: a folder without PNG or JPEG files")
     try:
         with open(path, "rb") as file:
             start = file.read(4)
@@ -245,12 +233,7 @@ def centred(ink: torch.Tensor) -> torch.Tensor:
 
 
 def lines(name: str, probabilities: torch.Tensor) -> Iterator[str]:
-    """Say what the network takes an image for: the digit and its probability, then a bar for each class.
-
-    Args:
-        name: what to call the image.
-        probabilities: float64, (10,).
-    """
+    """Say what the network takes an image for: the digit and its probability, then a bar for each class."""
     digit = int(probabilities.argmax())
     # A name may hold bytes that are no text, which a terminal refuses.
     yield f"{name.encode(errors='backslashreplace').decode()}: {digit}, probability {probabilities[digit]:.1%}"

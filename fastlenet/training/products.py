@@ -1,6 +1,6 @@
-"""Files that a finished run is asked for: its picture, and its network for use without fastlenet.
+"""What the trainer writes beside its checkpoint: a picture of the run, and the network for use without fastlenet.
 
-Each is made and checked in memory and then written in one go, so that a file is whole or not there.
+A file is made and checked in memory and then written at once, so it is whole or not there.
 """
 
 from __future__ import annotations
@@ -32,15 +32,11 @@ RECORD = "fastlenet.json"
 
 
 class ExportError(RuntimeError):
-    """A network that was taken out of this library does not compute what it should."""
+    """An exported network does not compute what the trained one computes."""
 
 
 def check_target(kind: str, path: Path) -> None:
-    """Refuse what cannot be written, before any training.
-
-    Args:
-        kind: one of `KINDS`.
-        path: the file.
+    """Refuse a file, of one of the `KINDS`, that cannot be written: before any training.
 
     Raises:
         InputError: if the name cannot be that of such a file.
@@ -58,13 +54,7 @@ def check_target(kind: str, path: Path) -> None:
 
 
 def write(kind: str, path: Path, result: TrainResult, dataset: Dataset) -> None:
-    """Write one file.
-
-    Args:
-        kind: one of `KINDS`.
-        path: the file.
-        result: of the run.
-        dataset: the digits that it learned and was evaluated on.
+    """Write one file, of one of the `KINDS`.
 
     Raises:
         ExportError: if the exported network computes something else than the trained one; nothing is written.
@@ -98,17 +88,12 @@ def program_bytes(model: nn.Module, images: Tensor, record: dict[str, object]) -
     stream = io.BytesIO()
     torch.export.save(_program(model, images), stream, extra_files={RECORD: json.dumps(record)})
     loaded = torch.export.load(io.BytesIO(stream.getvalue())).module()
-    _check(model, images, lambda some: loaded(some), "the exported program")
+    _check(model, images, loaded, "the exported program")
     return stream.getvalue()
 
 
 def onnx_bytes(model: nn.Module, images: Tensor, record: dict[str, object]) -> bytes:
-    """Make an ONNX file, for any number of images.
-
-    Args:
-        model: a classifier from (n, 1, 32, 32) to (n, classes). It stays as it is.
-        images: (N, 1, 32, 32), on the CPU: what the file is checked on.
-        record: JSON values, kept as the file's metadata.
+    """Make an ONNX file, for any number of images; arguments as of `program_bytes`.
 
     Returns:
         The file's bytes. The network computes in float32, the one dtype that ONNX's runtimes all have.
@@ -128,12 +113,11 @@ def onnx_bytes(model: nn.Module, images: Tensor, record: dict[str, object]) -> b
     content: bytes = proto.SerializeToString()
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     [argument] = session.get_inputs()
-    _check(
-        model,
-        images,
-        lambda some: torch.from_numpy(session.run(None, {argument.name: some.numpy()})[0]),
-        "the ONNX file, run by ONNX Runtime,",
-    )
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {argument.name: images.numpy()})[0])
+
+    _check(model, images, run, "the ONNX file, run by ONNX Runtime,")
     return content
 
 

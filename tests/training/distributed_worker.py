@@ -56,9 +56,8 @@ def gradients(world: distributed.World, folder: Path) -> None:
     for size in (IMAGES, 1):  # of a batch of one image the first process has no part
         config = loop.TrainConfig(dtype="float64", batch_size=size)
         learner = loop.Learner(network(), config, CPU, world=world)
-        batches = loop.Batches(images, labels, batch_size=size, seed=0, world=world)
-        share = world.share(size)
-        learner.loss(images[:size][share], labels[:size][share], batches.weight(0)).backward()
+        batches = loop.Batches(images[:size], labels[:size], batch_size=size, seed=0, world=world)
+        learner.loss(*next(batches.epoch(0))).backward()
         found[f"ddp of {size}"] = [parameter.grad for parameter in learner.model.parameters()]
 
     sharded = network()
@@ -100,8 +99,8 @@ def resumed(world: distributed.World, folder: Path) -> None:
 def killed(world: distributed.World, folder: Path) -> None:
     """The trainer's own run, once to its end, and once until the last process dies in the middle of an epoch."""
 
-    def die(step: loop.Step) -> None:
-        if step.number == 5 and world.rank == world.size - 1:
+    def die(number: int, _: torch.Tensor) -> None:
+        if number == 5 and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     config = loop.TrainConfig(data=str(folder / "digits"), epochs=3, batch_size=40, device="cpu")

@@ -83,22 +83,22 @@ def test_shares_make_up_the_batches_of_one_process(size: int) -> None:
     whole = list(loop.Batches(images, labels, **options).epoch(3))
     worlds = [distributed.World(rank, size) for rank in range(size)]
     parts = [loop.Batches(images, labels, **options, world=world) for world in worlds]
-    for number, (together, *shares) in enumerate(zip(whole, *(part.epoch(3) for part in parts), strict=True)):
+    for together, *shares in zip(whole, *(part.epoch(3) for part in parts), strict=True):
         for k in (0, 1):
             assert torch.equal(torch.cat([share[k] for share in shares]), together[k])
         counts = [len(share[1]) for share in shares]
         assert max(counts) - min(counts) <= 1
         # The mean over all images is the mean over the processes of their own means, so weighted.
         means = [share[1].double().mean().item() if count else 0.0 for share, count in zip(shares, counts, strict=True)]
-        weighted = sum(mean * part.weight(number) for mean, part in zip(means, parts, strict=True)) / size
+        weighted = sum(mean * share[2] for mean, share in zip(means, shares, strict=True)) / size
         assert weighted == pytest.approx(together[1].double().mean().item(), rel=1e-14)
-        assert [part.weight(number) == 0 for part in parts] == [count == 0 for count in counts]
+        assert [share[2] == 0 for share in shares] == [count == 0 for count in counts]
 
 
 def test_one_process_weighs_nothing() -> None:
     """So that its run is, to the bit, what it was before there were several."""
     batches = loop.Batches(torch.randn(23, 1, 8, 8), torch.arange(23), batch_size=7, seed=1)
-    assert [batches.weight(number) for number in range(len(batches))] == [1.0] * 4
+    assert [weight for _, _, weight in batches.epoch(0)] == [1.0] * 4
 
 
 def test_generators_are_kept_by_rank() -> None:

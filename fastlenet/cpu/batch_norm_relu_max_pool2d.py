@@ -14,32 +14,34 @@ from fastlenet.kernels.geometry import ConvPoolGeometry
 
 from . import threads
 from .compiled import address
-from .memory import empty
+from .memory import empty, on_cpu
 from .plan import LANES
 
 LAST = torch.channels_last
 
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 # What the workers of one call share: names for the places of a table of integers.
 (
-    TAKEN,  # counter: images that a worker has taken
+    TAKEN,  # counter: tasks that a worker has taken
+    TASKS,
     IMAGES,
     CHANNELS,
     PADDED,  # channels, rounded up to whole vectors
-    HEIGHT,
-    WIDTH,
-    POOLED_HEIGHT,
-    POOLED_WIDTH,
+    PIXELS,  # of the input
+    WINDOWS,  # pixels of the output
     CELLS,  # of a window
     CELL,  # table: for each window and cell the offset of its pixel, or -1
-    MOMENTUM,  # a float
+    MOMENTUM,  # a float64
     EPS,  # likewise
     WEIGHT,  # 0 if there is none, here and below; in a backward its gradient
     BIAS,  # likewise
     RUNNING_MEAN,
     RUNNING_VAR,
     INPUT,
-    SUMS,  # two rows of floats for each image
-    FACTORS,  # rows of floats, one for each channel
+    SUMS,  # three rows of float64 for each image
+    PIVOTS,  # a row of float32 for each image
+    FACTORS,  # rows of float32, one number for each channel
     SLOPES,  # likewise
     POOLED,  # the output, or its gradient
     ARGMAX,
@@ -47,8 +49,8 @@ LAST = torch.channels_last
     SIZE,
 ) = range(24)
 
-SCALE, SHIFT, MINUS_MEAN, INVERSE = range(4)
-"""Rows of factors: the output is ``scale * x + shift``; the inverse is that of the standard deviation."""
+MINUS_MEAN, INVERSE, SCALE, SHIFT = range(4)
+"""Rows of factors: the inverse is that of the standard deviation, and the normalised batch ``scale * x + shift``."""
 SLOPE, LEVEL = range(2)
 """Rows of slopes: the input's gradient has ``slope * (x - mean) + level``."""
 
@@ -77,7 +79,7 @@ def batch_norm_relu_max_pool2d(
     """Normalise a batch and update the running statistics, in place.
 
     Args:
-        input: (N, C, H, W), float32.
+        input: (N, C, H, W), float32, any strides.
         running_mean: (C,), float32, as all that follow, or None.
         running_var: likewise.
         weight: likewise.
@@ -87,20 +89,23 @@ def batch_norm_relu_max_pool2d(
         geometry: of the pool; what it says of a convolution is not used.
 
     Returns:
-        The pooled output in channels_last, then the argmax and the factors that a backward needs.
+        The pooled output in channels_last. Then, for the backward, the argmax (see `ConvPoolGeometry`), whose channels
+        come last and are padded to whole vectors, and the channels' factors, a row of each kind.
     """
     kernels = [address("norm", name) for name in ("moments", "factors", "pool")]
-    input = input.contiguous(memory_format=LAST)
+    input, cells = input.contiguous(memory_format=LAST), _cells(input.shape, geometry)
     images, channels, height, width = input.shape
     output = empty((images, channels, *geometry.pooled_size((height, width))), torch.float32, LAST)
-    job = _job(input, output, geometry)
+    job = _job(input, output, cells)
     argmax = empty((images, *output.shape[2:], job[PADDED]), torch.uint8)
-    sums, factors = (empty((rows, job[PADDED]), torch.float32) for rows in (2 * images, 4))
-    job[MOMENTUM], job[EPS] = (struct.unpack("<i", struct.pack("<f", value))[0] for value in (momentum, eps))
+    sums = empty((images, 3, job[PADDED]), torch.float64).zero_()
+    pivots, factors = (empty((rows, job[PADDED]), torch.float32) for rows in (images, 4))
+    job[MOMENTUM : EPS + 1] = array("q", struct.pack("dd", momentum, eps))
     operands = [None if each is None else each.contiguous() for each in (weight, bias, running_mean, running_var)]
-    job[WEIGHT : RUNNING_VAR + 1] = _addresses(operands)
-    job[SUMS], job[FACTORS], job[ARGMAX] = sums.data_ptr(), factors.data_ptr(), argmax.data_ptr()
-    for kernel, tasks in zip(kernels, (images, 1, images), strict=True):
+    job[WEIGHT : RUNNING_VAR + 1] = _addresses(*operands)
+    job[SUMS : FACTORS + 1] = _addresses(sums, pivots, factors)
+    job[ARGMAX] = argmax.data_ptr()
+    for kernel, tasks in zip(kernels, (job[TASKS], 1, job[TASKS]), strict=True):
         _run(kernel, job, tasks)
     for given, changed in zip((running_mean, running_var), operands[2:], strict=True):
         if given is not None and changed is not None and given is not changed:
@@ -114,54 +119,59 @@ def batch_norm_relu_max_pool2d_backward(
     argmax: Tensor,
     factors: Tensor,
     geometry: ConvPoolGeometry,
-    need_input: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the gradients of the input, unless it needs none, of weight and of bias."""
+    output_mask: Sequence[bool],
+) -> Grads:
+    """Return the gradients of input, weight and bias, None where `output_mask` does not ask for one."""
     kernels = [address("norm", name) for name in ("sums", "slopes", "grad")]
     input, grad_output = input.contiguous(memory_format=LAST), grad_output.contiguous(memory_format=LAST)
+    argmax, factors, cells = argmax.contiguous(), factors.contiguous(), _cells(input.shape, geometry)
     images, channels = input.shape[:2]
-    job = _job(input, grad_output, geometry)
-    sums, slopes = (empty((rows, job[PADDED]), torch.float32) for rows in (2 * images, 2))
+    job = _job(input, grad_output, cells)
+    sums = empty((images, 3, job[PADDED]), torch.float64).zero_()
+    slopes = empty((2, job[PADDED]), torch.float32)
     grad_weight, grad_bias = (empty((channels,), torch.float32) for _ in range(2))
-    grad_input = empty(input.shape, torch.float32, LAST) if need_input else None
-    job[WEIGHT : BIAS + 1] = _addresses((grad_weight, grad_bias))
-    job[SUMS : ARGMAX + 1] = _addresses((sums, factors, slopes, grad_output, argmax))
-    _run(kernels[0], job, images)
+    job[WEIGHT : BIAS + 1] = _addresses(grad_weight, grad_bias)
+    job[SUMS], job[FACTORS], job[SLOPES] = sums.data_ptr(), factors.data_ptr(), slopes.data_ptr()
+    job[ARGMAX] = argmax.data_ptr()
+    _run(kernels[0], job, job[TASKS])
     _run(kernels[1], job, 1)
-    if grad_input is not None:
+    grad_input = None
+    if output_mask[0]:
+        grad_input = empty(input.shape, torch.float32, LAST)
         job[GRAD_INPUT] = grad_input.data_ptr()
-        _run(kernels[2], job, images)
-    return grad_input, grad_weight, grad_bias
+        _run(kernels[2], job, job[TASKS])
+    return grad_input, grad_weight if output_mask[1] else None, grad_bias if output_mask[2] else None
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> array[int]:
+def _addresses(*tensors: Tensor | None) -> array[int]:
     return array("q", [0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
-def _job(input: Tensor, pooled: Tensor, geometry: ConvPoolGeometry) -> array[int]:
+def _job(input: Tensor, pooled: Tensor, cells: Tensor) -> array[int]:
+    """Begin the table of a call."""
     job = array("q", bytes(8 * SIZE))
     images, channels, height, width = input.shape
-    padded = -(-channels // LANES) * LANES
-    job[IMAGES : CELLS + 1] = array(
-        "q", [images, channels, padded, height, width, *pooled.shape[2:], geometry.window_size]
-    )
-    job[CELL] = _cells(channels, height, width, geometry).data_ptr()
-    job[INPUT], job[POOLED] = input.data_ptr(), pooled.data_ptr()
+    vectors = -(-channels // LANES)
+    job[TASKS : PADDED + 1] = array("q", [images * vectors, images, channels, LANES * vectors])
+    job[PIXELS], (job[WINDOWS], job[CELLS]) = height * width, cells.shape
+    job[CELL], job[INPUT], job[POOLED] = cells.data_ptr(), input.data_ptr(), pooled.data_ptr()
     return job
 
 
-@functools.lru_cache(maxsize=256)
-def _cells(channels: int, height: int, width: int, geometry: ConvPoolGeometry) -> Tensor:
-    """Make the table of the windows' cells."""
-    pooled = geometry.pooled_size((height, width))
-
-    def places(i: int) -> Tensor:
-        cells = geometry.pool_dilation[i] * torch.arange(geometry.pool_size[i])
-        return geometry.pool_stride[i] * torch.arange(pooled[i])[:, None] - geometry.pool_padding[i] + cells
-
-    rows, columns = places(0)[:, None, :, None], places(1)[:, None]
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    return torch.where(inside, 4 * channels * (rows * width + columns), -1)
+@functools.lru_cache(maxsize=32)
+@on_cpu
+def _cells(shape: torch.Size, geometry: ConvPoolGeometry) -> Tensor:
+    """Make the table of the windows' cells. Its user holds it while a kernel reads it."""
+    _, channels, *image = shape
+    rows, columns = (
+        geometry.pool_stride[i] * torch.arange(pooled)[:, None]
+        - geometry.pool_padding[i]
+        + geometry.pool_dilation[i] * torch.arange(geometry.pool_size[i])
+        for i, pooled in enumerate(geometry.pooled_size(image))
+    )
+    rows, columns = rows[:, None, :, None], columns[:, None]
+    inside = (rows >= 0) & (rows < image[0]) & (columns >= 0) & (columns < image[1])
+    return torch.where(inside, 4 * channels * (rows * image[1] + columns), -1).flatten(2).flatten(0, 1)
 
 
 def _run(kernel: int, job: array[int], tasks: int) -> None:

@@ -31,8 +31,9 @@ LANES = 16
 BYTES = 4 * LANES
 """Size of a vector in memory."""
 
-_BIT, _BYTE, _INT, _LONG, _FLOAT = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_FLOATS, _INTS, _BYTES = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _INT, _BYTE))
+_BIT, _BYTE, _INT, _LONG = (ir.IntType(bits) for bits in (1, 8, 32, 64))
+_FLOAT, _DOUBLE = ir.FloatType(), ir.DoubleType()
+_FLOATS, _DOUBLES, _INTS, _BYTES = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _DOUBLE, _INT, _BYTE))
 
 
 class Lanes(types.Type):
@@ -59,11 +60,14 @@ class _IntsModel(models.PrimitiveModel):
 
 
 def kernel(arguments: int) -> Callable[[Callable], Any]:
-    """Compile a function of so many integers that returns nothing, callable from C."""
-    return cfunc(types.void(*[types.int64] * arguments))
+    """Compile a function of so many integers that returns nothing, callable from C.
+
+    A division by zero gives infinity or NaN, as in C. An exception could not leave a kernel: it would end the process.
+    """
+    return cfunc(types.void(*[types.int64] * arguments), error_model="numpy")
 
 
-inlined = njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inlined = njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")
 """Compile a function into each of its callers."""
 
 
@@ -143,6 +147,30 @@ def set_float(typingctx, address, value):
         return context.get_dummy_value()
 
     return types.none(types.int64, types.float32), generate
+
+
+@intrinsic
+def double_at(typingctx, address):
+    """Return the float64 at an address."""
+
+    def generate(context, builder, signature, args):
+        return builder.load(_pointer(builder, args[0], _DOUBLE))
+
+    return types.float64(types.int64), generate
+
+
+@intrinsic
+def add_doubles(typingctx, address, values):
+    """Add one vector to 16 float64 in memory."""
+
+    def generate(context, builder, signature, args):
+        [value] = cgutils.unpack_tuple(builder, args[1])
+        sums = builder.load(_pointer(builder, args[0], _DOUBLES))
+        sums.align = 4
+        _store(builder, builder.fadd(sums, builder.fpext(value, _DOUBLES)), args[0])
+        return context.get_dummy_value()
+
+    return types.none(types.int64, values), generate
 
 
 @intrinsic

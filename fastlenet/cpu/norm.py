@@ -4,7 +4,7 @@ BatchNorm needs the whole batch before it can normalise a number, so that there 
 numbers for each channel in between. Neither the normalised batch nor its gradient is ever in memory.
 
 ============  ==========================================================================================
-``moments``   each image's mean and variance
+``moments``   each image's sums of ``x - pivot`` and of its square; the pivot is nearly the image's mean
 ``factors``   from these the factors of each channel, and the running statistics
 ``pool``      ``max(0, max over a window of scale * x + shift)``, and which cell it was
 ``sums``      each image's sums of the gradient, and of the gradient times ``x - mean``, at those cells
@@ -12,8 +12,9 @@ numbers for each channel in between. Neither the normalised batch nor its gradie
 ``grad``      ``slope * (x - mean) + level``, and at those cells ``scale * gradient`` besides
 ============  ==========================================================================================
 
-A task is an image, whatever the number of threads. Sums run row by row, so that no chain of additions is long, and over
-the images in float64.
+A task is 16 channels of an image, whatever the number of threads, so that sums do not depend on it. Sums of up to
+`CHAIN` numbers are float32, and sums of these are float64, as stock's are. Squares are float32 too: numbers whose
+distance from the mean is above 1e19 have an infinite variance.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from .batch_norm_relu_max_pool2d import (
     EPS,
     FACTORS,
     GRAD_INPUT,
-    HEIGHT,
     IMAGES,
     INPUT,
     INVERSE,
@@ -40,9 +40,9 @@ from .batch_norm_relu_max_pool2d import (
     MINUS_MEAN,
     MOMENTUM,
     PADDED,
+    PIVOTS,
+    PIXELS,
     POOLED,
-    POOLED_HEIGHT,
-    POOLED_WIDTH,
     RUNNING_MEAN,
     RUNNING_VAR,
     SCALE,
@@ -50,13 +50,16 @@ from .batch_norm_relu_max_pool2d import (
     SLOPE,
     SLOPES,
     SUMS,
+    TASKS,
     WEIGHT,
-    WIDTH,
+    WINDOWS,
 )
 from .lanes import (
     LANES,
     add,
+    add_doubles,
     add_products,
+    double_at,
     field,
     float_at,
     inlined,
@@ -67,7 +70,6 @@ from .lanes import (
     load_lanes,
     long_at,
     set_float,
-    spread,
     spread_int,
     store,
     store_bytes_first,
@@ -81,6 +83,53 @@ from .lanes import (
 
 ONE = (0,)
 NO_WINNER = 255
+CHAIN = 16
+
+
+@inlined
+def part(job, task):
+    """Return a task's image, its first channel, and how many channels it has."""
+    vectors = field(job, PADDED) // LANES
+    first = LANES * (task % vectors)
+    return task // vectors, first, min(LANES, field(job, CHANNELS) - first)
+
+
+@inlined
+def maps(job, table, size, image, first):
+    """Return the address of an image's channels among tensors of `size` pixels."""
+    return field(job, table) + 4 * (image * field(job, size) * field(job, CHANNELS) + first)
+
+
+@inlined
+def argmaxes(job, image, first):
+    """Return the address of an image's winners."""
+    return field(job, ARGMAX) + image * field(job, WINDOWS) * field(job, PADDED) + first
+
+
+@inlined
+def sums_of(job, row, image, first):
+    """Return the address of one of an image's three rows of sums."""
+    return field(job, SUMS) + 8 * ((3 * image + row) * field(job, PADDED) + first)
+
+
+@inlined
+def factor(job, table, row, channel):
+    """Return the address of a channel's factor."""
+    return field(job, table) + 4 * (row * field(job, PADDED) + channel)
+
+
+@inlined
+def mean_of(job, image, channel):
+    """Return an image's mean, and its distance from the pivot."""
+    pivot = -float64(float_at(factor(job, PIVOTS, image, channel)))
+    distance = double_at(sums_of(job, 1, image, channel)) / field(job, PIXELS)
+    return pivot if math.isinf(pivot) else pivot + distance, distance
+
+
+@inlined
+def vector(job, table, row, first):
+    """Load a factor of 16 channels."""
+    return load(factor(job, table, row, first), ONE)
 
 
 @inlined
@@ -100,50 +149,35 @@ def write(place, count, values):
         store_lanes(place, ONE, count, values)
 
 
-@inlined
-def factor(job, table, row, first):
-    """Load a factor of 16 channels."""
-    return load(field(job, table) + 4 * (field(job, PADDED) * row + first), ONE)
-
-
-@inlined
-def times(first, second):
-    """Multiply two vectors."""
-    return add_products(zeros(ONE, ONE), first, second)
-
-
 def moments() -> Any:
-    """Return the kernel of the images' means and variances."""
+    """Return the kernel of the images' sums."""
 
     @kernel(1)
     def moments(job):
-        channels, height, width = field(job, CHANNELS), field(job, HEIGHT), field(job, WIDTH)
-        step, part = 4 * channels, float32(1.0 / (height * width))
-        image = take(job)
-        while image < field(job, IMAGES):
-            for first in range(0, channels, LANES):
-                count = min(LANES, channels - first)
-                source = field(job, INPUT) + image * height * width * step + 4 * first
-                target = field(job, SUMS) + 4 * (2 * image * field(job, PADDED) + first)
+        pixels, step = field(job, PIXELS), 4 * field(job, CHANNELS)
+        task = take(job)
+        while task < field(job, TASKS):
+            image, first, count = part(job, task)
+            source = maps(job, INPUT, PIXELS, image, first)
+            target = sums_of(job, 0, image, first)
+            for start in range(0, pixels, CHAIN):
                 total = zeros(ONE, ONE)
-                for row in range(height):
-                    here, some = source + row * width * step, zeros(ONE, ONE)
-                    for _ in range(width):
-                        some = add(some, read(here, count))
-                        here += step
-                    total = add(total, some)
-                store(target, ONE, times(total, spread(part, ONE)))
-                minus = times(total, spread(-part, ONE))
-                total = zeros(ONE, ONE)
-                for row in range(height):
-                    here, some = source + row * width * step, zeros(ONE, ONE)
-                    for _ in range(width):
-                        distance = add(read(here, count), minus)
-                        some = add_products(some, distance, distance)
-                        here += step
-                    total = add(total, some)
-                store(target + 4 * field(job, PADDED), ONE, times(total, spread(part, ONE)))
-            image = take(job)
+                for pixel in range(start, min(start + CHAIN, pixels)):
+                    total = add(total, read(source + step * pixel, count))
+                add_doubles(target, total)
+            pivots = factor(job, PIVOTS, image, first)
+            for lane in range(LANES):
+                set_float(pivots + 4 * lane, float32(-double_at(target + 8 * lane) / pixels))
+            minus = load(pivots, ONE)
+            target, squared = sums_of(job, 1, image, first), sums_of(job, 2, image, first)
+            for start in range(0, pixels, CHAIN):
+                total, squares = zeros(ONE, ONE), zeros(ONE, ONE)
+                for pixel in range(start, min(start + CHAIN, pixels)):
+                    distance = add(read(source + step * pixel, count), minus)
+                    total, squares = add(total, distance), add_products(squares, distance, distance)
+                add_doubles(target, total)
+                add_doubles(squared, squares)
+            task = take(job)
 
     return moments
 
@@ -153,35 +187,38 @@ def factors() -> Any:
 
     @kernel(1)
     def factors(job):
-        images, padded, number = field(job, IMAGES), field(job, PADDED), field(job, HEIGHT) * field(job, WIDTH)
-        momentum, number = float64(float_at(job + 8 * MOMENTUM)), images * number
+        images, pixels = field(job, IMAGES), field(job, PIXELS)
+        momentum, number = double_at(job + 8 * MOMENTUM), images * pixels
         for channel in range(field(job, CHANNELS)):
-            place, mean, variance = 4 * channel, 0.0, 0.0
-            for part in range(images):
-                mean += float64(float_at(field(job, SUMS) + 8 * padded * part + place))
+            mean = variance = 0.0
+            for image in range(images):
+                mean += mean_of(job, image, channel)[0]
             mean /= images
-            for part in range(images):
-                here = field(job, SUMS) + 8 * padded * part + place
-                variance += (float64(float_at(here)) - mean) ** 2 + float64(float_at(here + 4 * padded))
+            for image in range(images):
+                own, distance = mean_of(job, image, channel)
+                square = double_at(sums_of(job, 2, image, channel)) / pixels
+                variance += square - distance**2 + (own - mean) ** 2
             variance /= images
-            running = field(job, RUNNING_MEAN) + place
+            if variance < 0.0:  # by rounding
+                variance = 0.0
             if field(job, RUNNING_MEAN) != 0:
-                set_float(running, float32((1.0 - momentum) * float64(float_at(running)) + momentum * mean))
-            running = field(job, RUNNING_VAR) + place
-            if field(job, RUNNING_VAR) != 0:
-                unbiased = momentum * variance * number / (number - 1)
-                set_float(running, float32((1.0 - momentum) * float64(float_at(running)) + unbiased))
-            scale = inverse = 1.0 / math.sqrt(variance + float64(float_at(job + 8 * EPS)))
+                place = field(job, RUNNING_MEAN) + 4 * channel
+                set_float(place, float32((1.0 - momentum) * float64(float_at(place)) + momentum * mean))
+                place = field(job, RUNNING_VAR) + 4 * channel
+                unbiased = variance * (number / (number - 1))
+                set_float(place, float32((1.0 - momentum) * float64(float_at(place)) + momentum * unbiased))
+            scale = inverse = 1.0 / math.sqrt(variance + double_at(job + 8 * EPS))
             if field(job, WEIGHT) != 0:
-                scale *= float64(float_at(field(job, WEIGHT) + place))
+                scale *= float64(float_at(field(job, WEIGHT) + 4 * channel))
+            # The scale as it will be used: what rounding changed, a large mean would multiply.
+            scale = float64(float32(scale))
             shift = -mean * scale
             if field(job, BIAS) != 0:
-                shift += float64(float_at(field(job, BIAS) + place))
-            target = field(job, FACTORS) + place
-            set_float(target + 4 * padded * INVERSE, float32(inverse))
-            set_float(target + 4 * padded * SCALE, float32(scale))
-            set_float(target + 4 * padded * SHIFT, float32(shift))
-            set_float(target + 4 * padded * MINUS_MEAN, float32(-mean))
+                shift += float64(float_at(field(job, BIAS) + 4 * channel))
+            set_float(factor(job, FACTORS, INVERSE, channel), float32(inverse))
+            set_float(factor(job, FACTORS, SCALE, channel), float32(scale))
+            set_float(factor(job, FACTORS, SHIFT, channel), float32(shift))
+            set_float(factor(job, FACTORS, MINUS_MEAN, channel), float32(-mean))
 
     return factors
 
@@ -191,31 +228,24 @@ def pool() -> Any:
 
     @kernel(1)
     def pool(job):
-        channels, pixels = field(job, CHANNELS), field(job, HEIGHT) * field(job, WIDTH)
-        rows, columns = field(job, POOLED_HEIGHT), field(job, POOLED_WIDTH)
-        cells, table, padded = field(job, CELLS), field(job, CELL), field(job, PADDED)
-        image = take(job)
-        while image < field(job, IMAGES):
-            for first in range(0, channels, LANES):
-                count = min(LANES, channels - first)
-                source = field(job, INPUT) + 4 * (image * pixels * channels + first)
-                scale, shift = factor(job, FACTORS, SCALE, first), factor(job, FACTORS, SHIFT, first)
-                place = image * rows * columns
-                output, winners = (
-                    field(job, POOLED) + 4 * (place * channels + first),
-                    field(job, ARGMAX) + place * padded + first,
-                )
-                for window in range(rows * columns):
-                    best, argmax = zeros(ONE, ONE), spread_int(NO_WINNER, ONE)
-                    for cell in range(cells):
-                        place = long_at(table + 8 * (window * cells + cell))
-                        if place >= 0:
-                            value = add_products(shift, scale, read(source + place, count))
-                            argmax = winner(argmax, best, value, cell)
-                            best = larger(best, value)
-                    write(output + 4 * channels * window, count, best)
-                    store_bytes_first(winners + padded * window, LANES, 1, argmax)
-            image = take(job)
+        step, padded, cells, table = 4 * field(job, CHANNELS), field(job, PADDED), field(job, CELLS), field(job, CELL)
+        task = take(job)
+        while task < field(job, TASKS):
+            image, first, count = part(job, task)
+            source = maps(job, INPUT, PIXELS, image, first)
+            output, winners = maps(job, POOLED, WINDOWS, image, first), argmaxes(job, image, first)
+            scale, shift = vector(job, FACTORS, SCALE, first), vector(job, FACTORS, SHIFT, first)
+            for window in range(field(job, WINDOWS)):
+                best, argmax = zeros(ONE, ONE), spread_int(NO_WINNER, ONE)
+                for cell in range(cells):
+                    place = long_at(table + 8 * (window * cells + cell))
+                    if place >= 0:
+                        value = add_products(shift, scale, read(source + place, count))
+                        argmax = winner(argmax, best, value, cell)
+                        best = larger(best, value)
+                write(output + step * window, count, best)
+                store_bytes_first(winners + padded * window, LANES, 1, argmax)
+            task = take(job)
 
     return pool
 
@@ -225,37 +255,28 @@ def sums() -> Any:
 
     @kernel(1)
     def sums(job):
-        channels, pixels = field(job, CHANNELS), field(job, HEIGHT) * field(job, WIDTH)
-        rows, columns = field(job, POOLED_HEIGHT), field(job, POOLED_WIDTH)
-        cells, table, padded = field(job, CELLS), field(job, CELL), field(job, PADDED)
-        image = take(job)
-        while image < field(job, IMAGES):
-            for first in range(0, channels, LANES):
-                count = min(LANES, channels - first)
-                source = field(job, INPUT) + 4 * (image * pixels * channels + first)
-                target = field(job, SUMS) + 4 * (2 * image * field(job, PADDED) + first)
-                place = image * rows * columns
-                output, winners = (
-                    field(job, POOLED) + 4 * (place * channels + first),
-                    field(job, ARGMAX) + place * padded + first,
-                )
-                minus, plain, weighted = factor(job, FACTORS, MINUS_MEAN, first), zeros(ONE, ONE), zeros(ONE, ONE)
-                for row in range(rows):
-                    some, others = zeros(ONE, ONE), zeros(ONE, ONE)
-                    for column in range(columns):
-                        window = row * columns + column
-                        grad = read(output + 4 * channels * window, count)
-                        argmax = load_bytes(winners + padded * window, ONE)
-                        some = add(some, where_not_equal(argmax, NO_WINNER, grad))
-                        for cell in range(cells):
-                            place = long_at(table + 8 * (window * cells + cell))
-                            if place >= 0:
-                                distance = add(read(source + place, count), minus)
-                                others = add_products(others, where_equal(argmax, cell, grad), distance)
-                    plain, weighted = add(plain, some), add(weighted, others)
-                store(target, ONE, plain)
-                store(target + 4 * field(job, PADDED), ONE, weighted)
-            image = take(job)
+        step, padded, cells, table = 4 * field(job, CHANNELS), field(job, PADDED), field(job, CELLS), field(job, CELL)
+        windows = field(job, WINDOWS)
+        task = take(job)
+        while task < field(job, TASKS):
+            image, first, count = part(job, task)
+            source = maps(job, INPUT, PIXELS, image, first)
+            output, winners = maps(job, POOLED, WINDOWS, image, first), argmaxes(job, image, first)
+            minus = vector(job, FACTORS, MINUS_MEAN, first)
+            for start in range(0, windows, CHAIN):
+                plain, weighted = zeros(ONE, ONE), zeros(ONE, ONE)
+                for window in range(start, min(start + CHAIN, windows)):
+                    grad = read(output + step * window, count)
+                    argmax = load_bytes(winners + padded * window, ONE)
+                    plain = add(plain, where_not_equal(argmax, NO_WINNER, grad))
+                    for cell in range(cells):
+                        place = long_at(table + 8 * (window * cells + cell))
+                        if place >= 0:
+                            distance = add(read(source + place, count), minus)
+                            weighted = add_products(weighted, where_equal(argmax, cell, grad), distance)
+                add_doubles(sums_of(job, 0, image, first), plain)
+                add_doubles(sums_of(job, 1, image, first), weighted)
+            task = take(job)
 
     return sums
 
@@ -265,20 +286,18 @@ def slopes() -> Any:
 
     @kernel(1)
     def slopes(job):
-        images, padded, number = field(job, IMAGES), field(job, PADDED), field(job, HEIGHT) * field(job, WIDTH)
+        images = field(job, IMAGES)
         for channel in range(field(job, CHANNELS)):
-            place, plain, weighted = 4 * channel, 0.0, 0.0
-            for part in range(images):
-                here = field(job, SUMS) + 8 * padded * part + place
-                plain += float64(float_at(here))
-                weighted += float64(float_at(here + 4 * padded))
-            source, target = field(job, FACTORS) + place, field(job, SLOPES) + place
-            inverse = float64(float_at(source + 4 * padded * INVERSE))
-            part_of = -float64(float_at(source + 4 * padded * SCALE)) / (images * number)
-            set_float(target + 4 * padded * SLOPE, float32(weighted * inverse * inverse * part_of))
-            set_float(target + 4 * padded * LEVEL, float32(plain * part_of))
-            set_float(field(job, WEIGHT) + place, float32(weighted * inverse))
-            set_float(field(job, BIAS) + place, float32(plain))
+            plain = weighted = 0.0
+            for image in range(images):
+                plain += double_at(sums_of(job, 0, image, channel))
+                weighted += double_at(sums_of(job, 1, image, channel))
+            inverse = float64(float_at(factor(job, FACTORS, INVERSE, channel)))
+            mean_of = -float64(float_at(factor(job, FACTORS, SCALE, channel))) / (images * field(job, PIXELS))
+            set_float(factor(job, SLOPES, SLOPE, channel), float32(weighted * inverse * inverse * mean_of))
+            set_float(factor(job, SLOPES, LEVEL, channel), float32(plain * mean_of))
+            set_float(field(job, WEIGHT) + 4 * channel, float32(weighted * inverse))
+            set_float(field(job, BIAS) + 4 * channel, float32(plain))
 
     return slopes
 
@@ -288,33 +307,25 @@ def grad() -> Any:
 
     @kernel(1)
     def grad(job):
-        channels, pixels = field(job, CHANNELS), field(job, HEIGHT) * field(job, WIDTH)
-        rows, columns = field(job, POOLED_HEIGHT), field(job, POOLED_WIDTH)
-        cells, table, padded = field(job, CELLS), field(job, CELL), field(job, PADDED)
-        image = take(job)
-        while image < field(job, IMAGES):
-            for first in range(0, channels, LANES):
-                count = min(LANES, channels - first)
-                offset = 4 * (image * pixels * channels + first)
-                source, target = field(job, INPUT) + offset, field(job, GRAD_INPUT) + offset
-                minus, scale = factor(job, FACTORS, MINUS_MEAN, first), factor(job, FACTORS, SCALE, first)
-                slope, level = factor(job, SLOPES, SLOPE, first), factor(job, SLOPES, LEVEL, first)
-                for place in range(0, 4 * channels * pixels, 4 * channels):
-                    distance = add(read(source + place, count), minus)
-                    write(target + place, count, add_products(level, slope, distance))
-                place = image * rows * columns
-                output, winners = (
-                    field(job, POOLED) + 4 * (place * channels + first),
-                    field(job, ARGMAX) + place * padded + first,
-                )
-                for window in range(rows * columns):
-                    passing = times(scale, read(output + 4 * channels * window, count))
-                    argmax = load_bytes(winners + padded * window, ONE)
-                    for cell in range(cells):
-                        place = long_at(table + 8 * (window * cells + cell))
-                        if place >= 0:
-                            spot = target + place
-                            write(spot, count, add(read(spot, count), where_equal(argmax, cell, passing)))
-            image = take(job)
+        step, padded, cells, table = 4 * field(job, CHANNELS), field(job, PADDED), field(job, CELLS), field(job, CELL)
+        task = take(job)
+        while task < field(job, TASKS):
+            image, first, count = part(job, task)
+            source, target = maps(job, INPUT, PIXELS, image, first), maps(job, GRAD_INPUT, PIXELS, image, first)
+            output, winners = maps(job, POOLED, WINDOWS, image, first), argmaxes(job, image, first)
+            minus, scale = vector(job, FACTORS, MINUS_MEAN, first), vector(job, FACTORS, SCALE, first)
+            slope, level = vector(job, SLOPES, SLOPE, first), vector(job, SLOPES, LEVEL, first)
+            for pixel in range(field(job, PIXELS)):
+                distance = add(read(source + step * pixel, count), minus)
+                write(target + step * pixel, count, add_products(level, slope, distance))
+            for window in range(field(job, WINDOWS)):
+                passing = add_products(zeros(ONE, ONE), scale, read(output + step * window, count))
+                argmax = load_bytes(winners + padded * window, ONE)
+                for cell in range(cells):
+                    place = long_at(table + 8 * (window * cells + cell))
+                    if place >= 0:
+                        spot = target + place
+                        write(spot, count, add(read(spot, count), where_equal(argmax, cell, passing)))
+            task = take(job)
 
     return grad

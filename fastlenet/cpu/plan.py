@@ -19,6 +19,7 @@ from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
 
 from . import record
 from .compiled import register_vectors
+from .memory import on_cpu
 
 LANES = 16
 """Images of a block: one to a lane."""
@@ -146,6 +147,7 @@ def _ceil(count: int, step: int) -> int:
 
 
 @functools.lru_cache(maxsize=512)
+@on_cpu
 def plan_of(
     input: tuple[int, int, int],
     weight: tuple[int, int, int, int],

@@ -91,6 +91,8 @@ class Backend:
         function = torch.ops.higher_order.autograd_function_apply
         if self.faithful and any(node.target is function for graph in parts for node in graph.nodes):
             raise NotImplementedError("it holds a torch.autograd.Function, whose second derivatives would be lost")
+        if self.faithful and any(patterns.writes_to_input(node) for graph in parts[1:] for node in graph.nodes):
+            raise NotImplementedError("it holds a checkpoint that modifies a tensor, such as a BatchNorm's counter")
         private.guard_hooks()
         mode = "training" if torch.is_grad_enabled() else "inference"
         kinds = {

@@ -28,7 +28,7 @@ from fastlenet.ops.batch_norm_relu_max_pool2d import Settings as NormSettings
 
 CONV, ADDMM, CHAIN = "conv2d_relu_max_pool2d", "addmm_relu", "chain"
 NORM = "batch_norm_relu_max_pool2d"
-"""Behind a convolution that stays stock's, in channels_last: BatchNorm that takes its statistics from the batch."""
+"""Behind a convolution that stays stock's: BatchNorm that takes its statistics from the batch, in channels_last."""
 # A linear map without relu can end a chain. It is not a site by itself.
 OPERATORS: dict[str, Any] = {
     CONV: ops.CONV2D_RELU_MAX_POOL2D, LINEAR: ops.LINEAR_RELU, ADDMM: ops.ADDMM_RELU, CHAIN: ops.CHAIN,
@@ -90,7 +90,7 @@ def implementation(call: Call) -> tuple[str, str]:
     except (RuntimeError, TypeError, NotImplementedError) as error:
         return "none", str(error)
     fused = call.operator == NORM and choice.forward != "aten"
-    return choice.forward, choice.reason + ("; the convolution before it is stock's, in channels_last" if fused else "")
+    return choice.forward, choice.reason + ("; the convolution before it is stock's" if fused else "")
 
 
 class Norm(NamedTuple):
@@ -361,7 +361,27 @@ def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node,
         return replace(match, refusal=refusal)
     pooling = {name: value for name, value in options.items() if name.startswith(("pool", "ceil"))}
     settings = NormSettings(norm.momentum, norm.eps, _geometry(pooling, _value(start.operands[1])))
-    return replace(match, operator=NORM, options={"settings": settings})
+    return replace(match, operator=NORM, options={"settings": settings, "relaid": _may_be_relaid(start)})
+
+
+def _may_be_relaid(convolution: Match) -> bool:
+    """Whether a convolution is as safe and as accurate in channels_last as in the plain layout.
+
+    There oneDNN adds all products of a number in one sequence, and with groups the errors of the weight's gradient were
+    up to six times as large. A strided kernel that is one pixel wide has a gradient that is written beyond its memory.
+    """
+    filters, channels, *kernel = _value(convolution.operands[1]).shape
+    strides = private.tree_leaves(convolution.options.get("stride", 1))
+    widest = max(filters, channels) if _value(convolution.input).requires_grad else channels
+    return (
+        convolution.options.get("groups", 1) == 1
+        and widest * math.prod(kernel) < LONG_SUM
+        and (min(kernel) > 1 or max(strides) == 1)
+    )
+
+
+LONG_SUM = 288
+"""Products of a sum from which its error in channels_last may be twice that in the plain layout."""
 
 
 def _start(node: fx.Node) -> Match | None:
@@ -483,6 +503,11 @@ def _mutates(node: fx.Node) -> bool:
     return node.op != "get_attr" and (spelled or written or in_place or opaque)
 
 
+def writes_to_input(node: fx.Node) -> bool:
+    """Whether a node may change an input of its graph, other than by an operator of torch.nn.functional."""
+    return any(source.op == "placeholder" for source in node.all_input_nodes[:1]) and _mutates(node)
+
+
 def _overloads(target: Any) -> list[private.OpOverload]:
     """The operators that a node may call, if it calls one of ``torch.ops``."""
     if isinstance(target, private.OpOverloadPacket):
@@ -596,19 +621,20 @@ def _replace(graph: fx.Graph, match: Match, copy: Callable[[fx.Node], fx.Node]) 
 def _replace_norm(
     graph: fx.Graph, match: Match, nodes: list[fx.Node], result: fx.Node, copy: Callable[[fx.Node], fx.Node]
 ) -> fx.Node:
-    """Replace BatchNorm, relu and pool, and let the convolution in front of them run in channels_last.
+    """Replace BatchNorm, relu and pool, and let the convolution in front of them run in channels_last if it may.
 
     Each new node stands where the stock one stood that reads the same tensors.
     """
     convolution, norm, *_ = nodes
-    operands = [copy(operand) for operand in match.operands[:2]]
+    operands = [copy(operand) for operand in match.operands[:2] if match.options["relaid"]]
     with graph.inserting_before(convolution):
         relaid = {operand: _relaid(graph, _as_computed(operand), torch.channels_last) for operand in operands}
     convolution.args = fx.node.map_arg(convolution.args, lambda node: relaid.get(node, node))
     convolution.kwargs = fx.node.map_arg(convolution.kwargs, lambda node: relaid.get(node, node))
     with graph.inserting_before(norm):
         tensors = fx.node.map_arg((match.norms[0] or ())[:4], copy)
-        fused = graph.call_function(batch_norm_relu_max_pool2d, (*match.options["settings"], convolution, *tensors))
+        input = convolution if operands else _relaid(graph, convolution, torch.channels_last)
+        fused = graph.call_function(batch_norm_relu_max_pool2d, (*match.options["settings"], input, *tensors))
         if memory_format(_value(match.result)) == torch.contiguous_format:
             fused = _relaid(graph, fused, torch.contiguous_format)
     fused.meta["example_value"] = _value(match.result)

@@ -1,4 +1,7 @@
-"""BatchNorm with the batch's own statistics + relu + max-pool, which `fastlenet.fuse` puts behind a convolution."""
+"""BatchNorm with the batch's own statistics + relu + max-pool, which `fastlenet.fuse` puts behind a convolution.
+
+No graph has it as an operator of its own: compilers and exporters see the stock operators.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastlenet import reference
 from fastlenet.errors import KernelError
 from fastlenet.kernels.geometry import ConvPoolGeometry
 from fastlenet.ops.registration import Operator, Registered, composed_backward, no_autocast
@@ -28,22 +31,15 @@ class Settings(NamedTuple):
     geometry: ConvPoolGeometry
 
 
-def composed(
-    settings: Settings,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """Compute a call with stock operators."""
-    output = F.batch_norm(input, running_mean, running_var, weight, bias, True, settings.momentum, settings.eps)
-    size, stride, padding, dilation, ceil_mode = settings.geometry[4:]
-    return F.max_pool2d(F.relu(output), size, stride, padding, dilation, ceil_mode)
+# --- autograd -------------------------------------------------------------------------------------------------------
 
 
 class BatchNormReLUMaxPool2dFunction(torch.autograd.Function):
-    """Saves the input, one byte for each number of the output, and a few numbers for each channel."""
+    """``max_pool2d(relu(batch_norm(input, ...)))``.
+
+    Saves the input, the weight, the argmax, and four numbers for each channel. It does not save the output, so the
+    output may be modified in place.
+    """
 
     @staticmethod
     def forward(
@@ -56,31 +52,35 @@ class BatchNormReLUMaxPool2dFunction(torch.autograd.Function):
         settings: Settings,
         known: Any,
     ) -> Tensor:
-        """Take what `composed` takes, and the entry of this kind of call."""
-        output, *rest = known.forward(input, running_mean, running_var, weight, bias, *settings)
-        ctx.save_for_backward(input, weight, bias, *rest)
-        ctx.settings, ctx.known = settings, known
+        """Take the operands of the reference, the other arguments, and the entry of this kind of call."""
+        output, argmax, factors = known.forward(input, running_mean, running_var, weight, bias, *settings)
+        ctx.save_for_backward(input, weight, argmax, factors)
+        ctx.geometry, ctx.known = settings.geometry, known
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of those inputs that need one."""
-        input, weight, bias, *rest = ctx.saved_tensors
+        input, weight, argmax, factors = ctx.saved_tensors
         needs = [ctx.needs_input_grad[place] for place in (0, 3, 4)]
-        grads: tuple[Tensor | None, ...] | None = None
+        grads: reference.Grads | None = None
         if not composed_backward(grad_output):
             try:
-                grads = ctx.known.backward(grad_output, input, *rest, ctx.settings.geometry, needs[0])
+                grads = ctx.known.backward(grad_output, input, argmax, factors, ctx.geometry, needs)
             except KernelError:
                 ctx.known.give_up()
         if grads is None:
-            wanted = [tensor for tensor, needed in zip((input, weight, bias), needs, strict=True) if needed]
-            with torch.enable_grad(), no_autocast(input.device.type):
-                output = composed(ctx.settings, input, None, None, weight, bias)
-            found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=torch.is_grad_enabled()))
-            grads = tuple(next(found) if needed else None for needed in needs)
-        first, *others = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-        return first, None, None, *others, None, None
+            channels = input.shape[1]
+            winners, (minus_mean, inverse) = argmax[..., :channels].permute(0, 3, 1, 2), factors[:2, :channels]
+            with no_autocast(input.device.type):
+                grads = reference.batch_norm_relu_max_pool2d_backward(
+                    grad_output, input, weight, winners, -minus_mean, inverse, ctx.geometry, needs
+                )
+        grad_input, grad_weight, grad_bias = grads
+        return grad_input, None, None, grad_weight, grad_bias, None, None
+
+
+# --- what `fastlenet.selection` must know ---------------------------------------------------------------------------
 
 
 class _Operator(Operator):
@@ -90,11 +90,11 @@ class _Operator(Operator):
         """Do nothing: TorchDynamo has run stock's checks on what `fuse` replaces."""
 
     def composition(self, settings: Settings, *tensors: Any, run: Any = None) -> Tensor:
-        return composed(settings, *tensors)
+        return reference.batch_norm_relu_max_pool2d(*tensors, *settings)
 
     def fused(self, settings: Settings, known: Any, differentiable: bool, *tensors: Any) -> Tensor:
         if known is None:
-            return composed(settings, *tensors)
+            return self.composition(settings, *tensors)
         if differentiable:
             return BatchNormReLUMaxPool2dFunction.apply(*tensors, settings, known)
         output: Tensor = known.forward(*tensors, *settings)[0]
@@ -108,9 +108,11 @@ class _Operator(Operator):
         return cpu.batch_norm_relu_max_pool2d_covers(settings.geometry, *tensors)
 
     def implementation(self, name: str, library: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        from fastlenet import cpu
+        if name == "cpu":
+            from fastlenet import cpu
 
-        return cpu.batch_norm_relu_max_pool2d, cpu.batch_norm_relu_max_pool2d_backward
+            return cpu.batch_norm_relu_max_pool2d, cpu.batch_norm_relu_max_pool2d_backward
+        return reference.batch_norm_relu_max_pool2d, reference.batch_norm_relu_max_pool2d_backward
 
     def registered(self) -> dict[str, Registered]:
         return {}

@@ -223,7 +223,7 @@ def _kernels(input):
     torch.manual_seed(4)
     mean, variance, weight, bias = torch.zeros(20), torch.ones(20), torch.randn(20), torch.randn(20)
     output, *rest = cpu.batch_norm_relu_max_pool2d(input.detach(), mean, variance, weight, bias, 0.1, 1e-5, geometry)
-    grads = cpu.batch_norm_relu_max_pool2d_backward(output + 1, input.detach(), *rest, geometry, True)
+    grads = cpu.batch_norm_relu_max_pool2d_backward(output + 1, input.detach(), *rest, geometry, (True, True, True))
     return output, mean, variance, *grads
 
 

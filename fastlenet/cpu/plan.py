@@ -328,6 +328,7 @@ def steps_of(shape: tuple[int, ...], image: int = 0, last: bool = False) -> Step
 
 
 @functools.lru_cache(maxsize=512)
+@on_cpu
 def gradients_of(
     input: tuple[int, int, int],
     weight: tuple[int, int, int, int],

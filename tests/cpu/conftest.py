@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -18,10 +18,10 @@ def _forget() -> None:
 
 
 @pytest.fixture
-def nothing_planned() -> Iterator[None]:
-    """No plan and no program is known, as in a new process, and none stays."""
+def nothing_planned() -> Iterator[Callable[[], None]]:
+    """No plan and no program is known, as in a new process, and none stays; the value forgets them once more."""
     _forget()
-    yield
+    yield _forget
     _forget()
 
 

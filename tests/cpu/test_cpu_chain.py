@@ -157,6 +157,22 @@ def test_tiles_of_every_cpu(tiles, images):
     judge(network, input, parameters, torch.randn(stock(input, parameters, network.links).shape))
 
 
+@pytest.mark.parametrize("images", [3, 19])
+def test_another_default_device(images, nothing_planned):
+    """Tensors tell where a call runs; the device on which others are made does not."""
+    network = NETWORKS["three layers, one with padding"]
+    input, parameters = network.tensors(images)
+    output, saved = cpu.chain(input, parameters, network.links, True)
+    everything = [True] * (1 + len(parameters))
+    expected = output, *cpu.chain_backward(output, input, parameters, network.links, saved, everything)
+    nothing_planned()
+    with torch.device("meta"):
+        output, saved = cpu.chain(input, parameters, network.links, True)
+        found = output, *cpu.chain_backward(output, input, parameters, network.links, saved, everything)
+    for one, other in zip(found, expected, strict=True):
+        assert_bitwise_equal(one, other)
+
+
 @pytest.mark.wide
 def test_more_blocks_than_parts():
     """The parts of a batch whose sums are kept apart have several blocks each."""

@@ -561,10 +561,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 for bad input.
     """
-    parser = Parser(prog="fastlenet report", description=__doc__.replace("``", ""), allow_abbrev=False)
+    description = "Turn a results file of 'fastlenet bench' into a Markdown page and a picture."
+    parser = Parser(prog="fastlenet report", description=description, allow_abbrev=False)
+    results, output = ROOT / "bench" / "results", "folder for page and picture (default: that of the results file)"
+    text = "folder with the results (default: bench/results in the checkout)"
     parser.add_argument("file", type=Path, nargs="?", help="results file (default: the newest of this device)")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder with the results")
-    parser.add_argument("--output", type=Path, help="folder for page and picture (default: beside the results file)")
+    parser.add_argument("--results", type=Path, default=results, metavar="FOLDER", help=text)
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help=output)
     options = parser.parse_args(argv)
     try:
         path = options.file or newest(options.results)

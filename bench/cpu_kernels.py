@@ -355,10 +355,18 @@ def onnx(images: list[int], threads: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["kernels", "layers", "networks", "onnx"])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--images", type=lambda text: [int(n) for n in text.split(",")], default=[1, 32, 64, 512, 1024])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cpu_kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    part = "the only part to run (default: all)"
+    threads = "CPU threads of every implementation (default: 1)"
+    images = "batch sizes of layers and networks, separated by commas (default: 1,32,64,512,1024)"
+    counts = [1, 32, 64, 512, 1024]
+    parser.add_argument("--part", choices=["kernels", "layers", "networks", "onnx"], help=part)
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help=threads)
+    parser.add_argument(
+        "--images", type=lambda text: [int(n) for n in text.split(",")], default=counts, metavar="N,N", help=images
+    )
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()

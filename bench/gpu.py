@@ -105,9 +105,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts asked for and print a summary; the exit code is 0 only if all went well."""
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
     known = (*CHECKS, *MEASUREMENTS)
-    parser.add_argument("--parts", default=",".join(known), help=f"comma-separated: {', '.join(known)}")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--seconds", type=float, default=540, help="seconds for all parts together (default: 540)")
+    parser.add_argument(
+        "--parts",
+        default=",".join(known),
+        metavar="PART,PART",
+        help=f"what to run, of {', '.join(known)} (default: all)",
+    )
+    folder = "folder for the results (default: bench/results in the checkout)"
+    seconds = "seconds for all parts together (default: 540)"
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER", help=folder)
+    parser.add_argument("--seconds", type=float, default=540, metavar="SECONDS", help=seconds)
     options = parser.parse_args(arguments)
     parts = options.parts.split(",")
     if unknown := set(parts) - set(known):

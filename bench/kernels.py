@@ -112,9 +112,12 @@ def show(some: list[Row]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Profile, print and save."""
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.partition("\n")[0])
-    parser.add_argument("--batch", type=int, action="append", help="images per call (default: 8192 and 64)")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    description = "Time each kernel of LeNet's inference and training step on this GPU."
+    images = "images in a call (may be repeated; default: 8192 and 64)"
+    folder = "folder for the results (default: bench/results in the checkout)"
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=description)
+    parser.add_argument("--batch", type=int, action="append", metavar="N", help=images)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help=folder)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench.kernels: PyTorch sees no GPU", file=sys.stderr)

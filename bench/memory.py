@@ -6,6 +6,7 @@ bench.memory``), which includes allocations that libraries make without PyTorch.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -102,4 +103,8 @@ def _resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_main(json.loads(sys.argv[1]))))
+    description = "Measure the peak memory of a training step of LeNet. 'fastlenet bench' runs this by itself."
+    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=description)
+    about = "an object of batch, dtype, precision, implementation and threads"
+    parser.add_argument("work", type=json.loads, metavar="JSON", help=about)
+    print(json.dumps(_main(parser.parse_args().work)))

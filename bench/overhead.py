@@ -198,10 +198,13 @@ def table(names: list[str], results: list[dict[str, dict[str, float]]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, and print a table or JSON."""
-    parser = argparse.ArgumentParser(prog="python -m bench.overhead", description="Host time of LeNet's launches.")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="measure another checkout in turns")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each checkout")
+    description = "Measure the time that Python takes in LeNet's calls on a GPU, on any machine: launches do nothing."
+    parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=description)
+    against = "also measure the checkout in this folder, in turns with this one (default: this one alone)"
+    rounds = "turns of each checkout (default: %(default)s)"
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help=against)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=rounds)
     options = parser.parse_args(arguments)
     checkouts = [ROOT, *([options.against.resolve()] if options.against else [])]
     results = run(checkouts, options.rounds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -59,18 +60,25 @@ class Goals:
     goals: tuple[Goal, ...]
     saved_bytes: int = 12_800
     worst_operator: float = 0.95
+    networks: tuple[float, float] | None = None
+    worst_network: tuple[float, float] | None = None
 
 
 CPU_GOALS = Goals(
     "ieee",
     (EAGER, "channels_last", "compiled"),
     (
-        Goal("train_step", 1024, 2.5, 1.5),
-        Goal("train_step", 64, 2.0, 1.3),
-        Goal("train_step", 1, 1.0),
-        Goal("forward", 1024, 2.0, 1.2),
-        Goal("train_step", 8192, 0.5, memory=True),
+        Goal("train_step", 1024, 4.0, 2.5),
+        Goal("train_step", 64, 2.5, 2.0),
+        Goal("train_step", 32, 2.0, 1.6),
+        Goal("train_step", 1, 1.3, 1.1),
+        Goal("forward", 1024, 4.0, 2.5),
+        Goal("forward", 64, 2.5, 1.8),
+        Goal("forward", 1, 1.3, 1.1),
+        Goal("train_step", 8192, 0.3, memory=True),
     ),
+    networks=(2.5, 1.8),
+    worst_network=(1.0, 0.97),
 )
 GPU_GOALS = Goals(
     "tf32",
@@ -266,12 +274,31 @@ def goals(results: dict[str, Any]) -> list[list[str]]:
                 ["saved for backward, bytes per image", f"{figure}goal <= {wanted.saved_bytes:,} B: {verdict}", ""]
             )
             break
+    lines += _of_networks(everything, wanted)
     operators = [(ratio, c) for c in everything if c.first["level"] == "operator" and (ratio := c.ratio(EAGER))]
     if operators:
         ratio, worst = min(operators, key=lambda pair: pair[0])
         title = f"worst operator: {label(worst.first)}"
         lines.append([title, _against(ratio, wanted.worst_operator), ""])
     return [["goal", "against stock eager", f"against the best of {', '.join(wanted.baselines)}"], *lines]
+
+
+def _of_networks(everything: Sequence[Comparison], wanted: Goals) -> list[list[str]]:
+    """Compare several networks with their goals: lines for the geometric mean and for the worst."""
+    networks = [c for c in everything if c.first["level"] == "module"]
+    if wanted.networks is None or wanted.worst_network is None or len({c.first["name"] for c in networks}) < 2:
+        return []
+    eager = [ratio for c in networks if (ratio := c.ratio(EAGER))]
+    best = [min(ratios) for c in networks if (ratios := [r for name in wanted.baselines if (r := c.ratio(name))])]
+    if not eager:
+        return []
+    return [
+        [f"{len(eager)} comparisons of networks, {title}", _against(of(eager), goals[0]), _against(of(best), goals[1])]
+        for title, of, goals in (
+            ("geometric mean", statistics.geometric_mean, wanted.networks),
+            ("worst", min, wanted.worst_network),
+        )
+    ]
 
 
 def _against(value: float | None, goal: float, most: bool = False) -> str:
@@ -561,10 +588,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 for bad input.
     """
-    parser = Parser(prog="fastlenet report", description=__doc__.replace("``", ""), allow_abbrev=False)
+    description = "Turn a results file of 'fastlenet bench' into a Markdown page and a picture."
+    parser = Parser(prog="fastlenet report", description=description, allow_abbrev=False)
+    results, output = ROOT / "bench" / "results", "folder for page and picture (default: that of the results file)"
+    text = "folder with the results (default: bench/results in the checkout)"
     parser.add_argument("file", type=Path, nargs="?", help="results file (default: the newest of this device)")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder with the results")
-    parser.add_argument("--output", type=Path, help="folder for page and picture (default: beside the results file)")
+    parser.add_argument("--results", type=Path, default=results, metavar="FOLDER", help=text)
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help=output)
     options = parser.parse_args(argv)
     try:
         path = options.file or newest(options.results)

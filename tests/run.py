@@ -148,17 +148,23 @@ def _positive(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--tier", choices=TIERS, default=TIERS[0], help="how much to run (default: quick)")
-    parser.add_argument("--rest", action="store_true", help="leave out what the tier before runs")
-    parser.add_argument("--only", choices=sorted(SUITES), action="append", help="run only this suite (may be repeated)")
+    description = "Run the test-suite. Options that are not listed here go to pytest."
+    parser = argparse.ArgumentParser(prog="python tests/run.py", description=description, allow_abbrev=False)
+    tier = "how much to run: quick (each test once), wide (each value of each parameter once) or all (default: quick)"
+    parser.add_argument("--tier", choices=TIERS, default=TIERS[0], help=tier)
+    parser.add_argument("--rest", action="store_true", help="leave out what the tier before this one runs")
+    only = "the only suite to run (may be repeated; default: all three)"
+    parser.add_argument("--only", choices=sorted(SUITES), action="append", help=only)
     parser.add_argument(
         "--jobs",
         type=_positive,
         default=os.environ.get("FASTLENET_TEST_JOBS") or min(MOST_JOBS, cpus()),
-        help=f"processes at a time (default: one for each CPU, at most {MOST_JOBS}; FASTLENET_TEST_JOBS)",
+        metavar="N",
+        help=f"processes at a time (default: the variable FASTLENET_TEST_JOBS, or one for each CPU up to {MOST_JOBS})",
     )
-    parser.add_argument("--interpret", action="store_true", help="interpret kernels even where there is a GPU")
+    parser.add_argument(
+        "--interpret", action="store_true", help="run the kernels in Triton's interpreter on a GPU machine too"
+    )
     known, options = parser.parse_known_args(arguments)
     if options[:1] == ["--"]:
         options = options[1:]

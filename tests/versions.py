@@ -82,9 +82,11 @@ def combination(interpreter: Path, torch: str, folder: Path, options: list[str])
 def main(arguments: list[str] | None = None) -> int:
     """Run every combination and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="for environments and logs")
-    parser.add_argument("--python", action="append", help=f"a version (default: {' and '.join(PYTHONS)})")
-    parser.add_argument("--torch", action="append", help="what pip is asked for (default: the oldest and the newest)")
+    parser.add_argument("folder", type=Path, help="folder for environments and logs")
+    python = f"a version of Python to test with (may be repeated; default: {' and '.join(PYTHONS)})"
+    torch = "a requirement of PyTorch to test with (may be repeated; default: the oldest and the newest)"
+    parser.add_argument("--python", action="append", metavar="VERSION", help=python)
+    parser.add_argument("--torch", action="append", metavar="REQUIREMENT", help=torch)
     known, options = parser.parse_known_args(arguments)
     folder = known.folder.resolve()
     rows, failed, ran = [], False, False

@@ -115,34 +115,42 @@ def _print_measured(console: Any) -> None:
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m bench.static", description=f"What kernels cost: {LABEL}.", allow_abbrev=False)
-    parser.add_argument("--arch", action="append", choices=TARGETS, help="only this architecture (may be repeated)")
-    parser.add_argument(
-        "--precision", action="append", choices=PRECISIONS, help="only this precision (may be repeated)"
+    parser = Parser(
+        prog="python -m bench.static", description=f"What the GPU kernels cost: {LABEL}.", allow_abbrev=False
     )
-    parser.add_argument("--only", default="", metavar="NAME", help="only kernels whose name or shape contains NAME")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the report to FILE as JSON")
+    arch = "the only architecture to compile for (may be repeated; default: all)"
+    precision = "the only precision to compile (may be repeated; default: all)"
+    only = "report only kernels whose name or shape contains TEXT (default: all)"
+    parser.add_argument("--arch", action="append", choices=TARGETS, help=arch)
+    parser.add_argument("--precision", action="append", choices=PRECISIONS, help=precision)
+    parser.add_argument("--only", default="", metavar="TEXT", help=only)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the report to this file as JSON too")
     parser.add_argument(
         "--save",
         action="store_true",
-        help=f"write it to {committed_path().relative_to(ROOT)}; other architectures there stay as they are",
+        help=f"write the report to {committed_path().relative_to(ROOT)} too; other architectures there stay",
     )
-    parser.add_argument("--check", action="store_true", help="compare with the committed file; exit code 1 if worse")
-    parser.add_argument("--compile-times", action="store_true", help="measure compile times too, on this CPU")
+    parser.add_argument("--check", action="store_true", help="compare with that file; exit code 1 if worse")
+    parser.add_argument("--compile-times", action="store_true", help="also measure compile times on this CPU")
     parser.add_argument("--compile-once", nargs=2, metavar=("ARCH", "PRECISION"), help=argparse.SUPPRESS)
-    conv = parser.add_argument_group("any convolution, relu and max-pool, instead of what fastlenet ships figures of")
-    conv.add_argument("--conv", metavar="CxHxW-O", help="input channels, height and width, output channels")
-    conv.add_argument("--kernel", type=pair, metavar="K", help="size of the kernel, K or HxW")
-    conv.add_argument("--stride", type=pair, default=(1, 1), metavar="S")
-    conv.add_argument("--padding", type=pair, default=(0, 0), metavar="P")
-    conv.add_argument("--pool", type=pair, default=(2, 2), metavar="Z", help="size of the pool's window (2)")
-    conv.add_argument("--pool-stride", type=pair, metavar="Y", help="the window's size by default")
-    conv.add_argument("--pool-padding", type=pair, default=(0, 0), metavar="Q")
-    conv.add_argument("--ceil-mode", action="store_true")
-    conv.add_argument("--input-grad", action="store_true", help="with the input's gradient")
-    conv.add_argument("--channels-last", action="store_true")
-    conv.add_argument("--batch", type=int, default=BATCH, metavar="N", help=f"images ({BATCH})")
-    conv.add_argument("--json", action="store_true", help="print the rows of --conv as JSON")
+    conv = parser.add_argument_group(
+        "a convolution of your own instead of fastlenet's list; sizes are N or HxW, in pixels"
+    )
+    kernel, pool = "size of the convolution's kernel", "size of the pool's window (default: 2)"
+    batch = f"images in a call (default: {BATCH})"
+    shape = "input channels, height and width, and output channels, such as 3x32x32-6"
+    conv.add_argument("--conv", metavar="CxHxW-O", help=shape)
+    conv.add_argument("--kernel", type=pair, metavar="SIZE", help=kernel)
+    conv.add_argument("--stride", type=pair, default=(1, 1), metavar="SIZE", help="step of the kernel (default: 1)")
+    conv.add_argument("--padding", type=pair, default=(0, 0), metavar="SIZE", help="zeros on each side (default: 0)")
+    conv.add_argument("--pool", type=pair, default=(2, 2), metavar="SIZE", help=pool)
+    conv.add_argument("--pool-stride", type=pair, metavar="SIZE", help="step of the window (default: its size)")
+    conv.add_argument("--pool-padding", type=pair, default=(0, 0), metavar="SIZE", help="pool's padding (default: 0)")
+    conv.add_argument("--ceil-mode", action="store_true", help="also pool windows that reach beyond the end")
+    conv.add_argument("--input-grad", action="store_true", help="also model the gradient of the input")
+    conv.add_argument("--channels-last", action="store_true", help="take channels_last tensors")
+    conv.add_argument("--batch", type=int, default=BATCH, metavar="N", help=batch)
+    conv.add_argument("--json", action="store_true", help="print the rows of --conv as JSON instead of a table")
     options = parser.parse_args(arguments)
     options.arch = options.arch or list(TARGETS)
     options.precision = options.precision or list(PRECISIONS)

@@ -455,15 +455,18 @@ def run(argv: Sequence[str] | None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--output", default="out", metavar="FOLDER", help="folder for the results (default: out)")
-    parser.add_argument("--epochs", type=int, default=RECIPE.epochs, help=f"default: {RECIPE.epochs}")
-    parser.add_argument("--seed", type=int, default=RECIPE.seed, help=f"default: {RECIPE.seed}")
-    parser.add_argument("--device", default=RECIPE.device, help="'auto' (a GPU if there is one), 'cpu', 'cuda', ...")
+    epochs = "how often to go through the training images (default: %(default)s)"
+    seed = "seed of the initial weights, the order of images and their shifts (default: %(default)s)"
+    device = "where to run: 'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ... (default: %(default)s)"
+    parser.add_argument("--epochs", type=int, default=RECIPE.epochs, metavar="N", help=epochs)
+    parser.add_argument("--seed", type=int, default=RECIPE.seed, metavar="N", help=seed)
+    parser.add_argument("--device", default=RECIPE.device, help=device)
     parser.add_argument(
         "--part",
         choices=("all", "training", "kernels"),
         default="all",
-        help="'training': compare over a whole training; 'kernels': a few steps under the Triton kernels, in this "
-        "process (without a GPU set TRITON_INTERPRET=1); 'all' (default): both",
+        help="what to run: 'training' (train both networks and compare them), 'kernels' (a few steps with the Triton "
+        "kernels in this process; without a GPU set TRITON_INTERPRET=1), or 'all' (both) (default: all)",
     )
     options: argparse.Namespace = parser.parse_args(argv)
     config = dataclasses.replace(RECIPE, epochs=options.epochs, seed=options.seed, device=options.device)

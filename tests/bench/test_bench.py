@@ -454,7 +454,7 @@ def test_goals_are_set_against_the_results():
         base |= {"precision": "ieee", "impl": impl, "median": median, "ok": median is not None}
         return base | {"saved_bytes_per_image": 12_792, "peak_bytes": None} | others
 
-    rows = [row("fastlenet", 10.0), row("eager", 26.0), row("channels_last", 14.0), row("compiled", 30.0)]
+    rows = [row("fastlenet", 10.0), row("eager", 46.0), row("channels_last", 14.0), row("compiled", 30.0)]
     rows += [row("fastlenet", None, "forward"), row("eager", 20.0, "forward")]
     rows += [row("fastlenet", 10.0, batch=8192, peak_bytes=40), row("eager", 9.0, batch=8192, peak_bytes=100)]
     rows += [
@@ -464,12 +464,29 @@ def test_goals_are_set_against_the_results():
     head, *lines = report.goals({"environment": {"device_slug": "cpu-some"}, "rows": rows})
     assert head[2] == "against the best of eager, channels_last, compiled"
     assert lines == [
-        ["LeNet training step, batch 1024", "2.60x, goal >= 2.5x: met", "1.40x, goal >= 1.5x: missed"],
-        ["LeNet inference, batch 1024", "goal >= 2x: not measured", "goal >= 1.2x: not measured"],
-        ["peak memory, LeNet training step, batch 8192", "0.40x, goal <= 0.5x: met", ""],
+        ["LeNet training step, batch 1024", "4.60x, goal >= 4x: met", "1.40x, goal >= 2.5x: missed"],
+        ["LeNet inference, batch 1024", "goal >= 4x: not measured", "goal >= 2.5x: not measured"],
+        ["peak memory, LeNet training step, batch 8192", "0.40x, goal <= 0.3x: missed", ""],
         ["saved for backward, bytes per image", "12,792 B, goal <= 12,800 B: met", ""],
         ["worst operator: VGG forward, batch 1024, float32 ieee", "0.90x, goal >= 0.95x: missed", ""],
     ]
+
+
+def test_networks_are_set_against_goals_together():
+    """Where there are several: their geometric mean, and the worst."""
+    row = {"level": "module", "direction": "forward", "batch": 32, "dtype": "float32", "precision": "ieee", "ok": True}
+    medians = {"LeNet": (10.0, 40.0, 20.0), "digits": (10.0, 10.0, 12.5), "broken": (None, 10.0, 10.0)}
+    rows = [
+        row | {"name": name, "impl": impl, "median": median, "ok": median is not None}
+        for name, some in medians.items()
+        for impl, median in zip(("fastlenet", "eager", "compiled"), some, strict=True)
+    ]
+    _, *lines = report.goals({"environment": {"device_slug": "cpu-some"}, "rows": rows})
+    assert lines == [
+        ["2 comparisons of networks, geometric mean", "2.00x, goal >= 2.5x: missed", "1.41x, goal >= 1.8x: missed"],
+        ["2 comparisons of networks, worst", "1.00x, goal >= 1x: met", "1.00x, goal >= 0.97x: met"],
+    ]
+    assert report.goals({"environment": {"device_slug": "cpu-some"}, "rows": rows[:3]})[1:] == []
 
 
 def test_graphs_are_set_against_graphs():

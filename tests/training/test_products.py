@@ -18,6 +18,7 @@ import torch
 from runs import assert_one_line, quick, run_command, write_idx
 
 import fastlenet
+from fastlenet.errors import install_command
 from fastlenet.training import checkpoint, data, loop, picture, products
 
 pytestmark = pytest.mark.xdist_group("products")
@@ -175,7 +176,7 @@ def test_missing_packages_are_named_before_training(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, missing, None)
     assert run_command("train", "--data", folder, "--device", "cpu", f"--{kind}", "run.png") == 2
-    assert_one_line(capsys, f"{missing.partition('.')[0]} is not installed: pip install 'fastlenet[{extra}]'")
+    assert_one_line(capsys, f"{missing.partition('.')[0]} is not installed: {install_command(f'fastlenet[{extra}]')}")
     assert list(tmp_path.iterdir()) == []
 
 

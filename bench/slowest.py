@@ -53,7 +53,7 @@ class ConvCall(NamedTuple):
         return functional.conv2d_relu_max_pool2d(input, weight, bias, **self.conv, **pool)
 
     def stock(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The same by stock PyTorch."""
+        """Run the call with stock PyTorch's operators."""
         size, stride, padding, dilation = (self.pool[name] for name in ("size", "stride", "padding", "dilation"))
         conv = F.relu(F.conv2d(input, weight, bias, **self.conv))
         return F.max_pool2d(conv, size, stride, padding, dilation, self.pool["ceil_mode"])

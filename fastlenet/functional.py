@@ -42,22 +42,22 @@ def conv2d_relu_max_pool2d(
     pool_stride, pool_padding, pool_dilation, ceil_mode)``, gradients included. NaN propagates. Of equal cells the first
     in scan order wins. No gradient passes where every cell of a window is <= 0.
 
-    For the backward a kernel keeps the input, the weight and one byte per pooled cell. It keeps nothing of the size of
-    the convolution's output.
+    A kernel keeps the input, the weight and one byte for each pooled cell for the backward. It keeps nothing of the
+    size of the convolution's output.
 
     Args:
         input: (N, C, H, W) or, unbatched, (C, H, W); any strides; float32, float16, bfloat16 or float64. N may be 0.
         weight: (O, C / groups, KH, KW), of input's dtype and device.
         bias: (O,), or None.
         stride: step of the convolution, an int or a pair (height, width), as all sizes below.
-        padding: zeros added on each side, or ``"valid"`` (none) or ``"same"`` (the output has the input's size).
+        padding: zeros added on each side, ``"valid"`` (none), or ``"same"`` (the convolution has the input's size).
         dilation: spacing between kernel elements.
         groups: number of groups of channels, each convolved by itself.
         pool_size: size of the pooling window.
         pool_stride: step of the window; `pool_size` by default.
         pool_padding: cells added on each side, which never win; at most half of `pool_size`.
         pool_dilation: spacing between a window's cells.
-        ceil_mode: whether a window that reaches beyond the end counts.
+        ceil_mode: whether to pool windows that reach beyond the end too.
 
     Returns:
         (N, O, PH, PW), or (O, PH, PW) for unbatched input; channels_last if input or weight is.
@@ -105,7 +105,7 @@ def conv2d_relu_max_pool2d(
 def prepared_conv2d_relu_max_pool2d(
     geometry: ConvPoolGeometry, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """The same for a geometry that a layer has read already."""
+    """`conv2d_relu_max_pool2d` for a layer that has read its geometry already; shapes and errors as there."""
     if (
         not isinstance(weight, Tensor)
         or (bias is not None and not isinstance(bias, Tensor))

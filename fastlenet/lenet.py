@@ -58,7 +58,7 @@ class LeNet(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map images (N, in_channels, 32, 32), or one unbatched, to logits (N, num_classes)."""
-        # torch.fx traces with stand-ins for tensors, and hooks of all modules want to see each.
+        # torch.fx traces with stand-ins for tensors, and a global module hook must see each layer.
         if type(input) is Tensor and not torch.compiler.is_compiling() and not has_global_hook():
             modules = self._modules
             chain = _chain_of(*map(modules.get, _LAYERS))

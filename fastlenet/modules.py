@@ -38,7 +38,7 @@ class ConvReLUMaxPool2d(nn.Conv2d):
         pool_stride: step of the window; `pool_size` by default.
         pool_padding: cells added on each side, which never win.
         pool_dilation: spacing between a window's cells.
-        ceil_mode: whether a window that reaches beyond the end counts.
+        ceil_mode: whether to pool windows that reach beyond the end too.
         device: where the parameters live.
         dtype: the parameters' type.
 
@@ -138,7 +138,7 @@ def prepared(layer: nn.Module) -> ConvPoolGeometry | None:
 
 
 def _pair(value: Any) -> Pair | None:
-    """Read a size as (height, width); None if that takes more than a look."""
+    """Read an int, a pair of ints or ``"valid"`` as (height, width); None for any other value."""
     if type(value) is int:
         return value, value
     plain = type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int

@@ -86,7 +86,7 @@ def rounded(value: float) -> float:
 
 
 def _shape(launch: Launch) -> str:
-    """Name the tensors of a launch with their sizes; numbered ones in a row that are alike are told once."""
+    """Name the tensors of a launch with their sizes; numbered neighbours of equal size share one entry."""
     sizes = [(a.name.removesuffix("_ptr"), a.shape) for a in launch.arguments if a.shape is not None]
     told = []
     for (name, shape), group in itertools.groupby(sizes, lambda found: (found[0].rstrip("0123456789"), found[1])):

@@ -1192,7 +1192,7 @@ def _syncs(mods: Sequence[str], ops: list[str], specials: set[str]) -> Assignmen
 def _utcatomsws(mods: Sequence[str], ops: list[str], specials: set[str]) -> Assignments:
     if "FIND_AND_SET" not in mods:
         return []
-    # Tensor memory is free when asked for; where it lies is nobody's business.
+    # Tensor memory is free when a kernel asks for it. Its address does not matter here.
     return [(_index(ops[0]), "1"), (_index(ops[1]), "None")]
 
 

@@ -33,7 +33,7 @@ _LARGEST_MAP = 1 << 24
 
 
 class BoundsError(AssertionError):
-    """A kernel touched memory that it had no business with."""
+    """A kernel accessed memory that it must not access."""
 
 
 @dataclass
@@ -180,7 +180,7 @@ class _Checker:
         return TensorHandle(real.reshape(np.shape(pointers.data)), pointers.dtype), touched
 
     def check_initialised(self, values: np.ndarray, mask: np.ndarray, regions: list[_Region]) -> None:
-        """Refuse a float load that brought in the exact poison pattern of an output nobody has written yet."""
+        """Refuse a float load that read the exact poison pattern of an output that is not yet written."""
         if self.poison is None:
             return
         for region in regions:
@@ -238,7 +238,7 @@ def _installed(checker: _Checker) -> Iterator[None]:
         try:
             return call(self, *args, **kwargs)
         except Exception:
-            # The interpreter wraps whatever happens in a kernel; hand out the finding itself.
+            # The interpreter wraps every error of a kernel in one of its own. Raise the finding itself.
             if checker.error is not None:
                 raise checker.error from None
             raise

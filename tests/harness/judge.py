@@ -5,9 +5,9 @@ same dtype and precision mode, plus one rounding step. In symbols, for the maxim
 
     ||actual - ref||  <=  2 * ||stock - ref||  +  ||step||
 
-where ``step`` is one unit of rounding per element. What a rounding step *is* deserves care. The result is rounded to
-its dtype at its own magnitude, but a sum is rounded at the magnitude of its partial sums, and where terms cancel these
-are much larger than the result. On a large tensor that does not matter: stock's maximum error over thousands of
+where ``step`` is one unit of rounding per element. The size of a rounding step depends on the sum. The result is
+rounded to its dtype at its own magnitude, but a sum is rounded at the magnitude of its partial sums. If terms cancel,
+these are much larger than the result. On a large tensor that does not matter: stock's maximum error over thousands of
 elements already measures it. On a tensor of a few elements stock's error may be zero by luck. So:
 
 * without ``magnitude``, the step is ``eps(dtype)`` at the largest (max norm) or root-sum-square (l2 norm) reference;
@@ -15,9 +15,9 @@ elements already measures it. On a tensor of a few elements stock's error may be
   ``eps(dtype) * |ref_i| + eps(accumulator) * magnitude_i``, and the maximum-norm rule is also applied **element by
   element**, which catches an error in small elements that the largest element would hide.
 
-Not-a-number and infinities are no matter of size: their positions must be the reference's as rounded to the dtype,
-except that an overflow may go either way where stock overflows too or where the reference lies within a rounding step
-of the largest finite number.
+NaN and infinities have no error: their positions must be those of the reference rounded to the dtype. There is one
+exception: an overflow may go either way if stock overflows too, or if the reference lies within a rounding step of the
+largest finite number.
 """
 
 from __future__ import annotations

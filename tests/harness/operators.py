@@ -402,7 +402,7 @@ class Trial:
             return self.stock(**tensors, **case.keywords)
 
     def under(self, run: Callable[..., Result]) -> Trial:
-        """The same trial with another way to run."""
+        """This trial with another way to run."""
         return replace(self, run=run)
 
 

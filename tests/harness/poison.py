@@ -1,7 +1,7 @@
 """Outputs filled with a recognisable pattern before each launch.
 
 Every launcher of ``fastlenet.kernels`` allocates through one helper, ``fastlenet.kernels.runtime.empty``, and every
-plan through ``fastlenet.kernels.plans.empty_strided``. Inside `poisoned_outputs` these hand out memory full of poison
+plan through ``fastlenet.kernels.plans.empty_strided``. Inside `poisoned_outputs` these return memory full of poison
 (a NaN with a payload of its own for floats, a repeated byte for integers) with a guard zone on either side. An element
 that no kernel writes keeps the poison; a write outside the tensor damages the guard, on a real GPU too, and is reported
 when the context ends.

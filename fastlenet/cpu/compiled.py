@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from fastlenet.errors import KernelError
+from fastlenet.errors import KernelError, install_command
 
 LEAST_NUMBA = (0, 61)
 """The first numba whose llvmlite (0.44) has the LLVM 15 that these kernels were checked to need."""
@@ -66,7 +66,7 @@ def _missing() -> str | None:
         version = importlib.metadata.version("numba")
         importlib.metadata.version("llvmlite")
     except importlib.metadata.PackageNotFoundError:
-        return "numba is not installed (pip install 'fastlenet[cpu]')"
+        return f"numba is not installed ({install_command('fastlenet[cpu]')})"
     if tuple(int(part) for part in version.split(".")[:2]) < LEAST_NUMBA:
         least = ".".join(map(str, LEAST_NUMBA))
         return f"numba {version} is older than {least} (pip install 'numba>={least}')"

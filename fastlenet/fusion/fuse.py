@@ -144,8 +144,8 @@ def fuse(model: nn.Module, example_input: Any = None, *, inplace: bool = False) 
     later changes (an attribute, a hook, another layer, the mode of a part); then the model is captured again. The model
     keeps its class, its submodules, ``state_dict`` and hooks.
 
-    A site stays as it is if fusing is not safe: a result in between is used elsewhere, BatchNorm is in training mode,
-    or the max-pool returns indices. `explain` gives the reasons.
+    A site stays as it is if fusing is not safe: a result in between is used elsewhere, or the max-pool returns indices.
+    With BatchNorm in training mode it is fused only on a CPU, by the compiled kernels. `explain` gives the reasons.
 
     Args:
         model: any module.

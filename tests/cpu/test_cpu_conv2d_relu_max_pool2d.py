@@ -437,3 +437,11 @@ def test_what_is_rejected_by_its_kind():
     assert "255 cells" in cpu.rejects(tensors["input"], tensors["weight"], TOO_BIG_WINDOW.geometry, True)
     double = {name: tensor.double() for name, tensor in BLOCKS[2].random(torch.float32).items()}
     assert "float32" in cpu.rejects(double["input"], double["weight"], BLOCKS[2].geometry, True)
+
+
+def test_another_default_device():
+    """The kernels' own memory and tables lie on the CPU."""
+    images, weight = torch.randn(17, 2, 11, 13), torch.randn(3, 2, 4, 3)
+    with torch.device("meta"):
+        actual, _ = cpu.conv2d_relu_max_pool2d(images, weight, None, PLAIN, False)
+    torch.testing.assert_close(actual, F.max_pool2d(F.relu(F.conv2d(images, weight)), 2), rtol=1e-4, atol=1e-4)

@@ -204,7 +204,7 @@ class GraphedInference:
         if self._graph is None or not self._graph.takes(inputs):
             return self._model(*inputs)
         output = self._graph(inputs, self._what_a_graph_fixes())
-        return private.tree_map_only(Tensor, torch.clone, output)
+        return private.tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, output)
 
     def _what_a_graph_fixes(self) -> list[Any]:
         """Addresses and modes that a captured forward goes on to use, whatever becomes of them outside."""

@@ -129,14 +129,9 @@ def _plain_tree_leaves(tree: Any) -> list[Any]:
     return leaves
 
 
-def _plain_tree_map_only(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
-    return _plain_tree_map(lambda leaf: function(leaf) if isinstance(leaf, kind) else leaf, tree)
-
-
 tree_map: Callable[..., Any] = _find("torch.utils._pytree", "tree_map", _plain_tree_map)
 tree_leaves: Callable[[Any], list[Any]] = _find("torch.utils._pytree", "tree_leaves", _plain_tree_leaves)
-tree_map_only: Callable[..., Any] = _find("torch.utils._pytree", "tree_map_only", _plain_tree_map_only)
-"""These three go through nests of containers."""
+"""These two go through nests of containers."""
 
 unfold_and_multiply: Callable[..., Tensor] = _find("torch._C", "_nn.thnn_conv2d", torch.ops.aten.thnn_conv2d)
 """A convolution as a matrix product. The public name takes some 3 us longer to call."""

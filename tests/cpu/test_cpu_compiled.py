@@ -18,6 +18,7 @@ from harness.judge import assert_bitwise_equal
 import fastlenet
 from fastlenet import cpu, functional, selection
 from fastlenet.cpu import compiled, threads
+from fastlenet.errors import install_command
 
 needs_numba = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)

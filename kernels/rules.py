@@ -83,7 +83,7 @@ def choose(
     if direction == "forward":
         return _forward(cells, taps, out_channels, overlaps)
     if direction == "grad_weight":
-        return _grad_weight(kernel, channels, out_channels, overlaps)
+        return _grad_weight(kernel, channels, out_channels, overlaps, architecture)
     spans = [
         (min(pool, step) - 1) * stride + length
         for pool, step, stride, length in zip(
@@ -121,7 +121,9 @@ def _forward(cells: int, taps: int, out_channels: int, overlaps: bool) -> Rule:
     return Rule("patch_fma", options | ({"maxnreg": 200} if overlaps else {}))
 
 
-def _grad_weight(kernel: tuple[int, int], in_channels: int, out_channels: int, overlaps: bool) -> Rule:
+def _grad_weight(
+    kernel: tuple[int, int], in_channels: int, out_channels: int, overlaps: bool, architecture: str
+) -> Rule:
     taps, rows = kernel[0] * kernel[1], kernel[0]
     if taps > 100:
         taps, rows = kernel[1], 1
@@ -130,7 +132,11 @@ def _grad_weight(kernel: tuple[int, int], in_channels: int, out_channels: int, o
         # Larger kernels keep more pixels beside their accumulators.
         inputs = _even(in_channels, max(1, min(4, 75 // taps)))
         channels = _even(out_channels, max(1, min(8, (150 if taps <= 25 else 75) // (taps * inputs))))
-        return Rule("patch_fma", {"CHANNELS": channels, "INPUTS": inputs, "TAP_ROWS": rows, "maxnreg": 255})
+        options = {"CHANNELS": channels, "INPUTS": inputs, "TAP_ROWS": rows, "maxnreg": 255}
+        # Rows of windows that wait for the blocks below take registers, which large tiles do not have; sm_100, which
+        # takes registers in pairs, has fewer.
+        slides = overlaps and taps * inputs * channels <= (100 if architecture == "sm_100" else 144)
+        return Rule("patch_fma", options | ({"SLIDE": 1} if slides else {}))
     channels = _even(out_channels, max(1, min(8, 100 // taps)))
     return Rule("patch_fma", {"CHANNELS": channels, "INPUTS": 1, "TAP_ROWS": rows})
 

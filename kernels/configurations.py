@@ -1,9 +1,9 @@
 """Which variant and which tile a specialised kernel runs with: a table per architecture, dtype, precision and shape.
 
 `configurations.json` is committed. Each entry says what it rests on: a measurement, or figures modelled from the
-machine code. The variant "general" names the general kernels, "aten" the library (see `dispatch`). What the table does
-not list runs on the general kernels, whose tiles follow rules of their own, or on the library by `dispatch`'s rule.
-Nothing is tried out at run time: the same call takes the same kernel on every machine of an architecture.
+machine code. The variant "general" names the general kernels, "aten" the library. For what the table does not list,
+`rules` chooses the kernel, and `fastlenet.library` says whether the library computes it. Nothing is tried out at run
+time: the same call takes the same kernel on every machine of an architecture.
 """
 
 from __future__ import annotations

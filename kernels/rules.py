@@ -1,24 +1,24 @@
 """Which variant computes a convolution, and with which tile, where the table of configurations has no entry.
 
-Free of triton, so that `dispatch` may ask as well. The number of images never decides; image sizes decide in one case
-only. All ratios below are modelled (`python -m bench.static --conv`), against products at 60 TFLOP/s on an H100.
+This module does not import triton, so that `fastlenet.library` can ask it too. The number of images never decides.
+Image sizes decide in one case only. All ratios below are modelled (`python -m bench.static --conv`), against products
+at 60 TFLOP/s on an H100.
 
-- **FMA units** (`patch_fma`) for up to 31 input channels in every type and precision, and for up to 64 in exact
+- **FMA units** (`patch_fma`) compute up to 31 input channels in every type and precision, and up to 64 in exact
   float32. So few products leave matrix units waiting: an H100 took 65 us for LeNet's first layer on FMA units and 106
-  on matrix units, though the model had it the other way round. Any stride, padding and pool whose cells fit in
+  on matrix units, though the model had it the other way round. Stride, padding and pool may be any whose cells fit in
   registers.
-- **General kernels**, on matrix units, for the rest: from 32 channels on their steps are full. They take 0.36 to 0.47
-  of the floor forward and 0.34 to 0.66 for the weight's gradient.
-- **The input's gradient from 32 channels on**: the general kernel computes every pixel from all cells around it, so it
-  takes 0.33 * 64 / C * pixels / cells of the floor, 0.48 where windows overlap or the convolution strides. Where that
-  is more than the 1.3 of `patch_fma`, as without padding on the smallest images, the FMA units take it.
-
-- **Not on gfx942**: the weight's gradient of `patch_fma`, which takes Triton 7 s to minutes to compile there; the time
-  goes into its own passes for that target, not into machine code.
+- **General kernels**, on matrix units, compute the rest: from 32 channels on their steps are full. They take 0.36 to
+  0.47 of the floor forward and 0.34 to 0.66 for the weight's gradient.
+- **The input's gradient from 32 channels on**: the general kernel computes every pixel from all cells around it. So it
+  takes 0.33 * 64 / C * pixels / cells of the floor, and 0.48 for 0.33 where windows overlap or the convolution strides.
+  Where that is more than the 1.3 of `patch_fma`, as without padding on the smallest images, the FMA units take it.
+- **gfx942** does not take `patch_fma` for the weight's gradient. Triton compiles it there for 7 s to minutes, in its
+  own passes for that target.
 
 Tiles of `patch_fma` follow from registers. A thread has 168 of them if three programs of four warps shall fit on a
-multiprocessor; accumulators take some 70 to 100, pixels, weights and addresses the rest. The weight's gradient of small
-kernels takes 255: only then do four input channels share what spreading a gradient over its cells costs.
+multiprocessor. Accumulators take some 70 to 100, and pixels, weights and addresses the rest. The weight's gradient of
+small kernels takes 255: only then do four input channels share the cost of spreading a gradient over its cells.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def choose(
     if direction == "forward":
         return _forward(cells, taps, out_channels, overlaps)
     if direction == "grad_weight":
-        return _grad_weight(kernel, channels, out_channels, overlaps)
+        return _grad_weight(kernel, channels, out_channels, overlaps, architecture)
     spans = [
         (min(pool, step) - 1) * stride + length
         for pool, step, stride, length in zip(
@@ -121,7 +121,9 @@ def _forward(cells: int, taps: int, out_channels: int, overlaps: bool) -> Rule:
     return Rule("patch_fma", options | ({"maxnreg": 200} if overlaps else {}))
 
 
-def _grad_weight(kernel: tuple[int, int], in_channels: int, out_channels: int, overlaps: bool) -> Rule:
+def _grad_weight(
+    kernel: tuple[int, int], in_channels: int, out_channels: int, overlaps: bool, architecture: str
+) -> Rule:
     taps, rows = kernel[0] * kernel[1], kernel[0]
     if taps > 100:
         taps, rows = kernel[1], 1
@@ -130,7 +132,11 @@ def _grad_weight(kernel: tuple[int, int], in_channels: int, out_channels: int, o
         # Larger kernels keep more pixels beside their accumulators.
         inputs = _even(in_channels, max(1, min(4, 75 // taps)))
         channels = _even(out_channels, max(1, min(8, (150 if taps <= 25 else 75) // (taps * inputs))))
-        return Rule("patch_fma", {"CHANNELS": channels, "INPUTS": inputs, "TAP_ROWS": rows, "maxnreg": 255})
+        options = {"CHANNELS": channels, "INPUTS": inputs, "TAP_ROWS": rows, "maxnreg": 255}
+        # Rows of windows that wait for the blocks below take registers, which large tiles do not have; sm_100, which
+        # takes registers in pairs, has fewer.
+        slides = overlaps and taps * inputs * channels <= (100 if architecture == "sm_100" else 144)
+        return Rule("patch_fma", options | ({"SLIDE": 1} if slides else {}))
     channels = _even(out_channels, max(1, min(8, 100 // taps)))
     return Rule("patch_fma", {"CHANNELS": channels, "INPUTS": 1, "TAP_ROWS": rows})
 

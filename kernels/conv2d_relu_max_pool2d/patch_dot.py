@@ -12,7 +12,7 @@ cover the convolution exactly, contiguous tensors. `general` serves the rest.
 
 The band's zeros multiply pixels that a cell does not look at, which is wrong if such a pixel is infinite or NaN. Then
 the result is not finite either; a program that meets one computes its tiles again, cell by cell, and replaces what was
-not finite. So every result is stock's, and finite data pays for one running maximum.
+not finite. So every result is stock's, and finite data pays for one addition a result.
 
 Letters: C input and O output channels, KS the kernel's size, S = KS + 1 the patch's, PH x PW pooled output.
 """

@@ -16,6 +16,7 @@ a block; RH and RW: how many blocks further down and right a window reaches (0 w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -522,14 +523,145 @@ def _cells(
             for b in tl.static_range(BH):
                 for a in tl.static_range(BW):
                     if k * BH + b < POOL_H and w * BW + a < POOL_W:
-                        share = tl.where(argmax == (k * BH + b) * POOL_W + w * BW + a, grad, 0.0)
-                        new = new + (share if k + w == 0 else cells[b * BW + a] + share,)
+                        wins = argmax == (k * BH + b) * POOL_W + w * BW + a
+                        if k + w == 0:
+                            new = new + (tl.where(wins, grad, 0.0),)
+                        else:
+                            # One instruction adds, or does not: a selected 0 that is added takes two.
+                            new = new + (tl.where(wins, cells[b * BW + a] + grad, cells[b * BW + a]),)
                     else:
                         new = new + (cells[b * BW + a],)
             cells = new
             if k + w == 0:
                 masked_grads = tl.where(argmax == NO_WINNER, 0.0, grad)
     return cells, masked_grads
+
+
+@triton.jit
+def _multiply(
+    weight_sums,
+    cells,
+    starts,
+    tops,
+    x,
+    y,
+    there,
+    cell_x,
+    cell_y,
+    height,
+    width,
+    conv_h,
+    conv_w,
+    line,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    STEP: tl.constexpr,
+    PERIOD_H: tl.constexpr,
+    PERIOD_W: tl.constexpr,
+    ROWS_FROM: tl.constexpr,
+    ROWS_TO: tl.constexpr,
+    COLUMNS_FROM: tl.constexpr,
+    COLUMNS_TO: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    TAP_ROWS: tl.constexpr,
+):
+    """Add a block's cells times the pixels under them to the sums of CHANNELS x INPUTS x TAP_ROWS x KW weights.
+
+    Of the arguments
+
+        starts, tops: for each input channel, as `_pixels` takes them, pointers to a row, and how far below it the patch
+            begins.
+        x, y: the patch's first column and row.
+        there: which lanes have a block at all.
+        cell_x, cell_y: the block's first cell.
+        height, width, conv_h, conv_w: of the image, and of the convolution.
+        line: elements, or pairs, from row to row.
+    """
+    WIDTH: tl.constexpr = (BW - 1) * STRIDE_W + KERNEL_W
+    HEIGHT: tl.constexpr = (BH - 1) * STRIDE_H + TAP_ROWS
+    done = ()
+    for c in tl.static_range(INPUTS):
+        patch = ()
+        for h in tl.static_range(HEIGHT):
+            inside = there
+            if TAP_ROWS < KERNEL_H and (ROWS_FROM > 0 or ROWS_TO < HEIGHT - TAP_ROWS + KERNEL_H):
+                inside = there & _below(y + h, height)
+            elif TAP_ROWS == KERNEL_H and (h < ROWS_FROM or h >= ROWS_TO):
+                inside = there & _inside(y, height, h, ROWS_FROM, ROWS_TO, PERIOD_H)
+            patch = patch + (
+                _pixels(
+                    starts[c],
+                    tops[c] + h * line,
+                    x,
+                    inside,
+                    width,
+                    WIDTH,
+                    STEP,
+                    COLUMNS_FROM,
+                    COLUMNS_TO,
+                    PERIOD_W,
+                    True,
+                    PAIRS,
+                ),
+            )
+        for r in tl.static_range(TAP_ROWS):
+            seen = ()
+            for b in tl.static_range(BH):
+                for a in tl.static_range(BW):
+                    for q in tl.static_range(KERNEL_W):
+                        pixel = patch[b * STRIDE_H + r][a * STRIDE_W + q]
+                        if CLIPPED:
+                            # A cell that is not there must not meet an infinity.
+                            pixel = tl.where(_below(cell_y + b, conv_h) & _below(cell_x + a, conv_w), pixel, 0.0)
+                        seen = seen + (pixel,)
+            for o in tl.static_range(CHANNELS):
+                for q in tl.static_range(KERNEL_W):
+                    total = weight_sums[((c * TAP_ROWS + r) * CHANNELS + o) * KERNEL_W + q]
+                    for k in tl.static_range(BH * BW):
+                        total = tl.fma(cells[o * BH * BW + k], seen[k * KERNEL_W + q], total)
+                    done = done + (total,)
+    return done
+
+
+@triton.jit
+def _store_parts(
+    partials_ptr,
+    part,
+    weight_sums,
+    bias_sums,
+    first,
+    in_channel,
+    first_row,
+    with_bias,
+    IN_CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    TAP_ROWS: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Add up all lanes' sums, and store them in a row of the partial sums: the weight's, then the biases'."""
+    WEIGHTS: tl.constexpr = OUT_CHANNELS * IN_CHANNELS * KERNEL_H * KERNEL_W
+    partials_ptr += part.to(INDEX) * (WEIGHTS + OUT_CHANNELS)
+    for c in tl.static_range(INPUTS):
+        for o in tl.static_range(CHANNELS):
+            entry = ((first + o) * IN_CHANNELS + in_channel + c) * (KERNEL_H * KERNEL_W) + first_row * KERNEL_W
+            for r in tl.static_range(TAP_ROWS):
+                for q in tl.static_range(KERNEL_W):
+                    total = weight_sums[((c * TAP_ROWS + r) * CHANNELS + o) * KERNEL_W + q]
+                    tl.store(partials_ptr + (entry + r * KERNEL_W + q), tl.sum(total))
+    if with_bias:
+        for o in tl.static_range(CHANNELS):
+            tl.store(partials_ptr + (WEIGHTS + first + o), tl.sum(bias_sums[o]))
 
 
 @triton.jit(do_not_specialize=["images", "input_h", "input_w", "output_h", "output_w"])
@@ -596,10 +728,8 @@ def _grad_weight_kernel(
     BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
     RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H if POOL_H > POOL_STRIDE_H else 0
     RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W if POOL_W > POOL_STRIDE_W else 0
-    WIDTH: tl.constexpr = (BW - 1) * STRIDE_W + KERNEL_W
     PERIOD_H: tl.constexpr = POOL_STRIDE_H * STRIDE_H
     PERIOD_W: tl.constexpr = POOL_STRIDE_W * STRIDE_W
-    HEIGHT: tl.constexpr = (BH - 1) * STRIDE_H + TAP_ROWS
     STEP: tl.constexpr = IN_CHANNELS if LAST else 1
     TAPS: tl.constexpr = TAP_ROWS * KERNEL_W
     TALL: tl.constexpr = KERNEL_H // TAP_ROWS
@@ -677,63 +807,338 @@ def _grad_weight_kernel(
             for o in tl.static_range(CHANNELS):
                 done = done + (bias_sums[o] + masked_grads[o],)
             bias_sums = done
-        done = ()
+        starts = ()
+        tops = ()
         for c in tl.static_range(INPUTS):
             pixels = row * (height * line * (1 if LAST else IN_CHANNELS)) + (corner + c * plane)
-            starts = input_ptr + (pixels if PAIRS < 0 else pixels * 2)
-            patch = ()
-            for h in tl.static_range(HEIGHT):
-                inside = there
-                if TALL > 1 and (ROWS_FROM > 0 or ROWS_TO < HEIGHT - TAP_ROWS + KERNEL_H):
-                    inside = there & _below(y + h, limit_h)
-                elif TALL == 1 and (h < ROWS_FROM or h >= ROWS_TO):
-                    inside = there & _inside(y, limit_h, h, ROWS_FROM, ROWS_TO, PERIOD_H)
-                patch = patch + (
-                    _pixels(
-                        starts,
-                        h * line,
-                        x,
-                        inside,
-                        limit_w,
-                        WIDTH,
-                        STEP,
-                        COLUMNS_FROM,
-                        COLUMNS_TO,
-                        PERIOD_W,
-                        True,
-                        PAIRS,
-                    ),
-                )
-            for r in tl.static_range(TAP_ROWS):
-                seen = ()
-                for b in tl.static_range(BH):
-                    for a in tl.static_range(BW):
-                        for q in tl.static_range(KERNEL_W):
-                            pixel = patch[b * STRIDE_H + r][a * STRIDE_W + q]
-                            if CLIPPED:
-                                # A cell that is not there must not meet an infinity.
-                                pixel = tl.where(_below(cell_y + b, conv_h) & _below(cell_x + a, conv_w), pixel, 0.0)
-                            seen = seen + (pixel,)
-                for o in tl.static_range(CHANNELS):
-                    for q in tl.static_range(KERNEL_W):
-                        total = weight_sums[((c * TAP_ROWS + r) * CHANNELS + o) * KERNEL_W + q]
-                        for k in tl.static_range(BH * BW):
-                            total = tl.fma(cells[o * BH * BW + k], seen[k * KERNEL_W + q], total)
-                        done = done + (total,)
-        weight_sums = done
+            starts = starts + (input_ptr + (pixels if PAIRS < 0 else pixels * 2),)
+            tops = tops + (0,)
+        weight_sums = _multiply(
+            weight_sums,
+            cells,
+            starts,
+            tops,
+            x,
+            y,
+            there,
+            cell_x,
+            cell_y,
+            limit_h,
+            limit_w,
+            conv_h,
+            conv_w,
+            line,
+            KERNEL_H,
+            KERNEL_W,
+            STRIDE_H,
+            STRIDE_W,
+            BH,
+            BW,
+            STEP,
+            PERIOD_H,
+            PERIOD_W,
+            ROWS_FROM,
+            ROWS_TO,
+            COLUMNS_FROM,
+            COLUMNS_TO,
+            CLIPPED,
+            PAIRS,
+            CHANNELS,
+            INPUTS,
+            TAP_ROWS,
+        )
 
-    WEIGHTS: tl.constexpr = OUT_CHANNELS * IN_CHANNELS * KERNEL_H * KERNEL_W
-    partials_ptr += part.to(INDEX) * (WEIGHTS + OUT_CHANNELS)
-    for c in tl.static_range(INPUTS):
-        for o in tl.static_range(CHANNELS):
-            entry = ((first + o) * IN_CHANNELS + in_channel + c) * (KERNEL_H * KERNEL_W) + first_row * KERNEL_W
-            for r in tl.static_range(TAP_ROWS):
-                for q in tl.static_range(KERNEL_W):
-                    total = weight_sums[((c * TAP_ROWS + r) * CHANNELS + o) * KERNEL_W + q]
-                    tl.store(partials_ptr + (entry + r * KERNEL_W + q), tl.sum(total))
-    if with_bias:
-        for o in tl.static_range(CHANNELS):
-            tl.store(partials_ptr + (WEIGHTS + first + o), tl.sum(bias_sums[o]))
+    _store_parts(
+        partials_ptr,
+        part,
+        weight_sums,
+        bias_sums,
+        first,
+        in_channel,
+        first_row,
+        with_bias,
+        IN_CHANNELS,
+        OUT_CHANNELS,
+        KERNEL_H,
+        KERNEL_W,
+        CHANNELS,
+        INPUTS,
+        TAP_ROWS,
+        INDEX,
+    )
+
+
+@triton.jit
+def _shares(
+    grads,
+    argmaxes,
+    top,
+    there,
+    j,
+    pooled_w,
+    waiting,
+    bias_sums,
+    column_step,
+    out_plane,
+    POOL_H: tl.constexpr,
+    POOL_W: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    RH: tl.constexpr,
+    RW: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Spread a row of windows over the cells of the blocks that they reach, for CHANNELS output channels.
+
+    Returns the gradients of the block's own BH x BW cells, what the RH blocks below it have got so far, and the biases'
+    sums. Of the arguments
+
+        grads, argmaxes: pointers to the block's own window of the first channel, if it lay in the first row.
+        top: elements from there to the block's row.
+        there: which lanes have a block, and windows in this row.
+        j: the block's column; windows up to RW left of it reach the block.
+        waiting: what rows of windows above sent to this block and to those below it.
+        bias_sums: to which the gradients of the block's own windows are added, but for those without a winner.
+        column_step, out_plane: elements from window to window and from channel to channel.
+    """
+    cells = ()
+    sent = ()
+    done = ()
+    for o in tl.static_range(CHANNELS):
+        grad = ()
+        argmax = ()
+        for w in tl.static_range(RW + 1):
+            mask = there & (j >= w) & (j < pooled_w + w)
+            # Without a winner the gradient is not looked at.
+            grad = grad + (tl.load(grads + (top + o * out_plane) - w * column_step, mask=mask).to(tl.float32),)
+            found = tl.load(argmaxes + (top + o * out_plane) - w * column_step, mask=mask, other=NO_WINNER)
+            argmax = argmax + (found.to(tl.int32),)
+        for k in tl.static_range(RH + 1):
+            for b in tl.static_range(BH):
+                for a in tl.static_range(BW):
+                    total = tl.zeros(there.shape, tl.float32)
+                    if k * BH + b < POOL_H:
+                        for w in tl.static_range(RW + 1):
+                            if w * BW + a < POOL_W:
+                                wins = argmax[w] == (k * BH + b) * POOL_W + w * BW + a
+                                if w == 0 and (k + 1) * BH + b < POOL_H:
+                                    total = waiting[(o * RH * BH + k * BH + b) * BW + a]
+                                if w == 0 and (k + 1) * BH + b >= POOL_H:
+                                    total = tl.where(wins, grad[w], 0.0)
+                                else:
+                                    total = tl.where(wins, total + grad[w], total)
+                    if k == 0:
+                        cells = cells + (total,)
+                    else:
+                        sent = sent + (total,)
+        done = done + (tl.where(argmax[0] == NO_WINNER, bias_sums[o], bias_sums[o] + grad[0]),)
+    return cells, sent, done
+
+
+@triton.jit(do_not_specialize=["images", "input_h", "input_w", "output_h", "output_w", "chunk"])
+def _sliding_grad_weight_kernel(
+    grad_ptr,
+    argmax_ptr,
+    input_ptr,
+    partials_ptr,
+    images,
+    input_h,
+    input_w,
+    output_h,
+    output_w,
+    chunk,
+    IN_CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    POOL_H: tl.constexpr,
+    POOL_W: tl.constexpr,
+    POOL_STRIDE_H: tl.constexpr,
+    POOL_STRIDE_W: tl.constexpr,
+    POOL_PADDING_H: tl.constexpr,
+    POOL_PADDING_W: tl.constexpr,
+    FIXED_H: tl.constexpr,
+    FIXED_W: tl.constexpr,
+    FIXED_POOLED_H: tl.constexpr,
+    FIXED_POOLED_W: tl.constexpr,
+    LAST: tl.constexpr,
+    ROWS_FROM: tl.constexpr,
+    ROWS_TO: tl.constexpr,
+    COLUMNS_FROM: tl.constexpr,
+    COLUMNS_TO: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Gradients of the weight and the bias as of `_grad_weight_kernel`, for windows that overlap from row to row.
+
+    Tile: a lane owns a column of blocks and slides down `chunk` rows of it, image after image, so that a window is
+    loaded once for all blocks below each other; what it sends to the blocks below its own waits in registers. The first
+    RH rows of a later chunk are spread once more, without products.
+
+    Shapes, strides and sums are as of `_grad_weight_kernel`; a part for each program along the second and third axis.
+    """
+    BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
+    BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
+    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H if POOL_H > POOL_STRIDE_H else 0
+    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W if POOL_W > POOL_STRIDE_W else 0
+    PERIOD_H: tl.constexpr = POOL_STRIDE_H * STRIDE_H
+    PERIOD_W: tl.constexpr = POOL_STRIDE_W * STRIDE_W
+    STEP: tl.constexpr = IN_CHANNELS if LAST else 1
+    height = FIXED_H if FIXED_H > 0 else input_h
+    width = FIXED_W if FIXED_W > 0 else input_w
+    pooled_h = FIXED_POOLED_H if FIXED_POOLED_H > 0 else output_h
+    pooled_w = FIXED_POOLED_W if FIXED_POOLED_W > 0 else output_w
+    in_tiles: tl.constexpr = (IN_CHANNELS + INPUTS - 1) // INPUTS
+    in_channel = tl.minimum(tl.program_id(0) % in_tiles * INPUTS, IN_CHANNELS - INPUTS)
+    first = tl.minimum(tl.program_id(0) // in_tiles * CHANNELS, OUT_CHANNELS - CHANNELS)
+    with_bias = tl.program_id(0) % in_tiles == 0
+    part = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+    begin = tl.program_id(2) * chunk
+    columns = pooled_w + RW
+    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    step = tl.num_programs(1) * BLOCK // columns
+    image = tl.where(lane < step * columns, lane // columns, images)
+    j = lane % columns
+    cell_x = j * POOL_STRIDE_W - POOL_PADDING_W
+    x = cell_x * STRIDE_W - PADDING_W
+    # From here on offsets of pixels count pairs, where pairs are loaded.
+    line = width * STEP if PAIRS < 0 else width >> 1
+    plane = 1 if LAST else height * line
+    corner = (x * STEP if PAIRS < 0 else (x + PAIRS) >> 1) + in_channel * plane
+    column_step = OUT_CHANNELS if LAST else 1
+    row_step = pooled_w * column_step
+    out_plane = 1 if LAST else pooled_h * pooled_w
+    window = j * column_step + first * out_plane
+    limit_h, limit_w = chunk * 0 + height, x * 0 + width
+    conv_h = (limit_h + (2 * PADDING_H - KERNEL_H)) // STRIDE_H + 1
+    conv_w = (limit_w + (2 * PADDING_W - KERNEL_W)) // STRIDE_W + 1
+
+    weight_sums = ()
+    bias_sums = ()
+    zero = tl.zeros((BLOCK,), tl.float32)
+    for _ in tl.static_range(INPUTS * CHANNELS * KERNEL_H * KERNEL_W):
+        weight_sums = weight_sums + (zero,)
+    for _ in tl.static_range(CHANNELS):
+        bias_sums = bias_sums + (zero,)
+    for _round in range((images + step - 1) // step):
+        there = image < images
+        row = tl.minimum(image, images - 1).to(INDEX)
+        image += step
+        offset = row * (OUT_CHANNELS * pooled_h * pooled_w) + window
+        pixels = row * (height * line * (1 if LAST else IN_CHANNELS)) + corner
+        corners = input_ptr + (pixels if PAIRS < 0 else pixels * 2)
+        waiting = ()
+        for _ in tl.static_range(CHANNELS * RH * BH * BW):
+            waiting = waiting + (zero,)
+        # Rows of windows above a later chunk reach into it.
+        for t in range(tl.maximum(begin - RH, 0), begin):
+            _cells_above, waiting, _bias_sums = _shares(
+                grad_ptr + offset,
+                argmax_ptr + offset,
+                t * row_step,
+                there & (t < pooled_h),
+                j,
+                pooled_w,
+                waiting,
+                bias_sums,
+                column_step,
+                out_plane,
+                POOL_H,
+                POOL_W,
+                BH,
+                BW,
+                RH,
+                RW,
+                CHANNELS,
+            )
+        for t in range(begin, tl.minimum(begin + chunk, pooled_h + RH)):
+            cells, waiting, bias_sums = _shares(
+                grad_ptr + offset,
+                argmax_ptr + offset,
+                t * row_step,
+                there & (t < pooled_h),
+                j,
+                pooled_w,
+                waiting,
+                bias_sums,
+                column_step,
+                out_plane,
+                POOL_H,
+                POOL_W,
+                BH,
+                BW,
+                RH,
+                RW,
+                CHANNELS,
+            )
+            cell_y = t * POOL_STRIDE_H - POOL_PADDING_H
+            y = cell_y * STRIDE_H - PADDING_H
+            tops = ()
+            starts = ()
+            for c in tl.static_range(INPUTS):
+                tops = tops + (y * line + c * plane,)
+                starts = starts + (corners,)
+            weight_sums = _multiply(
+                weight_sums,
+                cells,
+                starts,
+                tops,
+                x,
+                y,
+                there,
+                cell_x,
+                cell_y,
+                limit_h,
+                limit_w,
+                conv_h,
+                conv_w,
+                line,
+                KERNEL_H,
+                KERNEL_W,
+                STRIDE_H,
+                STRIDE_W,
+                BH,
+                BW,
+                STEP,
+                PERIOD_H,
+                PERIOD_W,
+                ROWS_FROM,
+                ROWS_TO,
+                COLUMNS_FROM,
+                COLUMNS_TO,
+                CLIPPED,
+                PAIRS,
+                CHANNELS,
+                INPUTS,
+                KERNEL_H,
+            )
+
+    _store_parts(
+        partials_ptr,
+        part,
+        weight_sums,
+        bias_sums,
+        first,
+        in_channel,
+        0,
+        with_bias,
+        IN_CHANNELS,
+        OUT_CHANNELS,
+        KERNEL_H,
+        KERNEL_W,
+        CHANNELS,
+        INPUTS,
+        KERNEL_H,
+        INDEX,
+    )
 
 
 @triton.jit
@@ -1199,33 +1604,43 @@ def grad_weight(
     """
     height, width = axes = _geometry(geometry, input, weight, argmax.shape[2:])
     out_channels, in_channels, kernel_h, _ = weight.shape
-    size = (argmax.shape[2] + height.reach) * (argmax.shape[3] + width.reach)
+    images, columns, rows = input.shape[0], argmax.shape[3] + width.reach, argmax.shape[2] + height.reach
     channels, inputs = min(options["CHANNELS"], out_channels), min(options.get("INPUTS", 1), in_channels)
     tap_rows = options.get("TAP_ROWS", kernel_h)
     tiles = cdiv(out_channels, channels) * cdiv(in_channels, inputs) * (kernel_h // tap_rows)
-    # One warp a program: its lanes are then summed without a barrier. As many as some 132 multiprocessors hold at once,
-    # with four images or more a lane, and at least one lane for each block.
+    # One warp a program: its lanes are then summed without a barrier. As many as some 132 multiprocessors hold at once.
     block, registers = 1024 if INTERPRETED else 32 * options.get("POSITIONS", 1), options.get("maxnreg", 168)
-    programs = 132 * (65536 // (32 * registers))
-    parts = max(cdiv(size, block), min(cdiv(argmax.shape[0] * size, 4 * block), programs // tiles))
-    partials = empty((parts, weight.numel() + out_channels), input, torch.float32)
+    programs = 132 * (65536 // (32 * registers)) // tiles
+    constants = _constants(geometry, input, weight, last, axes, options) | _always_inside(axes)
+    constants |= {"BLOCK": block, "CHANNELS": channels, "INPUTS": inputs}
+    grid: tuple[int, ...]
+    chunk: tuple[int, ...] = ()
+    if options.get("SLIDE", 0) and height.reach > 0 and tap_rows == kernel_h:
+        # As few programs as take the same number of rounds; columns are cut where there are not enough of them.
+        parts = max(cdiv(columns, block), min(cdiv(images * columns, block), programs))
+        parts = cdiv(cdiv(images, cdiv(images, parts * block // columns)) * columns, block)
+        chunk = (cdiv(rows, max(1, min(rows // 4, programs // parts))),)
+        kernel, grid = _sliding_grad_weight_kernel, (tiles, parts, cdiv(rows, chunk[0]))
+    else:
+        # Four images or more a lane, and at least one lane for each block.
+        size = rows * columns
+        parts = max(cdiv(size, block), min(cdiv(images * size, 4 * block), programs))
+        kernel, grid = _grad_weight_kernel, (tiles, parts)
+        constants["TAP_ROWS"] = tap_rows
+    partials = empty((math.prod(grid[1:]), weight.numel() + out_channels), input, torch.float32)
     launch(
-        _grad_weight_kernel,
-        (tiles, parts),
+        kernel,
+        grid,
         grad_output,
         argmax,
         input,
         partials,
-        input.shape[0],
+        images,
         *input.shape[2:],
         *argmax.shape[2:],
-        **_constants(geometry, input, weight, last, axes, options),
-        **_always_inside(axes),
+        *chunk,
+        **constants,
         INDEX=index_type(input, grad_output, partials),
-        BLOCK=block,
-        CHANNELS=channels,
-        INPUTS=inputs,
-        TAP_ROWS=tap_rows,
         num_warps=1,
         num_stages=1,
         **_registers(registers),

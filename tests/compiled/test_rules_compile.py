@@ -16,6 +16,10 @@ RULED = {
     "CIFAR's tutorial": conv_case("", (8192, 3, 32, 32), (6, 3, 5, 5)),
     "digits": conv_case("", (8192, 1, 28, 28), (32, 1, 3, 3)),
     "sixteen channels": conv_case("", (8192, 16, 14, 14), (32, 16, 3, 3)),
+    "digits, overlapping windows": conv_case("", (8192, 1, 28, 28), (32, 1, 3, 3), pool_size=3, pool_stride=2),
+    "sixteen channels, padded, overlapping windows": conv_case(
+        "", (8192, 16, 16, 16), (32, 16, 3, 3), padding=1, pool_size=3, pool_stride=2
+    ),
     "padded, overlapping windows": conv_case(
         "", (1024, 3, 32, 32), (32, 3, 5, 5), padding=2, pool_size=3, pool_stride=2
     ),

@@ -105,7 +105,10 @@ CONSTANTS = {"patch_dot": "OUT_PAD", "patch_fma": "POOL_STRIDE_H", "column_fma":
 def expect(launches, **variants: str) -> None:
     """Assert that these kernels ran, each of its variant, and no other of the convolution's."""
     found = {
-        name: variant for name, options in launches for variant, constant in CONSTANTS.items() if constant in options
+        name.replace("_sliding", ""): variant
+        for name, options in launches
+        for variant, constant in CONSTANTS.items()
+        if constant in options
     }
     assert found == {f"_{name}_kernel": variant for name, variant in variants.items()}
 
@@ -170,6 +173,9 @@ RULED = [
     conv_case("smaller than a block's patch", (2, 1, 5, 4), (2, 1, 5, 5), padding=2, pool_size=3, pool_stride=2),
     conv_case("overlapping windows", (3, 2, 9, 10), (3, 2, 3, 3), padding=1, pool_size=3, pool_stride=2),
     conv_case("windows that share two rows", (2, 1, 7, 6), (2, 1, 2, 2), pool_size=3, pool_stride=1),
+    conv_case("overlapping from row to row", (2, 2, 9, 7), (2, 2, 3, 2), pool_size=(3, 2), pool_stride=(1, 2)),
+    conv_case("rows in two chunks", (2, 1, 21, 9), (2, 1, 3, 3), pool_size=3, pool_stride=2),
+    conv_case("rows in chunks that windows outreach", (2, 1, 20, 9), (2, 1, 2, 2), pool_size=5, pool_stride=1),
     conv_case("overlapping one way", (2, 2, 7, 9), (2, 2, 2, 3), pool_size=(3, 2), pool_stride=(3, 1)),
     conv_case("windows of 3 x 3", (2, 1, 11, 10), (4, 1, 3, 2), pool_size=3),
     conv_case("gaps between windows", (2, 2, 9, 10), (3, 2, 2, 2), pool_size=2, pool_stride=3),
@@ -194,6 +200,16 @@ def test_the_rule_takes_few_channels_to_the_fma_units(case, mode, conv, device, 
 def test_what_the_rule_takes_equals_stock_where_arithmetic_is_exact(case, conv, device, launches):
     conv.exact(case, case.exact(torch.float32, device=device))
     expect(launches, forward="patch_fma", grad_input="patch_fma", grad_weight="patch_fma")
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "channels_last"])
+def test_windows_that_overlap_are_loaded_once_for_a_column(kind, conv, device, launches):
+    """The weight's gradient slides down columns, in several chunks of rows, and adds up to what stock does."""
+    case = conv_case("sliding", (3, 2, 21, 10), (5, 2, 3, 3), padding=1, pool_size=3, pool_stride=2)
+    tensors = case.exact(torch.float32, device=device)
+    tensors["input"] = awkward(tensors["input"], kind) if kind != "contiguous" else tensors["input"]
+    conv.exact(case, tensors)
+    assert [name for name, _ in launches if "grad_weight" in name] == ["_sliding_grad_weight_kernel"]
 
 
 @pytest.mark.wide
@@ -281,6 +297,16 @@ def test_where_the_rule_ends():
     assert variant("forward", 3, True, (32, 32), (12, 12)) is None
     dilated = conv_case("", (1,), (1, 1, 3, 3), dilation=2).geometry
     assert variant("forward", 3, True, geometry=dilated) is None
+
+
+@pytest.mark.parametrize(
+    ("pool", "step", "channels", "target", "slides"),
+    [(3, 2, 16, "sm_90", 1), (3, 2, 16, "sm_100", 0), (3, 2, 1, "sm_100", 1), (2, 2, 16, "sm_90", 0)],
+)
+def test_windows_that_overlap_slide_where_registers_hold_them(pool, step, channels, target, slides):
+    geometry = conv_case("", (1,), (1, 1, 3, 3), pool_size=pool, pool_stride=step).geometry
+    rule = rules.choose("grad_weight", geometry, channels, 32, (3, 3), (16, 16), False, target)
+    assert rule.options.get("SLIDE", 0) == slides
 
 
 if hasattr(st, "composite"):

@@ -1,36 +1,24 @@
-"""Kernels of max_pool2d(relu(conv2d(input, weight, bias))) for a block of 16 images, and of its gradients.
+"""Kernels of max_pool2d(relu(conv2d(input, weight, bias))) for a block of 16 images; `gradients` has the backward.
 
 With X the (padded) input, C the convolution's pixels, and each window w a list of pixels of C:
 
     C[o, p]  = bias[o] + sum over c, t of  weight[o, c, t] * X[c, p + t]
     Y[o, w]  = max(0, C[o, p] over the pixels p of w),   A[o, w] = the winning cell, NO_WINNER where none is above 0
-    G[o, p]  = sum over the windows w that p won of  grad_Y[o, w]
-    grad_weight[o, c, t] = sum over images and p of  G[o, p] * X[c, p + t]
-    grad_X[c, i]         = sum over o, t of  G[o, i - t] * weight[o, c, t]
 
 Layout. Every number stands 16 times, once for each image of the block: X is [channel, pixel, image], so that any
 pixel is one aligned vector and the inner loops never see a window, a stride or an edge. `plan` has turned these into
-offsets. All three sums have one form, ``tile[i, j] += rows[i] * columns[j]``, with as many vectors of sums as the
-registers hold:
-
-    ============  =====================  =======================  =============
-    sum           rows                   columns                  runs over
-    ============  =====================  =======================  =============
-    forward       pixels of X            weights of filters       channels, taps
-    grad_weight   taps of X              filters of G             pixels
-    grad_X        pixels of G            weights of channels      filters, taps
-    ============  =====================  =======================  =============
+offsets. The sum is ``tile[i, j] += rows[i] * columns[j]`` over channels and taps, with pixels of X as rows, weights of
+filters as columns, and as many vectors of sums as the registers hold.
 
 A weight is one number for all images and is spread over a vector as it is loaded. With AVX-512 a tile of 4 x 6 takes
 10 loads and 24 FMAs for each step of the sum. With AVX2 a vector takes two registers and a tile of 3 x 2 takes 8 loads
 and 12 FMAs. Both keep the FMA units of a core busy.
 
-Of one image, 16 filters or channels are the lanes instead, and rows are spread: see `image`. The loops are the same.
+Of one image, 16 filters are the lanes instead, and rows are spread: see `image`. The loops are the same.
 
 C is computed in the order in which windows need it; a window is pooled once its last pixel is there, out of the
-first-level cache. G exists for a few filters at a time. So an image costs 2 * O * C * T * P FLOP for each of the three
-sums, and nothing at the convolution's resolution leaves the core. Every sum is broken into chains of at most
-`CHAIN` products.
+first-level cache. An image costs 2 * O * C * T * P FLOP, and nothing at the convolution's resolution leaves the core.
+Every sum is broken into chains of at most `CHAIN` products.
 """
 
 from __future__ import annotations

@@ -138,19 +138,21 @@ def gradients(width: int) -> Any:
     @inlined
     def winners(plan, grads, argmax, frame, places, factors):
         """List a filter's winners: places in the frame, and gradients; return how many there are."""
-        count, place, step = 0, field(plan, record.PLACE), 8 * field(plan, record.CELLS) + 8
+        count, offsets = 0, field(plan, record.CELL_OFFSET)
+        column_step = field(plan, record.WINDOW_COLUMN_STEP)
         grad_row, grad_column = field(plan, record.GRAD_STEPS + 2), field(plan, record.GRAD_STEPS + 3)
         argmax_row, argmax_column = field(plan, record.ARGMAX_STEPS + 2), field(plan, record.ARGMAX_STEPS + 3)
         columns = field(plan, record.POOLED_COLUMNS)
         for row in range(field(plan, record.POOLED_ROWS)):
+            window = frame + row * field(plan, record.WINDOW_ROW_STEP)
             grad, arg = grads + row * grad_row, argmax + row * argmax_row
             for _ in range(columns):
                 # What does not count is written, too, and then overwritten: a branch would be mispredicted.
                 cell = byte_at(arg) + 1 & NO_WINNER
-                set_long(places + 8 * count, frame + field(place, cell))
+                set_long(places + 8 * count, window + field(offsets, cell))
                 set_float(factors + 4 * count, float_at(grad))
                 count += cell + NO_WINNER >> 8
-                place += step
+                window += column_step
                 grad += grad_column
                 arg += argmax_column
         return count
@@ -193,28 +195,27 @@ def gradients(width: int) -> Any:
         lists: for each cell, and for no cell, its end, then the weights and the gradients of its filters.
         """
         cells, own, row_bytes = field(plan, record.CELLS), field(plan, record.FILTERS), field(plan, record.ROW_BYTES)
-        place, offsets, each = field(plan, record.PLACE), field(plan, record.VECTOR), 8 + ENTRY * own
-        grad_step, argmax_step = field(plan, record.GRAD_STEPS + 1), field(plan, record.ARGMAX_STEPS + 1)
+        cell_offsets, offsets, each = field(plan, record.CELL_OFFSET), field(plan, record.VECTOR), 8 + ENTRY * own
         for row in range(field(plan, record.POOLED_ROWS)):
-            for column in range(field(plan, record.POOLED_COLUMNS)):
+            window = frame + row * field(plan, record.WINDOW_ROW_STEP)
+            first_grad = grads + row * field(plan, record.GRAD_STEPS + 2)
+            first_arg = argmax + row * field(plan, record.ARGMAX_STEPS + 2)
+            for _ in range(field(plan, record.POOLED_COLUMNS)):
                 for k in range(cells + 1):
                     set_long(lists + each * k, lists + each * k + 8)
-                grad = grads + row * field(plan, record.GRAD_STEPS + 2) + column * field(plan, record.GRAD_STEPS + 3)
-                arg = (
-                    argmax + row * field(plan, record.ARGMAX_STEPS + 2) + column * field(plan, record.ARGMAX_STEPS + 3)
-                )
+                grad, arg = first_grad, first_arg
                 for o in range(own):
                     head = lists + each * (byte_at(arg) + 1 & NO_WINNER)
                     end = long_at(head)
                     set_long(end, weights + row_bytes * o)
                     set_float(end + 8, float_at(grad))
                     set_long(head, end + ENTRY)
-                    grad += grad_step
-                    arg += argmax_step
+                    grad += field(plan, record.GRAD_STEPS + 1)
+                    arg += field(plan, record.ARGMAX_STEPS + 1)
                 for k in range(1, cells + 1):
                     first, end = lists + each * k + 8, long_at(lists + each * k)
                     if end > first:
-                        target = frame + field(place, k)
+                        target = window + field(cell_offsets, k)
                         for t in range(field(plan, record.TILES)):
                             vector = longs_at(offsets + 8 * width * t, many)
                             for start in range(first, end, ENTRY * CHAIN):
@@ -224,7 +225,9 @@ def gradients(width: int) -> Any:
                                     tile = add_products(tile, values, splat(e + 8, ONE))
                                 # Vector by vector: short runs overlap.
                                 add_tile(target, vector, 0, tile)
-                place += 8 * cells + 8
+                window += field(plan, record.WINDOW_COLUMN_STEP)
+                first_grad += field(plan, record.GRAD_STEPS + 3)
+                first_arg += field(plan, record.ARGMAX_STEPS + 3)
 
     @inlined
     def exact_grad_input(plan, count, places, factors, weights):
@@ -247,6 +250,7 @@ def gradients(width: int) -> Any:
         """
         groups, own, row_bytes = field(plan, record.GROUPS), field(plan, record.FILTERS), field(plan, record.ROW_BYTES)
         frame_bytes, plane = field(plan, record.FRAME_BYTES), field(plan, record.PLANE_BYTES)
+        grad_step, argmax_step = field(plan, record.GRAD_STEPS + 1), field(plan, record.ARGMAX_STEPS + 1)
         frame, grad_frame = scratch, scratch + frame_bytes
         sums = grad_frame + frame_bytes
         biases = sums + row_bytes * groups * own
@@ -262,11 +266,7 @@ def gradients(width: int) -> Any:
                 plain = finite(frame, frame_bytes)
             rest = 0.0
             for o in range(groups * own):
-                grad, arg = (
-                    grads + o * field(plan, record.GRAD_STEPS + 1),
-                    argmax + o * field(plan, record.ARGMAX_STEPS + 1),
-                )
-                own_frame = frame + o // own * plane
+                grad, arg, own_frame = grads + o * grad_step, argmax + o * argmax_step, frame + o // own * plane
                 number = winners(plan, grad, arg, own_frame, places, factors)
                 total = total_of(factors, number)
                 rest += 0.0 * total
@@ -279,31 +279,29 @@ def gradients(width: int) -> Any:
                 fill(grad_frame, frame_bytes)
                 if long_at(weights) == 0 and rest == 0.0:
                     for group in range(groups):
-                        first = group * own
-                        grad_input(
-                            plan,
-                            grads + first * field(plan, record.GRAD_STEPS + 1),
-                            argmax + first * field(plan, record.ARGMAX_STEPS + 1),
-                            weights + BYTES + row_bytes * first,
-                            places,
-                            grad_frame + group * plane,
-                        )
+                        first, rows = group * own, weights + BYTES + row_bytes * group * own
+                        grad, arg = grads + first * grad_step, argmax + first * argmax_step
+                        grad_input(plan, grad, arg, rows, places, grad_frame + group * plane)
                 else:
                     for o in range(groups * own):
-                        grad = grads + o * field(plan, record.GRAD_STEPS + 1)
-                        arg = argmax + o * field(plan, record.ARGMAX_STEPS + 1)
-                        number = everything(plan, grad, arg, grad_frame + o // own * plane, dense, places, factors)
+                        # Filter by filter in the other frame: all in one would be one long chain of additions.
+                        fill(frame, frame_bytes)
+                        grad, arg, own_frame = grads + o * grad_step, argmax + o * argmax_step, frame + o // own * plane
+                        number = everything(plan, grad, arg, own_frame, dense, places, factors)
                         exact_grad_input(plan, number, places, factors, weights + BYTES + row_bytes * o)
+                        for offset in range(0, frame_bytes, BYTES):
+                            add_tile(grad_frame + offset, ONE, 0, load(frame + offset, ONE))
+                    fill(frame, frame_bytes)
                 exchange(plan, False, target, record.TARGET_STEPS + 1, grad_frame)
                 target += field(plan, record.TARGET_STEPS)
             source += field(plan, record.SOURCE_STEPS)
             grads += field(plan, record.GRAD_STEPS)
             argmax += field(plan, record.ARGMAX_STEPS)
         if weight_sums != 0:
-            places, products = field(plan, record.LANE), field(plan, record.PRODUCTS)
+            lanes, products = field(plan, record.LANE), field(plan, record.PRODUCTS)
             for o in range(groups * own):
                 for i in range(products):
-                    value = float_at(sums + row_bytes * o + field(places, i))
+                    value = float_at(sums + row_bytes * o + field(lanes, i))
                     set_float(weight_sums, float_at(weight_sums) + value)
                     weight_sums += 4
                 set_float(bias_sums + 4 * o, float_at(bias_sums + 4 * o) + float_at(biases + 4 * o))

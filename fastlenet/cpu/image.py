@@ -1,17 +1,10 @@
-"""Kernels of a chain for a few images, one after the other: lanes are 16 filters, channels or inputs of one image.
+"""Kernels of a chain for a few images, one after the other: lanes are 16 filters or inputs of one image.
 
 A block of 16 images keeps its lanes idle where there are fewer. Here a vector holds 16 filters of one pixel, and
-`convolution`'s loop nests run with their factors exchanged: pixels are spread, weights are vectors.
+`convolution`'s forward runs with its factors exchanged: pixels are spread, weights are vectors. What passes between
+layers is [vector of 16 filters, pixel, filter]. The gradients are `gradients`' kernel, which knows images alone.
 
-    ============  ==================  =====================  =============
-    sum           rows, spread        columns, vectors       runs over
-    ============  ==================  =====================  =============
-    forward       pixels of X         weights of 16 filters  channels, taps
-    grad_weight   taps of X           16 filters of G        pixels
-    grad_X        pixels of G         weights of 16 channels filters, taps
-    ============  ==================  =====================  =============
-
-What passes between layers is [vector of 16 filters, pixel, filter]. A linear layer reads its weight as it lies: in the
+A linear layer reads its weight as it lies: in the
 forward lanes are 16 inputs, whose sums are added up at the end.
 """
 

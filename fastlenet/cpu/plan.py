@@ -370,10 +370,12 @@ def gradients_of(
     channel, tap = torch.meshgrid(torch.arange(depth), torch.arange(taps), indexing="ij")
     in_run = tap % together * depth + channel
     lane = tap // together * each * BYTES + in_run * 4
-    cell = _window_cells(conv, pooled, geometry)
-    place = cell // conv[1] * step_h * pitch + cell % conv[1] * step_w * pixel
+    row_step, column_step = step_h * pitch, step_w * pixel
+    rows, columns = (
+        torch.arange(geometry.pool_size[i]) * geometry.pool_dilation[i] - geometry.pool_padding[i] for i in (0, 1)
+    )
     tables = {
-        record.PLACE: F.pad(torch.where(cell >= 0, place, 0), (1, 0)),
+        record.CELL_OFFSET: F.pad((rows[:, None] * row_step + columns * column_step).flatten(), (1, 0)),
         record.VECTOR: torch.tensor(vector),
         record.MASK: mask.flatten().view(torch.int64),
         record.LANE: lane,
@@ -389,8 +391,10 @@ def gradients_of(
         record.POOLED_COLUMNS: pooled[1],
         record.CONV_ROWS: conv[0],
         record.CONV_COLUMNS: conv[1],
-        record.CONV_ROW_STEP: step_h * pitch,
-        record.CONV_COLUMN_STEP: step_w * pixel,
+        record.CONV_ROW_STEP: row_step,
+        record.CONV_COLUMN_STEP: column_step,
+        record.WINDOW_ROW_STEP: geometry.pool_stride[0] * row_step,
+        record.WINDOW_COLUMN_STEP: geometry.pool_stride[1] * column_step,
         record.ROWS: height,
         record.COLUMNS: width,
         record.PITCH: pitch,
@@ -410,7 +414,7 @@ def gradients_of(
         (record.TARGET_STEPS, target),
     ):
         numbers |= {first + i: step for i, step in enumerate(steps)}
-    places = 8 * _ceil(max(len(cell), conv[0] * conv[1]) + 1, 8) * 8
+    places = 8 * _ceil(max(pooled[0] * pooled[1], conv[0] * conv[1]) + 1, 8) * 8
     numbers[record.LIST_BYTES] = places
     memory = _table(record.GRADIENTS_SIZE, numbers, tables)
     packed = row * all_filters

@@ -40,11 +40,13 @@ BOTH = (
 (
     POOLED_ROWS,
     POOLED_COLUMNS,
-    PLACE,  # table: for each window and no cell, then each cell, the place of its pixel in the frame
+    CELL_OFFSET,  # table: 0 for no cell, then for each cell offset of its pixel in the frame from the window's first
     CONV_ROWS,
     CONV_COLUMNS,
     CONV_ROW_STEP,  # from row to row of the convolution's pixels in the frame
     CONV_COLUMN_STEP,
+    WINDOW_ROW_STEP,  # from row to row of windows in the frame
+    WINDOW_COLUMN_STEP,
     ROWS,  # of the images, without padding
     COLUMNS,
     PITCH,  # from row to row of the frame
@@ -60,7 +62,7 @@ BOTH = (
     DENSE_BYTES,  # size of a filter's gradient at the convolution's resolution
     LIST_BYTES,  # size of the places of a filter's pixels
     FIRST_STEPS,
-) = range(len(BOTH), len(BOTH) + 22)
+) = range(len(BOTH), len(BOTH) + 24)
 
 # Four steps each: from image to image, channel to channel, row to row, column to column.
 SOURCE_STEPS, GRAD_STEPS, ARGMAX_STEPS, TARGET_STEPS, GRADIENTS_SIZE = range(FIRST_STEPS, FIRST_STEPS + 17, 4)

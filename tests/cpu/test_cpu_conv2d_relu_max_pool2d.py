@@ -272,6 +272,21 @@ def test_nan_and_infinities_in_the_upstream_gradient(value):
             assert result.grads["bias"].isfinite().all() == (position == closed)
 
 
+def test_what_stays_finite_beside_an_infinity_is_as_accurate_as_stocks():
+    """Where something is not finite, all pixels are listed instead of winners: their sums must be no longer chains."""
+    case = conv_case("", (2, 1, 24, 24), (160, 1, 5, 5), pool_size=1)
+    tensors = case.random(torch.float32)
+    tensors["weight"] = tensors["weight"].abs()
+    tensors["bias"] += 1000.0  # no decision of relu has a part
+    grad = torch.rand(2, 160, 20, 20)
+    grad[0, 0, 0, 0] = float("inf")
+    exact = {name: tensor.double() for name, tensor in tensors.items()}
+    result = watched(compiled, tensors, case.keywords, grad).grads["input"]
+    stock = run(CONV.stock, tensors, case.keywords, grad).grads["input"]
+    reference = run(CONV.stock, exact, case.keywords, grad.double()).grads["input"]
+    assert_as_accurate(result, stock, reference, dtype=torch.float32)
+
+
 @special
 def test_an_image_that_is_not_finite_stays_alone(value):
     """The last image stands for missing lanes: its NaN must reach no gradient of another image."""

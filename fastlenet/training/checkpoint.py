@@ -72,6 +72,17 @@ class Checkpoint:
             (sorted(group), group["params"]) for group in self.param_groups
         ]:
             raise CheckpointError("the checkpoint's optimizer is of another kind or steps other parameters")
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, values in self.optimizer_state.items():
+            if not 0 <= index < len(parameters):
+                raise CheckpointError(f"the checkpoint has optimizer state for parameter {index} of {len(parameters)}")
+            for name, value in values.items():
+                # Adam's step count is a single number beside tensors shaped like the parameter.
+                if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[index].shape:
+                    raise CheckpointError(
+                        f"the checkpoint's optimizer state {name} of parameter {index} has shape "
+                        f"{tuple(value.shape)}, expected {tuple(parameters[index].shape)}"
+                    )
         model.load_state_dict(self.model)
         # JSON has no tuples: give each option (such as Adam's betas) the type the optimizer itself uses.
         restored = [
@@ -126,12 +137,18 @@ def set_rng_state(states: Mapping[str, torch.Tensor], device: torch.device, rank
 
     A run that moved to another kind of device restores what applies there. A process that was not there before keeps
     its own states.
+
+    Raises:
+        CheckpointError: if a state is not one that this PyTorch understands.
     """
     cpu, cuda = states.get(_of_rank("cpu", rank)), states.get(_of_rank("cuda", rank))
-    if cpu is not None:
-        torch.set_rng_state(cpu)
-    if cuda is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(cuda, device)
+    try:
+        if cpu is not None:
+            torch.set_rng_state(cpu)
+        if cuda is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, device)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint's random generator state does not fit this PyTorch: {error}") from error
 
 
 def save(

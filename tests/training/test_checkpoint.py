@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -150,3 +151,27 @@ def test_writing_through_a_link_replaces_the_file_behind_it(tmp_path: Path) -> N
     files.atomic_write(link, b"content")
     assert link.is_symlink()
     assert (tmp_path / "real" / "file").read_bytes() == b"content"
+
+
+def test_optimizer_state_of_other_shapes_touches_nothing(saved: Path) -> None:
+    """A file may be whole and yet belong to another network."""
+    loaded = checkpoint.load(saved)
+    model = fastlenet.StockLeNet()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.Adam(model.parameters())
+    state = loaded.optimizer_state
+    for wrong, message in (
+        ({0: {"exp_avg": torch.zeros(3)}}, r"state exp_avg of parameter 0 has shape \(3,\), expected \(6, 1, 5, 5\)"),
+        ({10: {"step": torch.tensor(1.0)}}, "state for parameter 10 of 10"),
+    ):
+        with pytest.raises(checkpoint.CheckpointError, match=message):
+            dataclasses.replace(loaded, optimizer_state=state | wrong).restore(model, optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_generator_state_of_another_pytorch_is_an_error_in_one_line() -> None:
+    before = torch.get_rng_state()
+    for state in (torch.zeros(7, dtype=torch.uint8), torch.zeros(len(before))):
+        with pytest.raises(checkpoint.CheckpointError, match="generator state does not fit this PyTorch"):
+            checkpoint.set_rng_state({"cpu": state}, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -90,8 +90,7 @@ class _Operator(Operator):
         """Do nothing: TorchDynamo has run stock's checks on what `fuse` replaces."""
 
     def composition(self, settings: Settings, *tensors: Any, run: Any = None) -> Tensor:
-        input, running_mean, running_var, weight, bias = tensors
-        return reference.batch_norm_relu_max_pool2d(input, running_mean, running_var, weight, bias, *settings)
+        return reference.batch_norm_relu_max_pool2d(*tensors, **settings._asdict())
 
     def fused(self, settings: Settings, known: Any, differentiable: bool, *tensors: Any) -> Tensor:
         if known is None:

@@ -29,9 +29,15 @@ CELL = pooling(1)
 OVERLAP = pooling((3, 2), (2, 1), (1, 0), ceil_mode=True)
 
 
-def fused(given, *tensors):
+@pytest.fixture(autouse=True)
+def _forced():
+    """Not within `fused`: the setting is the process's, and threads would restore what another one has set."""
     with fastlenet.use_backend("cpu"):
-        return selection.run(ops.BATCH_NORM_RELU_MAX_POOL2D, given, *tensors)
+        yield
+
+
+def fused(given, *tensors):
+    return selection.run(ops.BATCH_NORM_RELU_MAX_POOL2D, given, *tensors)
 
 
 def stock(given, input, *tensors):

@@ -119,10 +119,8 @@ def kernels() -> None:
         argmax[argmax == 4] = 255
         conv = floats(table[record.CONV_BYTES])
         shape, pooled_shape = (channels, size, size), (filters, *plan.pooled_size)
-        steps, pooled_steps = (
-            steps_of(shape, 4 * channels * size**2),
-            steps_of(pooled_shape, table[record.TARGET_BYTES] // 16),
-        )
+        steps = steps_of(shape, 4 * channels * size**2)
+        pooled_steps = steps_of(pooled_shape, table[record.TARGET_BYTES] // 16)
         argmax_steps = tuple(step // 4 for step in pooled_steps)
         gradients = gradients_of(
             shape, (filters, channels, kernel, kernel), geometry, steps, pooled_steps, argmax_steps, steps

@@ -177,6 +177,35 @@ def test_awkward_layouts(case, name, kind):
     TRIAL.random(case, tensors, kind if name == "grad" else "contiguous")
 
 
+def test_images_that_lie_apart():
+    """Every second image of the input, and every third gradient, with NaN between them."""
+    case = BLOCKS[1]
+    tensors = case.exact(torch.float32)
+    grad = exact_grid(CONV.stock(**tensors, **case.keywords).shape, torch.float32, terms=case.terms)
+
+    def apart(tensor: Tensor, step: int) -> Tensor:
+        wider = torch.full((step * len(tensor), *tensor.shape[1:]), float("nan"))
+        wider[::step] = tensor
+        return wider[::step]
+
+    TRIAL.equal(case, {**tensors, "input": apart(tensors["input"], 2)}, apart(grad, 3))
+
+
+def test_more_blocks_than_parts():
+    """The parts of a batch whose sums are kept apart have several blocks each."""
+    TRIAL.exact(BLOCKS[3], BLOCKS[3].exact(torch.float32))
+
+
+def test_lists_of_several_chains():
+    """More winners of a filter in an image, and more filters of a window, than one chain adds."""
+    for case in (
+        conv_case("windows", (2, 1, 20, 21), (2, 1, 3, 3), pool_size=1),
+        conv_case("filters", (2, 1, 3, 3), (3 * 160 + 7, 1, 2, 2), pool_size=1),
+    ):
+        TRIAL.exact(case, case.exact(torch.float32))
+        TRIAL.random(case, case.random(torch.float32))
+
+
 @pytest.mark.parametrize("name", ["input", "weight"])
 @conv_cases([SMALL, ALL_ELSE])
 def test_channels_last_comes_out_as_it_went_in(case, name):
@@ -270,6 +299,17 @@ def test_nan_and_infinities_in_the_upstream_gradient(value):
             spoiled.view(-1)[position] = value
             result = TRIAL.equal(case, tensors, spoiled)
             assert result.grads["bias"].isfinite().all() == (position == closed)
+
+
+def test_images_after_one_whose_gradient_is_infinite():
+    """Their padding is zero again, whatever the memory held for the first one."""
+    case = conv_case("", (5, 3, 9, 8), (5, 3, 3, 3), padding=1)
+    tensors = case.exact(torch.float32)
+    output = CONV.stock(**tensors, **case.keywords)
+    grad = exact_grid(output.shape, torch.float32, terms=case.terms)
+    grad[0, 0].view(-1)[int(output[0, 0].argmax())] = float("inf")
+    result = TRIAL.equal(case, tensors, grad)
+    assert bool(result.grads["weight"][1:].isfinite().all())
 
 
 def test_what_stays_finite_beside_an_infinity_is_as_accurate_as_stocks():

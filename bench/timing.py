@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -154,9 +155,10 @@ def interleave(
     max_rounds: int = 200,
     sample_seconds: float = 2e-3,
 ) -> dict[str, Timing]:
-    """Time calls against each other: rounds in which each gives one sample, in an order that rotates.
+    """Time calls against each other: rounds in which each gives one sample, in a random order, the same in each run.
 
-    So other load on the machine affects all alike.
+    So other load on the machine affects all alike, and so does what the call before leaves behind: caches, and threads
+    that sleep. If the order only rotated, each call would always follow the same other one.
 
     Args:
         calls: by name; they have run before, so that everything is compiled.
@@ -180,7 +182,7 @@ def interleave(
         for turn in range(max_rounds):
             if not names or (turn >= min_rounds and time.perf_counter() - begin > budget):
                 break
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            for name in random.Random(turn).sample(names, len(names)):
                 samples[name].append(calls[name].seconds(repeats[name], turn * repeats[name], device))
     return {name: Timing.of(values) for name, values in samples.items()}
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -258,21 +259,27 @@ def test_an_implementation_that_fails_leaves_the_others_alone(monkeypatch):
 # ---- timing
 
 
-def test_interleaving_turns_the_order_and_keeps_to_its_rounds(monkeypatch):
+def test_interleaving_changes_who_follows_whom(monkeypatch):
+    """Each call follows each other one: what a call leaves behind, such as sleeping threads, favours none."""
     some = Work(LINEAR, 2)
     data = workloads.setup(some, CPU, cache_bytes=0)
-    calls = {i.name: baselines.Call(some, i, data) for i in baselines.competitors(some, CPU)}
+    names = ["one", "two", "three", "four"]
+    calls = {name: baselines.Call(some, baselines.EAGER, data) for name in names}
     seen = []
-    names = {id(call): name for name, call in calls.items()}
+    by_call = {id(call): name for name, call in calls.items()}
 
     def seconds(call, repeats, first, device):
-        seen.append(names[id(call)])
+        seen.append(by_call[id(call)])
         return 1e-3
 
     monkeypatch.setattr(baselines.Call, "seconds", seconds)
-    timings = timing.interleave(calls, CPU, budget=0, min_rounds=3)
-    assert seen[4:] == ["fastlenet", "eager", "eager", "fastlenet", "fastlenet", "eager"]
-    assert timings["eager"] == timing.Timing(1e-3, 0.0, 1e-3, 3)
+    timings = timing.interleave(calls, CPU, budget=0, min_rounds=60)
+    rounds = [seen[first : first + 4] for first in range(8, len(seen), 4)]
+    assert len(rounds) == 60
+    assert all(sorted(each) == sorted(names) for each in rounds)
+    followers = {pair for each in rounds for pair in pairwise(each)}
+    assert followers == {(one, other) for one in names for other in names if one != other}
+    assert timings["two"] == timing.Timing(1e-3, 0.0, 1e-3, 60)
 
 
 def test_bystanders_are_seen(monkeypatch):

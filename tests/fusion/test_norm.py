@@ -149,10 +149,10 @@ def test_as_accurate_as_stock(form, compiled):
 
 
 LAYOUTS = {
-    "few": ({"out_channels": 21, "kernel_size": 3}, True, True),
+    "few": ({"out_channels": 32, "kernel_size": 3}, True, True),
     "long_sums": ({"out_channels": 31, "kernel_size": (3, 32)}, True, False),
-    "long_sums_of_the_gradient": ({"out_channels": 32, "kernel_size": 3}, True, False),
-    "without_a_gradient": ({"out_channels": 32, "kernel_size": 3}, False, True),
+    "long_sums_of_the_gradient": ({"out_channels": 33, "kernel_size": 3}, True, False),
+    "without_a_gradient": ({"out_channels": 33, "kernel_size": 3}, False, True),
     "groups": ({"out_channels": 21, "kernel_size": 3, "groups": 3}, True, False),
     "strided": ({"out_channels": 21, "kernel_size": 3, "stride": 2}, True, True),
     "strided_pixels": ({"out_channels": 21, "kernel_size": 1, "stride": (1, 2)}, True, False),

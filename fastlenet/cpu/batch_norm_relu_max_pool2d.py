@@ -14,12 +14,11 @@ from fastlenet.kernels.geometry import ConvPoolGeometry
 
 from . import threads
 from .compiled import address
+from .conv2d_relu_max_pool2d import Grads
 from .memory import empty, on_cpu
-from .plan import LANES
+from .plan import LANES, window_cells
 
 LAST = torch.channels_last
-
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 # What the workers of one call share: names for the places of a table of integers.
 (
@@ -162,16 +161,9 @@ def _job(input: Tensor, pooled: Tensor, cells: Tensor) -> array[int]:
 @on_cpu
 def _cells(shape: torch.Size, geometry: ConvPoolGeometry) -> Tensor:
     """Make the table of the windows' cells. Its user holds it while a kernel reads it."""
-    _, channels, *image = shape
-    rows, columns = (
-        geometry.pool_stride[i] * torch.arange(pooled)[:, None]
-        - geometry.pool_padding[i]
-        + geometry.pool_dilation[i] * torch.arange(geometry.pool_size[i])
-        for i, pooled in enumerate(geometry.pooled_size(image))
-    )
-    rows, columns = rows[:, None, :, None], columns[:, None]
-    inside = (rows >= 0) & (rows < image[0]) & (columns >= 0) & (columns < image[1])
-    return torch.where(inside, 4 * channels * (rows * image[1] + columns), -1).flatten(2).flatten(0, 1)
+    _, channels, height, width = shape
+    cells = window_cells((height, width), geometry.pooled_size((height, width)), geometry)
+    return torch.where(cells >= 0, 4 * channels * cells, -1)
 
 
 def _run(kernel: int, job: array[int], tasks: int) -> None:

@@ -191,7 +191,7 @@ def _backward(
     ready: list[Step] = []
     begin = [step("convolution", "clear", At(program.SUMS), sums_bytes)]
     each: list[Step] = []
-    kept, tables = At(program.RECORD, 0, record_bytes), []
+    kept, plans = At(program.RECORD, 0, record_bytes), []
     grad = At(program.OUTPUT, 0, LANES * grad_step)
     grad_last = shapes.layouts[-1] if last.plan else False
     if last.plan is None:
@@ -255,7 +255,7 @@ def _backward(
             tuple(step // 4 for step in steps_of(layer.shape, 4 * own_argmax_step, grad_last)),
             steps_of(image, target_step, in_last),
         )
-        tables.append(plan)
+        plans.append(plan)
         packed = NOTHING
         if onward:
             packed = scratch.at(plan.packed_bytes)
@@ -269,7 +269,7 @@ def _backward(
         each.append(exchange(0, 4, target, 4 * numbers, At(COUNT), grad, numbers))
     steps = program.listed(ready, begin, each, [])
     return (
-        Program(steps, scratch.size, record_bytes, sums_bytes, shape, tuple(tables)),
+        Program(steps, scratch.size, record_bytes, sums_bytes, shape, tuple(plans)),
         Program(program.listed([], [], _all_sums(layers, sums_bytes), []), scratch.size, 0, 0, (), ()),
     )
 

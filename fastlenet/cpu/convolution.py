@@ -76,8 +76,11 @@ def clear() -> Any:
 
     @kernel(2)
     def clear(address, size):
-        """Fill so many bytes, whole vectors."""
-        fill(address, size)
+        """Fill so many bytes, whole numbers."""
+        whole = size - size % BYTES
+        fill(address, whole)
+        for offset in range(whole, size, 4):
+            set_float(address + offset, 0.0)
 
     return clear
 

@@ -223,8 +223,8 @@ def _backward(
             before.append(step("gradients", "pack", plan.address, weight, packed))
         sums = (grad_weight, grad_bias) if wanted[i] else (NOTHING, NOTHING)
         if wanted[i]:
-            before.append(step("gradients", "clear", grad_weight, torch.Size(layer.weight).numel()))
-            before.append(step("gradients", "clear", grad_bias, layer.weight[0]))
+            before.append(step("convolution", "clear", grad_weight, 4 * torch.Size(layer.weight).numel()))
+            before.append(step("convolution", "clear", grad_bias, 4 * layer.weight[0]))
         places = source, grad, argmax, packed, target, *sums, scratch.at(plan.scratch_bytes)
         each.append(step("gradients", ("gradients", plan.width), plan.address, 1, *places))
         grad = target
@@ -239,12 +239,10 @@ def _input_bytes(image: tuple[int, ...], links: tuple[Link, ...]) -> int:
     return 4 * image[0] * (image[1] + 2 * rows) * (image[2] + 2 * columns)
 
 
-def _operands(
-    input: Tensor, parameters: Sequence[Tensor | None]
-) -> tuple[Tensor, list[Tensor | None], tuple[tuple[int, ...], ...]]:
-    """Return the input, the parameters, which are made contiguous, and the weights' shapes."""
+def _flat(parameters: Sequence[Tensor | None]) -> tuple[list[Tensor | None], tuple[tuple[int, ...], ...]]:
+    """Return the parameters, contiguous, and the weights' shapes."""
     flat = [None if tensor is None else tensor.contiguous() for tensor in parameters]
-    return input, flat, tuple(weight.shape for weight in parameters[::2] if weight is not None)
+    return flat, tuple(weight.shape for weight in parameters[::2] if weight is not None)
 
 
 def _output_format(input: Tensor, parameters: Sequence[Tensor | None], links: Sequence[Link]) -> torch.memory_format:
@@ -276,7 +274,7 @@ def forward(
     if isinstance(links[0], ConvPoolGeometry) and links[0].padding != (0, 0):
         rows, columns = links[0].padding
         input = F.pad(input, (columns, columns, rows, rows))
-    input, parameters, weights = _operands(input.contiguous(), parameters)
+    input, (parameters, weights) = input.contiguous(), _flat(parameters)
     made = _forward(image, weights, links, save)
     output = empty((images, *made.output_shape), torch.float32)
     kept = empty((images, made.record_bytes // 4), torch.float32) if save else None
@@ -303,7 +301,7 @@ def backward(
     """Do what `chain.chain_backward` does; `kept`: what the forward returned."""
     if not isinstance(links[0], ConvPoolGeometry):
         input = input.contiguous()
-    input, parameters, weights = _operands(input, parameters)
+    parameters, weights = _flat(parameters)
     need_input, *needs = output_mask
     wanted = tuple(needs[i] or needs[i + 1] for i in range(0, len(needs), 2))
     steps = tuple(4 * step for step in input.stride())

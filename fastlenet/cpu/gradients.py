@@ -58,18 +58,6 @@ from .plan import BYTES, CHAIN, ENTRY, LANES
 ONE = (0,)
 
 
-def clear() -> Any:
-    """Return the kernel that fills numbers with zeros."""
-
-    @kernel(2)
-    def clear(address, count):
-        """Fill so many numbers."""
-        for i in range(count):
-            set_float(address + 4 * i, 0.0)
-
-    return clear
-
-
 def pack() -> Any:
     """Return the kernel that lays the weights out as the input's gradient reads them."""
 

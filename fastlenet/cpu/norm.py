@@ -54,6 +54,7 @@ from .batch_norm_relu_max_pool2d import (
     WEIGHT,
     WINDOWS,
 )
+from .convolution import NO_WINNER
 from .lanes import (
     LANES,
     add,
@@ -82,7 +83,6 @@ from .lanes import (
 )
 
 ONE = (0,)
-NO_WINNER = 255
 CHAIN = 16
 
 

@@ -184,7 +184,7 @@ def plan_of(
         else:
             pixel_bytes, channel_at = 4, torch.arange(channels) * source_step * 4
 
-    cell = _window_cells(conv, pooled, geometry)
+    cell = window_cells(conv, pooled, geometry)
     position, order = _order(cell, conv)
     if not len(order):
         order = torch.zeros(1, dtype=torch.int64)  # no window has a cell: there is a pixel that counts for nothing
@@ -238,7 +238,7 @@ def plan_of(
     return Plan(tuple(memory[: record.FORWARD_SIZE].tolist()), tile, memory.data_ptr(), pooled, memory)
 
 
-def _window_cells(conv: Pair, pooled: Pair, geometry: ConvPoolGeometry) -> Tensor:
+def window_cells(conv: Pair, pooled: Pair, geometry: ConvPoolGeometry) -> Tensor:
     """The convolution's pixel, as a flat number, of each window and cell; -1 where a window reaches over the edge."""
     places = []
     for i in (0, 1):

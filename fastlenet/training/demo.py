@@ -400,7 +400,7 @@ def run_kernels_apart(arguments: Sequence[str], config: TrainConfig, console: Co
     variables = dict(os.environ)
     if config.torch_device().type == "cpu":
         variables["TRITON_INTERPRET"] = "1"
-    sys.stdout.flush()  # Or the other process's lines may come before ours in a log.
+    sys.stdout.flush()  # In a log, the other process's lines would else come before these.
     command = [sys.executable, "-m", "fastlenet.training.demo", *arguments, "--part", "kernels"]
     return subprocess.run(command, env=variables, check=False).returncode == OK
 

@@ -87,13 +87,13 @@ def join(device: torch.device) -> Iterator[World]:
         InputError: if all processes of a machine would share one numbered GPU, or if there are too few GPUs.
     """
     # PyTorch may be built without torch.distributed.
-    ours = not dist.is_available() or not dist.is_initialized()
-    if ours and not (dist.is_available() and dist.is_torchelastic_launched()):
+    begins = not dist.is_available() or not dist.is_initialized()
+    if begins and not (dist.is_available() and dist.is_torchelastic_launched()):
         yield World(device=device)
         return
     if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         device = _own_gpu(device)
-    if ours:
+    if begins:
         if device.type == "cuda":
             # `set_device` and nccl need a device with a number.
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
@@ -102,7 +102,7 @@ def join(device: torch.device) -> Iterator[World]:
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
-        if ours:
+        if begins:
             # DistributedDataParallel is part of a reference cycle and holds the group. Left to the interpreter's end,
             # the group would die after what its threads need, which now and then aborts the process (seen with gloo).
             gc.collect()

@@ -293,8 +293,8 @@ class Learner:
         """Take one training step; arguments as for `loss`.
 
         Returns:
-            The loss before the step: a detached scalar on the device. Reading it waits for the device, so the loop
-            leaves that to whoever needs the number.
+            The loss before the step: a detached scalar on the device. Reading it waits for the device, so this method
+            does not read it.
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(images, labels, weight)

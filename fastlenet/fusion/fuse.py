@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from fastlenet.selection import logger
 MODES = ("training", "inference")
 OWN = (ConvReLUMaxPool2d, LinearReLU, LeNet)
 """Modules that consist of fused operators already."""
+_numbers = itertools.count()
 
 
 class Fused:
@@ -102,8 +104,8 @@ def _caller(model: nn.Module) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return model._call_impl(*args, **kwargs)
 
-    # Dynamo counts recompilations by code object: one for each model.
-    call.__code__ = call.__code__.replace(co_name="fused_model")
+    # Dynamo counts recompilations by code object, and remembers by name which sizes have varied: one for each model.
+    call.__code__ = call.__code__.replace(co_name=f"fused_model_{next(_numbers)}")
     return call
 
 

@@ -1,8 +1,9 @@
-"""The launchers of `image`'s kernels: a chain of a few images on CPU tensors, on the caller's thread."""
+"""The launchers of `image`'s kernels: a chain of a few images on CPU tensors."""
 
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastlenet.kernels.geometry import ConvPoolGeometry, Pair, memory_format
 
-from . import program, record
+from . import program, record, threads
 from .memory import empty
 from .plan import BYTES, LANES, OneImage, Plan, Steps, gradients_of, plan_of, steps_of
 from .program import NOTHING, UNIT, At, Link, Program, Step, exchange, step
@@ -24,9 +25,19 @@ Their number alone decides, so that results are equal for any number of threads.
 """
 
 
+DIVIDED_WORK = 1 << 21
+"""FLOP of a few images, or of a convolution of one, from which threads share them. To call threads costs some 10 us."""
+
+
 def takes(images: int, links: Sequence[Link]) -> bool:
     """Whether a chain of so many images is computed image by image."""
     return 0 < images <= MOST_IMAGES and all(link.groups == 1 for link in links if isinstance(link, ConvPoolGeometry))
+
+
+def longest(flop: int, filters: int) -> int:
+    """What of a layer's FLOP, in the forward of one image, the thread has that has most."""
+    vectors = -(-filters // LANES)
+    return flop if flop < DIVIDED_WORK else flop * -(-vectors // threads.workers(vectors)) // vectors
 
 
 class _Layer(NamedTuple):
@@ -38,6 +49,8 @@ class _Layer(NamedTuple):
         weight: its shape.
         image: shape of what comes in, without padding.
         shape: of what goes out, likewise.
+        source: a convolution's image with its padding.
+        in_lanes: whether that has channels as lanes.
         padding: of the next convolution: a frame of zeros around a convolution's pooled image, wherever it lies.
         lanes_at: a convolution's output with filters as lanes, in the scratch.
         lanes_argmax_at: its argmax, likewise.
@@ -50,6 +63,8 @@ class _Layer(NamedTuple):
     weight: tuple[int, ...]
     image: tuple[int, ...]
     shape: tuple[int, ...]
+    source: tuple[int, int, int] = (0, 0, 0)
+    in_lanes: bool = False
     padding: Pair = (0, 0)
     lanes_at: int = 0
     lanes_argmax_at: int = 0
@@ -91,14 +106,28 @@ def _layers(image: tuple[int, ...], weights: tuple[tuple[int, ...], ...], links:
             layers.append(_Layer(link, None, weight, before, shape, target_at=place))
             continue
         padding = onward.padding if isinstance(onward, ConvPoolGeometry) else (0, 0)
-        padded = (shape[0], shape[1] + 2 * link.padding[0], shape[2] + 2 * link.padding[1])
-        plan = plan_of(padded, weight, link._replace(padding=(0, 0)), False, False, OneImage(in_lanes, padding))
-        shape, in_lanes, size = (weight[0], *plan.pooled_size), True, plan.record[record.TARGET_BYTES]
-        layer = _Layer(link, plan, weight, before, shape, padding, lanes.take(size), lanes.take(size // 4))
+        source = (shape[0], shape[1] + 2 * link.padding[0], shape[2] + 2 * link.padding[1])
+        plan = _plan(source, weight, link, in_lanes, padding)
+        shape, size = (weight[0], *plan.pooled_size), plan.record[record.TARGET_BYTES]
+        places = lanes.take(size), lanes.take(size // 4)
+        layer = _Layer(link, plan, weight, before, shape, source, in_lanes, padding, *places)
+        in_lanes = True
         numbers = weight[0] * layer.framed[0] * layer.framed[1]
         target_at, argmax_at = kept.take(0 if onward is None else 4 * numbers), kept.take(numbers)
         layers.append(layer._replace(target_at=target_at, argmax_at=argmax_at))
     return _Layers(tuple(layers), kept.size, lanes.size, shape)
+
+
+def _plan(source: tuple[int, int, int], weight: tuple[int, ...], link: Link, in_lanes: bool, padding: Pair) -> Plan:
+    """Plan a convolution of an image that has its padding; `padding`: of the convolution that follows."""
+    assert isinstance(link, ConvPoolGeometry)
+    return plan_of(source, weight, link._replace(padding=(0, 0)), False, False, OneImage(in_lanes, padding))
+
+
+def _flop(plan: Plan) -> int:
+    """FLOP of a convolution of one image."""
+    sums = plan.record[record.PIXEL_TILES] * plan.tile.pixels * plan.record[record.FILTERS] * LANES
+    return 2 * sums * plan.record[record.PRODUCTS]
 
 
 def _from_lanes(size: int, layer: _Layer, images: At, lanes: At) -> list[Step]:
@@ -118,19 +147,63 @@ def _from_lanes(size: int, layer: _Layer, images: At, lanes: At) -> list[Step]:
     ]
 
 
+class _Stage(NamedTuple):
+    """Steps that the threads share unit by unit: images, or vectors of a convolution's filters.
+
+    Attributes:
+        units: the number of vectors; 0 for images.
+        filters: their number, likewise.
+        steps: see `program.listed`.
+    """
+
+    units: int
+    filters: int
+    steps: array[int]
+
+
+class _Forward(NamedTuple):
+    """The stages of a forward, one after the other, and the memory they need.
+
+    Attributes:
+        stages: see `_Stage`.
+        flop: of an image.
+        scratch_bytes: of a worker.
+        shared_bytes: of all workers.
+        record_bytes: what an image keeps for the backward.
+        output_shape: of an image.
+        plans: their tables must stay.
+    """
+
+    stages: tuple[_Stage, ...]
+    flop: int
+    scratch_bytes: int
+    shared_bytes: int
+    record_bytes: int
+    output_shape: tuple[int, ...]
+    plans: tuple[Plan, ...]
+
+
 @functools.lru_cache(maxsize=256)
 def _forward(
-    image: tuple[int, ...], weights: tuple[tuple[int, ...], ...], links: tuple[Link, ...], save: bool
-) -> Program:
+    image: tuple[int, ...], weights: tuple[tuple[int, ...], ...], links: tuple[Link, ...], save: bool, divided: bool
+) -> _Forward:
+    """Plan a forward; `divided`: of one image, the threads share the filters of each large convolution."""
     layers, record_bytes, lanes_bytes, shape = _layers(image, weights, links)
-    scratch = program.Scratch(len(layers))
+    scratch, shared = program.Scratch(len(layers)), program.Space()
+    stages: list[_Stage] = []
     before: list[Step] = []
     each: list[Step] = []
-    kept = At(program.RECORD, 0, record_bytes) if save else scratch.at(record_bytes)
-    lanes = scratch.at(lanes_bytes)
+
+    def at(size: int) -> At:
+        """What a worker has for each of its images, or all workers for the one image."""
+        return At(program.SUMS, shared.take(size)) if divided else scratch.at(size)
+
+    kept = At(program.RECORD, 0, record_bytes) if save else at(record_bytes)
+    lanes = at(lanes_bytes)
     conv = scratch.at(max((layer.plan.record[record.CONV_BYTES] for layer in layers if layer.plan), default=0))
     source = At(program.INPUT, 0, _input_bytes(image, links))
     output = At(program.OUTPUT, 0, 4 * torch.Size(shape).numel())
+    plans = []
     for i, layer in enumerate(layers):
         weight, bias, *_, missing = program.parameters_of(i)
         ends = i + 1 == len(layers)
@@ -143,18 +216,37 @@ def _forward(
             source = target
             continue
         depth = torch.Size(layer.weight[1:]).numel()
-        packed = scratch.at(BYTES * layer.vectors * (depth + 1))
-        for first in range(0, layer.weight[0], LANES):
-            place, live = packed.plus(BYTES * (depth + 1) * (first // LANES)), min(LANES, layer.weight[0] - first)
-            before.append(exchange(1, 4, bias.plus(4 * first), 4, missing.plus(live), place, 1))
-            rows = weight.plus(4 * depth * first), 4 * depth, live
-            before.append(exchange(1, 4, *rows, place.plus(BYTES), depth))
+        row = BYTES * (depth + 1)
+        packed = at(row * layer.vectors)
         target, argmax = lanes.plus(layer.lanes_at), lanes.plus(layer.lanes_argmax_at)
+        plan, vectors = layer.plan, layer.vectors
+        kernel = "forward_block", plan.tile.filters, plan.tile.pixels, int(save), 1
         if any(layer.padding):
-            each.append(step("convolution", "clear", target, layer.plan.record[record.TARGET_BYTES]))
-        tile = layer.plan.tile
-        kernel = "forward_block", tile.filters, tile.pixels, int(save), 1
-        each.append(step("convolution", kernel, layer.plan.address, source, packed, target, argmax, conv))
+            each.append(step("convolution", "clear", target, plan.record[record.TARGET_BYTES]))
+        for first in range(0, layer.weight[0], LANES):
+            place, live = packed.plus(row * (first // LANES)), min(LANES, layer.weight[0] - first)
+            before.append(exchange(1, 4, bias.plus(4 * first), 4, missing.plus(live), place, 1))
+        if divided and vectors > 1 and _flop(plan) >= DIVIDED_WORK:
+            stages.append(_Stage(0, 0, program.listed(before, [], each, [])))
+            plan = _plan(layer.source, (LANES, *layer.weight[1:]), layer.link, layer.in_lanes, layer.padding)
+            rows_of_vector = weight._replace(step=4 * depth * LANES)
+            places = (
+                packed._replace(step=row),
+                target._replace(step=plan.record[record.TARGET_STEP]),
+                argmax._replace(step=plan.record[record.TARGET_STEP] // 4),
+            )
+            own = [
+                exchange(1, 4, rows_of_vector, 4 * depth, At(program.COUNT), places[0].plus(BYTES), depth),
+                step("convolution", kernel, plan.address, source._replace(step=0), *places, conv),
+            ]
+            stages.append(_Stage(vectors, layer.weight[0], program.listed([], [], own, [])))
+            before, each = [], []
+        else:
+            for first in range(0, layer.weight[0], LANES):
+                rows = weight.plus(4 * depth * first), 4 * depth, min(LANES, layer.weight[0] - first)
+                before.append(exchange(1, 4, *rows, packed.plus(row * (first // LANES) + BYTES), depth))
+            each.append(step("convolution", kernel, plan.address, source, packed, target, argmax, conv))
+        plans.append(plan)
         source, flat = target, output if ends else kept.plus(layer.target_at)
         if ends or save or layers[i + 1].plan is None:
             each += _from_lanes(4, layer, flat, target)
@@ -162,8 +254,10 @@ def _forward(
             source = flat
         if save:
             each += _from_lanes(1, layer, kept.plus(layer.argmax_at), argmax)
-    plans = tuple(layer.plan for layer in layers if layer.plan)
-    return Program(program.listed([], before, each, []), scratch.size, record_bytes if save else 0, 0, shape, plans)
+    stages.append(_Stage(0, 0, program.listed(before, [], each, [])))
+    flop = sum(_flop(layer.plan) if layer.plan else 2 * torch.Size(layer.weight).numel() for layer in layers)
+    record_bytes = record_bytes if save else 0
+    return _Forward(tuple(stages), flop, scratch.size, shared.size, record_bytes, shape, tuple(plans))
 
 
 @functools.lru_cache(maxsize=256)
@@ -275,16 +369,21 @@ def forward(
         rows, columns = links[0].padding
         input = F.pad(input, (columns, columns, rows, rows))
     input, (parameters, weights) = input.contiguous(), _flat(parameters)
-    made = _forward(image, weights, links, save)
+    made = _forward(image, weights, links, save, images == 1 and threads.workers(2) > 1)
     output = empty((images, *made.output_shape), torch.float32)
     kept = empty((images, made.record_bytes // 4), torch.float32) if save else None
-    scratch = empty((made.scratch_bytes // 4,), torch.float32)
+    of_images = threads.workers(images) if images * made.flop >= DIVIDED_WORK else 1
+    workers = [threads.workers(stage.units) if stage.units else of_images for stage in made.stages]
+    scratch = empty((max(workers) * made.scratch_bytes // 4,), torch.float32)
+    shared = empty((made.shared_bytes // 4,), torch.float32)
     if output.numel():
-        rest = [images, 0, scratch.data_ptr(), made.scratch_bytes, 0, 0, 0, input.data_ptr(), output.data_ptr()]
-        rest += program.place(kept), 0
+        rest = [0, scratch.data_ptr(), made.scratch_bytes, shared.data_ptr(), 0, 0]
+        rest += input.data_ptr(), output.data_ptr(), program.place(kept), 0
         for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
             rest += program.place(weight), program.place(bias), 0, 0, -LANES if bias is None else 0
-        program.run(made.steps, 1, 1, images, images, rest)
+        for stage, sharing in zip(made.stages, workers, strict=True):
+            units = stage.units or images
+            program.run(stage.steps, sharing, units, 1, units, [stage.filters or images, *rest])
         if kept is not None and links[-1] == "linear_relu":
             output.copy_(kept[:, -output.shape[1] :])
     return _laid_out(output, layout), [] if kept is None else [kept]

@@ -560,13 +560,12 @@ def fold(
     Computed anew at every call, so that it always follows the parameters and autograd reaches them.
     """
     # In 16 bits eps could be lost, and then a small variance could not be told from zero.
-    factor = (variance.to(torch.promote_types(variance.dtype, torch.float32)) + eps).rsqrt()
+    factor = torch.rsqrt(variance.to(torch.promote_types(variance.dtype, torch.float32)) + eps)
     if scale is not None:
         factor = factor * scale
-    offset = (-mean if bias is None else bias - mean) * factor
-    if shift is not None:
-        offset = offset + shift
-    return (weight * factor[:, None, None, None]).to(weight.dtype), offset.to(weight.dtype)
+    offset = -mean if bias is None else bias - mean
+    offset = offset * factor if shift is None else torch.addcmul(shift, offset, factor)
+    return (weight * factor.view(-1, 1, 1, 1)).to(weight.dtype), offset.to(weight.dtype)
 
 
 def batch_norm_relu_max_pool2d(

@@ -139,6 +139,12 @@ def judge(network: Network, input, parameters, grad_output) -> None:
     assert_as_accurate(*vectors, dtype=torch.float32, name="gradients of parameters")
 
 
+@pytest.fixture
+def divided(nothing_planned, monkeypatch):
+    """Threads share the filters of any layer of one image, however small."""
+    monkeypatch.setattr(few, "DIVIDED_WORK", 0)
+
+
 @networks
 @pytest.mark.parametrize("images", [1, 3, 16, 37])
 def test_chains(network, images):
@@ -270,10 +276,16 @@ def test_layout_of_what_a_chain_of_convolutions_returns(filters, pooled, which, 
     torch.testing.assert_close([output, *grads], [expected, *expected_grads], rtol=1e-4, atol=1e-5)
 
 
-@some_networks
-@pytest.mark.parametrize("images", [5, 16 * 5 + 3])
-def test_bitwise_equal_for_any_number_of_threads(network, images):
-    """And from run to run."""
+DIVIDED = NETWORKS["many channels and a padding between"]
+
+
+@pytest.mark.parametrize(
+    ("network", "images"),
+    [*itertools.product(list(NETWORKS.values())[:3], [5, 16 * 5 + 3]), (DIVIDED, 1)],
+    ids=lambda value: str(value) if isinstance(value, int) else next(n for n in NETWORKS if NETWORKS[n] is value),
+)
+def test_bitwise_equal_for_any_number_of_threads(network, images, divided):
+    """And from run to run. Threads share images, or the filters of one."""
     input, parameters = network.tensors(images)
     grad_output = torch.randn(stock(input, parameters, network.links).shape)
     results, before = [], torch.get_num_threads()
@@ -288,6 +300,24 @@ def test_bitwise_equal_for_any_number_of_threads(network, images):
         for one, other in zip(grads, results[0][1], strict=True):
             if one is not None:
                 assert_bitwise_equal(one, other)
+
+
+def test_threads_share_the_filters_of_one_image(divided, monkeypatch):
+    """A layer of several vectors of filters is a stage of its own, whose last vector has fewer filters."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    input, parameters = DIVIDED.tensors(1)
+    weights = tuple(weight.shape for weight in parameters[::2])
+    stages = few._forward(tuple(input.shape[1:]), weights, DIVIDED.links, True, True).stages
+    assert [(stage.units, stage.filters) for stage in stages] == [
+        (0, 0),
+        (3, 33),
+        (0, 0),
+        (2, 18),
+        (0, 0),
+        (3, 35),
+        (0, 0),
+    ]
+    judge(DIVIDED, input, parameters, torch.randn(stock(input, parameters, DIVIDED.links).shape))
 
 
 def test_several_python_threads():
@@ -355,13 +385,21 @@ def test_what_is_saved(images):
     assert sum(t.numel() * t.element_size() for t in (*saved, input)) // images <= 12_800
 
 
-def test_what_is_rejected():
+def test_what_is_rejected(monkeypatch):
     """With a reason each."""
     network = NETWORKS["LeNet"]
     input, parameters = network.tensors(64)
     assert "float32" in cpu.chain_rejects(input.double(), parameters, network.links)
     assert cpu.chain_rejects(input[:1], parameters, network.links) is None
     assert cpu.chain_rejects(input[:1], parameters, network.links, save=False) is None
+    wide = Network((32, 40, 40), (PADDED, PADDED), ((64, 32, 3, 3), (32, 64, 3, 3)))
+    input, parameters = wide.tensors(4)
+    calls = ((1, 1, False), False), ((2, 1, False), False), ((2, 4, False), False)
+    calls += ((8, 1, False), True), ((2, 3, False), True), ((2, 1, True), True)
+    for (threads, images, save), rejected in calls:
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        reason = cpu.chain_rejects(input[:images], parameters, wide.links, save)
+        assert ("MFLOP" in reason) if rejected else reason is None, (threads, images, save)
     small = Network((20,), ("linear_relu", "linear"), ((9, 20), (3, 9)))
     input, parameters = small.tensors(64)
     assert "16 inputs" in cpu.chain_rejects(input, parameters, small.links)

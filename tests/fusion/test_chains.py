@@ -80,7 +80,9 @@ def test_an_open_batch_size_is_one_chain_too(flatten, cpu_kernels, graphs):
 
 def test_other_models_with_other_sizes_leave_a_network_one_chain(cpu_kernels, graphs):
     """TorchDynamo takes a size for open that has varied before, in what it takes for the same function."""
-    first = fastlenet.fuse(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(75, 4)))
+    first = fastlenet.fuse(
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(75, 4))
+    )
     first(torch.ones(1, 2, 12, 12))
     assert chained(fastlenet.fuse(Net().eval()), graphs, IMAGES) == [1]
 

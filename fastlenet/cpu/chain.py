@@ -10,14 +10,12 @@ from torch import Tensor
 from fastlenet.kernels.geometry import ConvPoolGeometry
 
 from . import blocks, few, threads
-from .conv2d_relu_max_pool2d import WIDE, covers
+from .conv2d_relu_max_pool2d import covers
 from .plan import LANES
 from .program import Link
 
 LITTLE_WORK = 1 << 24
-"""FLOP of a block of 16 images, or of a thread's share of a few, up to which stock's take longer to be called."""
-UNEVEN = 1.25
-"""How many times its even share of a few images' work a thread may have. An even share takes as long as oneDNN's."""
+"""FLOP of a block of 16 images up to which half-filled lanes suffice."""
 
 
 def chain_covers(input: Tensor, parameters: Sequence[Tensor | None], links: Sequence[Link]) -> str | None:
@@ -46,26 +44,17 @@ def chain_rejects(
     if reason is not None:
         return reason
     images, *shape = input.shape
-    flop = longest = widest = 0
-    for place, weight in zip(links, parameters[::2], strict=True):
-        assert weight is not None
-        work = own = 2 * weight.numel()
+    weights, flop = [weight for weight in parameters[::2] if weight is not None], []
+    for place, weight in zip(links, weights, strict=True):
+        pixels = 1
         if isinstance(place, ConvPoolGeometry):
             conv = place.conv_size((shape[1], shape[2]), (weight.shape[2], weight.shape[3]))
-            work *= conv[0] * conv[1]
-            own = few.longest(work, weight.shape[0])
+            pixels = conv[0] * conv[1]
             shape = [weight.shape[0], *place.pooled_size(conv)]
-            widest = max(widest, weight.shape[0] * weight.shape[1])
-        flop += work
-        longest += own
+        flop.append(2 * weight.numel() * pixels)
     if few.takes(images, links):
-        if save or images > 1:
-            longest = flop * (images if save else -(-images // threads.workers(images)))
-        shared = flop * images / torch.get_num_threads()
-        if longest <= LITTLE_WORK or (longest <= UNEVEN * shared and widest < WIDE):
-            return None
-        return f"{images} images take a thread {longest >> 20} MFLOP, and stock's operators {int(shared) >> 20}"
-    wanted = (0.2 if save else 0.0) if LANES * flop <= LITTLE_WORK else 0.45 if save else 0.2
+        return few.rejects(images, weights, flop, save)
+    wanted = (0.2 if save else 0.0) if LANES * sum(flop) <= LITTLE_WORK else 0.45 if save else 0.2
     if images and threads.fill(images, LANES) < wanted:
         return f"{images} images keep too few of the {LANES} lanes of {torch.get_num_threads()} threads busy"
     return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format
 
-from . import blocks, threads
+from . import blocks, few, threads
 from .plan import BYTES, LANES
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -18,15 +18,16 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 THIN = 256
 """Channels times filters up to which a layer is 1.5 to 10 times as fast as stock's, and half-filled lanes suffice.
 
-Wider layers are what oneDNN is made for: up to `WIDE` the forward is 1.1 to 2 times as fast, with all lanes filled.
+Wider layers are what oneDNN is made for: up to `few.WIDE` the forward is 1.1 to 2 times as fast, with all lanes filled.
 """
-WIDE = 3072
 DEEP = 1 << 14
 """The same where a backward follows: that touches winners only, and stock's all pixels. Wider layers were not tried."""
 ROOMY = 1 << 19
 """Bytes of a block of images up to which a wide layer's forward wins over channels_last: it stays in a core's cache."""
 LARGE = 1 << 22
 """Bytes of a block of images from which half-filled lanes no longer suffice: each pass reads it from memory."""
+TRAINED_WORK = 1 << 21
+"""FLOP of a few images from which the gain outweighs the launchers, of which training calls two."""
 MOST_BYTES = 1 << 26
 """Scratch that one thread may take."""
 
@@ -37,9 +38,15 @@ def rejects(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry, save: boo
     if reason is not None:
         return reason
     images, _, height, width = input.shape
+    if few.takes(images, (geometry,)):
+        conv = geometry.conv_size((height, width), (weight.shape[2], weight.shape[3]))
+        flop = 2 * weight.numel() * conv[0] * conv[1]
+        if save and (images == 1 or images * flop < TRAINED_WORK):
+            return f"{images} images take {flop * images >> 10} KFLOP, and a call of two kernels takes longer"
+        return few.rejects(images, (weight,), (flop,), save)
     filters, channels = weight.shape[0] // geometry.groups, weight.shape[1]
     products = filters * channels
-    if products > DEEP or (products >= WIDE and not save):
+    if products > DEEP or (products >= few.WIDE and not save):
         return f"{channels} to {filters} channels: the library's convolution is as fast"
     block = input.shape[1] * height * width * BYTES
     if not save and products > THIN and block > ROOMY and memory_format(input, weight) == torch.channels_last:
@@ -75,6 +82,8 @@ def conv2d_relu_max_pool2d(
         geometry: of the convolution and the pool; windows of up to 255 cells.
         return_argmax: whether to return what a backward needs.
     """
+    if few.takes(input.shape[0], (geometry,)):
+        return few.layer(input, weight, bias, geometry, return_argmax)
     return blocks.forward(input, (weight, bias), (geometry,), "argmax" if return_argmax else "")
 
 

@@ -24,9 +24,14 @@ MOST_IMAGES = 7
 Their number alone decides, so that results are equal for any number of threads.
 """
 
-
 DIVIDED_WORK = 1 << 21
 """FLOP of a few images, or of a convolution of one, from which threads share them. To call threads costs some 10 us."""
+LITTLE_WORK = 1 << 24
+"""FLOP of a thread's share up to which stock's operators take longer to be called."""
+UNEVEN = 1.25
+"""How many times its even share of more work a thread may have. An even share takes as long as oneDNN's."""
+WIDE = 3072
+"""Channels times filters from which oneDNN's convolutions are faster."""
 
 
 def takes(images: int, links: Sequence[Link]) -> bool:
@@ -34,10 +39,33 @@ def takes(images: int, links: Sequence[Link]) -> bool:
     return 0 < images <= MOST_IMAGES and all(link.groups == 1 for link in links if isinstance(link, ConvPoolGeometry))
 
 
-def longest(flop: int, filters: int) -> int:
-    """What of a layer's FLOP, in the forward of one image, the thread has that has most."""
-    vectors = -(-filters // LANES)
-    return flop if flop < DIVIDED_WORK else flop * -(-vectors // threads.workers(vectors)) // vectors
+def rejects(images: int, weights: Sequence[Tensor], flop: Sequence[int], save: bool) -> str | None:
+    """Why a chain that `takes` takes is not expected to win; None if it is.
+
+    Args:
+        images: their number.
+        weights: of the links.
+        flop: of each link for one image.
+        save: whether a backward may follow, which one thread computes.
+    """
+    convolutions = [weight for weight in weights if weight.dim() == 4]
+    if save or images > 1:
+        longest = sum(flop) * (images if save else -(-images // threads.workers(images)))
+    else:
+        longest = sum(map(_longest, flop, weights))
+    share = sum(flop) * images / torch.get_num_threads()
+    widest = max((weight.shape[0] * weight.shape[1] for weight in convolutions), default=0)
+    if longest <= LITTLE_WORK or (longest <= UNEVEN * share and widest < WIDE):
+        return None
+    return f"{images} images take a thread {longest >> 20} MFLOP, and stock's operators {int(share) >> 20}"
+
+
+def _longest(flop: int, weight: Tensor) -> int:
+    """What of a link's FLOP, in the forward of one image, the thread has that has most."""
+    vectors = -(-weight.shape[0] // LANES)
+    if weight.dim() < 4 or flop < DIVIDED_WORK:
+        return flop
+    return flop * -(-vectors // threads.workers(vectors)) // vectors
 
 
 class _Layer(NamedTuple):
@@ -387,6 +415,18 @@ def forward(
         if kept is not None and links[-1] == "linear_relu":
             output.copy_(kept[:, -output.shape[1] :])
     return _laid_out(output, layout), [] if kept is None else [kept]
+
+
+def layer(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, return_argmax: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Do what `conv2d_relu_max_pool2d.conv2d_relu_max_pool2d` does."""
+    output, kept = forward(input, (weight, bias), (geometry,), return_argmax)
+    if not kept:
+        return output, None
+    # A layer's record is its argmax.
+    argmax = kept[0].view(torch.uint8)[:, : output[:1].numel()].unflatten(1, output.shape[1:])
+    return output, torch.empty_like(output, dtype=torch.uint8).copy_(argmax)
 
 
 def backward(

@@ -19,6 +19,7 @@ from harness.strides import awkward, kinds_for
 from torch import Tensor
 
 from fastlenet import cpu, reference
+from fastlenet.cpu import few
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -97,6 +98,16 @@ def watched(function, tensors, keywords, grad_output=None, wanted=None) -> Resul
 
 TRIAL = CONV.__class__(compiled, CONV.stock, CONV.judge, watched)
 
+# The most images that are computed one by one.
+FORMS = {"blocks": 0, "one by one": 1000}
+
+
+@pytest.fixture(params=FORMS)
+def either(request, monkeypatch) -> str:
+    """Both forms, whatever the number of images."""
+    monkeypatch.setattr(few, "MOST_IMAGES", FORMS[request.param])
+    return request.param
+
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
 def threads(request) -> Iterator[int]:
@@ -110,7 +121,7 @@ def threads(request) -> Iterator[int]:
 
 
 @conv_cases([*CONV_CASES, *MORE])
-def test_conv_grid(case):
+def test_conv_grid(case, either):
     """As accurate as stock on random numbers, and equal to it where arithmetic is exact."""
     TRIAL.random(case, case.random(torch.float32))
     TRIAL.exact(case, case.exact(torch.float32))
@@ -125,7 +136,7 @@ def test_tiles_of_every_cpu(tiles, filters):
         TRIAL.exact(case, case.exact(torch.float32))
 
 
-def test_long_sums_are_as_accurate_as_stocks():
+def test_long_sums_are_as_accurate_as_stocks(either):
     """Of 1,152 products; by the contract's rule alone, without the allowance that small tensors need.
 
     One chain of them has five times stock's error.
@@ -157,10 +168,13 @@ def test_drawn_convolutions(call):
     geometry = call.case.geometry
     assume(call.case.input[-1] > 1 or geometry.stride[1] == 1 or geometry.padding[1] == 0)
     kind = call.grad_kind(len(call.case.input))
-    if call.exact:
-        TRIAL.exact(call.case, call.tensors(), kind)
-    else:
-        TRIAL.random(call.case, call.tensors(), kind, allow_zero=True)
+    for most in FORMS.values():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(few, "MOST_IMAGES", most)
+            if call.exact:
+                TRIAL.exact(call.case, call.tensors(), kind)
+            else:
+                TRIAL.random(call.case, call.tensors(), kind, allow_zero=True)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +183,7 @@ def test_drawn_convolutions(call):
     + [("bias", kind) for kind in kinds_for(torch.empty(1))],
 )
 @conv_cases([BLOCKS[2], ALL_ELSE])
-def test_awkward_layouts(case, name, kind):
+def test_awkward_layouts(case, name, kind, either):
     """One tensor at a time in each layout."""
     tensors = case.random(torch.float32)
     if name != "grad":
@@ -208,7 +222,7 @@ def test_lists_of_several_chains():
 
 @pytest.mark.parametrize("name", ["input", "weight"])
 @conv_cases([SMALL, ALL_ELSE])
-def test_channels_last_comes_out_as_it_went_in(case, name):
+def test_channels_last_comes_out_as_it_went_in(case, name, either):
     """Output and gradients have stock's strides."""
     tensors = case.exact(torch.float32)
     tensors[name] = awkward(tensors[name], "channels_last")
@@ -256,7 +270,7 @@ def test_empty_batch():
 @special
 @pytest.mark.parametrize("name", ["input", "bias"])
 @conv_cases([COVERED, BLOCKS[0]])
-def test_nan_and_infinities(case, name, value):
+def test_nan_and_infinities(case, name, value, either):
     """They travel as in stock, forward and backward."""
     tensors = case.exact(torch.float32)
     flat = tensors[name].view(-1)
@@ -267,7 +281,7 @@ def test_nan_and_infinities(case, name, value):
 
 @special
 @conv_cases([COVERED, *BLOCKS[:2]])
-def test_nan_and_infinities_in_the_weight(case, value):
+def test_nan_and_infinities_in_the_weight(case, value, either):
     """As in stock: no pixel beyond the edge is multiplied by them."""
     tensors = case.exact(torch.float32)
     tensors["weight"][1, 0, 1, 1] = value
@@ -277,7 +291,7 @@ def test_nan_and_infinities_in_the_weight(case, value):
 @special
 @pytest.mark.parametrize("name", NAMES)
 @conv_cases([ALL_ELSE, BLOCKS[1]])
-def test_nan_and_infinities_reach_the_same_outputs(case, name, value):
+def test_nan_and_infinities_reach_the_same_outputs(case, name, value, either):
     """With padding and cells outside any window too."""
     tensors = case.exact(torch.float32)
     tensors[name].view(-1)[tensors[name].numel() // 2] = value
@@ -348,7 +362,7 @@ def test_no_gradient_where_every_cell_is_closed(case):
             assert_same_values(tensor, torch.zeros_like(tensor))
 
 
-def test_ties_go_to_the_first_cell_in_scan_order():
+def test_ties_go_to_the_first_cell_in_scan_order(either):
     """A constant image: every cell of every window ties; and so do NaN, of which the last counts."""
     geometry = conv_case("", (1,), (1, 1, 1, 1), pool_size=(2, 3), pool_stride=1).geometry
     for value, cell in ((1.0, 0), (float("nan"), 5), (float("inf"), 0)):
@@ -358,7 +372,7 @@ def test_ties_go_to_the_first_cell_in_scan_order():
         assert bool((argmax == cell).all())
 
 
-def test_a_window_without_a_cell():
+def test_a_window_without_a_cell(either):
     """Padding and dilation of the pool together can leave one: stock says -inf, and no gradient passes."""
     keywords = {"pool_size": 2, "pool_stride": 2, "pool_padding": 1, "pool_dilation": 3}
     case = conv_case("", (17, 1, 2, 2), (2, 1, 1, 1), **keywords)
@@ -438,7 +452,7 @@ def test_nothing_is_modified():
 
 
 @conv_cases([BLOCKS[1], ALL_ELSE, SMALL])
-def test_backward_after_another_implementations_forward(case):
+def test_backward_after_another_implementations_forward(case, either):
     """The argmax has one meaning: aten's serves the kernels' backward, and the kernels' serves aten's."""
     tensors = case.exact(torch.float32)
     input, weight, bias = tensors.values()
@@ -461,6 +475,9 @@ def test_backward_after_another_implementations_forward(case):
         (16, (6, 14, 14), (16, 6, 5, 5), 2, None),
         (8, (6, 14, 14), (16, 6, 5, 5), 2, "lanes"),
         (8, (6, 14, 14), (16, 6, 5, 5), 1, None),
+        (1, (6, 14, 14), (16, 6, 5, 5), 2, "in training: KFLOP"),
+        (7, (6, 14, 14), (16, 6, 5, 5), 2, None),
+        (3, (64, 28, 28), (64, 64, 3, 3), 2, "MFLOP"),
         (64, (32, 13, 13), (64, 32, 3, 3), 2, None),
         (48, (32, 13, 13), (64, 32, 3, 3), 2, "lanes"),
         (17, (16, 64, 64), (6, 16, 5, 3), 2, None),
@@ -476,11 +493,11 @@ def test_what_is_rejected_by_its_size(images, shape, weight, count, reason):
     """With a reason each; more threads need more images."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
-    _, inference, expected = (reason or "").rpartition("in inference: ")
+    mode, _, expected = (reason or "").rpartition(": ")
     try:
         for save in (True, False):
             found = cpu.rejects(torch.empty(1).expand(images, *shape), torch.empty(weight), PLAIN, save)
-            declined = reason is not None and not (inference and save)
+            declined = reason is not None and mode != ("in inference" if save else "in training")
             assert expected in found if declined else found is None
     finally:
         torch.set_num_threads(before)

@@ -351,7 +351,7 @@ def triton_drives_everything() -> Iterator[None]:
 
 
 # Named here, because a look-up through `torch` takes as long as the call.
-_is_grad_enabled = torch.is_grad_enabled
+_is_grad_enabled, _num_threads = torch.is_grad_enabled, torch.get_num_threads
 
 
 def find(operator: Operator, settings: Any, tensors: Sequence[Any], differentiable: bool | None = None) -> Known | None:
@@ -369,7 +369,8 @@ def find(operator: Operator, settings: Any, tensors: Sequence[Any], differentiab
     Raises:
         Exception: stock's error for operands that do not fit, or the error of a forced backend that cannot run.
     """
-    key: list[Any] = [operator, settings, backend(), fp32_precision("cuda", "conv"), fp32_precision("cuda", "matmul")]
+    precisions = fp32_precision("cuda", "conv"), fp32_precision("cuda", "matmul")
+    key: list[Any] = [operator, settings, backend(), precisions, _num_threads()]
     grad_enabled = differentiable is None and _is_grad_enabled()
     required = bool(differentiable)
     try:

@@ -291,6 +291,20 @@ def test_a_reason_is_logged_once_and_again_after_silence(tensors, caplog):
     assert len(caplog.records) == 2
 
 
+def test_another_number_of_threads_is_noticed():
+    """More threads need more images."""
+    pytest.importorskip("numba")
+    tensors = torch.randn(16, 6, 14, 14), torch.randn(16, 6, 5, 5), None
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 8, 1):
+            torch.set_num_threads(threads)
+            found.append(selection.choose(CONV, PLAIN, tensors).forward)
+    finally:
+        torch.set_num_threads(before)
+    assert found == ["cpu", "aten", "cpu"]
+
+
 def test_another_table_is_noticed(monkeypatch, tensors):
     """What follows from the table of configurations is decided anew when another one is in force."""
     known = selection.find(CONV, PLAIN, tensors)

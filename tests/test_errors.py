@@ -276,7 +276,7 @@ def test_log_is_silent_by_default(caplog):
     assert not caplog.records
 
 
-def test_log_says_why_aten_was_taken(caplog):
+def test_log_says_why_aten_was_taken(caplog, no_compiler):
     with caplog.at_level(logging.DEBUG, logger="fastlenet"):
         conv(functional.conv2d_relu_max_pool2d)
     assert "conv2d_relu_max_pool2d of (2, 3, 8, 8) torch.float32 runs on ATen: the input is on cpu" in caplog.text

@@ -978,9 +978,9 @@ def test_measured_sites_are_kept_only_if_they_win(monkeypatch, ran):
     assert by_mode["conv2", "training"].implementation == "stock"
     assert "not clearly faster" in by_mode["conv2", "training"].reason
     assert by_mode["conv2", "inference"].implementation == "aten"
-    assert by_mode["conv1", ""].stock == "2 ms"
-    assert by_mode["conv1", ""].fused == "1 ms"
-    assert by_mode["conv1", ""].input == "3x1x32x32 float32"
+    assert by_mode["conv1", "training"].stock == "2 ms"
+    assert by_mode["conv1", "training"].fused == "1 ms"
+    assert by_mode["conv1", "training"].input == "3x1x32x32 float32"
     assert "whole model in training mode: 2 ms stock, 1 ms fused" in " ".join(str(table).split())
     for size in (3, 5):  # what was measured holds for another batch
         assert ran(fused, torch.randn(size, 1, 32, 32)) == (1, 2)

@@ -8,6 +8,7 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
+from fastlenet.kernels.geometry import ConvPoolGeometry
 from harness.judge import assert_as_accurate
 from networks import TutorialNet
 from torch import nn
@@ -16,6 +17,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
 
 import fastlenet
+from fastlenet import functional
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +101,29 @@ def test_a_fused_model_trains_compiled():
             check(size)
     assert graphs() == 2
     assert not counters["graph_break"]
+
+
+def test_a_chain_in_a_graph_runs_the_kernels(cpu_kernels):
+    """A graph cannot keep what a CPU's kernels save, so its backward computes the forward again, by the kernels too."""
+    stock = fastlenet.StockLeNet().double()
+    model = copy.deepcopy(stock)
+    compiled = torch.compile(lambda *args: chain_of(model)(*args), backend="aot_eager", fullgraph=True)
+    images = torch.randn(3, 1, 32, 32, dtype=torch.float64)
+    results = []
+    for network, call in ((stock, stock), (model, compiled)):
+        leaf = images.clone().requires_grad_()
+        output = call(leaf)
+        output.sin().sum().backward()
+        results.append([output, leaf.grad, *(parameter.grad for parameter in network.parameters())])
+    torch.testing.assert_close(results[1], results[0])
+    assert cpu_kernels.calls == ["chain", "chain", "chain_backward"]
+
+
+def chain_of(network):
+    """LeNet's layers as one call."""
+    plain = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
+    links = plain, plain, "linear_relu", "linear_relu", "linear"
+    return lambda images: functional.chain(images, list(network.parameters()), links)
 
 
 def loss(network):

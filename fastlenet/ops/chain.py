@@ -68,7 +68,12 @@ def _fake(input: Tensor, parameters: Sequence[Tensor | None], spec: str, save: b
         else:
             input = input.new_empty(input.shape[0], weight.shape[0])
         saved.append(input)
-    return saved.pop(), saved if save else []
+    return saved.pop(), saved if save and not _recomputes(input) else []
+
+
+def _recomputes(tensor: Tensor) -> bool:
+    """Whether a graph's backward computes the forward again: what CPU kernels save has no shape that a graph knows."""
+    return tensor.device.type == "cpu"
 
 
 def _backward_fake(grad_output: Tensor, output: Tensor, input: Tensor, parameters: Any, *args: Any) -> list[Tensor]:
@@ -306,9 +311,8 @@ def _call(input: Tensor, parameters: Sequence[Tensor | None], spec: str, save: b
 def _run(
     known: Any, input: Tensor, parameters: Sequence[Tensor | None], spec: str, save: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    # The compiled CPU kernels save tensors in their own form, which a graph cannot know.
-    forward = _reference_forward if save and known.choice.forward == "cpu" else known.forward
-    output, saved = forward(input, parameters, links_of(spec), save)
+    save = save and not _recomputes(input)
+    output, saved = known.forward(input, parameters, links_of(spec), save)
     return output, list(saved)
 
 
@@ -316,10 +320,20 @@ def _backward_call(grad_output: Tensor, output: Tensor, input: Tensor, parameter
     return links_of(args[1]), (input, *parameters), True
 
 
-def _run_backward(known: Any, *args: Any) -> list[Tensor]:
-    *tensors, spec, output_mask = args
-    backward: Callable[..., Any] = reference.chain_backward if known.choice.forward == "cpu" else known.backward
-    return list(or_empty(tensors[2], backward(*tensors, links_of(spec), tuple(output_mask))))
+def _run_backward(
+    known: Any,
+    grad_output: Tensor,
+    output: Tensor,
+    input: Tensor,
+    parameters: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    spec: str,
+    output_mask: Sequence[bool],
+) -> list[Tensor]:
+    links = links_of(spec)
+    if _recomputes(input):
+        output, saved = known.forward(input, parameters, links, True)
+    return list(or_empty(input, known.backward(grad_output, output, input, parameters, saved, links, tuple(output_mask))))
 
 
 def _cpu_backward(

@@ -197,7 +197,7 @@ def run_in_checkout(command: str, module: str, arguments: Sequence[str]) -> int:
     if not (ROOT / module.replace(".", "/")).with_suffix(".py").is_file():
         return print_error(
             f"fastlenet {command}",
-            f"needs the bench folder of a source checkout, which {ROOT} is not: clone the project, pip install -e .",
+            f"needs the bench folder of a source checkout, which {ROOT} is not: run pip install -e . in a clone",
             BAD_INPUT,
         )
     if str(ROOT) not in sys.path:

@@ -24,7 +24,19 @@ _VARIABLES = re.compile(
     r"MODULE_LOADING)|(CUBLAS|CUDNN|NVIDIA_TF32|HIP_VISIBLE|ROCR_VISIBLE)\w*|PYTORCH\w*ALLOC_CONF|TORCH_(COMPILE|LOGS)\w*"
 )
 # Optional packages that matter if they are installed.
-_PACKAGES = ("numpy", "torchvision", "mlxtend", "safetensors", "kernels", "onnx", "onnxruntime", "pytest", "hypothesis")
+_PACKAGES = (
+    "numpy",
+    "numba",
+    "llvmlite",
+    "torchvision",
+    "mlxtend",
+    "safetensors",
+    "kernels",
+    "onnx",
+    "onnxruntime",
+    "pytest",
+    "hypothesis",
+)
 
 # nvidia-smi's names for what `clocks` reports: MHz, W and degrees Celsius.
 _CLOCKS = {

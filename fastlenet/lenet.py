@@ -61,17 +61,17 @@ class LeNet(nn.Module):
         # torch.fx traces with stand-ins for tensors, and a global module hook must see each layer.
         if type(input) is Tensor and not torch.compiler.is_compiling() and not has_global_hook():
             modules = self._modules
-            chain = _chain_of(*map(modules.get, _LAYERS))
+            chain = chain_of(*map(modules.get, LAYERS))
             if chain is not None:
                 return functional.chain(input, *chain)
         features = self.conv2(self.conv1(input)).flatten(-3)
         return self.fc3(self.fc2(self.fc1(features)))
 
 
-_LAYERS = "conv1", "conv2", "fc1", "fc2", "fc3"
+LAYERS = "conv1", "conv2", "fc1", "fc2", "fc3"
 
 
-def _chain_of(*layers: nn.Module | None) -> tuple[list[Tensor | None], Links] | None:
+def chain_of(*layers: nn.Module | None) -> tuple[list[Tensor | None], Links] | None:
     """Return the parameters and links of the network; None if one of its layers was changed.
 
     A parametrized layer is of another type. A layer with hooks, or with its own forward, must be called by itself.

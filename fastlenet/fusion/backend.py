@@ -84,9 +84,11 @@ class Backend:
         self.inner, self.measure, self.faithful = inner, measure, faithful
         self.decisions = dict(decisions or {})
         self.records: dict[tuple[str, str, str], Record] = {}
+        self.called = False
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph."""
+        self.called = True
         parts = [part.graph for part in graph_module.modules() if isinstance(part, fx.GraphModule)]
         function = torch.ops.higher_order.autograd_function_apply
         if self.faithful and any(node.target is function for graph in parts for node in graph.nodes):
@@ -159,7 +161,11 @@ class Backend:
 
 
 def compile_graph(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile one graph for ``torch.compile(model, backend="fastlenet")``.
 
@@ -170,14 +176,17 @@ def compile_graph(
     Args:
         graph_module: TorchDynamo's graph.
         example_inputs: its inputs, or stand-ins of their shapes.
+        mode: torch.compile's; this backend has none.
         options: the options by name.
 
     Returns:
         A function that computes the graph.
 
     Raises:
-        ValueError: for any other option.
+        ValueError: for any other option, and for a mode.
     """
+    if mode is not None:
+        raise ValueError(f"fastlenet: the backend has options 'inner' and 'measure', and no mode, but got {mode!r}")
     given = dict(options or {})
     unknown = set(given) - {"inner", "measure"}
     if unknown:

@@ -14,8 +14,9 @@ from fastlenet import timing
 from fastlenet.fusion import copies
 from fastlenet.fusion.backend import Backend, Record
 from fastlenet.fusion.fuse import MODES, Fused, arguments, first_line, handle_of, undisturbed, unusable, word
-from fastlenet.fusion.patterns import CONV, Call, describe, implementation
+from fastlenet.fusion.patterns import CHAIN, CONV, Call, describe, implementation
 from fastlenet.kernels.geometry import LINEAR_RELU as LINEAR
+from fastlenet.lenet import LAYERS, LeNet, chain_of
 from fastlenet.modules import ConvReLUMaxPool2d, LinearReLU, prepared
 
 __all__ = ["Explanation", "Site", "explain"]
@@ -27,6 +28,8 @@ UNKNOWN = (
     "nothing is known of this model's sites yet: give explain an example input, or fuse the model and call it once"
 )
 UNCALLED = "nothing is known of the fused model's sites yet: call it once, or give explain an example input"
+NO_SITES = "nothing to fuse: no convolution is followed by relu and a max-pool, and no linear layer by relu"
+COMPILED = "torch.compile compiles this model; with backend='fastlenet' it fuses the sites that fuse would take over"
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,12 @@ def explain(model: nn.Module, example_input: Any = None) -> Explanation:
         fc2: linear_relu
           aten  backend 'aten' is forced
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain(): argument 'model' must be a torch.nn.Module, but got {type(model).__name__}")
+    notes = []
+    if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+        notes.append(COMPILED)
     layers = {
         name or "(model)": layer
         for name, layer in model.named_modules()
@@ -142,9 +151,9 @@ def explain(model: nn.Module, example_input: Any = None) -> Explanation:
     example = None if example_input is None else arguments(example_input)
     seen = {} if example is None else _observe(model, layers, example)
     sites = [_site_of_layer(name, layer, seen.get(name)) for name, layer in layers.items()]
+    sites = _with_networks(sites, model, seen)
     handle, reason = handle_of(model), unusable(model)
     records: list[Record] = []
-    notes: list[str] = []
     if handle is not None:
         notes += handle.notes
         records = list(handle.backend.records.values())
@@ -162,7 +171,9 @@ def explain(model: nn.Module, example_input: Any = None) -> Explanation:
     elif handle is None and not layers:
         notes.append(UNKNOWN)
     elif handle is not None and not records and not notes:
-        notes.append(UNCALLED)
+        notes.append(NO_SITES if handle.backend.called else UNCALLED)
+    if example is not None and not records and not layers and not notes:
+        notes.append(NO_SITES)
     rows = [_site(record, handle is not None) for record in records]
     if any(row.stock for row in rows):
         notes.append(timing.RULE)
@@ -237,6 +248,30 @@ def _observe(
     with undisturbed(example), torch.no_grad():
         trial(*arguments(example))
     return seen
+
+
+def _with_networks(sites: list[Site], model: nn.Module, seen: Mapping[str, tuple[Tensor, Tensor]]) -> list[Site]:
+    """Put one site for all layers of each `LeNet` that runs as a chain."""
+    for name, network in model.named_modules():
+        path = f"{name}." if name else ""
+        first = seen.get(f"{path}{LAYERS[0]}")
+        chain = chain_of(*map(network._modules.get, LAYERS)) if isinstance(network, LeNet) else None
+        if first is None or chain is None:
+            continue
+        parameters, links = chain
+        tensors = first[0], *parameters
+        operands = (None if t is None else (tuple(t.shape), first[0].dtype, t.device) for t in tensors)
+        runs, reason = implementation(Call(CHAIN, links, tuple(operands), False))
+        if runs in ("aten", "none"):
+            continue
+        own = {f"{path}{layer}" for layer in LAYERS}
+        place = next(i for i, site in enumerate(sites) if site.name in own)
+        output = first[0].new_empty(len(first[0]), network.fc3.out_features, device="meta")
+        title = " > ".join(f"{path}{layer}" for layer in LAYERS)
+        site = Site(title, CHAIN, "", describe(first[0]), describe(output), runs, "", "", reason)
+        sites = [site for site in sites if site.name not in own]
+        sites.insert(place, site)
+    return sites
 
 
 def _site_of_layer(name: str, layer: ConvReLUMaxPool2d | LinearReLU, seen: tuple[Tensor, Tensor] | None) -> Site:

@@ -232,6 +232,7 @@ class Judge:
         with undisturbed(self.example) as device, torch.set_grad_enabled(mode == "training"):
             expected = self._outputs(stock)
             actual = self._outputs(fused)
+            self.backend.called |= trial.backend.called
             records = [record for record in trial.backend.records.values() if record.mode == mode]
             reason, note = trial.refused.get(mode), None
             self.backend.records.update((record.key, record) for record in records)

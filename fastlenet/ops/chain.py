@@ -333,7 +333,9 @@ def _run_backward(
     links = links_of(spec)
     if _recomputes(input):
         output, saved = known.forward(input, parameters, links, True)
-    return list(or_empty(input, known.backward(grad_output, output, input, parameters, saved, links, tuple(output_mask))))
+    return list(
+        or_empty(input, known.backward(grad_output, output, input, parameters, saved, links, tuple(output_mask)))
+    )
 
 
 def _cpu_backward(

@@ -429,6 +429,12 @@ def test_other_options_are_errors(options, message):
     assert isinstance(error.value.inner_exception, ValueError)
 
 
+def test_a_mode_is_an_error():
+    compiled = torch.compile(TutorialNet(), backend="fastlenet", mode="reduce-overhead")
+    with pytest.raises(Exception, match="no mode, but got 'reduce-overhead'"):
+        compiled(images_of("tutorial"))
+
+
 def test_measure_keeps_what_wins(monkeypatch, ran):
     wins = itertools.cycle([0, timing.WINS])
     monkeypatch.setattr(timing, "compare", lambda *_: timing.Comparison(2e-3, 1e-3, next(wins)))

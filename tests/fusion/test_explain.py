@@ -13,6 +13,7 @@ from torch import nn
 
 import fastlenet
 from fastlenet import timing
+from fastlenet.fusion.explain import COMPILED, NO_SITES
 
 
 def names(table):
@@ -30,6 +31,42 @@ def test_without_an_example_nothing_is_known_before_the_first_call():
     fused(images_of("tutorial"))
     assert len(fastlenet.explain(fused).sites) == 4
     assert "nothing is known" not in str(fastlenet.explain(fused))
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_model_without_sites_is_told_so(measured):
+    model, images = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Sigmoid(), nn.AvgPool2d(2)), torch.randn(2, 1, 8, 8)
+    fused = fastlenet.fuse(model, images if measured else None)
+    assert ("nothing is known" in str(fastlenet.explain(fused))) is not measured
+    fused(images)
+    for table in (fastlenet.explain(fused), fastlenet.explain(fused, images), fastlenet.explain(model, images)):
+        assert table.notes == (NO_SITES,)
+
+
+def test_a_compiled_model_is_told_what_its_model_is(cpu_kernels):
+    """torch.compile's module hides what its backend did, so the sites are those that fuse would find."""
+    model, images = TutorialNet(), images_of("tutorial")
+    table = fastlenet.explain(torch.compile(model, backend="fastlenet"), images)
+    assert table.sites == fastlenet.explain(model, images).sites
+    assert table.notes == (COMPILED,)
+
+
+def test_a_lenet_is_one_chain_where_it_runs_as_one(cpu_kernels):
+    """Also within a model; a layer with a hook runs by itself."""
+    images = torch.randn(3, 1, 32, 32, dtype=torch.float64)
+    network = fastlenet.LeNet(dtype=torch.float64)
+    for model, path in ((network, ""), (nn.Sequential(network), "0.")):
+        [site] = fastlenet.explain(model, images).sites
+        assert site.name == " > ".join(f"{path}{layer}" for layer in ("conv1", "conv2", "fc1", "fc2", "fc3"))
+        assert (site.operator, site.implementation) == ("chain", "cpu")
+        assert (site.input, site.output) == ("3x1x32x32 float64", "3x10 float64")
+    network.fc1.register_forward_hook(lambda *_: None)
+    assert names(fastlenet.explain(network, images)) == ["conv1", "conv2", "fc1", "fc2"]
+
+
+def test_anything_else_is_a_type_error():
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, but got int"):
+        fastlenet.explain(3)
 
 
 def test_a_stock_model_is_told_what_fuse_would_do():

@@ -22,7 +22,10 @@ from fastlenet.private import tree_leaves
 
 ROUNDS, WINS = 15, 13
 MARGIN = 0.02
-RULE = f"A round is won by {MARGIN:.0%}. A site stays fused that wins {WINS} of {ROUNDS}; others stop early."
+RULE = (
+    f"Fused wins a round if it is {MARGIN:.0%} faster. It is kept if it wins {WINS} of {ROUNDS} rounds; "
+    "once it cannot, timing stops."
+)
 """The legend under a table of measured times."""
 SAMPLE_SECONDS = 2e-3
 """Seconds of a sample: fast calls are repeated for so long, which is far more than the clock's resolution."""

@@ -33,7 +33,7 @@ from fastlenet import environment
 from fastlenet.errors import InputError, import_extra
 from fastlenet.files import write_json
 from fastlenet.lenet import LeNet
-from fastlenet.selection import backend
+from fastlenet.selection import backend, logger
 from fastlenet.training import checkpoint, data, distributed
 from fastlenet.training.distributed import ALONE, World
 
@@ -479,6 +479,8 @@ def train(
         if not world.main:  # Dropout must not drop the same places of every process's images.
             torch.manual_seed(derived_generator(config.seed, "process", world.rank).initial_seed())
         history: list[dict[str, Any]] = []
+        if stored is None and checkpoint_file is not None and world.main and os.path.exists(checkpoint_file):
+            logger.warning("the run will replace the checkpoint %s; to go on from it, resume", checkpoint_file)
         if stored is not None:
             stored.restore(learner.model, learner.optimizer)
             checkpoint.set_rng_state(stored.rng, device, world.rank)

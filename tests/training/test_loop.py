@@ -192,12 +192,16 @@ def test_seeds_matter_and_repeat(digits: data.Dataset) -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(digits: data.Dataset, tmp_path: Path) -> None:
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(
+    digits: data.Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     loop.train(quick(epochs=1), dataset=digits, output=tmp_path)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    assert not caplog.records
     with pytest.raises(loop.TrainingDivergedError, match="diverged in epoch 1"):
         loop.train(quick(epochs=3, lr=1e30), dataset=digits, output=tmp_path)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+    assert "will replace the checkpoint" in caplog.text
 
 
 # -------------------------------------------------------------------------------------------------------- resuming

@@ -22,10 +22,7 @@ from fastlenet.private import tree_leaves
 
 ROUNDS, WINS = 15, 13
 MARGIN = 0.02
-RULE = (
-    f"Fused wins a round if it is {MARGIN:.0%} faster. It is kept if it wins {WINS} of {ROUNDS} rounds; "
-    "once it cannot, timing stops."
-)
+RULE = f"Fused is kept if it is {MARGIN:.0%} faster in {WINS} of {ROUNDS} rounds; else timing stops early."
 """The legend under a table of measured times."""
 SAMPLE_SECONDS = 2e-3
 """Seconds of a sample: fast calls are repeated for so long, which is far more than the clock's resolution."""

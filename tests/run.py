@@ -71,10 +71,13 @@ def command(suite: str, report: Path, jobs: int, tier: list[str], options: list[
     return [*line, *tier, *options]
 
 
-def environment(suite: str, native: bool, jobs: int, tier: str) -> dict[str, str]:
-    """The environment of a suite."""
+def environment(suite: str, native: bool, jobs: int, tier: str, folder: Path) -> dict[str, str]:
+    """The environment of a suite; `folder` is there while the suites run."""
     env = dict(os.environ)
     env.pop("TRITON_INTERPRET", None)
+    if env.pop("PYTHONDONTWRITEBYTECODE", ""):
+        # Without bytecode every process compiles PyTorch's sources anew, which takes 12 s: it is kept apart instead.
+        env["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
     if suite == "kernels" and not native:
         env["TRITON_INTERPRET"] = "1"
     threads = str(max(1, cpus() // jobs))
@@ -183,7 +186,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\n===== {suite} =====", flush=True)
             report, begin = Path(folder) / f"{suite}.xml", time.monotonic()
             line = command(suite, report, known.jobs, tier, options)
-            counts, note = run(line, environment(suite, native, known.jobs, known.tier), report)
+            env = environment(suite, native, known.jobs, known.tier, Path(folder))
+            counts, note = run(line, env, report)
             finished[suite] = counts, note, time.monotonic() - begin
     return summary(finished, bool(options))
 

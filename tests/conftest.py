@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
+
+# pytest-xdist's first process runs no test. It starts the others sooner if it need not import PyTorch.
+if TYPE_CHECKING:
+    import torch
 
 HERE = Path(__file__).parent
 if str(HERE) not in sys.path:  # so that `import harness` works under every import mode of pytest
@@ -24,7 +27,9 @@ fuzz.load_profile()
 
 def pytest_report_header() -> list[str]:
     """Say what this process runs, and what not and why."""
-    how = "interpreted" if modes.interpreting() else "native" if torch.cuda.is_available() else "not run here"
+    import torch
+
+    how = "interpreted" if modes.interpreting() else "native" if modes.has_gpu() else "not run here"
     lines = [f"fastlenet: kernels {how}, torch {torch.__version__}, {torch.get_num_threads()} threads"]
     lines += [f"fastlenet: not collecting tests/{name}: {why}" for name, why in modes.refused_folders().items()]
     return lines
@@ -118,10 +123,14 @@ def device() -> str:
 @pytest.fixture
 def generator() -> torch.Generator:
     """A CPU random generator with a fixed seed, new for every test."""
+    import torch
+
     return torch.Generator().manual_seed(20240131)
 
 
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
     """Start every test from the same global seed, whatever ran before it."""
+    import torch
+
     torch.manual_seed(20240131)

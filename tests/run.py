@@ -40,6 +40,8 @@ TARGETS = {
 }
 MOST_JOBS = 12
 TIERS = ("quick", "wide", "all")
+# On two CPUs, by tier and whether the tier before is left out.
+MINUTES = {("quick", False): 4, ("wide", True): 15}
 NOTHING_COLLECTED = 5
 Counts = dict[str, int]
 
@@ -49,13 +51,19 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def gpu_available() -> bool:
-    """Whether PyTorch sees a GPU; asked in a process of its own, which keeps CUDA out of this one."""
+def ask_for_gpu(env: dict[str, str]) -> subprocess.Popen[str]:
+    """Ask PyTorch whether it sees a GPU, in a process of its own, which runs beside the first suite."""
     code = "import torch; print(torch.cuda.is_available())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"cannot import torch with {sys.executable}:\n{done.stderr}")
-    return done.stdout.strip().endswith("True")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", code], **pipes, text=True, env=env)
+
+
+def gpu_available(asked: subprocess.Popen[str]) -> bool:
+    """What it answers."""
+    out, error = asked.communicate()
+    if asked.returncode:
+        raise SystemExit(f"cannot import torch with {sys.executable}:\n{error}")
+    return out.strip().endswith("True")
 
 
 def command(suite: str, report: Path, jobs: int, tier: list[str], options: list[str]) -> list[str]:
@@ -171,19 +179,25 @@ def main(arguments: list[str] | None = None) -> int:
     known, options = parser.parse_known_args(arguments)
     if options[:1] == ["--"]:
         options = options[1:]
-    native = not known.interpret and gpu_available()
     chosen = [suite for suite in SUITES if not known.only or suite in known.only]
+    minutes = MINUTES.get((known.tier, known.rest))
     print(
         f"suites: {', '.join(chosen)}, {known.tier}{' without what is run before it' if known.rest else ''}; "
-        f"kernels {'run natively on the GPU' if native else 'interpreted'}; {known.jobs} processes on {cpus()} CPUs",
+        f"{known.jobs} processes on {cpus()} CPUs"
+        + (f"; about {minutes} minutes on two CPUs" if minutes and not (known.only or options) else ""),
         flush=True,
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     finished = {}
     tier = ["--tier", known.tier, *(["--rest"] if known.rest else [])]
     with tempfile.TemporaryDirectory(prefix="fastlenet-tests-") as folder:
+        asked = None
+        if "kernels" in chosen and not known.interpret:
+            asked = ask_for_gpu(environment("plain", False, known.jobs, known.tier, Path(folder)))
         for suite in chosen:
-            print(f"\n===== {suite} =====", flush=True)
+            native = suite == "kernels" and asked is not None and gpu_available(asked)
+            how = "" if suite != "kernels" else " natively on the GPU" if native else " in Triton's interpreter"
+            print(f"\n===== {suite}{how} =====", flush=True)
             report, begin = Path(folder) / f"{suite}.xml", time.monotonic()
             line = command(suite, report, known.jobs, tier, options)
             env = environment(suite, native, known.jobs, known.tier, Path(folder))

@@ -111,6 +111,7 @@ def test_reference_has_every_public_name():
     assert sorted(heading or name for name, heading in listed) == sorted([*_public_names(), *RETURNED])
 
 
+@pytest.mark.wide
 def test_site_builds(tmp_path):
     """Strictly: a broken link, formula or docstring is an error. Docstrings and formulas are in it, and every page."""
     for name in ("mkdocs", "mkdocstrings", "material", "latex2mathml"):

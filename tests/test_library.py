@@ -134,7 +134,7 @@ def test_choosing_loads_no_triton():
         "configurations.architecture = lambda: 'sm_90'; "
         "print(library.product('forward', torch.empty(2, 4096), torch.empty(4096, 4096)), 'triton' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("the library is expected to be faster")
     assert done.stdout.endswith("False\n")
 

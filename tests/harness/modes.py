@@ -17,8 +17,6 @@ from __future__ import annotations
 import importlib.util
 import os
 
-import torch
-
 
 def interpreting() -> bool:
     """Whether Triton kernels of this process run in Triton's interpreter (asked of the environment, as Triton does)."""
@@ -30,9 +28,16 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def has_gpu() -> bool:
+    """Whether PyTorch sees a GPU."""
+    import torch  # see conftest.py
+
+    return torch.cuda.is_available()
+
+
 def kernel_device() -> str:
     """The device for kernel tests: ``cuda`` when they run natively, ``cpu`` when they are interpreted."""
-    return "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+    return "cuda" if has_gpu() and not interpreting() else "cpu"
 
 
 def refused_folders() -> dict[str, str]:
@@ -41,7 +46,7 @@ def refused_folders() -> dict[str, str]:
     if not has_triton():
         refused["interpreted"] = refused["compiled"] = "Triton is not installed"
         return refused
-    if not interpreting() and not torch.cuda.is_available():
+    if not interpreting() and not has_gpu():
         refused["interpreted"] = "no GPU and TRITON_INTERPRET is not set (run with TRITON_INTERPRET=1)"
     if interpreting():
         refused["compiled"] = "TRITON_INTERPRET is set (run without it)"

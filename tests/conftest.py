@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-# pytest-xdist's first process runs no test. It starts the others sooner if it need not import PyTorch.
+# pytest-xdist's first process runs no test, and starts the others sooner without PyTorch.
 if TYPE_CHECKING:
     import torch
 
 HERE = Path(__file__).parent
+FOLDERS = ("interpreted", "compiled")
 if str(HERE) not in sys.path:  # so that `import harness` works under every import mode of pytest
     sys.path.insert(0, str(HERE))
 
@@ -31,14 +32,16 @@ def pytest_report_header() -> list[str]:
 
     how = "interpreted" if modes.interpreting() else "native" if modes.has_gpu() else "not run here"
     lines = [f"fastlenet: kernels {how}, torch {torch.__version__}, {torch.get_num_threads()} threads"]
-    lines += [f"fastlenet: not collecting tests/{name}: {why}" for name, why in modes.refused_folders().items()]
-    return lines
+    reasons = {name: modes.refused(name) for name in FOLDERS}
+    return lines + [f"fastlenet: not collecting tests/{name}: {why}" for name, why in reasons.items() if why]
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leave out the folders that cannot run in this process."""
-    refused = [HERE / name for name in modes.refused_folders()]
-    return True if any(folder == collection_path or folder in collection_path.parents for folder in refused) else None
+    for name in FOLDERS:
+        if HERE / name in (collection_path, *collection_path.parents) and modes.refused(name):
+            return True
+    return None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -131,6 +134,5 @@ def generator() -> torch.Generator:
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
     """Start every test from the same global seed, whatever ran before it."""
-    import torch
-
-    torch.manual_seed(20240131)
+    if "torch" in sys.modules:  # the runner's own tests do without
+        sys.modules["torch"].manual_seed(20240131)

@@ -483,6 +483,27 @@ def test_runner_notices_suites_without_tests(sample):
     assert lines[-2:] == ["no tests were collected in: compiled", "0 passed, 0 failed, 0 skipped"]
 
 
+GROUPED = """
+import os, pathlib, pytest
+
+@pytest.mark.xdist_group("one")
+@pytest.mark.parametrize("number", range(6))
+def test_grouped(number):
+    with open(pathlib.Path(__file__).with_name("processes"), "a") as file:
+        file.write(f"{os.getpid()}\\n")
+"""
+
+
+@pytest.mark.wide
+def test_tests_of_a_group_share_a_process(sample):
+    """So that what they share is made once. pytest 9.2 and pytest-xdist 3.8 forget groups together."""
+    pytest.importorskip("xdist")
+    (sample.tests / "test_plain.py").write_text(GROUPED)
+    code, lines = sample("--only", "plain", "--tier", "all", "--jobs", "2")
+    assert (code, lines[-1]) == (0, "6 passed, 0 failed, 0 skipped"), "\n".join(lines)
+    assert len(set((sample.tests / "processes").read_text().split())) == 1
+
+
 TIERED = """
 import pytest
 

@@ -40,14 +40,12 @@ def kernel_device() -> str:
     return "cuda" if has_gpu() and not interpreting() else "cpu"
 
 
-def refused_folders() -> dict[str, str]:
-    """Folders under ``tests/`` that cannot run in this process, each with the reason and what to do."""
-    refused = {}
-    if not has_triton():
-        refused["interpreted"] = refused["compiled"] = "Triton is not installed"
-        return refused
-    if not interpreting() and not has_gpu():
-        refused["interpreted"] = "no GPU and TRITON_INTERPRET is not set (run with TRITON_INTERPRET=1)"
-    if interpreting():
-        refused["compiled"] = "TRITON_INTERPRET is set (run without it)"
-    return refused
+def refused(folder: str) -> str | None:
+    """Why a folder of ``tests/`` cannot run in this process, and what to do; None if it can."""
+    if folder in ("interpreted", "compiled") and not has_triton():
+        return "Triton is not installed"
+    if folder == "interpreted" and not interpreting() and not has_gpu():
+        return "no GPU and TRITON_INTERPRET is not set (run with TRITON_INTERPRET=1)"
+    if folder == "compiled" and interpreting():
+        return "TRITON_INTERPRET is set (run without it)"
+    return None

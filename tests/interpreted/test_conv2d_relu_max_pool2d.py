@@ -256,12 +256,12 @@ def test_without_gradients_no_argmax_is_written(launches, conv, device):
     assert_bitwise_equal(output, with_argmax.output)
 
 
+@pytest.mark.wide
 def test_every_element_is_written(device):
-    """The argmax included, whose poison could be taken for an argmax."""
-    case = conv_case("255 cells", (1, 1, 16, 19), (3, 1, 1, 1), pool_size=(15, 17), pool_stride=(1, 2))
-    tensors = case.random(torch.float16, device=device)
+    """The argmax included, whose poison could be taken for an argmax: `watched` sees all other windows."""
+    tensors = BIG_WINDOW.random(torch.float16, device=device)
     forward = torch.ops.fastlenet.conv2d_relu_max_pool2d
-    assert_writes_everything(lambda: forward(*tensors.values(), *case.geometry, True))
+    assert_writes_everything(lambda: forward(*tensors.values(), *BIG_WINDOW.geometry, True))
 
 
 def test_empty_batch_launches_only_what_fills_gradients(launches, watched, device):
@@ -298,7 +298,7 @@ def test_layouts_are_stocks_and_as_the_shape_functions_promise(input_kind, weigh
 
 @wide_and_narrow
 def test_bitwise_reproducible_from_run_to_run(dtype, device, shipped_tiles):
-    case = conv_case("several parts of one channel", (8, 1, 15, 13), (6, 1, 3, 3))
+    case = next(case for case in SHIPPED_CONV if case.name == "several parts")
     tensors = case.random(dtype, device=device)
     grad = upstream(CONV.stock(**tensors, **case.keywords))
     first, second = (run(CONV.fused, tensors, case.keywords, grad) for _ in range(2))

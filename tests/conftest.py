@@ -64,7 +64,8 @@ def _tiers(items: list[pytest.Item]) -> list[int]:
     """The first tier that runs each test, as a place in `run.TIERS`.
 
     ``quick`` runs each test function once for each implementation, ``wide`` each value of each parameter once, ``all``
-    each combination. Marks leave tests to later tiers: ``wide`` from quick, ``thorough`` from quick and wide.
+    each combination. Marks leave tests to later tiers: ``wide`` from quick, ``thorough`` from quick and wide. Of a test
+    marked ``cheap`` quick runs every combination: its values are behaviours, such as messages, and take no time.
     """
     seen: set[tuple[str, int, str]] = set()
     functions: set[tuple[str, str]] = set()
@@ -75,10 +76,15 @@ def _tiers(items: list[pytest.Item]) -> list[int]:
         # One id for each parametrisation of the test; pytest has no public name for them.
         values = {(name, place, value) for place, value in enumerate(getattr(spec, "_idlist", ()))}
         function = name, str(spec.params.get("either")) if spec else ""
-        if item.get_closest_marker("thorough") is not None or (values and values <= seen):
+        later = [mark for mark in ("thorough", "wide") if item.get_closest_marker(mark) is not None]
+        if not later and item.get_closest_marker("cheap") is not None:
+            tiers.append(0)
+            seen |= values
+            continue
+        if "thorough" in later or (values and values <= seen):
             tiers.append(2)
             continue
-        tiers.append(int(function in functions or item.get_closest_marker("wide") is not None))
+        tiers.append(int(function in functions or bool(later)))
         functions.add(function)
         seen |= values
     return tiers
@@ -112,6 +118,7 @@ def cpu_kernels() -> Iterator[Any]:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the markers known: pytest-xdist's too, which groups tests where it is installed."""
+    config.addinivalue_line("markers", "cheap: ``make test`` runs it with every value of every parameter")
     config.addinivalue_line("markers", "wide: left out of ``make test``; ``make test-wide`` runs it")
     config.addinivalue_line("markers", "thorough: left out of both; ``make test-all`` runs it")
     config.addinivalue_line("markers", "xdist_group(name): run by the same process as all others of that name")

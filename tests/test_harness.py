@@ -515,6 +515,11 @@ def test_pairs(a, b): pass
 @pytest.mark.parametrize("a", "pq")
 def test_two(a, either): pass
 
+@pytest.mark.cheap
+@pytest.mark.parametrize("a", [0, pytest.param(1, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("b", range(2))
+def test_cheap(a, b): pass
+
 @pytest.mark.thorough
 def test_long(): pass
 
@@ -540,10 +545,24 @@ def test_tiers_show_every_test_every_value_and_every_combination(sample):
         )
         ran.append([line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line])
     every, quick, then, rest, wide = ran
-    assert len(every) == 13
-    assert quick == ["test_pairs[0-0]", "test_two[p-x]", "test_two[p-y]", "test_one"]
-    assert then == ["test_pairs[0-1]", "test_pairs[1-0]", "test_pairs[2-0]", "test_two[q-x]", "test_wide"]
-    assert rest == ["test_pairs[1-1]", "test_pairs[2-1]", "test_two[q-y]", "test_long"]
+    assert len(every) == 17
+    assert quick == [
+        "test_pairs[0-0]",
+        "test_two[p-x]",
+        "test_two[p-y]",
+        "test_cheap[0-0]",
+        "test_cheap[1-0]",
+        "test_one",
+    ]
+    assert then == [
+        "test_pairs[0-1]",
+        "test_pairs[1-0]",
+        "test_pairs[2-0]",
+        "test_two[q-x]",
+        "test_cheap[0-1]",
+        "test_wide",
+    ]
+    assert rest == ["test_pairs[1-1]", "test_pairs[2-1]", "test_two[q-y]", "test_cheap[1-1]", "test_long"]
     assert set(wide) == {*quick, *then}
 
 

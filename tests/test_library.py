@@ -15,6 +15,8 @@ from bench.baselines import precision_mode
 from bench.workloads import OTHER_OPERATORS, ConvCase
 from fastlenet import library
 
+pytestmark = pytest.mark.cheap
+
 PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
 CASES = {case.name: case for case in OTHER_OPERATORS if isinstance(case, ConvCase)}
 MODES = {"tf32": torch.float32, "ieee": torch.float32, "half": torch.bfloat16}

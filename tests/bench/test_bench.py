@@ -525,6 +525,7 @@ def test_tables_print_with_and_without_rich(tiny, rich, slug, monkeypatch, capsy
     assert "…" not in out
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [

@@ -12,8 +12,8 @@ There are three tiers (see ``conftest.py``), and ``--rest`` leaves out what the 
 * ``wide``, as ``.ci/run`` runs it after quick: each value of each parameter once;
 * ``all``, as ``make test-all`` runs it: every combination.
 
-The suites run one after the other, each over all CPUs by pytest-xdist
-where that is installed. Unknown options go to every pytest. The last line is ``N passed, N failed, N skipped``; the
+Of a test marked ``cheap`` quick runs every combination. The suites run one after the other, each over all CPUs by
+pytest-xdist where that is installed. Unknown options go to every pytest. The last line is ``N passed, N failed, N skipped``; the
 exit code is 0 only if nothing failed and every suite had tests to run.
 """
 
@@ -40,8 +40,8 @@ TARGETS = {
 }
 MOST_JOBS = 12
 TIERS = ("quick", "wide", "all")
-# On two CPUs, by tier and whether the tier before is left out.
-MINUTES = {("quick", False): 4, ("wide", True): 15}
+# Of the tier quick, on two CPUs.
+MOST_MINUTES = 5
 NOTHING_COLLECTED = 5
 Counts = dict[str, int]
 
@@ -180,11 +180,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options[:1] == ["--"]:
         options = options[1:]
     chosen = [suite for suite in SUITES if not known.only or suite in known.only]
-    minutes = MINUTES.get((known.tier, known.rest))
+    whole = known.tier == TIERS[0] and not (known.only or options)
     print(
         f"suites: {', '.join(chosen)}, {known.tier}{' without what is run before it' if known.rest else ''}; "
-        f"{known.jobs} processes on {cpus()} CPUs"
-        + (f"; about {minutes} minutes on two CPUs" if minutes and not (known.only or options) else ""),
+        f"{known.jobs} processes on {cpus()} CPUs" + (f"; at most {MOST_MINUTES} minutes on two CPUs" if whole else ""),
         flush=True,
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -13,8 +13,8 @@ There are three tiers (see ``conftest.py``), and ``--rest`` leaves out what the 
 * ``all``, as ``make test-all`` runs it: every combination.
 
 Of a test marked ``cheap`` quick runs every combination. The suites run one after the other, each over all CPUs by
-pytest-xdist where that is installed. Unknown options go to every pytest. The last line is ``N passed, N failed, N skipped``; the
-exit code is 0 only if nothing failed and every suite had tests to run.
+pytest-xdist where that is installed. Unknown options go to every pytest. The last line is
+``N passed, N failed, N skipped``; the exit code is 0 only if nothing failed and every suite had tests to run.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ test: $(VENV)/.test
 	$(RUN) tests/run.py
 
 # What `make test` leaves out: every value of every parameter once.
-test-wide: $(VENV)/.test
+test-wide: $(VENV)/.test-all
 	$(RUN) tests/run.py --tier wide --rest
 
-test-all: $(VENV)/.test
+test-all: $(VENV)/.test-all
 	$(RUN) tests/run.py --tier all
 
 # The oldest and the newest PyTorch, each in an environment of its own under $(OUTPUT)/versions.
@@ -59,6 +59,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[test]'
+	touch $@
+
+$(VENV)/.test-all: $(VENV)/.test
+	$(INSTALL) -e '.[test-all]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test

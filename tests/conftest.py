@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
+
+# pytest-xdist's first process runs no test, and starts the others sooner without PyTorch.
+if TYPE_CHECKING:
+    import torch
 
 HERE = Path(__file__).parent
+FOLDERS = ("interpreted", "compiled")
 if str(HERE) not in sys.path:  # so that `import harness` works under every import mode of pytest
     sys.path.insert(0, str(HERE))
 
@@ -24,16 +28,20 @@ fuzz.load_profile()
 
 def pytest_report_header() -> list[str]:
     """Say what this process runs, and what not and why."""
-    how = "interpreted" if modes.interpreting() else "native" if torch.cuda.is_available() else "not run here"
+    import torch
+
+    how = "interpreted" if modes.interpreting() else "native" if modes.has_gpu() else "not run here"
     lines = [f"fastlenet: kernels {how}, torch {torch.__version__}, {torch.get_num_threads()} threads"]
-    lines += [f"fastlenet: not collecting tests/{name}: {why}" for name, why in modes.refused_folders().items()]
-    return lines
+    reasons = {name: modes.refused(name) for name in FOLDERS}
+    return lines + [f"fastlenet: not collecting tests/{name}: {why}" for name, why in reasons.items() if why]
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leave out the folders that cannot run in this process."""
-    refused = [HERE / name for name in modes.refused_folders()]
-    return True if any(folder == collection_path or folder in collection_path.parents for folder in refused) else None
+    for name in FOLDERS:
+        if HERE / name in (collection_path, *collection_path.parents) and modes.refused(name):
+            return True
+    return None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,7 +64,8 @@ def _tiers(items: list[pytest.Item]) -> list[int]:
     """The first tier that runs each test, as a place in `run.TIERS`.
 
     ``quick`` runs each test function once for each implementation, ``wide`` each value of each parameter once, ``all``
-    each combination. Marks leave tests to later tiers: ``wide`` from quick, ``thorough`` from quick and wide.
+    each combination. Marks leave tests to later tiers: ``wide`` from quick, ``thorough`` from quick and wide. Of a test
+    marked ``cheap`` quick runs every combination: its values are behaviours, such as messages, and take no time.
     """
     seen: set[tuple[str, int, str]] = set()
     functions: set[tuple[str, str]] = set()
@@ -67,10 +76,15 @@ def _tiers(items: list[pytest.Item]) -> list[int]:
         # One id for each parametrisation of the test; pytest has no public name for them.
         values = {(name, place, value) for place, value in enumerate(getattr(spec, "_idlist", ()))}
         function = name, str(spec.params.get("either")) if spec else ""
-        if item.get_closest_marker("thorough") is not None or (values and values <= seen):
+        later = [mark for mark in ("thorough", "wide") if item.get_closest_marker(mark) is not None]
+        if not later and item.get_closest_marker("cheap") is not None:
+            tiers.append(0)
+            seen |= values
+            continue
+        if "thorough" in later or (values and values <= seen):
             tiers.append(2)
             continue
-        tiers.append(int(function in functions or item.get_closest_marker("wide") is not None))
+        tiers.append(int(function in functions or bool(later)))
         functions.add(function)
         seen |= values
     return tiers
@@ -104,6 +118,7 @@ def cpu_kernels() -> Iterator[Any]:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the markers known: pytest-xdist's too, which groups tests where it is installed."""
+    config.addinivalue_line("markers", "cheap: ``make test`` runs it with every value of every parameter")
     config.addinivalue_line("markers", "wide: left out of ``make test``; ``make test-wide`` runs it")
     config.addinivalue_line("markers", "thorough: left out of both; ``make test-all`` runs it")
     config.addinivalue_line("markers", "xdist_group(name): run by the same process as all others of that name")
@@ -118,10 +133,13 @@ def device() -> str:
 @pytest.fixture
 def generator() -> torch.Generator:
     """A CPU random generator with a fixed seed, new for every test."""
+    import torch
+
     return torch.Generator().manual_seed(20240131)
 
 
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
     """Start every test from the same global seed, whatever ran before it."""
-    torch.manual_seed(20240131)
+    if "torch" in sys.modules:  # the runner's own tests do without
+        sys.modules["torch"].manual_seed(20240131)

@@ -12,9 +12,9 @@ There are three tiers (see ``conftest.py``), and ``--rest`` leaves out what the 
 * ``wide``, as ``.ci/run`` runs it after quick: each value of each parameter once;
 * ``all``, as ``make test-all`` runs it: every combination.
 
-The suites run one after the other, each over all CPUs by pytest-xdist
-where that is installed. Unknown options go to every pytest. The last line is ``N passed, N failed, N skipped``; the
-exit code is 0 only if nothing failed and every suite had tests to run.
+Of a test marked ``cheap`` quick runs every combination. The suites run one after the other, each over all CPUs by
+pytest-xdist where that is installed. Unknown options go to every pytest. The last line is
+``N passed, N failed, N skipped``; the exit code is 0 only if nothing failed and every suite had tests to run.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ TARGETS = {
 }
 MOST_JOBS = 12
 TIERS = ("quick", "wide", "all")
+# Of the tier quick, on two CPUs.
+MOST_MINUTES = 5
 NOTHING_COLLECTED = 5
 Counts = dict[str, int]
 
@@ -49,13 +51,19 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def gpu_available() -> bool:
-    """Whether PyTorch sees a GPU; asked in a process of its own, which keeps CUDA out of this one."""
+def ask_for_gpu(env: dict[str, str]) -> subprocess.Popen[str]:
+    """Ask PyTorch whether it sees a GPU, in a process of its own, which runs beside the first suite."""
     code = "import torch; print(torch.cuda.is_available())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"cannot import torch with {sys.executable}:\n{done.stderr}")
-    return done.stdout.strip().endswith("True")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", code], **pipes, text=True, env=env)
+
+
+def gpu_available(asked: subprocess.Popen[str]) -> bool:
+    """What it answers."""
+    out, error = asked.communicate()
+    if asked.returncode:
+        raise SystemExit(f"cannot import torch with {sys.executable}:\n{error}")
+    return out.strip().endswith("True")
 
 
 def command(suite: str, report: Path, jobs: int, tier: list[str], options: list[str]) -> list[str]:
@@ -71,10 +79,13 @@ def command(suite: str, report: Path, jobs: int, tier: list[str], options: list[
     return [*line, *tier, *options]
 
 
-def environment(suite: str, native: bool, jobs: int, tier: str) -> dict[str, str]:
-    """The environment of a suite."""
+def environment(suite: str, native: bool, jobs: int, tier: str, folder: Path) -> dict[str, str]:
+    """The environment of a suite; `folder` is there while the suites run."""
     env = dict(os.environ)
     env.pop("TRITON_INTERPRET", None)
+    if env.pop("PYTHONDONTWRITEBYTECODE", ""):
+        # Without bytecode every process compiles PyTorch's sources anew, which takes 12 s: it is kept apart instead.
+        env["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
     if suite == "kernels" and not native:
         env["TRITON_INTERPRET"] = "1"
     threads = str(max(1, cpus() // jobs))
@@ -168,22 +179,28 @@ def main(arguments: list[str] | None = None) -> int:
     known, options = parser.parse_known_args(arguments)
     if options[:1] == ["--"]:
         options = options[1:]
-    native = not known.interpret and gpu_available()
     chosen = [suite for suite in SUITES if not known.only or suite in known.only]
+    whole = known.tier == TIERS[0] and not (known.only or options)
     print(
         f"suites: {', '.join(chosen)}, {known.tier}{' without what is run before it' if known.rest else ''}; "
-        f"kernels {'run natively on the GPU' if native else 'interpreted'}; {known.jobs} processes on {cpus()} CPUs",
+        f"{known.jobs} processes on {cpus()} CPUs" + (f"; at most {MOST_MINUTES} minutes on two CPUs" if whole else ""),
         flush=True,
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     finished = {}
     tier = ["--tier", known.tier, *(["--rest"] if known.rest else [])]
     with tempfile.TemporaryDirectory(prefix="fastlenet-tests-") as folder:
+        asked = None
+        if "kernels" in chosen and not known.interpret:
+            asked = ask_for_gpu(environment("plain", False, known.jobs, known.tier, Path(folder)))
         for suite in chosen:
-            print(f"\n===== {suite} =====", flush=True)
+            native = suite == "kernels" and asked is not None and gpu_available(asked)
+            how = "" if suite != "kernels" else " natively on the GPU" if native else " in Triton's interpreter"
+            print(f"\n===== {suite}{how} =====", flush=True)
             report, begin = Path(folder) / f"{suite}.xml", time.monotonic()
             line = command(suite, report, known.jobs, tier, options)
-            counts, note = run(line, environment(suite, native, known.jobs, known.tier), report)
+            env = environment(suite, native, known.jobs, known.tier, Path(folder))
+            counts, note = run(line, env, report)
             finished[suite] = counts, note, time.monotonic() - begin
     return summary(finished, bool(options))
 

@@ -210,7 +210,7 @@ class Foreign(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend"), [(torch.bfloat16, "inductor"), (torch.float16, "aot_eager")], ids=["bfloat16", "float16"]
+    ("dtype", "backend"), [(torch.float16, "aot_eager"), (torch.bfloat16, "inductor")], ids=["float16", "bfloat16"]
 )
 def test_our_layers_inside_somebody_elses_compiled_model_under_autocast(dtype, backend):
     """Compiled, the rounding of 16 bits falls elsewhere: what counts is to be as accurate as the model in eager."""

@@ -45,6 +45,8 @@ RETURNED = (
 )
 # PyTorch's precision switches cannot be put back: once set, torch.export refuses convolutions in that process.
 OWN_PROCESS = ("precision",)
+# Compilers run in these for seconds.
+SLOW = ("fuse", "recipes")
 # Its blocks need what `make hub` makes: tests/test_hub.py runs them.
 ELSEWHERE = ("hub",)
 
@@ -59,9 +61,14 @@ def _nothing_stays(tmp_path, monkeypatch):
     logger.setLevel(level)
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if page.stem not in ELSEWHERE and PYTHON.search(page.read_text(encoding="utf-8"))],
+    [
+        pytest.param(page, marks=pytest.mark.wide if page.stem in SLOW else ())
+        for page in PAGES
+        if page.stem not in ELSEWHERE and PYTHON.search(page.read_text(encoding="utf-8"))
+    ],
     ids=lambda page: f"{page.parent.name}-{page.stem}",
 )
 def test_python_blocks_run(page):
@@ -87,6 +94,7 @@ def test_pages_show_what_they_print(capsys):
     assert f"```\n{capsys.readouterr().out}```" in text
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
 def test_links_lead_somewhere(page):
     for link in LINK.findall(page.read_text(encoding="utf-8")):
@@ -111,6 +119,7 @@ def test_reference_has_every_public_name():
     assert sorted(heading or name for name, heading in listed) == sorted([*_public_names(), *RETURNED])
 
 
+@pytest.mark.wide
 def test_site_builds(tmp_path):
     """Strictly: a broken link, formula or docstring is an error. Docstrings and formulas are in it, and every page."""
     for name in ("mkdocs", "mkdocstrings", "material", "latex2mathml"):
@@ -135,6 +144,7 @@ def test_site_builds(tmp_path):
     assert not [name for name, text in html.items() if loads.search(text)]
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize("name", ["fastlenet", *MODULES])
 def test_docstring_examples(name):
     module = importlib.import_module(name)
@@ -143,6 +153,7 @@ def test_docstring_examples(name):
     assert failed == 0
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize(("module", "name"), PUBLIC, ids=lambda part: part.removeprefix("fastlenet."))
 def test_public_names_have_examples(module, name):
     thing = getattr(importlib.import_module(module), name)

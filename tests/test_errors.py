@@ -14,6 +14,8 @@ from torch import randn
 import fastlenet
 from fastlenet import functional, selection
 
+pytestmark = pytest.mark.cheap
+
 
 def stock_conv(input, weight, bias=None, *, pool_size=2, pool_stride=None, pool_padding=0, pool_dilation=1, **options):
     ceil_mode = options.pop("ceil_mode", False)

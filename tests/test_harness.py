@@ -483,6 +483,27 @@ def test_runner_notices_suites_without_tests(sample):
     assert lines[-2:] == ["no tests were collected in: compiled", "0 passed, 0 failed, 0 skipped"]
 
 
+GROUPED = """
+import os, pathlib, pytest
+
+@pytest.mark.xdist_group("one")
+@pytest.mark.parametrize("number", range(6))
+def test_grouped(number):
+    with open(pathlib.Path(__file__).with_name("processes"), "a") as file:
+        file.write(f"{os.getpid()}\\n")
+"""
+
+
+@pytest.mark.wide
+def test_tests_of_a_group_share_a_process(sample):
+    """So that what they share is made once. pytest 9.2 and pytest-xdist 3.8 forget groups together."""
+    pytest.importorskip("xdist")
+    (sample.tests / "test_plain.py").write_text(GROUPED)
+    code, lines = sample("--only", "plain", "--tier", "all", "--jobs", "2")
+    assert (code, lines[-1]) == (0, "6 passed, 0 failed, 0 skipped"), "\n".join(lines)
+    assert len(set((sample.tests / "processes").read_text().split())) == 1
+
+
 TIERED = """
 import pytest
 
@@ -493,6 +514,11 @@ def test_pairs(a, b): pass
 @pytest.mark.parametrize("either", "xy")
 @pytest.mark.parametrize("a", "pq")
 def test_two(a, either): pass
+
+@pytest.mark.cheap
+@pytest.mark.parametrize("a", [0, pytest.param(1, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("b", range(2))
+def test_cheap(a, b): pass
 
 @pytest.mark.thorough
 def test_long(): pass
@@ -519,10 +545,24 @@ def test_tiers_show_every_test_every_value_and_every_combination(sample):
         )
         ran.append([line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line])
     every, quick, then, rest, wide = ran
-    assert len(every) == 13
-    assert quick == ["test_pairs[0-0]", "test_two[p-x]", "test_two[p-y]", "test_one"]
-    assert then == ["test_pairs[0-1]", "test_pairs[1-0]", "test_pairs[2-0]", "test_two[q-x]", "test_wide"]
-    assert rest == ["test_pairs[1-1]", "test_pairs[2-1]", "test_two[q-y]", "test_long"]
+    assert len(every) == 17
+    assert quick == [
+        "test_pairs[0-0]",
+        "test_two[p-x]",
+        "test_two[p-y]",
+        "test_cheap[0-0]",
+        "test_cheap[1-0]",
+        "test_one",
+    ]
+    assert then == [
+        "test_pairs[0-1]",
+        "test_pairs[1-0]",
+        "test_pairs[2-0]",
+        "test_two[q-x]",
+        "test_cheap[0-1]",
+        "test_wide",
+    ]
+    assert rest == ["test_pairs[1-1]", "test_pairs[2-1]", "test_two[q-y]", "test_cheap[1-1]", "test_long"]
     assert set(wide) == {*quick, *then}
 
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def fresh(code: str) -> str:
     """Run `code` in a new interpreter and return what it printed."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

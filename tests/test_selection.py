@@ -19,6 +19,8 @@ from harness.operators import stock_conv2d_relu_max_pool2d
 import fastlenet
 from fastlenet import functional, ops, selection
 
+pytestmark = pytest.mark.cheap
+
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
 CONV = ops.CONV2D_RELU_MAX_POOL2D

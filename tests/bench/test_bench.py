@@ -336,12 +336,12 @@ def test_peak_memory_of_a_step_is_at_least_what_autograd_keeps():
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RATES = timing.Rates({2**20: 1e10}, {"ieee": 1e11, "bf16": 1e11}, None)
 together = pytest.mark.xdist_group("bench")
-TINY = [WORKS[0], Work(LENET, 2, direction=TRAIN_STEP), Work(LENET, 4, direction=TRAIN_STEP)]
+TINY = [WORKS[0], Work(LENET, 4, direction=TRAIN_STEP)]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """The results file of a run of three tiny comparisons, and what the run printed."""
+    """The results file of a run of two tiny comparisons, and what the run printed."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(run, "suite", lambda *_: iter(TINY))
@@ -416,7 +416,7 @@ def test_report_marks_what_is_modelled(tiny):
             row["source"] = "modelled"
     page = report.as_markdown(results, None)
     assert "modelled in part" in page
-    assert page.count("(modelled)") >= 3
+    assert page.count("(modelled)") >= len(TINY)
 
 
 def test_ratios_and_their_certainty():
@@ -525,6 +525,7 @@ def test_tables_print_with_and_without_rich(tiny, rich, slug, monkeypatch, capsy
     assert "…" not in out
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [

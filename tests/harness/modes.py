@@ -17,8 +17,6 @@ from __future__ import annotations
 import importlib.util
 import os
 
-import torch
-
 
 def interpreting() -> bool:
     """Whether Triton kernels of this process run in Triton's interpreter (asked of the environment, as Triton does)."""
@@ -30,19 +28,24 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def has_gpu() -> bool:
+    """Whether PyTorch sees a GPU."""
+    import torch  # see conftest.py
+
+    return torch.cuda.is_available()
+
+
 def kernel_device() -> str:
     """The device for kernel tests: ``cuda`` when they run natively, ``cpu`` when they are interpreted."""
-    return "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+    return "cuda" if has_gpu() and not interpreting() else "cpu"
 
 
-def refused_folders() -> dict[str, str]:
-    """Folders under ``tests/`` that cannot run in this process, each with the reason and what to do."""
-    refused = {}
-    if not has_triton():
-        refused["interpreted"] = refused["compiled"] = "Triton is not installed"
-        return refused
-    if not interpreting() and not torch.cuda.is_available():
-        refused["interpreted"] = "no GPU and TRITON_INTERPRET is not set (run with TRITON_INTERPRET=1)"
-    if interpreting():
-        refused["compiled"] = "TRITON_INTERPRET is set (run without it)"
-    return refused
+def refused(folder: str) -> str | None:
+    """Why a folder of ``tests/`` cannot run in this process, and what to do; None if it can."""
+    if folder in ("interpreted", "compiled") and not has_triton():
+        return "Triton is not installed"
+    if folder == "interpreted" and not interpreting() and not has_gpu():
+        return "no GPU and TRITON_INTERPRET is not set (run with TRITON_INTERPRET=1)"
+    if folder == "compiled" and interpreting():
+        return "TRITON_INTERPRET is set (run without it)"
+    return None

@@ -117,7 +117,7 @@ def expect(launches, **variants: str) -> None:
 
 
 @modes
-@pytest.mark.parametrize("case", [CONV1, CONV2, SMALL, PAIRS, ONE_TAP], ids=str)
+@pytest.mark.parametrize("case", [SMALL, PAIRS, ONE_TAP, CONV1, CONV2], ids=str)
 def test_as_accurate_as_stock(mode, case, conv, device, launches):
     with fp32_precision(mode.precision):
         conv.random(case, case.random(mode.dtype, device=device))
@@ -205,7 +205,7 @@ def test_what_the_rule_takes_equals_stock_where_arithmetic_is_exact(case, conv, 
 @pytest.mark.parametrize("kind", ["contiguous", "channels_last"])
 def test_windows_that_overlap_are_loaded_once_for_a_column(kind, conv, device, launches):
     """The weight's gradient slides down columns, in several chunks of rows, and adds up to what stock does."""
-    case = conv_case("sliding", (3, 2, 21, 10), (5, 2, 3, 3), padding=1, pool_size=3, pool_stride=2)
+    case = conv_case("sliding", (2, 2, 17, 6), (3, 2, 3, 3), padding=1, pool_size=3, pool_stride=2)
     tensors = case.exact(torch.float32, device=device)
     tensors["input"] = awkward(tensors["input"], kind) if kind != "contiguous" else tensors["input"]
     conv.exact(case, tensors)

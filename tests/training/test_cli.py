@@ -57,6 +57,7 @@ def test_separate_checkpoint_file(folder: Path, tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["metrics.json"]
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -102,6 +103,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert_one_line(capsys, *parts)
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize(
     ("missing", "package"), [("rich.console", "rich"), ("safetensors.torch", "safetensors"), ("mlxtend", "mlxtend")]
 )
@@ -152,6 +154,7 @@ def test_interruption_is_exit_code_130(
     assert_one_line(capsys, "interrupted before the first epoch's end")
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["env", "--help"], ["--version"]])
 def test_help_is_exit_code_0(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(*arguments) == 0
@@ -160,6 +163,7 @@ def test_help_is_exit_code_0(arguments: list[str], capsys: pytest.CaptureFixture
     assert captured.err == ""
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize(("command", "module"), [("bench", "run"), ("report", "report")])
 def test_checkout_commands(
     command: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

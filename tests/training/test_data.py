@@ -97,6 +97,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_idx_files_are_named(folder: Path, case: str) -> None:
     name, damage, message = DAMAGE[case]
@@ -105,6 +106,7 @@ def test_damaged_idx_files_are_named(folder: Path, case: str) -> None:
         data.load_idx(folder)
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize("damage", ["truncated", "no gzip", "flipped"])
 def test_damaged_gzip_files_are_named(tmp_path: Path, damage: str) -> None:
     write_idx(tmp_path, compress=True)
@@ -162,6 +164,7 @@ def test_torchvision(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPat
         assert torch.equal(loaded.test_labels, expected.test_labels)
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize(
     ("module", "use", "install"),
     [

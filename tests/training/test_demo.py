@@ -117,6 +117,7 @@ def test_the_picture_of_networks_that_never_differ(digits: data.Dataset) -> None
     assert demo.draw(same, digits).startswith(b"\x89PNG\r\n")
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [

@@ -51,6 +51,7 @@ def test_shifts_move_whole_images() -> None:
 # ------------------------------------------------------------------------------------------------------------- trainer
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -74,12 +75,14 @@ def test_impossible_options_are_named(option: str, value: object, message: str) 
         quick(**{option: value})
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
 def test_float16_is_refused_where_it_cannot_work(optimizer: str) -> None:
     with pytest.raises(loop.ConfigError, match=f"{optimizer} cannot step float16"):
         quick(optimizer=optimizer, dtype="float16")
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize("device", ["warp", "cuda:99", "meta"])
 def test_impossible_devices_are_named(device: str) -> None:
     with pytest.raises(loop.ConfigError, match=f"device '{device}'"):
@@ -272,6 +275,7 @@ def test_resuming_a_finished_run_changes_nothing(digits: data.Dataset, tmp_path:
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

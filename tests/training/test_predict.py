@@ -328,6 +328,7 @@ def test_wrong_checkpoints_get_one_line(
         assert captured.err.count("\n") == 1
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

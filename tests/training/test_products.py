@@ -136,6 +136,7 @@ def test_a_wrong_network_is_not_written(
     assert error.count("\n") == 1
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -160,6 +161,7 @@ def test_impossible_files_are_refused_before_training(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize(
     ("kind", "missing", "extra"),
     [("plot", "matplotlib.figure", "demo"), ("onnx", "onnxruntime", "export"), ("onnx", "onnxscript", "export")],

@@ -18,8 +18,9 @@ from . import addmm_relu as linear
 from . import conv2d_relu_max_pool2d as conv
 from . import mlp as head
 from .geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Links, head_of
+from .joint import Later
 from .plans import Kind, Kinds
-from .runtime import Sum, by_library, sum_partials
+from .runtime import by_library
 
 Saved = tuple[Tensor, ...]
 
@@ -125,7 +126,7 @@ def _backward(grad_output: Tensor, output: Tensor | None, input: Tensor, *args: 
         outputs.append(next(waiting))
     before = [input, *outputs]
     grads: list[Tensor | None] = [None] * len(mask)
-    later: list[Sum] = []  # all links' partial sums are added up by one launch at the end
+    later = Later()  # the links' weight gradients that can be launched together, and all partial sums
     grad: Tensor | None = grad_output
     first = head_of(links, parameters)
     if first < len(links):
@@ -145,7 +146,7 @@ def _backward(grad_output: Tensor, output: Tensor | None, input: Tensor, *args: 
         else:
             found = _linear_backward(grad, outputs[index], before[index], weight, link, needs, library, later)
         grad, *grads[2 * index + 1 : 2 * index + 3] = found
-    sum_partials(*later)
+    later.finish()
     grads[0] = grad if mask[0] else None
     return tuple(grads)
 
@@ -158,14 +159,14 @@ def _linear_backward(
     link: str,
     needs: tuple[bool, ...],
     library: bool,
-    later: list[Sum],
+    later: Later,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the input's rows, the weight and the bias."""
     need_rows, need_weight, need_bias = needs
     if link == LINEAR_RELU and not library:
         assert output is not None
         sizes = grad, output, _rows(input), weight.t(), (weight.shape[0],), 1, 1, (need_bias, need_rows, need_weight)
-        grad_bias, grad_rows, grad_matrix = linear.addmm_relu_backward(*sizes, later)
+        grad_bias, grad_rows, grad_matrix = linear.addmm_relu_backward(*sizes, later.sums)
         return grad_rows, None if grad_matrix is None else grad_matrix.t(), grad_bias
     if link == LINEAR_RELU:
         grad = by_library(_masked, grad, output)

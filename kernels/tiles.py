@@ -197,18 +197,29 @@ def head_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[str, 
     return {"PRECISION": precision, "SLICES_Q": slices, "BLOCK_R": 16, **tile}
 
 
-def head_products(dtype: torch.dtype) -> dict[str, Any]:
-    """Choose precision and tile of the backward's large products."""
+def head_grad_input(dtype: torch.dtype) -> dict[str, Any]:
+    """Choose the tile of the input's gradient, whose rows and warps are those of the kernel that takes rows through."""
     precision = dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
     if INTERPRETED:
-        tile = {"BLOCK_I": 1024, "BLOCK_J": 256, "BLOCK_D": 256}
+        return {"BLOCK_J": 256, "BLOCK_D": 256, "STAGES": 1}
+    if is_exact(dtype, precision):
+        return {"BLOCK_J": 128, "BLOCK_D": 16, "STAGES": 2 if architecture() == "sm_90" else 1}
+    return {"BLOCK_J": 128, "BLOCK_D": 32 if dtype == torch.float32 else 64, "STAGES": 2}
+
+
+def head_grad_weights(dtype: torch.dtype) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Choose precision and tile of the products of two layers' weight gradients, and which warps may compute them."""
+    precision = dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
+    warps: tuple[int, ...]
+    if INTERPRETED:
+        warps, tile = (1,), {"BLOCK_I": 1024, "BLOCK_J": 256, "BLOCK_D": 256, "STAGES": 1}
     elif is_exact(dtype, precision):
-        tile = {"BLOCK_I": 128, "BLOCK_J": 32, "BLOCK_D": 16, "num_warps": 2, "num_stages": 1, **all_registers()}
+        warps, tile = (2,), {"BLOCK_I": 128, "BLOCK_J": 32, "BLOCK_D": 16, "STAGES": 1}
         if architecture() == "sm_90":
             # Two stages copy past the registers, which spares shared memory's stores. On an H100 at batch 8192
             # the whole backward takes 102 us; with 128 x 32 by two warps 118.
-            tile |= {"BLOCK_I": 64, "BLOCK_J": 64, "num_warps": 4, "num_stages": 2}
+            warps, tile = (4,), tile | {"BLOCK_I": 64, "BLOCK_J": 64, "STAGES": 2}
     else:
         depth = 32 if dtype == torch.float32 else 64
-        tile = {"BLOCK_I": 128, "BLOCK_J": 64, "BLOCK_D": depth, "num_warps": 8, "num_stages": 2, **all_registers()}
-    return {"PRECISION": precision, **tile}
+        warps, tile = (4, 8), {"BLOCK_I": 128, "BLOCK_J": 64, "BLOCK_D": depth, "STAGES": 2}
+    return warps, {"PRECISION": precision, **tile}

@@ -59,7 +59,7 @@ class Later:
         self.sums.clear()
 
 
-def start(job: Job, sum: Sum, later: Later | None) -> None:
+def launch_job(job: Job, sum: Sum, later: Later | None) -> None:
     """Launch a kernel and the sum over its parts, or note them."""
     noted = Later() if later is None else later
     noted.jobs.append(job)
@@ -104,8 +104,9 @@ def _launch(jobs: list[Job], warps: int) -> None:
             programs, numbers, constants = job.work(warps)
             ends.append(programs + sum(ends[-1:]))
             known = len(job.tensors) + 1 + len(numbers) + 1
-            listed = tuple(constants[name] for name in job.kernel.arg_names[known:])
-            listed = listed if INTERPRETED else tuple(tl.constexpr(value) for value in listed)
+            listed: Any = [constants[name] for name in job.kernel.arg_names[known:]]
+            if not INTERPRETED:  # which makes tensors of a tuple's numbers, and leaves a list as it is
+                listed = tuple(tl.constexpr(value) for value in listed)
             found = job.kernel, len(job.tensors), len(numbers), listed
         else:
             job, numbers, found = jobs[0]._replace(tensors=()), (), (None, 0, 0, ())

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .joint import Job, Later, start
+from .joint import Job, Later, launch_job
 from .runtime import (
     cdiv,
     contiguous,
@@ -605,7 +605,7 @@ def mlp_backward(
         weight2: the forward's.
         weight3: the forward's.
         output_mask: whether to compute the gradients of input, weight1, bias1, weight2, bias2, weight3 and bias3.
-        later: as in `joint.start`; what is noted there makes the parameters' gradients whole.
+        later: as in `joint.launch_job`; what is noted there makes the parameters' gradients whole.
 
     Returns:
         The seven gradients; None where not asked for.
@@ -667,7 +667,7 @@ def mlp_backward(
     )
     noted = Later() if later is None else later
     noted.sums.append((row_sums, grads[2:], 1.0))
-    start(job, (weight_sums, grads[:2], 1.0), noted)
+    launch_job(job, (weight_sums, grads[:2], 1.0), noted)
     if later is None:
         noted.finish()
     weight1_grad, weight2_grad, weight3_grad, *bias_grads = grads

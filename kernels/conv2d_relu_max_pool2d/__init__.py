@@ -129,7 +129,7 @@ def conv2d_relu_max_pool2d_backward(
         argmax: the forward's argmax.
         geometry: the forward's.
         output_mask: whether to compute grad_input, grad_weight and grad_bias.
-        later: as in `joint.start`; what is noted there makes the weight's and the bias' gradients whole.
+        later: as in `joint.launch_job`; what is noted there makes the weight's and the bias' gradients whole.
 
     Returns:
         The three gradients in the layout of their tensors, None where not asked for.

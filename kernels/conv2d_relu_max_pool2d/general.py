@@ -677,7 +677,7 @@ def grad_weight(
     need_bias: bool = True,
     later: Later | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launch the gradients of the weight and the bias, dense; None where not needed. `later` as in `joint.start`."""
+    """Launch the gradients of the weight and the bias, dense, or None; `later` as in `joint.launch_job`."""
     out_channels, depth = weight.shape[0], weight[0].numel()
     channels = out_channels // geometry.groups
     rows = argmax.shape[0] * argmax.shape[2] * argmax.shape[3]

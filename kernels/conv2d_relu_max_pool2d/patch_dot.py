@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvPoolGeometry
-from ..joint import Job, Later, start
+from ..joint import Job, Later, launch_job
 from ..runtime import (
     INTERPRETED,
     NO_WINNER,
@@ -677,7 +677,7 @@ def grad_weight(
     configuration: Mapping[str, int],
     later: Later | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the gradients of the weight and the bias; all tensors contiguous. `later` as in `joint.start`."""
+    """Launch the gradients of the weight and the bias; all tensors contiguous. `later` as in `joint.launch_job`."""
     shape = _shape(input, weight)
     patch_rows = argmax.shape[2] // configuration["WINDOWS"]
     tiles, rows = cdiv(input.shape[0], configuration["IMAGES"]), patch_rows // configuration["ROWS"]
@@ -697,5 +697,5 @@ def grad_weight(
         lambda _: (grid[0] * grid[1], numbers, constants),
         registers,
     )
-    start(job, (partials, (result, bias), 1.0), later)
+    launch_job(job, (partials, (result, bias), 1.0), later)
     return result, bias

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvPoolGeometry
-from ..joint import Job, Later, start
+from ..joint import Job, Later, launch_job
 from ..runtime import (
     INTERPRETED,
     NO_WINNER,
@@ -1632,7 +1632,7 @@ def grad_weight(
 ) -> tuple[Tensor, Tensor]:
     """Launch the gradients of the weight and the bias; all tensors dense, images and gradients in one layout.
 
-    `later` as in `joint.start`.
+    `later` as in `joint.launch_job`.
     """
     height, width = axes = _geometry(geometry, input, weight, argmax.shape[2:])
     out_channels, in_channels, kernel_h, _ = weight.shape
@@ -1686,5 +1686,5 @@ def grad_weight(
     tensors = grad_output, argmax, input, partials
     warps = (1,) if INTERPRETED else (1, 2, 4, 8)
     job = Job(_grad_weight_kernel, warps, tensors, index_type(input, grad_output, partials), work, registers)
-    start(job, (partials, (result, bias), 1.0), later)
+    launch_job(job, (partials, (result, bias), 1.0), later)
     return result, bias

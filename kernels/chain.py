@@ -1,4 +1,6 @@
-"""Chains of operators: the links' own kernels, launched one after the other.
+"""Chains of operators: the links' own kernels, launched one after the other, but for the weights' gradients.
+
+Nothing in the backward waits for those, so that they are launched together at its end (`joint`).
 
 A chain is a row of convolutions with relu and max-pool, then of linear maps with relu, then perhaps a last one without;
 see `geometry.Links`. Three linear maps at the end may be the head's kernels (`mlp`, see `geometry.head_of`). Other

@@ -52,7 +52,8 @@ class Later:
 
     def finish(self) -> None:
         """Launch all that was noted, and forget it."""
-        for group, warps in _groups(self.jobs):
+        # The first layers' kernels were noted last. Their programs take longest, so they start first.
+        for group, warps in _groups(self.jobs[::-1]):
             _launch(group, warps)
         sum_partials(*self.sums)
         self.jobs.clear()

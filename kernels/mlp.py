@@ -283,7 +283,8 @@ def _grad_input(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Store the rows of grad1 @ weight1, the gradient of the input, of the rows of grad1 that this program stored."""
+    """Store result (M, K) = grad1 @ weight1, the input's gradient, in the rows of grad1 that this program stored."""
+    # What other lanes of this program stored is read.
     tl.debug_barrier()
     for first in tl.range(0, k, BLOCK_J, num_stages=1, disable_licm=True):
         column = first + tl.arange(0, BLOCK_J)
@@ -335,11 +336,13 @@ def _grad_hidden_kernel(
     grad2 (M, Q) = grad_output @ weight3 where hidden2 > 0, grad1 (M, P) = grad2 @ weight2 where hidden1 > 0, else 0.
     row_sums, float32 (programs, R * Q + P + Q + R), if SUMS: this program's grad_output^T @ hidden2 and the column sums
     of grad1, grad2 and grad_output, which `sum_partials` completes: the gradients of weight3 and of the biases. The
-    column sums are taken before grad1 and grad2 are rounded.
+    column sums are taken before grad1 and grad2 are rounded. result (M, K) = grad1 @ weight1, if INPUT: the gradient of
+    the input, BLOCK_J columns at a time, from grad1 as it was stored.
 
     Shapes and strides: grad_output (M, R), any strides (0 too); all else contiguous.
 
-    Cost per row: 2 * (2 * R * Q + Q * P) FLOP; reads R + P + Q elements, writes P + Q.
+    Cost per row: 2 * (2 * R * Q + Q * P + P * K) FLOP; reads R + P + Q elements, writes P + Q + K; reads grad1 again
+    from cache, once for each BLOCK_J columns.
     """
     row = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     sums_ptr = row_sums_ptr + tl.program_id(0).to(tl.int64) * (r * q + p + q + r)
@@ -493,12 +496,16 @@ def _grad_weights_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Gradients of weight1 and weight2: one part of a tile of BLOCK_I x BLOCK_J, which `sum_partials` completes.
+    """Gradients of weight1 (P, K) = grad1^T @ input and of weight2 (Q, P) = grad2^T @ hidden1: one part of each sum.
 
-    A program sums over the `rows_per_part` rows of one part of grad1^T @ input (P, K) or of grad2^T @ hidden1 (Q, P).
-    weight_sums, float32 (parts, P * K + Q * P), holds the parts.
+    Tile: BLOCK_I x BLOCK_J of one of the two, over the `rows_per_part` rows of one part. The program's number, less
+    `before` (see `joint`), counts the tiles of weight1 first, then those of weight2, then parts.
 
-    Cost per row: 2 * K * P + 2 * P * Q FLOP; reads 2 * (BLOCK_I + BLOCK_J) elements per pair of tiles.
+    Shapes: weight_sums, float32 (parts, P * K + Q * P), holds the parts, which `sum_partials` completes; all
+    contiguous.
+
+    Cost per row: 2 * (K * P + P * Q) FLOP; reads K + P elements per BLOCK_I features of grad1, P + Q per tile of
+    weight2.
     """
     tile = tl.program_id(0) - before
     tiles_k = (k + BLOCK_J - 1) // BLOCK_J

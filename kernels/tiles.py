@@ -146,6 +146,11 @@ def product(dtype: torch.dtype, rows: int | None, columns: int, depth: int, *, m
             # Twice as wide, a tile reads its left operand half as often: shared memory is what binds in tf32.
             if cdiv(rows, block_m) * cdiv(columns, 256) >= 128:
                 block_n = 256
+        elif on == "sm_100" and not half and rows is not None and not masks and large:
+            # The right operand is rounded in registers on its way to shared memory, which binds; the left one goes to
+            # tensor memory. Twice as tall, a tile reads the right operand half as often.
+            if cdiv(rows, 256) * cdiv(columns, block_n) >= 128:
+                block_m = 256
         elif on == "sm_80":
             block_k //= 2  # operands pass through registers
         elif on not in ("sm_90", "sm_100"):

@@ -471,7 +471,8 @@ def _grad_weight_kernel(
 
     Tile: IMAGES images x ROWS rows of patches x all their columns (BLOCK_M rows), times the whole matrix of patch and
     (cell, window, channel), in accumulators of BLOCK_K rows; the sum runs over the images and row blocks of a program,
-    as in the forward. The wider the patches, the less often a pixel is loaded: (S / (2 * WINDOWS))^2 times.
+    as in the forward. The program's number, less `before` (see `joint`), counts the `groups` of images first, then the
+    `row_groups` of row blocks. The wider the patches, the less often a pixel is loaded: (S / (2 * WINDOWS))^2 times.
 
     Shapes and strides: grad and argmax (N, O, PH, PW), input (N, C, H, W), all contiguous; partials (parts, O * C * KS
     * KS + O) float32, first the weight's, then the bias'.

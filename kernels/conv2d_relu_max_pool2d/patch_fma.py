@@ -739,13 +739,15 @@ def _grad_weight_kernel(
     cell (`_cells`). Cells that get nothing are multiplied as well, so that NaN and infinities in the input go where
     PyTorch's go.
 
-    Tile: a lane stays on one block of cells and steps through images, num_programs(1) * BLOCK // ((PH + RH) *
-    (PW + RW)) at a time; it adds up CHANNELS x INPUTS x TAP_ROWS x KW weights (and, in the first of these programs, the
-    biases) in registers. At the end lanes are summed by a tree. Lanes beyond a multiple of the blocks idle. The last
-    tile of channels begins earlier, if they do not come out even, and stores some sums twice, by the same bits.
+    Tile: the program's number, less `before` (see `joint`), counts the tiles of weights first, then `parts` groups of
+    BLOCK lanes. A lane stays on one block of cells and steps through images, parts * BLOCK // ((PH + RH) * (PW + RW))
+    at a time; it adds up CHANNELS x INPUTS x TAP_ROWS x KW weights (and, in the first of a part's programs, the biases)
+    in registers. At the end the lanes of each of the WARPS warps are summed by a tree. Lanes beyond a multiple of the
+    blocks idle. The last tile of channels begins earlier, if they do not come out even, and stores some sums twice, by
+    the same bits.
 
     Shapes and strides: grad and argmax (N, O, PH, PW) and input (N, C, H, W) contiguous or, if LAST, channels_last;
-    partials (parts, O * C * KH * KW + O) float32: the weight's, in its own order, then the bias'.
+    partials (parts * WARPS, O * C * KH * KW + O) float32: the weight's, in its own order, then the bias'.
 
     Cost per image: as the forward; reads the input once per tile of output channels, gradients and argmax once per
     tile of input channels.
@@ -1013,7 +1015,8 @@ def _sliding_grad_weight_kernel(
     loaded once for all blocks below each other; what it sends to the blocks below its own waits in registers. The first
     RH rows of a later chunk are spread once more, without products.
 
-    Shapes, strides and sums are as of `_grad_weight_kernel`; a part for each program along the second and third axis.
+    Shapes, strides and sums are as of `_grad_weight_kernel`; programs are one warp, and there is a part for each along
+    the second and third axis of the grid.
     """
     BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
     BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)

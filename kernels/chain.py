@@ -1,10 +1,12 @@
-"""Chains of operators: the links' own kernels, launched one after the other, but for the weights' gradients.
+"""Chains of operators: the kernels of their links, launched one after the other.
 
-Nothing in the backward waits for those, so that they are launched together at its end (`joint`).
+A chain is a row of convolutions with relu and max-pool, then of linear maps with relu, then perhaps one linear map
+without relu; see `geometry.Links`. The kernels of `mlp` compute three linear maps at the end, if these are small enough
+(`geometry.head_of`). `addmm_relu` or a library, as the caller says, computes other linear maps with relu. A library
+computes a linear map without relu.
 
-A chain is a row of convolutions with relu and max-pool, then of linear maps with relu, then perhaps a last one without;
-see `geometry.Links`. Three linear maps at the end may be the head's kernels (`mlp`, see `geometry.head_of`). Other
-linear maps with relu are `addmm_relu`'s, or a library's, whichever the caller says; one without relu is a library's.
+The weights' gradients are the exception from "one after the other": no other gradient waits for them, so they are
+noted and launched together at the end of the backward (`joint`).
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ def backward(library: bool) -> Callable[..., tuple[Tensor | None, ...]]:
     """Make a launcher of the gradients of one kind of chain; see `forward`.
 
     Returns:
-        A function of the output's gradient, the output (None if its sign matters not, after a linear map without relu),
-        the forward's input and parameters, what it saved, the links, and which gradients to compute.
+        A function of the output's gradient, the output (None after a linear map without relu, where its sign is not
+        needed), the forward's input and parameters, what it saved, the links, and which gradients to compute.
     """
     kinds = Kinds(_backward)
 

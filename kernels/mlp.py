@@ -621,7 +621,7 @@ def mlp_backward(
     input, hidden1, hidden2, weight1, weight2, weight3 = (
         contiguous(t) for t in (input, hidden1, hidden2, weight1, weight2, weight3)
     )
-    # The parameters' gradients come from the same sums, whichever are asked for.
+    # The same kernels compute all parameters' gradients, so one that is asked for costs as much as all.
     need_input, need_sums = output_mask[0], any(output_mask[1:])
     aligned = _aligned(input, hidden1, hidden2, weight1, weight2, weight3)
     grad1, grad2 = empty((m, p), input), empty((m, q), input)

@@ -1,8 +1,8 @@
 """Tiles: how large a piece of work a program takes, and with how many warps, stages and registers.
 
-The one place where a tile is looked up for kernels whose tiles follow from sizes, type and architecture: the general
-convolution, the matrix product, the head. `rules` gives those of `patch_fma`, by its registers; an entry of
-`configurations.json` goes before either. No tile depends on the number of images where that could change a result.
+This module chooses the tiles of the general convolution, the matrix product and the head, from sizes, type and
+architecture. `rules` chooses those of `patch_fma`. An entry of `configurations.json` overrides both. No tile depends on
+the number of images where that could change a result.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def head_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[str, 
 
 
 def head_grad_input(dtype: torch.dtype) -> dict[str, Any]:
-    """Choose the tile of the input's gradient, whose rows and warps are those of the kernel that takes rows through."""
+    """Choose the tile of the input's gradient; its rows and warps are those of `head_layers`."""
     precision = dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
     if INTERPRETED:
         return {"BLOCK_J": 256, "BLOCK_D": 256, "STAGES": 1}

@@ -1675,11 +1675,14 @@ def grad_weight(
         )
         sum_partials((partials, (result, bias), 1.0), later=None if later is None else later.sums)
         return result, bias
-    # Four images or more a lane, at least one lane for each block, and whole programs of eight warps.
+    # Four images or more a lane, and at least one lane for each block.
     size = rows * columns
     parts = max(cdiv(size, block), min(cdiv(images * size, 4 * block), programs))
-    if not INTERPRETED:
+    warps: tuple[int, ...] = (1,)
+    if later is not None and not INTERPRETED:
+        # Beside other kernels a program has as many warps as theirs: parts come in eights.
         parts = max(8 * cdiv(cdiv(size, block), 8), parts // 8 * 8)
+        warps = 1, 2, 4, 8
     partials = empty((parts, weight.numel() + out_channels), input, torch.float32)
 
     def work(warps: int) -> tuple[int, tuple[int, ...], dict[str, Any]]:
@@ -1687,7 +1690,6 @@ def grad_weight(
         return tiles * parts // warps, (parts // warps, *sizes), constants | tile
 
     tensors = grad_output, argmax, input, partials
-    warps = (1,) if INTERPRETED else (1, 2, 4, 8)
     job = Job(_grad_weight_kernel, warps, tensors, index_type(input, grad_output, partials), work, registers)
     launch_job(job, (partials, (result, bias), 1.0), later)
     return result, bias

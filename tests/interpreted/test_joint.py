@@ -76,6 +76,9 @@ def test_how_many_warps_share_a_program_changes_nothing(warps, device, monkeypat
     if interpreting():
         monkeypatch.setattr(patch_fma, "INTERPRETED", False)  # the lanes of a warp, instead of a thousand
     monkeypatch.setattr(joint, "_groups", lambda jobs: [(jobs, warps)])
-    found = patch_fma.grad_weight(grad, input, weight, argmax, case.geometry, False, {"CHANNELS": 2, "INPUTS": 2})
+    later = joint.Later()
+    options = {"CHANNELS": 2, "INPUTS": 2}
+    found = patch_fma.grad_weight(grad, input, weight, argmax, case.geometry, False, options, later)
+    later.finish()
     for actual, name in zip(found, ("weight", "bias"), strict=True):
         assert_bitwise_equal(actual, tensors[name].grad)

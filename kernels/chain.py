@@ -1,8 +1,12 @@
-"""Chains of operators: the links' own kernels, launched one after the other.
+"""Chains of operators: the kernels of their links, launched one after the other.
 
-A chain is a row of convolutions with relu and max-pool, then of linear maps with relu, then perhaps a last one without;
-see `geometry.Links`. Three linear maps at the end may be the head's kernels (`mlp`, see `geometry.head_of`). Other
-linear maps with relu are `addmm_relu`'s, or a library's, whichever the caller says; one without relu is a library's.
+A chain is a row of convolutions with relu and max-pool, then of linear maps with relu, then perhaps one linear map
+without relu; see `geometry.Links`. The kernels of `mlp` compute three linear maps at the end, if these are small enough
+(`geometry.head_of`). `addmm_relu` or a library, as the caller says, computes other linear maps with relu. A library
+computes a linear map without relu.
+
+The weights' gradients are the exception from "one after the other": no other gradient waits for them, so they are
+noted and launched together at the end of the backward (`joint`).
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ from . import addmm_relu as linear
 from . import conv2d_relu_max_pool2d as conv
 from . import mlp as head
 from .geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Links, head_of
+from .joint import Later
 from .plans import Kind, Kinds
-from .runtime import Sum, by_library, sum_partials
+from .runtime import by_library
 
 Saved = tuple[Tensor, ...]
 
@@ -48,8 +53,8 @@ def backward(library: bool) -> Callable[..., tuple[Tensor | None, ...]]:
     """Make a launcher of the gradients of one kind of chain; see `forward`.
 
     Returns:
-        A function of the output's gradient, the output (None if its sign matters not, after a linear map without relu),
-        the forward's input and parameters, what it saved, the links, and which gradients to compute.
+        A function of the output's gradient, the output (None after a linear map without relu, where its sign is not
+        needed), the forward's input and parameters, what it saved, the links, and which gradients to compute.
     """
     kinds = Kinds(_backward)
 
@@ -125,7 +130,7 @@ def _backward(grad_output: Tensor, output: Tensor | None, input: Tensor, *args: 
         outputs.append(next(waiting))
     before = [input, *outputs]
     grads: list[Tensor | None] = [None] * len(mask)
-    later: list[Sum] = []  # all links' partial sums are added up by one launch at the end
+    later = Later()  # the links' weight gradients that can be launched together, and all partial sums
     grad: Tensor | None = grad_output
     first = head_of(links, parameters)
     if first < len(links):
@@ -145,7 +150,7 @@ def _backward(grad_output: Tensor, output: Tensor | None, input: Tensor, *args: 
         else:
             found = _linear_backward(grad, outputs[index], before[index], weight, link, needs, library, later)
         grad, *grads[2 * index + 1 : 2 * index + 3] = found
-    sum_partials(*later)
+    later.finish()
     grads[0] = grad if mask[0] else None
     return tuple(grads)
 
@@ -158,14 +163,14 @@ def _linear_backward(
     link: str,
     needs: tuple[bool, ...],
     library: bool,
-    later: list[Sum],
+    later: Later,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the input's rows, the weight and the bias."""
     need_rows, need_weight, need_bias = needs
     if link == LINEAR_RELU and not library:
         assert output is not None
         sizes = grad, output, _rows(input), weight.t(), (weight.shape[0],), 1, 1, (need_bias, need_rows, need_weight)
-        grad_bias, grad_rows, grad_matrix = linear.addmm_relu_backward(*sizes, later)
+        grad_bias, grad_rows, grad_matrix = linear.addmm_relu_backward(*sizes, later.sums)
         return grad_rows, None if grad_matrix is None else grad_matrix.t(), grad_bias
     if link == LINEAR_RELU:
         grad = by_library(_masked, grad, output)

@@ -37,7 +37,7 @@ def architecture() -> str:
 
 @functools.cache
 def _ask_device() -> Callable[[], str]:
-    """Import what knows the architecture: only when asked for, as the table is read by who must not load triton."""
+    """Import what knows the architecture: only when asked for, because readers of the table must not load triton."""
     from .runtime import architecture as of_device
 
     return of_device

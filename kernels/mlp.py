@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
+from .joint import Job, Later, launch_job
 from .runtime import (
-    Sum,
     cdiv,
     contiguous,
     dot,
@@ -33,12 +33,11 @@ from .runtime import (
     relu,
     split_reduction,
     store,
-    sum_partials,
 )
 
 # Never specialised on: neither a size of 1 nor a multiple of 16 compiles a kernel anew.
 _GENERAL = [
-    *("m", "k", "p", "q", "r", "rows_per_part", "weight_tiles"),
+    *("m", "k", "p", "q", "r", "rows_per_part", "before"),
     *("grad_stride_m", "grad_stride_r"),
     *(f"{tensor}_ptr" for tensor in ("input", "weight1", "bias1", "weight2", "bias2", "weight3", "bias3", "output")),
     *(f"{tensor}_ptr" for tensor in ("hidden1", "hidden2", "grad", "grad1", "grad2", "result", "row_sums")),
@@ -268,6 +267,36 @@ def _masked_grad(grad, hidden, row, column, rows, columns):
     return tl.where((hidden <= 0) | (inside == 0), 0.0, grad)
 
 
+@triton.jit
+def _grad_input(
+    grad1_ptr,
+    weight1_ptr,
+    result_ptr,
+    row,
+    m,
+    k,
+    p,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Store result (M, K) = grad1 @ weight1, the input's gradient, in the rows of grad1 that this program stored."""
+    # What other lanes of this program stored is read.
+    tl.debug_barrier()
+    for first in tl.range(0, k, BLOCK_J, num_stages=1, disable_licm=True):
+        column = first + tl.arange(0, BLOCK_J)
+        product = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
+        for start in tl.range(0, p, BLOCK_D, num_stages=STAGES):
+            depth = start + tl.arange(0, BLOCK_D)
+            left = _load(grad1_ptr, row, depth, m, p, ALIGNED)
+            right = _load(weight1_ptr, depth, column, p, k, ALIGNED)
+            product = dot(left, right, product, PRECISION)
+        _store(result_ptr, row, column, m, k, product, ALIGNED)
+
+
 @triton.jit(do_not_specialize=_GENERAL)
 def _grad_hidden_kernel(
     grad_ptr,
@@ -275,16 +304,20 @@ def _grad_hidden_kernel(
     hidden2_ptr,
     weight2_ptr,
     weight3_ptr,
+    weight1_ptr,
     grad1_ptr,
     grad2_ptr,
     row_sums_ptr,
+    result_ptr,
     m,
+    k,
     p,
     q,
     r,
     grad_stride_m,
     grad_stride_r,
     SUMS: tl.constexpr,
+    INPUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
@@ -294,17 +327,22 @@ def _grad_hidden_kernel(
     BLOCK_Q: tl.constexpr,
     SLICES_Q: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Gradients of both hidden layers before relu, and BLOCK_M rows' share of what sums over the rows alone.
 
     grad2 (M, Q) = grad_output @ weight3 where hidden2 > 0, grad1 (M, P) = grad2 @ weight2 where hidden1 > 0, else 0.
     row_sums, float32 (programs, R * Q + P + Q + R), if SUMS: this program's grad_output^T @ hidden2 and the column sums
     of grad1, grad2 and grad_output, which `sum_partials` completes: the gradients of weight3 and of the biases. The
-    column sums are taken before grad1 and grad2 are rounded.
+    column sums are taken before grad1 and grad2 are rounded. result (M, K) = grad1 @ weight1, if INPUT: the gradient of
+    the input, BLOCK_J columns at a time, from grad1 as it was stored.
 
     Shapes and strides: grad_output (M, R), any strides (0 too); all else contiguous.
 
-    Cost per row: 2 * (2 * R * Q + Q * P) FLOP; reads R + P + Q elements, writes P + Q.
+    Cost per row: 2 * (2 * R * Q + Q * P + P * K) FLOP; reads R + P + Q elements, writes P + Q + K; reads grad1 again
+    from cache, once for each BLOCK_J columns.
     """
     row = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     sums_ptr = row_sums_ptr + tl.program_id(0).to(tl.int64) * (r * q + p + q + r)
@@ -345,6 +383,10 @@ def _grad_hidden_kernel(
         if SUMS:
             tl.store(sums_ptr + r * q + column1, tl.sum(masked1, axis=0), mask=column1 < p)
         _store(grad1_ptr, row, column1, m, p, masked1, ALIGNED)
+    if INPUT:
+        _grad_input(
+            grad1_ptr, weight1_ptr, result_ptr, row, m, k, p, ALIGNED, PRECISION, BLOCK_M, BLOCK_J, BLOCK_D, STAGES
+        )
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -354,16 +396,20 @@ def _exact_grad_hidden_kernel(
     hidden2_ptr,
     weight2_ptr,
     weight3_ptr,
+    weight1_ptr,
     grad1_ptr,
     grad2_ptr,
     row_sums_ptr,
+    result_ptr,
     m,
+    k,
     p,
     q,
     r,
     grad_stride_m,
     grad_stride_r,
     SUMS: tl.constexpr,
+    INPUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
@@ -373,6 +419,9 @@ def _exact_grad_hidden_kernel(
     BLOCK_Q: tl.constexpr,
     SLICES_Q: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Gradients of both hidden layers as of `_grad_hidden_kernel`, in exact float32, on FMA units.
 
@@ -420,73 +469,67 @@ def _exact_grad_hidden_kernel(
         if SUMS:
             tl.store(sums_ptr + r * q + column1, tl.sum(masked1, axis=0), mask=column1 < p)
         _store(grad1_ptr, row, column1, m, p, masked1, ALIGNED)
+    if INPUT:
+        _grad_input(
+            grad1_ptr, weight1_ptr, result_ptr, row, m, k, p, ALIGNED, PRECISION, BLOCK_M, BLOCK_J, BLOCK_D, STAGES
+        )
 
 
 @triton.jit(do_not_specialize=_GENERAL)
-def _product_kernel(
+def _grad_weights_kernel(
     input_ptr,
     hidden1_ptr,
-    weight1_ptr,
     grad1_ptr,
     grad2_ptr,
-    result_ptr,
     weight_sums_ptr,
+    before,
     m,
     k,
     p,
     q,
-    weight_tiles,
     rows_per_part,
+    INDEX: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
-    INDEX: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """The three large products of the backward, a tile of BLOCK_I x BLOCK_J of one of them per program.
+    """Gradients of weight1 (P, K) = grad1^T @ input and of weight2 (Q, P) = grad2^T @ hidden1: one part of each sum.
 
-    The first `weight_tiles` programs, which take longest, own one part, of `rows_per_part` rows, of a tile of grad1^T @
-    input (P, K) or of grad2^T @ hidden1 (Q, P): the gradients of weight1 and weight2, which `sum_partials` completes.
-    weight_sums, float32 (parts, P * K + Q * P), holds the parts. The others own a tile of grad_input (M, K) = grad1 @
-    weight1.
+    Tile: BLOCK_I x BLOCK_J of one of the two, over the `rows_per_part` rows of one part. The program's number, less
+    `before` (see `joint`), counts the tiles of weight1 first, then those of weight2, then parts.
 
-    Cost per row: 4 * K * P + 2 * P * Q FLOP; reads K + 2 * P + Q elements per tile, writes K.
+    Shapes: weight_sums, float32 (parts, P * K + Q * P), holds the parts, which `sum_partials` completes; all
+    contiguous.
+
+    Cost per row: 2 * (K * P + P * Q) FLOP; reads K + P elements per BLOCK_I features of grad1, P + Q per tile of
+    weight2.
     """
-    tile = tl.program_id(0)
+    tile = tl.program_id(0) - before
     tiles_k = (k + BLOCK_J - 1) // BLOCK_J
     product = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
-    if tile < weight_tiles:
-        tiles1 = (p + BLOCK_I - 1) // BLOCK_I * tiles_k
-        tiles_p = (p + BLOCK_J - 1) // BLOCK_J
-        tiles = tiles1 + (q + BLOCK_I - 1) // BLOCK_I * tiles_p
-        part = tile // tiles
-        tile %= tiles
-        sums_ptr = weight_sums_ptr + part.to(tl.int64) * (p * k + q * p)
-        left_ptr, right_ptr, height, width, across = grad1_ptr, input_ptr, p, k, tiles_k
-        if tile >= tiles1:
-            tile -= tiles1
-            sums_ptr += p * k
-            left_ptr, right_ptr, height, width, across = grad2_ptr, hidden1_ptr, q, p, tiles_p
-        row = (tile // across).to(INDEX) * BLOCK_I + tl.arange(0, BLOCK_I)
-        column = tile % across * BLOCK_J + tl.arange(0, BLOCK_J)
-        first = part.to(INDEX) * rows_per_part
-        for start in range(0, rows_per_part, BLOCK_D):
-            depth = first + start + tl.arange(0, BLOCK_D)
-            left = _load(left_ptr, depth, row, m, height, ALIGNED, True)
-            right = _load(right_ptr, depth, column, m, width, ALIGNED)
-            product = dot(left, right, product, PRECISION)
-        _store(sums_ptr, row, column, height, width, product, ALIGNED)
-    else:
-        tile -= weight_tiles
-        row = (tile // tiles_k).to(INDEX) * BLOCK_I + tl.arange(0, BLOCK_I)
-        column = tile % tiles_k * BLOCK_J + tl.arange(0, BLOCK_J)
-        for start in range(0, p, BLOCK_D):
-            depth = start + tl.arange(0, BLOCK_D)
-            left = _load(grad1_ptr, row, depth, m, p, ALIGNED)
-            right = _load(weight1_ptr, depth, column, p, k, ALIGNED)
-            product = dot(left, right, product, PRECISION)
-        _store(result_ptr, row, column, m, k, product, ALIGNED)
+    tiles1 = (p + BLOCK_I - 1) // BLOCK_I * tiles_k
+    tiles_p = (p + BLOCK_J - 1) // BLOCK_J
+    tiles = tiles1 + (q + BLOCK_I - 1) // BLOCK_I * tiles_p
+    part = tile // tiles
+    tile %= tiles
+    sums_ptr = weight_sums_ptr + part.to(tl.int64) * (p * k + q * p)
+    left_ptr, right_ptr, height, width, across = grad1_ptr, input_ptr, p, k, tiles_k
+    if tile >= tiles1:
+        tile -= tiles1
+        sums_ptr += p * k
+        left_ptr, right_ptr, height, width, across = grad2_ptr, hidden1_ptr, q, p, tiles_p
+    row = (tile // across).to(INDEX) * BLOCK_I + tl.arange(0, BLOCK_I)
+    column = tile % across * BLOCK_J + tl.arange(0, BLOCK_J)
+    first = part.to(INDEX) * rows_per_part
+    for start in tl.range(0, rows_per_part, BLOCK_D, num_stages=STAGES):
+        depth = first + start + tl.arange(0, BLOCK_D)
+        left = _load(left_ptr, depth, row, m, height, ALIGNED, True)
+        right = _load(right_ptr, depth, column, m, width, ALIGNED)
+        product = dot(left, right, product, PRECISION)
+    _store(sums_ptr, row, column, height, width, product, ALIGNED)
 
 
 def _aligned(*matrices: Tensor) -> bool:
@@ -556,7 +599,7 @@ def mlp_backward(
     weight2: Tensor,
     weight3: Tensor,
     output_mask: Sequence[bool],
-    later: list[Sum] | None = None,
+    later: Later | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Launch those kernels of the backward that `output_mask` asks for: three where it asks for everything.
 
@@ -569,7 +612,7 @@ def mlp_backward(
         weight2: the forward's.
         weight3: the forward's.
         output_mask: whether to compute the gradients of input, weight1, bias1, weight2, bias2, weight3 and bias3.
-        later: as in `sum_partials`; what is noted there makes the parameters' gradients whole.
+        later: as in `joint.launch_job`; what is noted there makes the parameters' gradients whole.
 
     Returns:
         The seven gradients; None where not asked for.
@@ -578,10 +621,11 @@ def mlp_backward(
     input, hidden1, hidden2, weight1, weight2, weight3 = (
         contiguous(t) for t in (input, hidden1, hidden2, weight1, weight2, weight3)
     )
-    # The parameters' gradients come from the same sums, whichever are asked for.
+    # The same kernels compute all parameters' gradients, so one that is asked for costs as much as all.
     need_input, need_sums = output_mask[0], any(output_mask[1:])
     aligned = _aligned(input, hidden1, hidden2, weight1, weight2, weight3)
     grad1, grad2 = empty((m, p), input), empty((m, q), input)
+    grad_input = empty((m, k), input) if need_input else None
     layers = tiles.head_layers(input.dtype, p, q, aligned)
     exact = tiles.is_exact(input.dtype, layers["PRECISION"])
     row_parts = cdiv(m, layers["BLOCK_M"])
@@ -594,55 +638,45 @@ def mlp_backward(
         hidden2,
         weight2,
         weight3,
+        weight1,
         grad1,
         grad2,
         grad1 if row_sums is None else row_sums,
+        grad1 if grad_input is None else grad_input,
         m,
+        k,
         p,
         q,
         r,
         *grad_output.stride(),
         SUMS=need_sums,
+        INPUT=need_input,
         ALIGNED=aligned,
-        INDEX=index_type(grad_output, hidden1, hidden2),
+        INDEX=index_type(grad_output, hidden1, hidden2, grad_input),
         **layers,
+        **tiles.head_grad_input(input.dtype),
     )
-    tile = tiles.head_products(input.dtype)
-    across = cdiv(k, tile["BLOCK_J"])
-    grad_input = empty((m, k), input) if need_input else None
-    input_tiles = cdiv(m, tile["BLOCK_I"]) * across if need_input else 0
-    products = cdiv(p, tile["BLOCK_I"]) * across
-    products += cdiv(q, tile["BLOCK_I"]) * cdiv(p, tile["BLOCK_J"])
-    # Half to a third as many parts as for a kernel of their own: the tiles of grad_input keep the device busy too. On
-    # matrix units a part's rows then take about as long as all else that a multiprocessor has to do.
-    parts, rows_per_part = split_reduction(m, tile["BLOCK_D"], max(1, (2 if exact else 3) * products))
-    weight_sums = empty((parts, p * k + q * p), input, torch.float32) if need_sums else None
-    weight_tiles = products * parts if need_sums else 0
-    launch(
-        _product_kernel,
-        (input_tiles + weight_tiles,),
-        input,
-        hidden1,
-        weight1,
-        grad1,
-        grad2,
-        grad1 if grad_input is None else grad_input,
-        # Of the sums' own type: another would compile the kernel once more.
-        empty((0,), input, torch.float32) if weight_sums is None else weight_sums,
-        m,
-        k,
-        p,
-        q,
-        weight_tiles,
-        rows_per_part,
-        ALIGNED=aligned,
-        INDEX=index_type(input, hidden1, hidden2),
-        **tile,
-    )
-    if weight_sums is None or row_sums is None:
+    if row_sums is None:
         return grad_input, None, None, None, None, None, None
+    warps, tile = tiles.head_grad_weights(input.dtype)
+    products = cdiv(p, tile["BLOCK_I"]) * cdiv(k, tile["BLOCK_J"])
+    products += cdiv(q, tile["BLOCK_I"]) * cdiv(p, tile["BLOCK_J"])
+    # Few parts: other kernels keep the device busy too, and memory binds where products run on matrix units.
+    parts, rows_per_part = split_reduction(m, tile["BLOCK_D"], max(1, (2 if exact else 3) * products))
+    weight_sums = empty((parts, p * k + q * p), input, torch.float32)
     grads = [empty(shape, input) for shape in ((p, k), (q, p), (r, q), (p,), (q,), (r,))]
-    sum_partials((weight_sums, grads[:2], 1.0), (row_sums, grads[2:], 1.0), later=later)
+    job = Job(
+        _grad_weights_kernel,
+        warps,
+        (input, hidden1, grad1, grad2, weight_sums),
+        index_type(input, hidden1, hidden2),
+        lambda _: (products * parts, (m, k, p, q, rows_per_part), {"ALIGNED": aligned, **tile}),
+    )
+    noted = Later() if later is None else later
+    noted.sums.append((row_sums, grads[2:], 1.0))
+    launch_job(job, (weight_sums, grads[:2], 1.0), noted)
+    if later is None:
+        noted.finish()
     weight1_grad, weight2_grad, weight3_grad, *bias_grads = grads
     found = weight1_grad, bias_grads[0], weight2_grad, bias_grads[1], weight3_grad, bias_grads[2]
     return grad_input, *(grad if needed else None for grad, needed in zip(found, output_mask[1:], strict=True))

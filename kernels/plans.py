@@ -1,13 +1,13 @@
-"""Plans: what a launcher did for one kind of call, done again for the next without asking why.
+"""Plans: a launcher's allocations and launches for one kind of call, recorded once and repeated for later calls.
 
-A launcher turns shapes, layouts, types, places in memory and settings into allocations, grids, tiles and constants,
-which takes Python longer than LeNet's kernels run. All of that but the addresses is the same for the next call of the
-same kind. So a `Kind` runs its launcher once as it is written, while `Recording` notes what it allocates and launches,
-and from then on the notes are carried out. There is no second way to write a launcher.
+A launcher turns shapes, layouts, types, alignment and settings into allocations, grids, tiles and constants. This takes
+Python longer than LeNet's kernels run. All of it but the addresses is the same for the next call of the same kind. So a
+`Kind` runs its launcher once as it is written, while a `Recording` notes what it allocates and launches. Later calls
+repeat the notes. Launchers need no code for this.
 
-What may be noted is narrow, so that nothing can be carried out wrongly: every tensor that a kernel gets is an operand,
-a copy of one by `runtime.contiguous`, comes from `runtime.empty` or from `runtime.by_library`, or is a view from the
-first element of one of these. A launcher that does anything else with tensors has no plan, and runs each time.
+Only launchers whose tensors can all be told apart have a plan. Each tensor that a kernel gets must be an operand, a
+copy of one by `runtime.contiguous`, a result of `runtime.empty` or `runtime.by_library`, or a view from the first
+element of one of these. A launcher that does anything else with tensors runs each time.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Recording:
         self._computed: list[Tensor] = []
         self._steps: list[tuple[Any, Callable[..., Any], Any, Any, list[Tensor], tuple[Any, ...]]] = []
         given = [id(arg) for arg in args if isinstance(arg, Tensor)]
-        # Of a tensor that is two operands nothing tells which of them a kernel is meant to get.
+        # If one tensor is two operands, it is not known which of them a kernel is meant to get.
         self._complete = len(given) == len(set(given))
 
     def allocated(self, tensor: Tensor) -> None:
@@ -153,11 +153,11 @@ class Kind:
     """Calls of one kind of one launcher: the first runs it as it is written, the others follow their plan.
 
     All calls of a kind have operands of the same shapes, strides, types and alignment on the same device, and the same
-    other arguments; PyTorch's precision switches are set alike. Whoever calls sees to that, by a key.
+    other arguments; PyTorch's precision switches are set alike. The caller ensures that, by a key.
 
-    The launcher takes tensors, the first of them one to be written like, and other arguments, all by position; returns
-    a tuple of tensors and None; and depends on nothing else but the driver, the current device and the table of
-    configurations, which are compared here. In the interpreter it stays as it is.
+    The launcher takes tensors and other arguments, all by position, and returns a tuple of tensors and None. What it
+    allocates lies on the first tensor's device. It may depend on the driver, the current device and the table of
+    configurations, which are compared here, and on nothing else. The interpreter has no plans.
     """
 
     __slots__ = ("launcher", "plan", "tried")
@@ -197,7 +197,7 @@ class Kind:
 
 
 class Kinds:
-    """Calls of any kind of one launcher, told apart by all that its doing depends on."""
+    """Calls of any kind of one launcher, told apart by everything that decides what it does."""
 
     __slots__ = ("launcher", "table")
 
@@ -219,7 +219,7 @@ class Kinds:
 
 
 def key_of(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Return all of a call that a launcher's doing depends on, or None where a tensor is not a plain one."""
+    """Return everything of a call that decides what a launcher does, or None where a tensor is not a plain one."""
     key: list[Any] = [fp32_precision("cuda", "conv"), fp32_precision("cuda", "matmul")]
     for arg in args:
         kind = type(arg)

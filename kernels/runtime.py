@@ -17,7 +17,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run in Triton's interpreter in this process (``TRITON_INTERPRET=1``)."""
 
 NO_WINNER = tl.constexpr(255)
-"""The argmax of a window whose output is 0 after relu: none of its cells has a gradient."""
+"""The argmax of a window whose output is 0 after relu: no cell of it gets a gradient."""
 
 
 def empty(
@@ -26,7 +26,7 @@ def empty(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Allocate what a kernel will fill. Every launcher's outputs and workspaces come from here, so tests can poison."""
+    """Allocate memory that a kernel fills. All outputs and workspaces come from here, so tests can poison them."""
     if memory_format is torch.contiguous_format:  # in 1.4 us instead of 2.3
         tensor = like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=dtype)
     else:
@@ -37,7 +37,7 @@ def empty(
 
 
 def contiguous(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """Lay an operand out as a kernel wants it: a copy, unless it is so already. Launchers' copies come from here."""
+    """Return an operand laid out as a kernel needs it: itself or a copy. All copies of launchers come from here."""
     laid_out = tensor.contiguous(memory_format=memory_format)
     if laid_out is not tensor and (recording := _of_thread.recording) is not None:
         recording.copied(tensor, laid_out, memory_format)
@@ -163,7 +163,7 @@ def _launch_on(
     known = None if key is None else found.kernels.get(key)
     recording, wide_grid = _of_thread.recording, (*grid, 1, 1)[:3]
     if known is not None:
-        # As in `JITFunction.run`, for whom the hooks are empty.
+        # As `JITFunction.run` launches where there are no hooks.
         compiled, rest = known
         stream = found.driver.get_current_stream(device)
         compiled.run(
@@ -198,7 +198,7 @@ def _watched(kernel: Any) -> bool:
 
 
 def unobserved() -> bool:
-    """Whether launches may go past Triton: they have no hooks, and kernels are compiled as ever."""
+    """Whether launches may go past Triton's own `run`: there are no hooks, and compilation is not instrumented."""
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return not (
@@ -213,9 +213,10 @@ def unobserved() -> bool:
 def _key(kernel: Any, device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...] | None:
     """Return what decides which compiled kernel a launch takes, or None where that is not known.
 
-    Finer than what Triton goes by, so that equal keys have one kernel: of a tensor its type and the place of its first
-    byte in a block of 16, of an int its value (which decides width, divisibility and being 1), of a float nothing; of
-    what is compiled in, all. Kernels here use no global variable that changes, which Triton checks and this does not.
+    The key tells apart at least what Triton tells apart, so that equal keys have one kernel. It holds each tensor's
+    type and its address modulo 16, each int's value (which decides its width, whether 16 divides it, and whether it is
+    1), for a float only that it is one, and all constants. Triton also checks global variables; kernels here use none
+    that change.
     """
     key: list[Any] = [id(kernel), device]
     for arg in args:

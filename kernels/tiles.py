@@ -1,8 +1,8 @@
 """Tiles: how large a piece of work a program takes, and with how many warps, stages and registers.
 
-The one place where a tile is looked up for kernels whose tiles follow from sizes, type and architecture: the general
-convolution, the matrix product, the head. `rules` gives those of `patch_fma`, by its registers; an entry of
-`configurations.json` goes before either. No tile depends on the number of images where that could change a result.
+This module chooses the tiles of the general convolution, the matrix product and the head, from sizes, type and
+architecture. `rules` chooses those of `patch_fma`. An entry of `configurations.json` overrides both. No tile depends on
+the number of images where that could change a result.
 """
 
 from __future__ import annotations
@@ -146,6 +146,11 @@ def product(dtype: torch.dtype, rows: int | None, columns: int, depth: int, *, m
             # Twice as wide, a tile reads its left operand half as often: shared memory is what binds in tf32.
             if cdiv(rows, block_m) * cdiv(columns, 256) >= 128:
                 block_n = 256
+        elif on == "sm_100" and not half and rows is not None and not masks and large:
+            # The right operand is rounded in registers on its way to shared memory, which binds; the left one goes to
+            # tensor memory. Twice as tall, a tile reads the right operand half as often.
+            if cdiv(rows, 256) * cdiv(columns, block_n) >= 128:
+                block_m = 256
         elif on == "sm_80":
             block_k //= 2  # operands pass through registers
         elif on not in ("sm_90", "sm_100"):
@@ -197,18 +202,30 @@ def head_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[str, 
     return {"PRECISION": precision, "SLICES_Q": slices, "BLOCK_R": 16, **tile}
 
 
-def head_products(dtype: torch.dtype) -> dict[str, Any]:
-    """Choose precision and tile of the backward's large products."""
+def head_grad_input(dtype: torch.dtype) -> dict[str, Any]:
+    """Choose the tile of the input's gradient; its rows and warps are those of `head_layers`."""
     precision = dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
     if INTERPRETED:
-        tile = {"BLOCK_I": 1024, "BLOCK_J": 256, "BLOCK_D": 256}
+        return {"BLOCK_J": 256, "BLOCK_D": 256, "STAGES": 1}
+    if is_exact(dtype, precision):
+        return {"BLOCK_J": 128, "BLOCK_D": 16, "STAGES": 2 if architecture() == "sm_90" else 1}
+    return {"BLOCK_J": 128, "BLOCK_D": 32 if dtype == torch.float32 else 64, "STAGES": 2}
+
+
+def head_grad_weights(dtype: torch.dtype) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Choose precision and tile of the products of two layers' weight gradients, and which warps may compute them."""
+    precision = dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision)
+    warps: tuple[int, ...]
+    if INTERPRETED:
+        warps, tile = (1,), {"BLOCK_I": 1024, "BLOCK_J": 256, "BLOCK_D": 256, "STAGES": 1}
     elif is_exact(dtype, precision):
-        tile = {"BLOCK_I": 128, "BLOCK_J": 32, "BLOCK_D": 16, "num_warps": 2, "num_stages": 1, **all_registers()}
+        warps, tile = (2,), {"BLOCK_I": 128, "BLOCK_J": 32, "BLOCK_D": 16, "STAGES": 1}
         if architecture() == "sm_90":
             # Two stages copy past the registers, which spares shared memory's stores. On an H100 at batch 8192
             # the whole backward takes 102 us; with 128 x 32 by two warps 118.
-            tile |= {"BLOCK_I": 64, "BLOCK_J": 64, "num_warps": 4, "num_stages": 2}
+            warps, tile = (4,), tile | {"BLOCK_I": 64, "BLOCK_J": 64, "STAGES": 2}
     else:
-        depth = 32 if dtype == torch.float32 else 64
-        tile = {"BLOCK_I": 128, "BLOCK_J": 64, "BLOCK_D": depth, "num_warps": 8, "num_stages": 2, **all_registers()}
-    return {"PRECISION": precision, **tile}
+        # Deeper steps in tf32 take registers from LeNet's second layer, which shares the launch: 24 bytes of spills.
+        depth = 16 if dtype == torch.float32 else 64
+        warps, tile = (4, 8), {"BLOCK_I": 128, "BLOCK_J": 64, "BLOCK_D": depth, "STAGES": 2}
+    return warps, {"PRECISION": precision, **tile}

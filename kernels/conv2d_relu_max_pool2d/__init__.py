@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .. import configurations, rules
 from ..geometry import ConvPoolGeometry, memory_format
-from ..runtime import Sum, contiguous, dot_precision, sum_partials
+from ..joint import Later
+from ..runtime import contiguous, dot_precision
 from . import column_fma, general, patch_dot, patch_fma
 
 VARIANTS = {"column_fma": column_fma, "general": general, "patch_dot": patch_dot, "patch_fma": patch_fma}
@@ -117,7 +118,7 @@ def conv2d_relu_max_pool2d_backward(
     argmax: Tensor,
     geometry: ConvPoolGeometry,
     output_mask: Sequence[bool],
-    later: list[Sum] | None = None,
+    later: Later | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch those kernels of the backward that `output_mask` asks for.
 
@@ -128,7 +129,7 @@ def conv2d_relu_max_pool2d_backward(
         argmax: the forward's argmax.
         geometry: the forward's.
         output_mask: whether to compute grad_input, grad_weight and grad_bias.
-        later: as in `sum_partials`; what is noted there makes the weight's and the bias' gradients whole.
+        later: as in `joint.launch_job`; what is noted there makes the weight's and the bias' gradients whole.
 
     Returns:
         The three gradients in the layout of their tensors, None where not asked for.
@@ -154,8 +155,7 @@ def conv2d_relu_max_pool2d_backward(
             grad_weight, grad_bias = variant.grad_weight(*operands, later)
         layout = memory_format(input, weight)
         if need_weight and not grad_weight.is_contiguous(memory_format=layout):
-            if later:  # a copy needs whole sums
-                sum_partials(*later)
-                later.clear()
+            if later is not None:  # a copy needs whole sums
+                later.finish()
             grad_weight = contiguous(grad_weight, layout)
     return grad_input, grad_weight if need_weight else None, grad_bias if need_bias else None

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .. import tiles
 from ..geometry import ConvPoolGeometry, memory_format, output_format
+from ..joint import Later
 from ..runtime import (
     NO_WINNER,
-    Sum,
     cdiv,
     contiguous,
     dot,
@@ -675,9 +675,9 @@ def grad_weight(
     options: Mapping[str, int] = _AS_RULED,
     need_weight: bool = True,
     need_bias: bool = True,
-    later: list[Sum] | None = None,
+    later: Later | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launch the gradients of the weight and the bias, dense; None where not needed. `later` as in `sum_partials`."""
+    """Launch the gradients of the weight and the bias, dense, or None; `later` as in `joint.launch_job`."""
     out_channels, depth = weight.shape[0], weight[0].numel()
     channels = out_channels // geometry.groups
     rows = argmax.shape[0] * argmax.shape[2] * argmax.shape[3]
@@ -711,5 +711,5 @@ def grad_weight(
         INDEX=index_type(grad_output, argmax, input, partials),
         **tile,
     )
-    sum_partials((partials, wanted, 1.0), later=later)
+    sum_partials((partials, wanted, 1.0), later=None if later is None else later.sums)
     return result, grad_bias

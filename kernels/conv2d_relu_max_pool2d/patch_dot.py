@@ -27,10 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvPoolGeometry
+from ..joint import Job, Later, launch_job
 from ..runtime import (
     INTERPRETED,
     NO_WINNER,
-    Sum,
     all_registers,
     cdiv,
     dot_precision,
@@ -40,7 +40,6 @@ from ..runtime import (
     load,
     next_power_of_2,
     store,
-    sum_partials,
     tf32,
 )
 
@@ -435,22 +434,25 @@ def _grad_input_kernel(
                     store(pixels, total, mask & ((tl.abs(old) == float("inf")) | (old != old)))
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=["before", "groups", "row_groups", *_COUNTS])
 def _grad_weight_kernel(
     grad_ptr,
     argmax_ptr,
     input_ptr,
     partials_ptr,
+    before,
+    groups,
+    row_groups,
     images,
     tiles_per_program,
     rows_per_program,
+    INDEX: tl.constexpr,
     C: tl.constexpr,
     OUT: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     KS: tl.constexpr,
     PRECISION: tl.constexpr,
-    INDEX: tl.constexpr,
     IMAGES: tl.constexpr,
     ROWS: tl.constexpr,
     WINDOWS: tl.constexpr,
@@ -469,7 +471,8 @@ def _grad_weight_kernel(
 
     Tile: IMAGES images x ROWS rows of patches x all their columns (BLOCK_M rows), times the whole matrix of patch and
     (cell, window, channel), in accumulators of BLOCK_K rows; the sum runs over the images and row blocks of a program,
-    as in the forward. The wider the patches, the less often a pixel is loaded: (S / (2 * WINDOWS))^2 times.
+    as in the forward. The program's number, less `before` (see `joint`), counts the `groups` of images first, then the
+    `row_groups` of row blocks. The wider the patches, the less often a pixel is loaded: (S / (2 * WINDOWS))^2 times.
 
     Shapes and strides: grad and argmax (N, O, PH, PW), input (N, C, H, W), all contiguous; partials (parts, O * C * KS
     * KS + O) float32, first the weight's, then the bias'.
@@ -497,8 +500,9 @@ def _grad_weight_kernel(
         sums = sums + (tl.zeros((BLOCK_K, 4 * WIDTH), tl.float32),)
     bias_sum = tl.zeros((BLOCK_M, WIDTH), tl.float32)
 
-    first_image = tl.program_id(0).to(INDEX) * tiles_per_program * IMAGES
-    first_row = tl.program_id(1) * rows_per_program
+    number = tl.program_id(0) - before
+    first_image = (number % groups).to(INDEX) * tiles_per_program * IMAGES
+    first_row = number // groups * rows_per_program
     last_row = tl.minimum(first_row + rows_per_program, PH // (WINDOWS * ROWS))
     for tile in tl.range(tiles_per_program, num_stages=1, disable_licm=True):
         image = first_image + tile * IMAGES + row // (ROWS * COLUMNS)
@@ -545,7 +549,7 @@ def _grad_weight_kernel(
     total = total.reshape(BLOCK_T, 4 * WINDOWS, OUT_PAD, WINDOWS)
     total = tl.sum(tl.sum(total, axis=3), axis=1)
     channel = tl.arange(0, OUT_PAD)
-    part = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(INDEX)
+    part = (number % groups * row_groups + number // groups).to(INDEX)
     partials_ptr += part * (OUT * (TAPS + 1))
     mask = (tap < TAPS)[:, None] & (channel < OUT)[None, :]
     tl.store(partials_ptr + (channel * TAPS)[None, :] + tap[:, None], total, mask=mask)
@@ -672,30 +676,27 @@ def grad_weight(
     geometry: ConvPoolGeometry,
     last: bool,
     configuration: Mapping[str, int],
-    later: list[Sum] | None = None,
+    later: Later | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the gradients of the weight and the bias; all tensors contiguous. `later` as in `sum_partials`."""
+    """Launch the gradients of the weight and the bias; all tensors contiguous. `later` as in `joint.launch_job`."""
     shape = _shape(input, weight)
     patch_rows = argmax.shape[2] // configuration["WINDOWS"]
     tiles, rows = cdiv(input.shape[0], configuration["IMAGES"]), patch_rows // configuration["ROWS"]
     tiles_per_program, rows_per_program = _share(tiles, rows, _programs(configuration))
     grid = cdiv(tiles, tiles_per_program), cdiv(rows, rows_per_program)
     partials = empty((grid[0] * grid[1], weight.numel() + weight.shape[0]), input, torch.float32)
-    launch(
-        _grad_weight_kernel,
-        grid,
-        grad_output,
-        argmax,
-        input,
-        partials,
-        input.shape[0],
-        tiles_per_program,
-        rows_per_program,
-        **shape,
-        INDEX=index_type(input, grad_output, partials),
-        BLOCK_T=next_power_of_2(weight.numel() // weight.shape[0]),
-        **_options(input, configuration),
-    )
+    options = _options(input, configuration)
+    num_warps, registers = options.pop("num_warps", 4), options.pop("maxnreg", 255)
+    numbers = *grid, input.shape[0], tiles_per_program, rows_per_program
+    constants = {**shape, "BLOCK_T": next_power_of_2(weight.numel() // weight.shape[0]), **options}
     result, bias = empty(weight.shape, weight), empty(weight.shape[:1], weight)
-    sum_partials((partials, (result, bias), 1.0), later=later)
+    job = Job(
+        _grad_weight_kernel,
+        (1,) if INTERPRETED else (num_warps,),
+        (grad_output, argmax, input, partials),
+        index_type(input, grad_output, partials),
+        lambda _: (grid[0] * grid[1], numbers, constants),
+        registers,
+    )
+    launch_job(job, (partials, (result, bias), 1.0), later)
     return result, bias

@@ -16,7 +16,6 @@ a block; RH and RW: how many blocks further down and right a window reaches (0 w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,10 +25,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvPoolGeometry
+from ..joint import Job, Later, launch_job
 from ..runtime import (
     INTERPRETED,
     NO_WINNER,
-    Sum,
     all_registers,
     cdiv,
     empty,
@@ -631,6 +630,13 @@ def _multiply(
 
 
 @triton.jit
+def _sum_of_warp(values, BLOCK: tl.constexpr, WARPS: tl.constexpr):
+    """Return to every lane the sum of its warp's lanes, so that the lanes that store it already hold it."""
+    total = tl.sum(values.reshape(WARPS, BLOCK // WARPS), axis=1, keep_dims=True)
+    return total.broadcast_to(WARPS, BLOCK // WARPS).reshape(BLOCK)
+
+
+@triton.jit
 def _store_parts(
     partials_ptr,
     part,
@@ -648,33 +654,53 @@ def _store_parts(
     INPUTS: tl.constexpr,
     TAP_ROWS: tl.constexpr,
     INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
-    """Add up all lanes' sums, and store them in a row of the partial sums: the weight's, then the biases'."""
+    """Add up the sums of a warp's lanes, and store them in its row of the partial sums: the weight's, then the biases'.
+
+    So warps need not wait for each other. A lane stores one of the sums, so that neighbours lie in one line.
+    """
     WEIGHTS: tl.constexpr = OUT_CHANNELS * IN_CHANNELS * KERNEL_H * KERNEL_W
-    partials_ptr += part.to(INDEX) * (WEIGHTS + OUT_CHANNELS)
-    for c in tl.static_range(INPUTS):
-        for o in tl.static_range(CHANNELS):
-            entry = ((first + o) * IN_CHANNELS + in_channel + c) * (KERNEL_H * KERNEL_W) + first_row * KERNEL_W
-            for r in tl.static_range(TAP_ROWS):
-                for q in tl.static_range(KERNEL_W):
-                    total = weight_sums[((c * TAP_ROWS + r) * CHANNELS + o) * KERNEL_W + q]
-                    tl.store(partials_ptr + (entry + r * KERNEL_W + q), tl.sum(total))
+    TAPS: tl.constexpr = TAP_ROWS * KERNEL_W
+    COUNT: tl.constexpr = CHANNELS * INPUTS * TAPS
+    LANES: tl.constexpr = BLOCK // WARPS
+    number = tl.arange(0, BLOCK)
+    rows = partials_ptr + (part.to(INDEX) * WARPS + number // LANES) * (WEIGHTS + OUT_CHANNELS)
+    lane = number % LANES
+    for begin in tl.static_range(0, COUNT, LANES):
+        values = tl.zeros((BLOCK,), tl.float32)
+        for i in tl.static_range(begin, begin + LANES if begin + LANES < COUNT else COUNT):
+            total = weight_sums[
+                ((i // TAPS % INPUTS * TAP_ROWS + i % TAPS // KERNEL_W) * CHANNELS + i // (TAPS * INPUTS)) * KERNEL_W
+                + i % KERNEL_W
+            ]
+            values = tl.where(lane == i - begin, _sum_of_warp(total, BLOCK, WARPS), values)
+        entry = begin + lane
+        channels = (first + entry // (TAPS * INPUTS)) * IN_CHANNELS + in_channel + entry // TAPS % INPUTS
+        tap = first_row * KERNEL_W + entry % TAPS
+        tl.store(rows + channels * (KERNEL_H * KERNEL_W) + tap, values, mask=entry < COUNT)
     if with_bias:
+        values = tl.zeros((BLOCK,), tl.float32)
         for o in tl.static_range(CHANNELS):
-            tl.store(partials_ptr + (WEIGHTS + first + o), tl.sum(bias_sums[o]))
+            values = tl.where(lane == o, _sum_of_warp(bias_sums[o], BLOCK, WARPS), values)
+        tl.store(rows + (WEIGHTS + first + lane), values, mask=lane < CHANNELS)
 
 
-@triton.jit(do_not_specialize=["images", "input_h", "input_w", "output_h", "output_w"])
+@triton.jit(do_not_specialize=["before", "parts", "images", "input_h", "input_w", "output_h", "output_w"])
 def _grad_weight_kernel(
     grad_ptr,
     argmax_ptr,
     input_ptr,
     partials_ptr,
+    before,
+    parts,
     images,
     input_h,
     input_w,
     output_h,
     output_w,
+    INDEX: tl.constexpr,
     IN_CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
     KERNEL_H: tl.constexpr,
@@ -700,8 +726,8 @@ def _grad_weight_kernel(
     COLUMNS_TO: tl.constexpr,
     CLIPPED: tl.constexpr,
     PAIRS: tl.constexpr,
-    INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
+    WARPS: tl.constexpr,
     CHANNELS: tl.constexpr,
     INPUTS: tl.constexpr,
     TAP_ROWS: tl.constexpr,
@@ -713,13 +739,15 @@ def _grad_weight_kernel(
     cell (`_cells`). Cells that get nothing are multiplied as well, so that NaN and infinities in the input go where
     PyTorch's go.
 
-    Tile: a lane stays on one block of cells and steps through images, num_programs(1) * BLOCK // ((PH + RH) *
-    (PW + RW)) at a time; it adds up CHANNELS x INPUTS x TAP_ROWS x KW weights (and, in the first of these programs, the
-    biases) in registers. At the end lanes are summed by a tree. Lanes beyond a multiple of the blocks idle. The last
-    tile of channels begins earlier, if they do not come out even, and stores some sums twice, by the same bits.
+    Tile: the program's number, less `before` (see `joint`), counts the tiles of weights first, then `parts` groups of
+    BLOCK lanes. A lane stays on one block of cells and steps through images, parts * BLOCK // ((PH + RH) * (PW + RW))
+    at a time; it adds up CHANNELS x INPUTS x TAP_ROWS x KW weights (and, in the first of a part's programs, the biases)
+    in registers. At the end the lanes of each of the WARPS warps are summed by a tree. Lanes beyond a multiple of the
+    blocks idle. The last tile of channels begins earlier, if they do not come out even, and stores some sums twice, by
+    the same bits.
 
     Shapes and strides: grad and argmax (N, O, PH, PW) and input (N, C, H, W) contiguous or, if LAST, channels_last;
-    partials (parts, O * C * KH * KW + O) float32: the weight's, in its own order, then the bias'.
+    partials (parts * WARPS, O * C * KH * KW + O) float32: the weight's, in its own order, then the bias'.
 
     Cost per image: as the forward; reads the input once per tile of output channels, gradients and argmax once per
     tile of input channels.
@@ -737,17 +765,19 @@ def _grad_weight_kernel(
     width = FIXED_W if FIXED_W > 0 else input_w
     pooled_h = FIXED_POOLED_H if FIXED_POOLED_H > 0 else output_h
     pooled_w = FIXED_POOLED_W if FIXED_POOLED_W > 0 else output_w
-    first_row = tl.program_id(0) % TALL * TAP_ROWS
-    tile = tl.program_id(0) // TALL
     in_tiles: tl.constexpr = (IN_CHANNELS + INPUTS - 1) // INPUTS
+    tiles: tl.constexpr = (OUT_CHANNELS + CHANNELS - 1) // CHANNELS * in_tiles * TALL
+    number = tl.program_id(0) - before
+    tile = number % tiles // TALL
+    first_row = number % TALL * TAP_ROWS
     in_channel = tl.minimum(tile % in_tiles * INPUTS, IN_CHANNELS - INPUTS)
     first = tl.minimum(tile // in_tiles * CHANNELS, OUT_CHANNELS - CHANNELS)
-    with_bias = tl.program_id(0) % (TALL * in_tiles) == 0
-    part = tl.program_id(1)
+    with_bias = number % (TALL * in_tiles) == 0
+    part = number // tiles
     columns = pooled_w + RW
     size = (pooled_h + RH) * columns
     lane = part * BLOCK + tl.arange(0, BLOCK)
-    step = tl.num_programs(1) * BLOCK // size
+    step = parts * BLOCK // size
     image = tl.where(lane < step * size, lane // size, images)
     i = lane % size // columns
     j = lane % columns
@@ -865,6 +895,8 @@ def _grad_weight_kernel(
         INPUTS,
         TAP_ROWS,
         INDEX,
+        BLOCK,
+        WARPS,
     )
 
 
@@ -983,7 +1015,8 @@ def _sliding_grad_weight_kernel(
     loaded once for all blocks below each other; what it sends to the blocks below its own waits in registers. The first
     RH rows of a later chunk are spread once more, without products.
 
-    Shapes, strides and sums are as of `_grad_weight_kernel`; a part for each program along the second and third axis.
+    Shapes, strides and sums are as of `_grad_weight_kernel`; programs are one warp, and there is a part for each along
+    the second and third axis of the grid.
     """
     BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
     BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
@@ -1138,6 +1171,8 @@ def _sliding_grad_weight_kernel(
         INPUTS,
         KERNEL_H,
         INDEX,
+        BLOCK,
+        1,
     )
 
 
@@ -1596,11 +1631,11 @@ def grad_weight(
     geometry: ConvPoolGeometry,
     last: bool,
     options: Mapping[str, int],
-    later: list[Sum] | None = None,
+    later: Later | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the gradients of the weight and the bias; all tensors dense, images and gradients in one layout.
 
-    `later` as in `sum_partials`.
+    `later` as in `joint.launch_job`.
     """
     height, width = axes = _geometry(geometry, input, weight, argmax.shape[2:])
     out_channels, in_channels, kernel_h, _ = weight.shape
@@ -1608,43 +1643,53 @@ def grad_weight(
     channels, inputs = min(options["CHANNELS"], out_channels), min(options.get("INPUTS", 1), in_channels)
     tap_rows = options.get("TAP_ROWS", kernel_h)
     tiles = cdiv(out_channels, channels) * cdiv(in_channels, inputs) * (kernel_h // tap_rows)
-    # One warp a program: its lanes are then summed without a barrier. As many as some 132 multiprocessors hold at once.
+    # One warp's lanes and, of these, as many as some 132 multiprocessors hold at once.
     block, registers = 1024 if INTERPRETED else 32 * options.get("POSITIONS", 1), options.get("maxnreg", 168)
     programs = 132 * (65536 // (32 * registers)) // tiles
     constants = _constants(geometry, input, weight, last, axes, options) | _always_inside(axes)
-    constants |= {"BLOCK": block, "CHANNELS": channels, "INPUTS": inputs}
-    grid: tuple[int, ...]
-    chunk: tuple[int, ...] = ()
+    constants |= {"CHANNELS": channels, "INPUTS": inputs}
+    sizes = images, *input.shape[2:], *argmax.shape[2:]
+    result, bias = empty(weight.shape, weight), empty((out_channels,), weight)
     if options.get("SLIDE", 0) and height.reach > 0 and tap_rows == kernel_h:
         # As few programs as take the same number of rounds; columns are cut where there are not enough of them.
         parts = max(cdiv(columns, block), min(cdiv(images * columns, block), programs))
         parts = cdiv(cdiv(images, cdiv(images, parts * block // columns)) * columns, block)
-        chunk = (cdiv(rows, max(1, min(rows // 4, programs // parts))),)
-        kernel, grid = _sliding_grad_weight_kernel, (tiles, parts, cdiv(rows, chunk[0]))
-    else:
-        # Four images or more a lane, and at least one lane for each block.
-        size = rows * columns
-        parts = max(cdiv(size, block), min(cdiv(images * size, 4 * block), programs))
-        kernel, grid = _grad_weight_kernel, (tiles, parts)
-        constants["TAP_ROWS"] = tap_rows
-    partials = empty((math.prod(grid[1:]), weight.numel() + out_channels), input, torch.float32)
-    launch(
-        kernel,
-        grid,
-        grad_output,
-        argmax,
-        input,
-        partials,
-        images,
-        *input.shape[2:],
-        *argmax.shape[2:],
-        *chunk,
-        **constants,
-        INDEX=index_type(input, grad_output, partials),
-        num_warps=1,
-        num_stages=1,
-        **_registers(registers),
-    )
-    result, bias = empty(weight.shape, weight), empty((out_channels,), weight)
-    sum_partials((partials, (result, bias), 1.0), later=later)
+        chunk = cdiv(rows, max(1, min(rows // 4, programs // parts)))
+        grid = tiles, parts, cdiv(rows, chunk)
+        partials = empty((parts * grid[2], weight.numel() + out_channels), input, torch.float32)
+        launch(
+            _sliding_grad_weight_kernel,
+            grid,
+            grad_output,
+            argmax,
+            input,
+            partials,
+            *sizes,
+            chunk,
+            **constants,
+            INDEX=index_type(input, grad_output, partials),
+            BLOCK=block,
+            num_warps=1,
+            num_stages=1,
+            **_registers(registers),
+        )
+        sum_partials((partials, (result, bias), 1.0), later=None if later is None else later.sums)
+        return result, bias
+    # Four images or more a lane, and at least one lane for each block.
+    size = rows * columns
+    parts = max(cdiv(size, block), min(cdiv(images * size, 4 * block), programs))
+    warps: tuple[int, ...] = (1,)
+    if later is not None and not INTERPRETED:
+        # Beside other kernels a program has as many warps as theirs: parts come in eights.
+        parts = max(8 * cdiv(cdiv(size, block), 8), parts // 8 * 8)
+        warps = 1, 2, 4, 8
+    partials = empty((parts, weight.numel() + out_channels), input, torch.float32)
+
+    def work(warps: int) -> tuple[int, tuple[int, ...], dict[str, Any]]:
+        tile = {"BLOCK": block * warps, "WARPS": warps, "TAP_ROWS": tap_rows}
+        return tiles * parts // warps, (parts // warps, *sizes), constants | tile
+
+    tensors = grad_output, argmax, input, partials
+    job = Job(_grad_weight_kernel, warps, tensors, index_type(input, grad_output, partials), work, registers)
+    launch_job(job, (partials, (result, bias), 1.0), later)
     return result, bias

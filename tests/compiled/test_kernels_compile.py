@@ -326,7 +326,8 @@ def _unaligned(tensor):
 
 HEADS = {"LeNet": (400, 120, 84, 10), "as wide as it gets": (400, 128, 128, 128), "unaligned": (399, 127, 127, 127)}
 MLP_PRODUCTS = (
-    "_forward_kernel", "_exact_forward_kernel", "_grad_hidden_kernel", "_exact_grad_hidden_kernel", "_product_kernel",
+    "_forward_kernel", "_exact_forward_kernel", "_grad_hidden_kernel", "_exact_grad_hidden_kernel",
+    "_grad_weights_kernel",
 )  # fmt: skip
 
 

@@ -459,7 +459,7 @@ def test_profiled_kernels_find_their_model(monkeypatch):
     """The n-th launch of a name is its n-th row: LeNet has three forwards, of conv1, conv2 and the head."""
     step = Work(LENET, launches.BATCH, torch.bfloat16, "bf16", TRAIN_STEP)
     forward = "_forward_kernel"
-    launched = [forward, "softmax", forward, forward, "_product_kernel", forward]
+    launched = [forward, "softmax", forward, forward, "_grad_hidden_kernel", forward]
     assert committed.modelled_kernels(step, launched) == {}  # this machine has no GPU, so the rows are not of it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))

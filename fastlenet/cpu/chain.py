@@ -22,11 +22,13 @@ def chain_covers(input: Tensor, parameters: Sequence[Tensor | None], links: Sequ
     """Why the kernels cannot compute a chain; None if they can."""
     if any(tensor is not None and tensor.dtype != torch.float32 for tensor in (input, *parameters)):
         return "the compiled kernels compute in float32"
-    shape = list(input.shape[1:])
+    images, *shape = input.shape
+    if not few.takes(images, links):
+        images = LANES  # at a time
     for place, weight in zip(links, parameters[::2], strict=True):
         assert weight is not None
         if isinstance(place, ConvPoolGeometry):
-            reason = covers(torch.float32, shape, weight, place)
+            reason = covers(torch.float32, (images, *shape), weight, place)
             if reason is not None:
                 return reason
             conv = place.conv_size((shape[1], shape[2]), (weight.shape[2], weight.shape[3]))

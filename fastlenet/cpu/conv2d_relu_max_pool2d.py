@@ -34,7 +34,7 @@ MOST_BYTES = 1 << 26
 
 def rejects(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry, save: bool) -> str | None:
     """Why a call is not covered, or not expected to win; None if it is. `save`: whether a backward may follow."""
-    reason = covers(input.dtype, input.shape[1:], weight, geometry)
+    reason = covers(input.dtype, input.shape, weight, geometry)
     if reason is not None:
         return reason
     images, _, height, width = input.shape
@@ -57,16 +57,17 @@ def rejects(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry, save: boo
     return None
 
 
-def covers(dtype: torch.dtype, image: Sequence[int], weight: Tensor, geometry: ConvPoolGeometry) -> str | None:
-    """Why the kernels cannot compute a call on images of one shape; None if they can."""
+def covers(dtype: torch.dtype, input: Sequence[int], weight: Tensor, geometry: ConvPoolGeometry) -> str | None:
+    """Why the kernels cannot compute a call on (N, C, H, W) images; None if they can."""
     if not (dtype == weight.dtype == torch.float32):
         return "the compiled kernels compute in float32"
     if geometry.window_size > 255:
         return "the compiled kernels pool windows of at most 255 cells"
-    channels, height, width = image
+    images, channels, height, width = input
     conv = geometry.conv_size((height, width), (weight.shape[2], weight.shape[3]))
-    if BYTES * (3 * channels * height * width + (weight.shape[0] + 6) * conv[0] * conv[1]) > MOST_BYTES:
-        return "blocks of 16 such images take too much memory"
+    together = 1 if few.takes(images, (geometry,)) else LANES
+    if 4 * together * (3 * channels * height * width + (weight.shape[0] + 6) * conv[0] * conv[1]) > MOST_BYTES:
+        return f"{together} such images take too much memory at a time"
     return None
 
 

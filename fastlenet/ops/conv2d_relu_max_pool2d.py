@@ -198,7 +198,7 @@ class _Operator(Operator):
             return f"the Triton kernels cover pooling windows of up to 255 cells, not {cells}" if cells > 255 else None
         from fastlenet import cpu
 
-        return cpu.covers(input.dtype, input.shape[-3:], weight, settings)
+        return cpu.covers(input.dtype, (1, *input.shape)[-4:], weight, settings)
 
     def slower(self, settings: ConvPoolGeometry, differentiable: bool, *tensors: Any) -> str | None:
         from fastlenet import cpu

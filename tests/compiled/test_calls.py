@@ -75,6 +75,7 @@ def test_lenet_is_three_launches_forward_and_few_backward(precision, gpu, launch
     )
 
 
+@pytest.mark.wide  # it compiles for 20 s
 def test_a_chain_whose_matrices_a_library_multiplies_has_a_plan_too(gpu, launched, reasoned, monkeypatch):
     """In exact float32 cuBLAS is faster than the head's forward kernel; the convolutions and the backward stay."""
     monkeypatch.setattr(selection, "ORDER", {"cpu": ("triton", "aten")})

@@ -363,6 +363,7 @@ def test_mlp(target, mode, widths):
             assert all(r.count(r"max\.NaN\.f32") > 0 == r.count(r"max\.f32") for r in records if "forward" in r.name)
 
 
+@pytest.mark.wide
 @every_target
 @modes(IEEE, Mode(torch.float16))
 def test_mlp_with_addresses_of_64_bits(target, mode, monkeypatch):
@@ -372,6 +373,7 @@ def test_mlp_with_addresses_of_64_bits(target, mode, monkeypatch):
         check(records)
 
 
+@pytest.mark.wide
 def test_new_shapes_of_mlp_compile_nothing_new():
     """Two variants of each kernel, by whether rows start at multiples of four elements."""
     with compiling_for("sm_90") as records:

@@ -164,6 +164,7 @@ def different_calls():
     }
 
 
+@pytest.mark.wide  # it compiles for 30 s
 def test_calls_that_differ_have_plans_of_their_own(launched, reasoned, monkeypatch):
     with compiling_for("sm_90"), fp32_precision("ieee"):
         with monkeypatch.context() as patch:

@@ -487,6 +487,8 @@ def test_backward_after_another_implementations_forward(case, either):
         (512, (128, 14, 14), (256, 128, 3, 3), 2, "library"),
         (0, (1, 32, 32), (6, 1, 5, 5), 2, None),
         (16, (64, 224, 224), (8, 64, 3, 3), 1, "memory"),
+        (4, (3, 224, 224), (64, 3, 7, 7), 2, "in training: MFLOP"),
+        (4, (64, 600, 600), (8, 64, 3, 3), 2, "memory"),
     ],
 )
 def test_what_is_rejected_by_its_size(images, shape, weight, count, reason):

@@ -29,6 +29,7 @@ def gradients(network, images):
     return [images.grad, *(parameter.grad for parameter in network.parameters())]
 
 
+@pytest.mark.wide  # a minute in the interpreter
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_a_chain_launches_its_weight_gradients_together(precision, shipped, launches, device, monkeypatch):
     network = fastlenet.LeNet(device=device)

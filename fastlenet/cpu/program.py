@@ -38,7 +38,7 @@ Link: TypeAlias = ConvPoolGeometry | str
     COUNT,  # of images in a block: the last may have fewer than 16
     SCRATCH,  # of all workers; in a worker's copy its own
     SCRATCH_BYTES,
-    SUMS,  # of all tasks; in a worker's copy those of its task
+    SUMS,  # of all tasks; in a worker's copy those of its task. Without a size they are memory that all tasks share
     SUMS_BYTES,
     PARTS,  # tasks whose sums are added up
     INPUT,

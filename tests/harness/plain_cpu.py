@@ -28,8 +28,8 @@ class PlainCPU(types.ModuleType):
     def unavailable(self) -> str | None:
         return self.missing
 
-    def covers(self, dtype: Any, image: Any, weight: Any, geometry: Any) -> str | None:
-        assert len(image) == 3
+    def covers(self, dtype: Any, input: Any, weight: Any, geometry: Any) -> str | None:
+        assert len(input) == 4
         return self.reason
 
     def rejects(self, input: Any, weight: Any, geometry: Any, save: bool) -> str | None:

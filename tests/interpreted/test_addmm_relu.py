@@ -421,7 +421,10 @@ def test_kernels_are_launched_on_the_tensors_device(monkeypatch, watched):
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: (guarded.append(tensor.device), device_of(tensor))[1])
     second = torch.cuda.device_count() > 1 and not modes.interpreting()
     device = torch.device("cuda:1" if second else modes.kernel_device())
-    ADDMM.under(watched).random(SMALL, SMALL.random(torch.float32, device=device))
+    tensors = SMALL.random(torch.float32, device=device)
+    ADDMM.under(watched).random(SMALL, tensors)
+    guarded.clear()  # the first call was decided on the device, too
+    ADDMM.under(watched).random(SMALL, tensors)
     # Forward and two gradients; on the current device there is nothing to do.
     assert len(guarded) == (3 if second or modes.interpreting() else 0)
     assert {d.type for d in guarded} <= {device.type}

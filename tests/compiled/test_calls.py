@@ -100,6 +100,7 @@ def test_a_chain_whose_matrices_a_library_multiplies_has_a_plan_too(gpu, launche
     assert logits.shape == (16, 10)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("links", [1, 2])
 def test_chains_of_other_lengths(links, gpu, launched):
     """Without a head of three: linear maps with relu are the operator's kernels where Triton is forced."""

@@ -421,6 +421,7 @@ def test_listed_configurations_spill_nothing(architecture):
 # --- the tuner -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 def test_the_tuner_drops_what_does_not_fit(monkeypatch):
     """Spills, and what the compiler refuses, are told by compiling alone."""
     case = ConvCase("wide", 128, 16, 128, 3, padding=1)

@@ -14,7 +14,7 @@ from .conv2d_relu_max_pool2d import covers
 from .plan import LANES
 from .program import Link
 
-LITTLE_WORK = 1 << 24
+LITTLE_BLOCK = 1 << 24
 """FLOP of a block of 16 images up to which half-filled lanes suffice."""
 
 
@@ -56,7 +56,7 @@ def chain_rejects(
         flop.append(2 * weight.numel() * pixels)
     if few.takes(images, links):
         return few.rejects(images, weights, flop, save)
-    wanted = (0.2 if save else 0.0) if LANES * sum(flop) <= LITTLE_WORK else 0.45 if save else 0.2
+    wanted = (0.2 if save else 0.0) if LANES * sum(flop) <= LITTLE_BLOCK else 0.45 if save else 0.2
     if images and threads.fill(images, LANES) < wanted:
         return f"{images} images keep too few of the {LANES} lanes of {torch.get_num_threads()} threads busy"
     return None

@@ -336,7 +336,7 @@ def _backward(
             steps,
             steps_of(layer.shape),
             (0, height * width, width, 1),
-            steps_of(layer.image),
+            steps_of(layer.image) if onward else None,
         )
         plans.append(plan)
         packed = NOTHING
@@ -348,7 +348,7 @@ def _backward(
             before.append(step("convolution", "clear", grad_weight, 4 * torch.Size(layer.weight).numel()))
             before.append(step("convolution", "clear", grad_bias, 4 * layer.weight[0]))
         places = source, grad, argmax, packed, target, *sums, scratch.at(plan.scratch_bytes)
-        each.append(step("gradients", ("gradients", plan.width), plan.address, 1, *places))
+        each.append(step("gradients", "gradients", plan.address, 1, *places))
         grad = target
     return Program(program.listed([], before, each, []), scratch.size, record_bytes, 0, shape, tuple(plans))
 

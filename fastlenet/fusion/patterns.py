@@ -560,7 +560,9 @@ def fold(
     Computed anew at every call, so that it always follows the parameters and autograd reaches them.
     """
     if variance.dtype in (torch.float16, torch.bfloat16):
-        variance = variance.float()  # in 16 bits eps could be lost, and then a small variance could not be told from zero
+        variance = (
+            variance.float()
+        )  # in 16 bits eps could be lost, and then a small variance could not be told from zero
     factor = torch.rsqrt(variance + eps)
     if scale is not None:
         factor = factor * scale

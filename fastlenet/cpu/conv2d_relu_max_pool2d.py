@@ -59,6 +59,8 @@ def rejects(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry, save: boo
     if not save and products > THIN and block > ROOMY and memory_format(input, weight) == torch.channels_last:
         return f"{channels} to {filters} channels of {height}x{width} in channels_last: the library's is as fast"
     heavy = weight.numel() > HEAVY * geometry.groups and (not save or channels >= LANES)
+    # Where each pixel has a window of its own, the gradients have no pixels to skip.
+    heavy = heavy or (save and geometry.pool_stride == (1, 1))
     dense = channels >= DENSE_CHANNELS and memory_format(input, weight) == torch.channels_last
     wanted = 0.9 if products > THIN or block > LARGE or heavy or dense else 0.45
     if images and threads.fill(images, LANES) < wanted:

@@ -71,8 +71,23 @@ def conv2d_relu_max_pool2d(
     """
     conv = (_convolution_by_product if by_product else torch.conv2d)(input, weight, bias, *geometry[:4])
     if geometry.window_may_be_empty:  # stock's output is -inf there, and relu must not change it
-        return F.max_pool2d(F.relu(conv), *geometry[4:])
+        return _pool_in_frame(F.relu(conv), geometry)
     return torch.threshold(torch.max_pool2d(conv, *geometry[4:]), 0, 0)
+
+
+def _pool_in_frame(conv: Tensor, geometry: ConvPoolGeometry) -> Tensor:
+    """Return what ``max_pool2d`` does if windows may lie wholly in its padding, with a frame of -inf instead.
+
+    Stock's index of such a window is not in the image, and its backward writes there (torch 2.13).
+    """
+    conv_size = conv.shape[-2], conv.shape[-1]
+    pooled, frame = geometry.pooled_size(conv_size), []
+    for i in (1, 0):
+        reach = geometry.pool_dilation[i] * (geometry.pool_size[i] - 1) + 1
+        end = (pooled[i] - 1) * geometry.pool_stride[i] + reach - geometry.pool_padding[i]
+        frame += [geometry.pool_padding[i], max(end - conv_size[i], 0)]
+    framed = F.pad(conv, frame, value=-math.inf)
+    return F.max_pool2d(framed, geometry.pool_size, geometry.pool_stride, 0, geometry.pool_dilation)
 
 
 def conv2d_relu_max_pool2d_with_argmax(

@@ -237,15 +237,18 @@ def test_ties_go_to_the_first_cell_in_scan_order():
 
 
 def test_a_window_without_a_cell():
-    """Padding and dilation together can put every cell of a window into the padding: stock gives -inf there."""
-    keywords = {"pool_size": 2, "pool_stride": 1, "pool_padding": 1, "pool_dilation": 2}
-    tensors = {"input": torch.ones(1, 1, 1, 2), "weight": torch.ones(1, 1, 1, 1)}
+    """Padding and dilation together can put every cell of a window into the padding: stock gives -inf there.
+
+    Its gradients are zero. Stock's own backward writes beside the image, so it does not run here.
+    """
+    keywords = {"pool_size": 2, "pool_padding": 1, "pool_dilation": 2}
+    tensors = {"input": torch.ones(1, 4, 14, 14), "weight": torch.ones(32, 4, 14, 5)}
     stock = CONV.stock(**tensors, **keywords)
-    assert stock.isinf().any()
-    expected = run(CONV.stock, tensors, keywords, torch.ones_like(stock))
-    result = run(CONV.fused, tensors, keywords, torch.ones_like(stock))
-    for (name, actual), (_, wanted) in zip(result.tensors(), expected.tensors(), strict=True):
-        assert_same_values(actual, wanted, name=name)
+    assert stock.isneginf().all()
+    for _ in range(20):
+        result = run(CONV.fused, tensors, keywords, torch.ones_like(stock))
+        for name, actual in result.tensors():
+            assert_same_values(actual, stock if name == "output" else torch.zeros_like(actual), name=name)
 
 
 # --- layouts, reproducibility, memory ---------------------------------------------------------------------------------

@@ -71,16 +71,18 @@ def conv2d_relu_max_pool2d(
     """
     conv = (_convolution_by_product if by_product else torch.conv2d)(input, weight, bias, *geometry[:4])
     if geometry.window_may_be_empty:  # stock's output is -inf there, and relu must not change it
-        return _pool_in_frame(F.relu(conv), geometry)
+        return _pool_with_empty_windows(F.relu(conv), geometry)
     return torch.threshold(torch.max_pool2d(conv, *geometry[4:]), 0, 0)
 
 
-def _pool_in_frame(conv: Tensor, geometry: ConvPoolGeometry) -> Tensor:
-    """Return what ``max_pool2d`` does if windows may lie wholly in its padding, with a frame of -inf instead.
+def _pool_with_empty_windows(conv: Tensor, geometry: ConvPoolGeometry) -> Tensor:
+    """Return what ``max_pool2d`` does; if windows lie wholly in its padding, with a frame of -inf instead.
 
     Stock's index of such a window is not in the image, and its backward writes there (torch 2.13).
     """
     conv_size = conv.shape[-2], conv.shape[-1]
+    if all(geometry.pool_dilation[i] <= conv_size[i] or not geometry.pool_padding[i] for i in (0, 1)):
+        return F.max_pool2d(conv, *geometry[4:])
     pooled, frame = geometry.pooled_size(conv_size), []
     for i in (1, 0):
         reach = geometry.pool_dilation[i] * (geometry.pool_size[i] - 1) + 1

@@ -170,11 +170,16 @@ def or_empty(like: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ..
 
 
 def shaped(output: Tensor, shape: Sequence[int], known: Any) -> Tensor:
-    """Give a kernel's output another shape, in place, because a view could not be modified in place by the user."""
+    """Give a kernel's output another shape, in place, because a view could not be modified in place by the user.
+
+    It is laid out plainly then: stock's pool has no channels_last for an unbatched image.
+    """
     if known is None:
         view = output.reshape(shape)
-        return view if torch.compiler.is_compiling() else view.clone()
-    return output.squeeze_(0) if output.shape[1:] == shape else output.resize_(shape)
+        if torch.compiler.is_compiling():
+            return view.contiguous()
+        return view.clone(memory_format=torch.contiguous_format)
+    return output.squeeze_(0).contiguous() if output.shape[1:] == shape else output.resize_(shape)
 
 
 def composed_backward(grad_output: Tensor) -> bool:

@@ -138,7 +138,7 @@ def kernels() -> None:
 
         def backward(grad_at: int, *sums_at: int) -> Callable[[], object]:
             function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 10)(
-                address("gradients", "gradients", gradients.width)  # noqa: B023
+                address("gradients", "gradients")
             )
             places = [t.data_ptr() for t in (source, target, argmax, packed)]  # noqa: B023
             last = scratch.data_ptr()  # noqa: B023

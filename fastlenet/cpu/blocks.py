@@ -254,7 +254,7 @@ def _backward(
             steps_of(image, source_step, in_last),
             steps_of(layer.shape, grad_step, grad_last),
             tuple(step // 4 for step in steps_of(layer.shape, 4 * own_argmax_step, grad_last)),
-            steps_of(image, target_step, in_last),
+            steps_of(image, target_step, in_last) if onward else None,
         )
         plans.append(plan)
         packed = NOTHING
@@ -262,7 +262,7 @@ def _backward(
             packed = scratch.at(plan.packed_bytes)
             ready.append(step("gradients", "pack", plan.address, weight, packed))
         places = source, grad, argmax, packed, target, sums, bias_sums, scratch.at(plan.scratch_bytes)
-        each.append(step("gradients", ("gradients", plan.width), plan.address, At(COUNT), *places))
+        each.append(step("gradients", "gradients", plan.address, At(COUNT), *places))
         grad, grad_step, grad_last = target, target_step, False
     if need_input and layers[0].plan is None:
         numbers = layers[0].inputs

@@ -26,6 +26,13 @@ ROOMY = 1 << 19
 """Bytes of a block of images up to which a wide layer's forward wins over channels_last: it stays in a core's cache."""
 LARGE = 1 << 22
 """Bytes of a block of images from which half-filled lanes no longer suffice: each pass reads it from memory."""
+HEAVY = 6144
+"""Weights of a thin layer from which half-filled lanes no longer suffice: stock's threads share single images.
+
+In training that takes a full vector of input channels, too.
+"""
+DENSE_CHANNELS = 8
+"""The same for input channels in channels_last, which oneDNN reads in vectors."""
 TRAINED_WORK = 1 << 21
 """FLOP of a few images from which the gain outweighs the launchers, of which training calls two."""
 MOST_BYTES = 1 << 26
@@ -51,7 +58,9 @@ def rejects(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry, save: boo
     block = input.shape[1] * height * width * BYTES
     if not save and products > THIN and block > ROOMY and memory_format(input, weight) == torch.channels_last:
         return f"{channels} to {filters} channels of {height}x{width} in channels_last: the library's is as fast"
-    wanted = 0.45 if products <= THIN and block <= LARGE else 0.9
+    heavy = weight.numel() > HEAVY * geometry.groups and (not save or channels >= LANES)
+    dense = channels >= DENSE_CHANNELS and memory_format(input, weight) == torch.channels_last
+    wanted = 0.9 if products > THIN or block > LARGE or heavy or dense else 0.45
     if images and threads.fill(images, LANES) < wanted:
         return f"{images} images keep too few of the {LANES} lanes of {torch.get_num_threads()} threads busy"
     return None

@@ -336,7 +336,7 @@ def _backward(
             steps,
             steps_of(layer.shape),
             (0, height * width, width, 1),
-            steps_of(layer.image),
+            steps_of(layer.image) if onward else None,
         )
         plans.append(plan)
         packed = NOTHING
@@ -348,7 +348,7 @@ def _backward(
             before.append(step("convolution", "clear", grad_weight, 4 * torch.Size(layer.weight).numel()))
             before.append(step("convolution", "clear", grad_bias, 4 * layer.weight[0]))
         places = source, grad, argmax, packed, target, *sums, scratch.at(plan.scratch_bytes)
-        each.append(step("gradients", ("gradients", plan.width), plan.address, 1, *places))
+        each.append(step("gradients", "gradients", plan.address, 1, *places))
         grad = target
     return Program(program.listed([], before, each, []), scratch.size, record_bytes, 0, shape, tuple(plans))
 
@@ -403,9 +403,9 @@ def forward(
     of_images = threads.workers(images) if images * made.flop >= DIVIDED_WORK else 1
     workers = [threads.workers(stage.units) if stage.units else of_images for stage in made.stages]
     scratch = empty((max(workers) * made.scratch_bytes // 4,), torch.float32)
-    shared = empty((made.shared_bytes // 4,), torch.float32)
+    shared = empty((made.shared_bytes // 4,), torch.float32) if made.shared_bytes else None
     if output.numel():
-        rest = [0, scratch.data_ptr(), made.scratch_bytes, shared.data_ptr(), 0, 0]
+        rest = [0, scratch.data_ptr(), made.scratch_bytes, program.place(shared), 0, 0]
         rest += input.data_ptr(), output.data_ptr(), program.place(kept), 0
         for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
             rest += program.place(weight), program.place(bias), 0, 0, -LANES if bias is None else 0

@@ -19,6 +19,9 @@ hold:
     grad_X        of a window cell  the weights of o        the gradient's frame, at p
     ============  ================  ======================  ===============================
 
+The two loops are kernels of their own, compiled for a number of vectors. The main kernel calls them by their addresses,
+which the plan has.
+
 An image costs 2 * O * C * T * W FLOP for each of the two sums, W being the number of windows. The dense sums over all
 pixels cost as much for each pixel. A chain has at most `CHAIN` products. A block's sums are added to its task's.
 
@@ -37,6 +40,7 @@ from .lanes import (
     add_products,
     add_tile,
     byte_at,
+    call,
     field,
     float_at,
     inlined,
@@ -119,53 +123,67 @@ def exchange(plan, to_frame, image, steps, frame):
                     outside += column_step
 
 
-def gradients(width: int) -> Any:
-    """Return the kernel of the gradients, with so many vectors of sums at a time."""
-    many, beside, masks = (0,) * width, vectors(width), tuple(LANES * i for i in range(width))
+@inlined
+def winners(plan, grads, argmax, frame, places, factors):
+    """List a filter's winners: places in the frame, and gradients; return how many there are."""
+    count, offsets = 0, field(plan, record.CELL_OFFSET)
+    column_step = field(plan, record.WINDOW_COLUMN_STEP)
+    grad_row, grad_column = field(plan, record.GRAD_STEPS + 2), field(plan, record.GRAD_STEPS + 3)
+    argmax_row, argmax_column = field(plan, record.ARGMAX_STEPS + 2), field(plan, record.ARGMAX_STEPS + 3)
+    columns = field(plan, record.POOLED_COLUMNS)
+    for row in range(field(plan, record.POOLED_ROWS)):
+        window = frame + row * field(plan, record.WINDOW_ROW_STEP)
+        grad, arg = grads + row * grad_row, argmax + row * argmax_row
+        for _ in range(columns):
+            # What does not count is written, too, and then overwritten: a branch would be mispredicted.
+            cell = byte_at(arg) + 1 & NO_WINNER
+            set_long(places + 8 * count, window + field(offsets, cell))
+            set_float(factors + 4 * count, float_at(grad))
+            count += cell + NO_WINNER >> 8
+            window += column_step
+            grad += grad_column
+            arg += argmax_column
+    return count
 
-    @inlined
-    def winners(plan, grads, argmax, frame, places, factors):
-        """List a filter's winners: places in the frame, and gradients; return how many there are."""
-        count, offsets = 0, field(plan, record.CELL_OFFSET)
-        column_step = field(plan, record.WINDOW_COLUMN_STEP)
-        grad_row, grad_column = field(plan, record.GRAD_STEPS + 2), field(plan, record.GRAD_STEPS + 3)
-        argmax_row, argmax_column = field(plan, record.ARGMAX_STEPS + 2), field(plan, record.ARGMAX_STEPS + 3)
-        columns = field(plan, record.POOLED_COLUMNS)
-        for row in range(field(plan, record.POOLED_ROWS)):
-            window = frame + row * field(plan, record.WINDOW_ROW_STEP)
-            grad, arg = grads + row * grad_row, argmax + row * argmax_row
-            for _ in range(columns):
-                # What does not count is written, too, and then overwritten: a branch would be mispredicted.
-                cell = byte_at(arg) + 1 & NO_WINNER
-                set_long(places + 8 * count, window + field(offsets, cell))
-                set_float(factors + 4 * count, float_at(grad))
-                count += cell + NO_WINNER >> 8
-                window += column_step
-                grad += grad_column
-                arg += argmax_column
-        return count
 
-    @inlined
-    def everything(plan, grads, argmax, frame, dense, places, factors):
-        """List all pixels of the convolution likewise, with the gradient 0 if they won nothing."""
-        depth, bytes = field(plan, record.CHANNELS), field(plan, record.DENSE_BYTES)
-        fill(dense, bytes)
-        # A place in the frame has a number for each channel, in the dense gradient one.
-        count = winners(plan, grads, argmax, 0, places, factors)
-        for e in range(count):
-            here = dense + field(places, e) // depth
-            set_float(here, float_at(here) + float_at(factors + 4 * e))
-        count = 0
-        for row in range(field(plan, record.CONV_ROWS)):
-            for column in range(field(plan, record.CONV_COLUMNS)):
-                offset = row * field(plan, record.CONV_ROW_STEP) + column * field(plan, record.CONV_COLUMN_STEP)
-                set_long(places + 8 * count, frame + offset)
-                set_float(factors + 4 * count, float_at(dense + offset // depth))
-                count += 1
-        return count
+@inlined
+def everything(plan, grads, argmax, frame, dense, places, factors):
+    """List all pixels of the convolution likewise, with the gradient 0 if they won nothing."""
+    depth, bytes = field(plan, record.CHANNELS), field(plan, record.DENSE_BYTES)
+    fill(dense, bytes)
+    # A place in the frame has a number for each channel, in the dense gradient one.
+    count = winners(plan, grads, argmax, 0, places, factors)
+    for e in range(count):
+        here = dense + field(places, e) // depth
+        set_float(here, float_at(here) + float_at(factors + 4 * e))
+    count = 0
+    for row in range(field(plan, record.CONV_ROWS)):
+        for column in range(field(plan, record.CONV_COLUMNS)):
+            offset = row * field(plan, record.CONV_ROW_STEP) + column * field(plan, record.CONV_COLUMN_STEP)
+            set_long(places + 8 * count, frame + offset)
+            set_float(factors + 4 * count, float_at(dense + offset // depth))
+            count += 1
+    return count
 
-    @inlined
-    def weight_sums_of(plan, count, places, factors, sums):
+
+@inlined
+def exact_grad_input(plan, count, places, factors, weights):
+    """Add a filter's part to the gradient's frame, pixel by pixel, and no lane that has no weight."""
+    offsets, mask = field(plan, record.VECTOR), field(plan, record.MASK)
+    for e in range(count):
+        for v in range(field(plan, record.ROW_BYTES) // BYTES):
+            values = load(weights + BYTES * v, ONE)
+            part = add_products(zeros(ONE, ONE), values, splat(factors + 4 * e, ONE))
+            part = where_not_equal(load_bytes(mask + LANES * v, ONE), 0, part)
+            add_tile(field(places, e) + field(offsets, v), ONE, 0, part)
+
+
+def add_winners(width: int) -> Any:
+    """Return the kernel of a filter's part of the weight's gradient, with so many vectors of sums at a time."""
+    many, beside = (0,) * width, vectors(width)
+
+    @kernel(5)
+    def add_winners(plan, count, places, factors, sums):
         """Add a list's part to a filter's sums."""
         offsets = field(plan, record.VECTOR)
         for t in range(field(plan, record.TILES)):
@@ -176,8 +194,15 @@ def gradients(width: int) -> Any:
                     tile = add_products(tile, load(field(places, e), vector), splat(factors + 4 * e, ONE))
                 store(here, beside, add(load(here, beside), tile))
 
-    @inlined
-    def grad_input(plan, grads, argmax, weights, lists, frame):
+    return add_winners
+
+
+def add_windows(width: int) -> Any:
+    """Return the kernel of a group's part of the input's gradient, with so many vectors of sums at a time."""
+    many, beside = (0,) * width, vectors(width)
+
+    @kernel(6)
+    def add_windows(plan, grads, argmax, weights, lists, frame):
         """Add a group's part to the gradient's frame, window by window.
 
         lists: for each cell, and for no cell, its end, then the weights and the gradients of its filters.
@@ -217,16 +242,11 @@ def gradients(width: int) -> Any:
                 first_grad += field(plan, record.GRAD_STEPS + 3)
                 first_arg += field(plan, record.ARGMAX_STEPS + 3)
 
-    @inlined
-    def exact_grad_input(plan, count, places, factors, weights):
-        """Add a filter's part to the gradient's frame, pixel by pixel, and no lane that has no weight."""
-        offsets, mask = field(plan, record.VECTOR), field(plan, record.MASK)
-        for e in range(count):
-            for t in range(field(plan, record.TILES)):
-                values = load(weights + BYTES * width * t, beside)
-                tile = add_products(zeros(many, ONE), values, splat(factors + 4 * e, ONE))
-                tile = where_not_equal(load_bytes(mask + LANES * width * t, masks), 0, tile)
-                add_tile(field(places, e), longs_at(offsets + 8 * width * t, many), 0, tile)
+    return add_windows
+
+
+def gradients() -> Any:
+    """Return the kernel of the gradients."""
 
     @kernel(10)
     def gradients(plan, count, source, grads, argmax, weights, target, weight_sums, bias_sums, scratch):
@@ -261,7 +281,7 @@ def gradients(width: int) -> Any:
                 if weight_sums != 0:
                     if not plain:
                         number = everything(plan, grad, arg, own_frame, dense, places, factors)
-                    weight_sums_of(plan, number, places, factors, sums + row_bytes * o)
+                    call(field(plan, record.ADD_WINNERS), (plan, number, places, factors, sums + row_bytes * o))
                     set_float(biases + 4 * o, float_at(biases + 4 * o) + total)
             if target != 0:
                 fill(grad_frame, frame_bytes)
@@ -269,7 +289,8 @@ def gradients(width: int) -> Any:
                     for group in range(groups):
                         first, rows = group * own, weights + BYTES + row_bytes * group * own
                         grad, arg = grads + first * grad_step, argmax + first * argmax_step
-                        grad_input(plan, grad, arg, rows, places, grad_frame + group * plane)
+                        group_frame = grad_frame + group * plane
+                        call(field(plan, record.ADD_WINDOWS), (plan, grad, arg, rows, places, group_frame))
                 else:
                     for o in range(groups * own):
                         # Filter by filter in the other frame: all in one would be one long chain of additions.

@@ -67,8 +67,15 @@ def kernel(arguments: int) -> Callable[[Callable], Any]:
     return cfunc(types.void(*[types.int64] * arguments), error_model="numpy")
 
 
-inlined = njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")
-"""Compile a function into each of its callers."""
+def inlined(function: Callable) -> Any:
+    """Compile a function into each of its callers.
+
+    numba would compile it anew for each literal argument. LLVM knows the literals anyway, once the function is inlined.
+    """
+    dispatcher = njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")(function)
+    template_for = dispatcher.get_call_template
+    dispatcher.get_call_template = lambda args, kws: template_for(tuple(map(types.unliteral, args)), kws)
+    return dispatcher
 
 
 # --- memory --------------------------------------------------------------------------------------------------------

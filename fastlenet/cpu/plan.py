@@ -18,7 +18,7 @@ from torch import Tensor
 from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
 
 from . import record
-from .compiled import register_vectors
+from .compiled import address, register_vectors
 from .memory import on_cpu
 
 LANES = 16
@@ -304,14 +304,12 @@ class Gradients(NamedTuple):
 
     Attributes:
         address: where the table lies.
-        width: vectors of sums at a time.
         packed_bytes: of the weights as the input's gradient reads them.
         scratch_bytes: what the kernel needs.
         memory: the table and the tables that it refers to.
     """
 
     address: int
-    width: int
     packed_bytes: int
     scratch_bytes: int
     memory: Tensor
@@ -336,7 +334,7 @@ def gradients_of(
     source: Steps,
     grad: Steps,
     argmax: Steps,
-    target: Steps,
+    target: Steps | None,
 ) -> Gradients:
     """Plan gradients of calls of one shape.
 
@@ -347,7 +345,7 @@ def gradients_of(
         source: how the images lie.
         grad: how the pooled output's gradient lies.
         argmax: how its winners lie.
-        target: how the images' gradient lies.
+        target: how the images' gradient lies; None if it is not asked for.
     """
     (_, height, width), (all_filters, depth, *kernel) = input, weight
     groups, filters, taps = geometry.groups, all_filters // geometry.groups, kernel[0] * kernel[1]
@@ -403,6 +401,8 @@ def gradients_of(
         # The last run ends up to a vector behind the frame.
         record.FRAME_BYTES: _ceil(groups * plane, BYTES) * BYTES + BYTES,
         record.TILES: tiles,
+        record.ADD_WINNERS: address("gradients", "add_winners", sums),
+        record.ADD_WINDOWS: address("gradients", "add_windows", sums) if target else 0,
         record.ROW_BYTES: row,
         record.BIAS_BYTES: _ceil(4 * all_filters, BYTES) * BYTES,
         record.DENSE_BYTES: _ceil(plane // depth, BYTES) * BYTES,
@@ -411,7 +411,7 @@ def gradients_of(
         (record.SOURCE_STEPS, source),
         (record.GRAD_STEPS, grad),
         (record.ARGMAX_STEPS, argmax),
-        (record.TARGET_STEPS, target),
+        (record.TARGET_STEPS, target or (0, 0, 0, 0)),
     ):
         numbers |= {first + i: step for i, step in enumerate(steps)}
     places = 8 * _ceil(max(pooled[0] * pooled[1], conv[0] * conv[1]) + 1, 8) * 8
@@ -420,7 +420,7 @@ def gradients_of(
     packed = row * all_filters
     lists = max(places + places // 2 + BYTES, (geometry.window_size + 1) * (8 + ENTRY * filters))
     fixed = 2 * numbers[record.FRAME_BYTES] + numbers[record.BIAS_BYTES] + numbers[record.DENSE_BYTES]
-    return Gradients(memory.data_ptr(), sums, BYTES + packed, packed + fixed + lists, memory)
+    return Gradients(memory.data_ptr(), BYTES + packed, packed + fixed + lists, memory)
 
 
 def _table(size: int, numbers: dict[int, int], tables: dict[int, Tensor]) -> Tensor:

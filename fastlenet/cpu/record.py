@@ -56,13 +56,15 @@ BOTH = (
     VECTOR,  # table: offset of each vector of weights in the frame
     MASK,  # table: for each vector and lane whether it has a weight, in bytes
     TILES,  # of vectors
+    ADD_WINNERS,  # address of the kernel that adds a list to a filter's sums
+    ADD_WINDOWS,  # address of the kernel that adds a group's windows to the input's gradient, 0 if none is asked for
     LANE,  # table: offset of each weight among a filter's vectors
     ROW_BYTES,  # size of a filter's vectors
     BIAS_BYTES,
     DENSE_BYTES,  # size of a filter's gradient at the convolution's resolution
     LIST_BYTES,  # size of the places of a filter's pixels
     FIRST_STEPS,
-) = range(len(BOTH), len(BOTH) + 24)
+) = range(len(BOTH), len(BOTH) + 26)
 
 # Four steps each: from image to image, channel to channel, row to row, column to column.
 SOURCE_STEPS, GRAD_STEPS, ARGMAX_STEPS, TARGET_STEPS, GRADIENTS_SIZE = range(FIRST_STEPS, FIRST_STEPS + 17, 4)

@@ -485,6 +485,9 @@ def test_backward_after_another_implementations_forward(case, either):
         (32, (16, 112, 112), (6, 16, 5, 3), 2, None),
         (512, (64, 14, 14), (64, 64, 3, 3), 2, "in inference: library"),
         (512, (128, 14, 14), (256, 128, 3, 3), 2, "library"),
+        (16, (8, 32, 32), (16, 8, 15, 15), 2, "in inference: lanes"),
+        (16, (16, 32, 32), (16, 16, 7, 7), 2, "lanes"),
+        (32, (16, 32, 32), (16, 16, 7, 7), 2, None),
         (0, (1, 32, 32), (6, 1, 5, 5), 2, None),
         (16, (64, 224, 224), (8, 64, 3, 3), 1, "memory"),
         (4, (3, 224, 224), (64, 3, 7, 7), 2, "in training: MFLOP"),
@@ -501,6 +504,20 @@ def test_what_is_rejected_by_its_size(images, shape, weight, count, reason):
             found = cpu.rejects(torch.empty(1).expand(images, *shape), torch.empty(weight), PLAIN, save)
             declined = reason is not None and mode != ("in inference" if save else "in training")
             assert expected in found if declined else found is None
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("channels", "declined"), [(7, False), (8, True)])
+def test_what_is_rejected_by_its_layout(channels, declined):
+    """In channels_last oneDNN reads 8 channels at a time, and then half-filled lanes are too few."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for images, format in ((16, torch.contiguous_format), (16, torch.channels_last), (32, torch.channels_last)):
+            input = torch.empty(images, channels, 32, 32, memory_format=format)
+            found = cpu.rejects(input, torch.empty(16, channels, 3, 3), PLAIN, True)
+            assert (found is not None) is (declined and images == 16 and format == torch.channels_last)
     finally:
         torch.set_num_threads(before)
 

@@ -92,14 +92,11 @@ def chain_backward(
     Args:
         grad_output: of the output's shape, any strides.
         input: the forward's.
-        parameters: the forward's.
+        parameters: the forward's; biases are not read.
         links: the forward's.
         saved: what the forward returned.
         output_mask: whether to compute the gradient of the input, and of each parameter.
     """
-    output_mask = [
-        needed and tensor is not None for needed, tensor in zip(output_mask, (input, *parameters), strict=True)
-    ]
     if not any(output_mask):
         return [None] * len(output_mask)
     form = few if few.takes(input.shape[0], links) else blocks

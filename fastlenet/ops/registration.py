@@ -182,6 +182,52 @@ def shaped(output: Tensor, shape: Sequence[int], known: Any) -> Tensor:
     return output.squeeze_(0).contiguous() if output.shape[1:] == shape else output.resize_(shape)
 
 
+class Guard(NamedTuple):
+    """Which of a Function's operands are kept in which way, by their places.
+
+    Attributes:
+        saved: those that stock's operators save: after a modification the backward raises.
+        held: others, of which kernels read no more than the shape: the user may modify them.
+        composed: likewise, and kernels do not take them: a backward of plain operators does.
+    """
+
+    saved: tuple[int, ...]
+    held: tuple[int, ...]
+    composed: tuple[int, ...] = ()
+
+
+def keep(ctx: Any, operands: Sequence[Any], guard: Guard, *others: Tensor) -> None:
+    """Keep operands for a backward that kernels compute, and other tensors."""
+    ctx.save_for_backward(*[operands[place] for place in guard.saved], *others)
+    held = [operands[place] for place in guard.held + guard.composed]
+    ctx.kept = guard, held, [_version(tensor) for tensor in held]
+
+
+def kept(ctx: Any, composed: bool = False) -> list[Any]:
+    """Return what `keep` was given, None for what kernels do not take; `composed`: for plain operators, all of it.
+
+    Raises:
+        RuntimeError: if plain operators would read what was modified.
+    """
+    (saved, *places), held, versions = ctx.kept
+    found = ctx.saved_tensors
+    tensors = [None] * (len(saved) + len(held)) + list(found[len(saved) :])
+    for place, tensor in zip(saved, found, strict=False):
+        tensors[place] = tensor
+    for place, tensor, version in zip(places[0] + places[1] if composed else places[0], held, versions, strict=False):
+        tensors[place] = tensor
+        if composed and _version(tensor) != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a tensor of size {list(tensor.shape)}, whose values derivatives of higher order need"
+            )
+    return tensors
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
 def composed_backward(grad_output: Tensor) -> bool:
     """Whether a Function's backward must consist of plain operators, because it is itself differentiated or mapped."""
     if torch.compiler.is_compiling():

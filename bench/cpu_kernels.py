@@ -137,9 +137,7 @@ def kernels() -> None:
             return lambda: function(plan.address, *at)  # noqa: B023
 
         def backward(grad_at: int, *sums_at: int) -> Callable[[], object]:
-            function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 10)(
-                address("gradients", "gradients")
-            )
+            function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 10)(address("gradients", "gradients"))
             places = [t.data_ptr() for t in (source, target, argmax, packed)]  # noqa: B023
             last = scratch.data_ptr()  # noqa: B023
             return lambda: function(gradients.address, 16, *places, grad_at, *sums_at, last)  # noqa: B023

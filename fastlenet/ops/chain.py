@@ -149,7 +149,7 @@ class ChainFunction(torch.autograd.Function):
             guard, views = _guarded(links, ctx.needs_input_grad[3:])
             keep(ctx, operands, guard, *others)
             # Stock's linear maps save a view: they keep their values if `weight.data` becomes another tensor.
-            ctx.views = [(place, operands[place].detach()) for place in views]  # type: ignore[union-attr]
+            ctx.views = [(place, operands[place].data) for place in views]  # type: ignore[union-attr]
         return output
 
     @staticmethod

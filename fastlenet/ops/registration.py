@@ -200,7 +200,8 @@ def keep(ctx: Any, operands: Sequence[Any], guard: Guard, *others: Tensor) -> No
     """Keep operands for a backward that kernels compute, and other tensors."""
     ctx.save_for_backward(*[operands[place] for place in guard.saved], *others)
     held = [operands[place] for place in guard.held + guard.composed]
-    ctx.kept = guard, held, [_version(tensor) for tensor in held]
+    versions = [None if tensor is None or tensor.is_inference() else tensor._version for tensor in held]
+    ctx.kept = guard, held, versions
 
 
 def kept(ctx: Any, composed: bool = False) -> list[Any]:
@@ -216,16 +217,12 @@ def kept(ctx: Any, composed: bool = False) -> list[Any]:
         tensors[place] = tensor
     for place, tensor, version in zip(places[0] + places[1] if composed else places[0], held, versions, strict=False):
         tensors[place] = tensor
-        if composed and _version(tensor) != version:
+        if composed and version is not None and tensor._version != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"a tensor of size {list(tensor.shape)}, whose values derivatives of higher order need"
             )
     return tensors
-
-
-def _version(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def composed_backward(grad_output: Tensor) -> bool:

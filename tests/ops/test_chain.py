@@ -294,3 +294,16 @@ def test_data_that_becomes_another_tensor_after_the_forward(row):
             parameters[changed].data = torch.ones_like(parameters[changed])
             results.append(torch.autograd.grad(output.sum(), [input, *parameters]))
         agree(*results)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 84), (1, 84), ()], ids=str)
+def test_lenet_with_a_bias_that_stock_broadcasts(shape):
+    torch.manual_seed(0)
+    fused, stock_network, images = fastlenet.LeNet(), fastlenet.StockLeNet(), torch.randn(3, 1, 32, 32)
+    stock_network.load_state_dict(fused.state_dict())
+    fused.fc2.bias = nn.Parameter(torch.randn(shape))
+    stock_network.fc2.bias = nn.Parameter(fused.fc2.bias.detach().clone())
+    for network in (fused, stock_network):
+        network(images).sum().backward()
+    torch.testing.assert_close(fused(images), stock_network(images))
+    torch.testing.assert_close(fused.fc2.bias.grad, stock_network.fc2.bias.grad)

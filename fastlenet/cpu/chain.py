@@ -92,11 +92,14 @@ def chain_backward(
     Args:
         grad_output: of the output's shape, any strides.
         input: the forward's.
-        parameters: the forward's; biases are not read.
+        parameters: the forward's.
         links: the forward's.
         saved: what the forward returned.
         output_mask: whether to compute the gradient of the input, and of each parameter.
     """
+    output_mask = [
+        needed and tensor is not None for needed, tensor in zip(output_mask, (input, *parameters), strict=True)
+    ]
     if not any(output_mask):
         return [None] * len(output_mask)
     form = few if few.takes(input.shape[0], links) else blocks

@@ -214,8 +214,8 @@ def _guarded(links: Links, needs: tuple[bool, ...]) -> tuple[Guard, tuple[int, .
             views += [place] * reads_weight
         saved += [0] * (reads_input and not index) + [place] * reads_weight
         passed = passes
-    held = [place for place in (0, *range(1, len(needs), 2)) if place not in saved]
-    return Guard(tuple(saved), tuple(held), tuple(range(2, len(needs), 2))), tuple(views)
+    held = tuple(place for place in range(len(needs)) if place not in saved)
+    return Guard(tuple(saved), held), tuple(views)
 
 
 def _composed_grads(

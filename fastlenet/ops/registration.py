@@ -187,37 +187,36 @@ class Guard(NamedTuple):
 
     Attributes:
         saved: those that stock's operators save: after a modification the backward raises.
-        held: others, of which kernels read no more than the shape: the user may modify them.
-        composed: likewise, and kernels do not take them: a backward of plain operators does.
+        held: the others, which the user may modify: kernels do not read their values.
     """
 
     saved: tuple[int, ...]
     held: tuple[int, ...]
-    composed: tuple[int, ...] = ()
 
 
 def keep(ctx: Any, operands: Sequence[Any], guard: Guard, *others: Tensor) -> None:
     """Keep operands for a backward that kernels compute, and other tensors."""
     ctx.save_for_backward(*[operands[place] for place in guard.saved], *others)
-    held = [operands[place] for place in guard.held + guard.composed]
+    held = [operands[place] for place in guard.held]
     versions = [None if tensor is None or tensor.is_inference() else tensor._version for tensor in held]
     ctx.kept = guard, held, versions
 
 
 def kept(ctx: Any, composed: bool = False) -> list[Any]:
-    """Return what `keep` was given, None for what kernels do not take; `composed`: for plain operators, all of it.
+    """Return what `keep` was given; `composed`: for plain operators, which read the values of everything.
 
     Raises:
-        RuntimeError: if plain operators would read what was modified.
+        RuntimeError: if they would read what was modified.
     """
-    (saved, *places), held, versions = ctx.kept
-    found = ctx.saved_tensors
-    tensors = [None] * (len(saved) + len(held)) + list(found[len(saved) :])
-    for place, tensor in zip(saved, found, strict=False):
+    guard, held, versions = ctx.kept
+    found, count = ctx.saved_tensors, len(guard.saved)
+    tensors = [None] * (count + len(held)) + list(found[count:])
+    for place, tensor in zip(guard.saved, found, strict=False):
         tensors[place] = tensor
-    for place, tensor, version in zip(places[0] + places[1] if composed else places[0], held, versions, strict=False):
+    for place, tensor in zip(guard.held, held, strict=True):
         tensors[place] = tensor
-        if composed and version is not None and tensor._version != version:
+    for tensor, version in zip(held, versions, strict=True) if composed else ():
+        if version is not None and tensor._version != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"a tensor of size {list(tensor.shape)}, whose values derivatives of higher order need"

@@ -166,24 +166,25 @@ def interleave(
         budget: seconds for all rounds.
         min_rounds: the least number of rounds, even beyond the budget.
         max_rounds: the largest number of rounds.
-        sample_seconds: seconds for which a sample repeats a short call.
+        sample_seconds: seconds for which a sample of the fastest call repeats it.
     """
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
     with _no_collection():
-        repeats = {}
-        for name, call in calls.items():
-            # The second of two runs counts, because the first may still initialise something.
-            once = [call.seconds(1, 0, device) for _ in range(2)][1] * call.calls_per_run
-            # A backward pass keeps every prepared forward alive.
-            most = 16 if call.work.direction == "backward" and call.calls_per_run == 1 else 1000
-            repeats[name] = max(1, min(most, round(sample_seconds / max(once, 1e-7))))
+        # The second of two runs counts, because the first may still initialise something.
+        once = {
+            name: [call.seconds(1, 0, device) for _ in range(2)][1] * call.calls_per_run for name, call in calls.items()
+        }
+        # All repeat their call equally often: the first of a sample finds cold caches and sleeping threads.
+        repeats = max(1, min(1000, round(sample_seconds / max(min(once.values(), default=1.0), 1e-7))))
+        if any(call.work.direction == "backward" and call.calls_per_run == 1 for call in calls.values()):
+            repeats = min(repeats, 16)  # a backward pass keeps every prepared forward alive
         begin = time.perf_counter()
         for turn in range(max_rounds):
             if not names or (turn >= min_rounds and time.perf_counter() - begin > budget):
                 break
             for name in random.Random(turn).sample(names, len(names)):
-                samples[name].append(calls[name].seconds(repeats[name], turn * repeats[name], device))
+                samples[name].append(calls[name].seconds(repeats, turn * repeats, device))
     return {name: Timing.of(values) for name, values in samples.items()}
 
 

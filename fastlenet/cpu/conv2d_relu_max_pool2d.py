@@ -45,22 +45,27 @@ def rejects(input: Tensor, weight: Tensor, geometry: ConvPoolGeometry, save: boo
     if reason is not None:
         return reason
     images, _, height, width = input.shape
+    filters, channels = weight.shape[0] // geometry.groups, weight.shape[1]
+    last = memory_format(input, weight) == torch.channels_last
+    dense, heavy = last and channels >= DENSE_CHANNELS, weight.numel() > HEAVY * geometry.groups
     if few.takes(images, (geometry,)):
         conv = geometry.conv_size((height, width), (weight.shape[2], weight.shape[3]))
         flop = 2 * weight.numel() * conv[0] * conv[1]
         if save and (images == 1 or images * flop < TRAINED_WORK):
             return f"{images} images take {flop * images >> 10} KFLOP, and a call of two kernels takes longer"
+        if not save and last and (dense or heavy):
+            return f"{weight.numel()} weights and {channels} channels in channels_last: the library's is as fast"
         return few.rejects(images, (weight,), (flop,), save)
-    filters, channels = weight.shape[0] // geometry.groups, weight.shape[1]
     products = filters * channels
     if products > DEEP or (products >= few.WIDE and not save):
         return f"{channels} to {filters} channels: the library's convolution is as fast"
     block = input.shape[1] * height * width * BYTES
-    if not save and products > THIN and block > ROOMY and memory_format(input, weight) == torch.channels_last:
+    if not save and products > THIN and block > ROOMY and last:
         return f"{channels} to {filters} channels of {height}x{width} in channels_last: the library's is as fast"
-    heavy = weight.numel() > HEAVY * geometry.groups and (not save or channels >= LANES)
-    dense = channels >= DENSE_CHANNELS and memory_format(input, weight) == torch.channels_last
-    wanted = 0.9 if products > THIN or block > LARGE or heavy or dense else 0.45
+    heavy = heavy and (not save or channels >= LANES)
+    # Where each pixel has a window of its own, the gradients have no pixels to skip.
+    everywhere = save and geometry.pool_stride == (1, 1)
+    wanted = 0.9 if products > THIN or block > LARGE or heavy or dense or everywhere else 0.45
     if images and threads.fill(images, LANES) < wanted:
         return f"{images} images keep too few of the {LANES} lanes of {torch.get_num_threads()} threads busy"
     return None

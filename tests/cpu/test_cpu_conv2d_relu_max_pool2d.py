@@ -486,6 +486,7 @@ def test_backward_after_another_implementations_forward(case, either):
         (512, (64, 14, 14), (64, 64, 3, 3), 2, "in inference: library"),
         (512, (128, 14, 14), (256, 128, 3, 3), 2, "library"),
         (16, (8, 32, 32), (16, 8, 15, 15), 2, "in inference: lanes"),
+        (9, (1, 32, 32), (6, 1, 5, 5), 1, None),
         (16, (16, 32, 32), (16, 16, 7, 7), 2, "lanes"),
         (32, (16, 32, 32), (16, 16, 7, 7), 2, None),
         (0, (1, 32, 32), (6, 1, 5, 5), 2, None),
@@ -518,6 +519,9 @@ def test_what_is_rejected_by_its_layout(channels, declined):
             input = torch.empty(images, channels, 32, 32, memory_format=format)
             found = cpu.rejects(input, torch.empty(16, channels, 3, 3), PLAIN, True)
             assert (found is not None) is (declined and images == 16 and format == torch.channels_last)
+        input = torch.empty(4, channels, 32, 32, memory_format=torch.channels_last)
+        found = cpu.rejects(input, torch.empty(16, channels, 3, 3), PLAIN, False)
+        assert (found is not None) is declined
     finally:
         torch.set_num_threads(before)
 

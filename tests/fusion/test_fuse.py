@@ -955,8 +955,11 @@ def test_lazy_modules_draw_as_stocks():
 
 
 def test_lazy_modules_are_measured_with_an_example():
-    model = nn.Sequential(nn.LazyConv2d(6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(3))
+    model = nn.Sequential(
+        nn.LazyConv2d(6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(3)
+    )
     fused = fastlenet.fuse(model, torch.rand(20, 1, 28, 28))
+    assert all(map(torch.nn.parameter.is_lazy, (model[0].weight, model[3].weight, model[3].running_mean)))
     text = str(fastlenet.explain(fused))
     assert "0 > 1 > 2" in text
     assert "  training " in text

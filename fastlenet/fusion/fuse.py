@@ -62,17 +62,15 @@ class Fused:
         plain = model._call_impl
         active = {training: mode in self.modes for training, mode in zip((True, False), MODES, strict=True)}
         recording, tracing, hooked = torch.is_grad_enabled, private.tracing_state, private.has_global_hook
-        waiting: bool | None = None  # not known: a model that is being copied has no parameters yet
+        compiling, waiting = torch.compiler.is_compiling, True
 
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal waiting
-            if waiting is None:
-                waiting = _has_lazy(model)
-            if waiting:
-                # Dynamo would draw the weights while it captures, and would then set the random generator back.
-                result = plain(*args, **kwargs)
-                waiting = _has_lazy(model)
-                return result
+            if not compiling() and waiting:
+                waiting = _has_lazy(model)  # not before: a model that is being copied has no parameters yet
+                if waiting:
+                    # Dynamo would draw the weights while it captures, and would then set the random generator back.
+                    return plain(*args, **kwargs)
             # Dynamo does not guard hooks on all modules, applies function modes twice, and torch.jit.trace refuses it.
             if not active[recording()] or hooked() or private.intercepted() or tracing() is not None:
                 return plain(*args, **kwargs)

@@ -94,6 +94,9 @@ def chain_of(*layers: nn.Module | None) -> tuple[list[Tensor | None], Links] | N
         weight, bias = own.get("weight"), own.get("bias")
         if weight is None:
             return None
+        # Stock broadcasts the bias of a linear map.
+        if kind is not ConvReLUMaxPool2d and bias is not None and bias.shape != weight.shape[:1]:
+            return None
         parameters += weight, bias
         links.append(prepared(layer) if kind is ConvReLUMaxPool2d else LINEAR if kind is nn.Linear else LINEAR_RELU)
     return None if None in links else (parameters, tuple(links))

@@ -222,7 +222,8 @@ def _backward(
             result = kept.plus(layer.target_at) if layer.link == "linear_relu" else NOTHING
             sizes = layer.inputs, layer.outputs
             kernel = "linear_grads", *linear_tile()
-            each.append(step("network", kernel, grad, result, source, rows, weight, *sizes, sums, bias_sums, target))
+            tensors = grad, result, At(COUNT), rows, weight
+            each.append(step("network", kernel, *tensors, *sizes, sums, bias_sums, target))
             grad = target
             continue
         # The kernel of the gradients works image by image.

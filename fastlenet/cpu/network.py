@@ -22,7 +22,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import program
-from .convolution import vectors
+from .convolution import fill, vectors
 from .lanes import (
     add,
     add_products,
@@ -34,6 +34,7 @@ from .lanes import (
     kernel,
     load,
     load_first,
+    load_lanes,
     relu,
     set_float,
     set_long,
@@ -172,12 +173,15 @@ def linear_grads(sums: int, vectors_of_inputs: int, filters: int) -> Any:
                 add_tile(target + o * row_bytes + place, beside, row_bytes, tile)
 
     @kernel(10)
-    def linear_grads(grad, result, source, rows, weight, inputs, outputs, weight_sums, bias_sums, grad_source):
+    def linear_grads(grad, result, count, rows, weight, inputs, outputs, weight_sums, bias_sums, grad_source):
         """Compute what is asked for, and not 0; the parameters' gradients are added to sums.
 
-        grad: of Y, in which what relu stopped becomes zero; result: Y, or 0 where no relu follows; rows: scratch for X
-        as images.
+        grad: of Y, in which what relu stopped becomes zero; result: Y, or 0 where no relu follows; count: of images;
+        rows: X as images. Lanes beyond the last image may be NaN or infinite: they become zero.
         """
+        if count < LANES:
+            for place in range(0, BYTES * outputs, BYTES):
+                store(grad + place, ONE, load_lanes(grad + place, ONE, count))
         if result != 0:
             for place in range(0, BYTES * outputs, BYTES):
                 store(grad + place, ONE, where_positive(load(result + place, ONE), load(grad + place, ONE)))
@@ -186,6 +190,8 @@ def linear_grads(sums: int, vectors_of_inputs: int, filters: int) -> Any:
             for n in range(LANES):
                 for place in range(4 * inputs, row_bytes, 4):
                     set_float(rows + n * row_bytes + place, 0.0)
+            if count < LANES:
+                fill(rows + count * row_bytes, (LANES - count) * row_bytes)
             grad_weight(grad, rows, row_bytes, outputs, weight_sums)
             for o in range(outputs):
                 set_float(bias_sums + 4 * o, float_at(bias_sums + 4 * o) + total(grad + BYTES * o))

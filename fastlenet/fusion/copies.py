@@ -87,7 +87,11 @@ class _Copier:
     def _tensor(self, tensor: Tensor) -> Tensor:
         """Copy a tensor, with its type."""
         if torch.nn.parameter.is_lazy(tensor):
-            return copy.deepcopy(tensor)
+            # Not by deepcopy, which refuses a lazy buffer.
+            kind: Any = type(tensor)
+            lazy: Tensor = kind(tensor.requires_grad, tensor.data.device, tensor.data.dtype)
+            vars(lazy).update(vars(tensor))
+            return lazy
         with torch.inference_mode(False), torch.no_grad():
             new = tensor.detach().clone()
             if type(new) is not type(tensor) and isinstance(tensor, nn.Parameter):

@@ -62,8 +62,15 @@ class Fused:
         plain = model._call_impl
         active = {training: mode in self.modes for training, mode in zip((True, False), MODES, strict=True)}
         recording, tracing, hooked = torch.is_grad_enabled, private.tracing_state, private.has_global_hook
+        compiling, waiting = torch.compiler.is_compiling, True
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal waiting
+            if not compiling() and waiting:
+                waiting = _has_lazy(model)  # not before: a model that is being copied has no parameters yet
+                if waiting:
+                    # Dynamo would draw the weights while it captures, and would then set the random generator back.
+                    return plain(*args, **kwargs)
             # Dynamo does not guard hooks on all modules, applies function modes twice, and torch.jit.trace refuses it.
             if not active[recording()] or hooked() or private.intercepted() or tracing() is not None:
                 return plain(*args, **kwargs)
@@ -93,6 +100,11 @@ class Fused:
 
 def _restored(*facts: Any) -> Fused:
     return Fused(*facts).install()
+
+
+def _has_lazy(model: nn.Module) -> bool:
+    """Whether a lazy module of the model has not seen its first input yet."""
+    return any(map(torch.nn.parameter.is_lazy, itertools.chain(model.parameters(), model.buffers())))
 
 
 def _caller(model: nn.Module) -> Callable[..., Any]:
@@ -230,6 +242,9 @@ class Judge:
                 model.train(mode == "training")
         trial = Fused(fused, Backend(measure=True, decisions=self.backend.decisions, faithful=True)).install()
         with undisturbed(self.example) as device, torch.set_grad_enabled(mode == "training"):
+            if _has_lazy(self.model):
+                for model in (stock, fused):
+                    self._outputs(model)
             expected = self._outputs(stock)
             actual = self._outputs(fused)
             self.backend.called |= trial.backend.called

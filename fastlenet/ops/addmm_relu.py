@@ -10,10 +10,13 @@ from torch import Tensor
 
 from fastlenet import checks, reference
 from fastlenet.ops.registration import (
+    Guard,
     Operator,
     Registered,
     composed_backward,
     define,
+    keep,
+    kept,
     no_autocast,
     operators,
     or_empty,
@@ -69,6 +72,15 @@ define(
 # --- autograd -------------------------------------------------------------------------------------------------------
 
 
+# Each matrix is read for the other's gradient alone.
+_GUARDS = {
+    (False, False): Guard((), (0, 1)),
+    (False, True): Guard((0,), (1,)),
+    (True, False): Guard((1,), (0,)),
+    (True, True): Guard((0, 1), ()),
+}
+
+
 class AddmmReLUFunction(torch.autograd.Function):
     """``relu(beta * input + alpha * (mat1 @ mat2))``; saves mat1, mat2 and the output, for relu's mask."""
 
@@ -86,7 +98,10 @@ class AddmmReLUFunction(torch.autograd.Function):
         """Take matrices (M, K) and (K, N), and an input that broadcasts to (M, N), the output's own shape."""
         output = (operators.addmm_relu if known is None else known.forward)(input, mat1, mat2, beta, alpha)
         output = output if shape is None else shaped(output, shape, known)
-        ctx.save_for_backward(output, mat1, mat2)
+        if known is None:
+            ctx.save_for_backward(mat1, mat2, output)
+        else:
+            keep(ctx, (mat1, mat2), _GUARDS[ctx.needs_input_grad[1:3]], output)
         ctx.rest = () if input is None else tuple(input.shape), beta, alpha
         ctx.known = known
         return output
@@ -95,7 +110,7 @@ class AddmmReLUFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of those inputs that need one."""
         needs = ctx.needs_input_grad[:3]
-        output, mat1, mat2 = ctx.saved_tensors
+        mat1, mat2, output = ctx.saved_tensors if ctx.known is None else kept(ctx)
         if output.dim() != 2:
             size = mat1.shape[0], mat2.shape[1]
             output, grad_output = output.reshape(size), grad_output.reshape(size)

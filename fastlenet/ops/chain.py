@@ -20,10 +20,13 @@ from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Li
 from fastlenet.ops import addmm_relu as linear
 from fastlenet.ops import conv2d_relu_max_pool2d as conv
 from fastlenet.ops.registration import (
+    Guard,
     Operator,
     Registered,
     composed_backward,
     define,
+    keep,
+    kept,
     no_autocast,
     operators,
     or_empty,
@@ -138,14 +141,24 @@ class ChainFunction(torch.autograd.Function):
             output = shaped(output, (*leading, *output.shape[1:]), known)
         ctx.known, ctx.links = known, links
         # The sign of the output is the last relu's mask. After any other last link the output may be modified.
-        ctx.save_for_backward(input, *parameters, *saved, *((output,) if links[-1] == LINEAR_RELU else ()))
+        others = *saved, *((output,) if links[-1] == LINEAR_RELU else ())
+        if known is None:
+            ctx.save_for_backward(input, *parameters, *others)
+        else:
+            operands = input, *parameters
+            guard, views = _guarded(links, ctx.needs_input_grad[3:])
+            keep(ctx, operands, guard, *others)
+            # Stock's linear maps save a view: they keep their values if `weight.data` becomes another tensor.
+            ctx.views = [(place, operands[place].data) for place in views]  # type: ignore[union-attr]
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of those operands that need one."""
         links, needs = ctx.links, ctx.needs_input_grad[3:]
-        tensors, count = ctx.saved_tensors, 1 + 2 * len(links)
+        composed = composed_backward(grad_output)
+        tensors = ctx.saved_tensors if ctx.known is None else _kept(ctx, composed)
+        count = 1 + 2 * len(links)
         input, *parameters = tensors[:count]
         size = input.shape[0], *grad_output.shape[-3 if isinstance(links[-1], ConvPoolGeometry) else -1 :]
         grad_output = grad_output if grad_output.shape == size else grad_output.reshape(size)
@@ -154,7 +167,7 @@ class ChainFunction(torch.autograd.Function):
             *saved, output = saved
             output = output.reshape(size)
         grads: Sequence[Tensor | None] | None = None
-        if composed_backward(grad_output):
+        if composed:
             pass
         elif ctx.known is None:
             like = grad_output if output is None else output  # its values are not read then
@@ -169,6 +182,40 @@ class ChainFunction(torch.autograd.Function):
             with no_autocast(input.device.type):
                 grads = _composed_grads(grad_output, links, needs, *tensors[:count])
         return None, None, None, *grads
+
+
+def _kept(ctx: Any, composed: bool) -> list[Any]:
+    """Return what the forward kept, with the values that it saw; `composed`: with the graphs behind them instead."""
+    tensors = kept(ctx, composed)
+    for place, view in ctx.views:
+        if not composed:
+            tensors[place] = view
+        elif view.data_ptr() != tensors[place].data_ptr():
+            raise RuntimeError(
+                f"the data of a weight of size {list(view.shape)} became another tensor after the forward, so that its "
+                "derivatives of higher order are not known"
+            )
+    return tensors
+
+
+@functools.lru_cache(maxsize=512)
+def _guarded(links: Links, needs: tuple[bool, ...]) -> tuple[Guard, tuple[int, ...]]:
+    """How to keep the input and the parameters, of which some need a gradient, and the saved weights of linear maps."""
+    saved: list[int] = []
+    views: list[int] = []
+    passed = needs[0]
+    for index, link in enumerate(links):
+        place = 1 + 2 * index
+        passes = passed or needs[place] or needs[place + 1]
+        if isinstance(link, ConvPoolGeometry):
+            reads_input = reads_weight = passes
+        else:
+            reads_input, reads_weight = needs[place], passed
+            views += [place] * reads_weight
+        saved += [0] * (reads_input and not index) + [place] * reads_weight
+        passed = passes
+    held = tuple(place for place in range(len(needs)) if place not in saved)
+    return Guard(tuple(saved), held), tuple(views)
 
 
 def _composed_grads(

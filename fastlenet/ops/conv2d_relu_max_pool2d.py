@@ -117,7 +117,7 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
             output, argmax = known.forward(images, weight, bias, geometry, True)
         ctx.save_for_backward(input, weight, argmax)
         ctx.geometry, ctx.known = geometry, known
-        return output if input.dim() == 4 else output.squeeze_(0)
+        return output if input.dim() == 4 else output.squeeze_(0).contiguous()  # plain, as stock's pool has it
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -187,9 +187,9 @@ class _Operator(Operator):
         images = input if input.dim() == 4 else input.unsqueeze(0)
         if known is None:
             output, _ = operators.conv2d_relu_max_pool2d(images, weight, bias, *settings, False)
-            return output if input.dim() == 4 else output.squeeze(0)
+            return output if input.dim() == 4 else output.squeeze(0).contiguous()
         output, _ = known.forward(images, weight, bias, settings, False)
-        return output if input.dim() == 4 else output.squeeze_(0)
+        return output if input.dim() == 4 else output.squeeze_(0).contiguous()
 
     def uncovered(self, implementation: str, settings: ConvPoolGeometry, *tensors: Any) -> str | None:
         input, weight, _ = tensors

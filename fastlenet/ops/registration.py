@@ -170,11 +170,58 @@ def or_empty(like: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ..
 
 
 def shaped(output: Tensor, shape: Sequence[int], known: Any) -> Tensor:
-    """Give a kernel's output another shape, in place, because a view could not be modified in place by the user."""
+    """Give a kernel's output another shape, in place, because a view could not be modified in place by the user.
+
+    It is laid out plainly then: stock's pool has no channels_last for an unbatched image.
+    """
     if known is None:
         view = output.reshape(shape)
-        return view if torch.compiler.is_compiling() else view.clone()
-    return output.squeeze_(0) if output.shape[1:] == shape else output.resize_(shape)
+        if torch.compiler.is_compiling():
+            return view.contiguous()
+        return view.clone(memory_format=torch.contiguous_format)
+    return output.squeeze_(0).contiguous() if output.shape[1:] == shape else output.resize_(shape)
+
+
+class Guard(NamedTuple):
+    """Which of a Function's operands are kept in which way, by their places.
+
+    Attributes:
+        saved: those that stock's operators save: after a modification the backward raises.
+        held: the others, which the user may modify: kernels do not read their values.
+    """
+
+    saved: tuple[int, ...]
+    held: tuple[int, ...]
+
+
+def keep(ctx: Any, operands: Sequence[Any], guard: Guard, *others: Tensor) -> None:
+    """Keep operands for a backward that kernels compute, and other tensors."""
+    ctx.save_for_backward(*[operands[place] for place in guard.saved], *others)
+    held = [operands[place] for place in guard.held]
+    versions = [None if tensor is None or tensor.is_inference() else tensor._version for tensor in held]
+    ctx.kept = guard, held, versions
+
+
+def kept(ctx: Any, composed: bool = False) -> list[Any]:
+    """Return what `keep` was given; `composed`: for plain operators, which read the values of everything.
+
+    Raises:
+        RuntimeError: if they would read what was modified.
+    """
+    guard, held, versions = ctx.kept
+    found, count = ctx.saved_tensors, len(guard.saved)
+    tensors = [None] * (count + len(held)) + list(found[count:])
+    for place, tensor in zip(guard.saved, found, strict=False):
+        tensors[place] = tensor
+    for place, tensor in zip(guard.held, held, strict=True):
+        tensors[place] = tensor
+    for tensor, version in zip(held, versions, strict=True) if composed else ():
+        if version is not None and tensor._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a tensor of size {list(tensor.shape)}, whose values derivatives of higher order need"
+            )
+    return tensors
 
 
 def composed_backward(grad_output: Tensor) -> bool:

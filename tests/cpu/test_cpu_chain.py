@@ -434,6 +434,33 @@ def test_a_weight_that_is_not_finite_spoils_only_pixels_that_meet_it(images, val
     assert not bool(grad[:, 0, 1].isfinite().all())
 
 
+@pytest.mark.parametrize("where", ["weight", "bias"])
+@pytest.mark.parametrize("images", [9, 19])
+def test_lanes_that_are_no_image_reach_no_gradient(images, where):
+    """An image of zeros meets infinite parameters otherwise than a real one: its gradients would be NaN.
+
+    Infinite activations of real images have a gradient above zero, so that stock has infinities and no NaN there; or
+    relu stops all real images, so that stock has zeros.
+    """
+    links, shapes = ("linear_relu", "linear_relu", "linear"), ((20, 18), (33, 20), (5, 33))
+    parameters = [torch.ones(shape) / shape[-1] for weight in shapes for shape in (weight, weight[:1])]
+    if where == "bias":
+        parameters[1][3] = parameters[3][2] = float("inf")
+    else:
+        parameters[1].zero_()
+        parameters[2][4] = -float("inf")
+    input, grad_output = torch.ones(images, 18), torch.ones(images, 5)
+    output, grads = compiled(input, parameters, links, grad_output)
+    expected, expected_grads = stocks(input, parameters, links, grad_output)
+    assert not any(bool(grad.isnan().any()) for grad in expected_grads[-4:])
+    assert bool(torch.cat([expected.flatten(), *(grad.flatten() for grad in expected_grads)]).isinf().any()) == (
+        where == "bias"
+    )
+    for actual, wanted in zip((output, *grads), (expected, *expected_grads), strict=True):
+        assert_same_values(actual.isnan(), wanted.isnan())
+        assert_same_values(actual.isinf(), wanted.isinf())
+
+
 def test_lanes_that_are_no_filter_reach_no_gradient():
     """An infinite gradient times the zero weights of missing channels is NaN in lanes that are no filter.
 

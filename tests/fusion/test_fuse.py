@@ -941,6 +941,32 @@ def test_lazy_modules():
     torch.testing.assert_close(output, F.max_pool2d(F.relu(F.conv2d(images, fused[0].weight, fused[0].bias)), 2))
 
 
+def test_lazy_modules_draw_as_stocks():
+    """The random numbers after the first call are others than those of the weights."""
+    results = []
+    for fused in (False, True):
+        model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(3))
+        model = fastlenet.fuse(model) if fused else model
+        torch.manual_seed(0)
+        first = model(torch.ones(20, 1, 10, 10))
+        results.append([first, torch.rand(5), model(torch.rand(20, 1, 10, 10))])
+    torch.testing.assert_close(*results)
+    assert "0 > 1 > 2" in str(fastlenet.explain(model))
+
+
+def test_lazy_modules_are_measured_with_an_example():
+    model = nn.Sequential(
+        nn.LazyConv2d(6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(3)
+    )
+    fused = fastlenet.fuse(model, torch.rand(20, 1, 28, 28))
+    assert all(map(torch.nn.parameter.is_lazy, (model[0].weight, model[3].weight, model[3].running_mean)))
+    text = str(fastlenet.explain(fused))
+    assert "0 > 1 > 2" in text
+    assert "  training " in text
+    assert "  inference " in text
+    assert fused(torch.rand(20, 1, 28, 28)).shape == (20, 3)
+
+
 def test_quantised_layers_are_left_alone():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})

@@ -430,3 +430,27 @@ def test_kernels_are_launched_on_the_tensors_device(monkeypatch, watched):
     assert {d.type for d in guarded} <= {device.type}
     if second:
         assert {d.index for d in guarded} == {1}
+
+
+@pytest.mark.parametrize("wanted", ["input", "weight", "bias", "all"])
+@pytest.mark.parametrize("modified", ["input", "weight", "bias"])
+def test_a_backward_raises_after_a_modification_if_stocks_does(wanted, modified, device):
+    """Stock saves a factor of a product for the other's gradient alone."""
+    raised = []
+    for function in (linear_relu, stock_linear_relu):
+        tensors = {
+            "input": torch.ones(3, 4, device=device),
+            "weight": torch.ones(5, 4, device=device),
+            "bias": torch.ones(5, device=device),
+        }
+        leaves = [tensor.requires_grad_() for name, tensor in tensors.items() if wanted in (name, "all")]
+        with fastlenet.use_backend("triton"):
+            output = function(*tensors.values())
+        with torch.no_grad():
+            tensors[modified].mul_(1.0)
+        try:
+            torch.autograd.grad(output.sum(), leaves)
+            raised.append(None)
+        except RuntimeError as error:
+            raised.append("modified by an inplace operation" in str(error))
+    assert raised[0] == raised[1]

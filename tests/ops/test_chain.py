@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -239,3 +240,70 @@ def test_lenet_is_a_chain_unless_a_layer_is_watched_or_changed(what, either):
 
 def grads(network):
     return (parameter.grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("row", ["a network", "relu last", "linear maps"])
+@pytest.mark.parametrize("wanted", ["all", "input", "biases", "last", "linear"])
+def test_a_backward_raises_after_a_modification_if_stocks_does(row, wanted):
+    """Stock saves no bias, and of what is frozen next to nothing."""
+    count = len(made(row)[1])
+    needs = {
+        "all": range(count + 1),
+        "input": [0],
+        "biases": range(2, count + 1, 2),
+        "last": [count - 1],
+        "linear": range(count - 3, count + 1),
+    }[wanted]
+    for modified in range(count + 1):
+        raised = []
+        for function in (chain, stock):
+            input, parameters, links = made(row)
+            operands = [input, *parameters]
+            for place, operand in enumerate(operands):
+                operand.requires_grad_(place in needs)
+            output = function(input, parameters, links)
+            with torch.no_grad():
+                operands[modified].mul_(1.0)
+            try:
+                torch.autograd.grad(output.sum(), [operands[place] for place in needs])
+                raised.append(None)
+            except RuntimeError as error:
+                raised.append("modified by an inplace operation" in str(error))
+        assert raised[0] == raised[1], modified
+
+
+def test_derivatives_of_higher_order_notice_a_modified_bias(either):
+    """They compute the forward again; stock's own do not."""
+    input, parameters, links = made("a network")
+    output = chain(input, parameters, links)
+    with torch.no_grad():
+        parameters[1].add_(1.0)
+    raises = pytest.raises(RuntimeError, match="modified by an inplace operation")
+    with raises if either == "kernels" else contextlib.nullcontext():
+        torch.autograd.grad(output.sum(), input, create_graph=True)
+
+
+@rows
+def test_data_that_becomes_another_tensor_after_the_forward(row):
+    """Gradients are stock's, whose linear maps use the data that the forward saw."""
+    for changed in range(len(made(row)[1])):
+        results = []
+        for function in (chain, stock):
+            input, parameters, links = made(row)
+            output = function(input, parameters, links)
+            parameters[changed].data = torch.ones_like(parameters[changed])
+            results.append(torch.autograd.grad(output.sum(), [input, *parameters]))
+        agree(*results)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 84), (1, 84), ()], ids=str)
+def test_lenet_with_a_bias_that_stock_broadcasts(shape):
+    torch.manual_seed(0)
+    fused, stock_network, images = fastlenet.LeNet(), fastlenet.StockLeNet(), torch.randn(3, 1, 32, 32)
+    stock_network.load_state_dict(fused.state_dict())
+    fused.fc2.bias = nn.Parameter(torch.randn(shape))
+    stock_network.fc2.bias = nn.Parameter(fused.fc2.bias.detach().clone())
+    for network in (fused, stock_network):
+        network(images).sum().backward()
+    torch.testing.assert_close(fused(images), stock_network(images))
+    torch.testing.assert_close(fused.fc2.bias.grad, stock_network.fc2.bias.grad)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from fastlenet.kernels.geometry import ConvPoolGeometry
 from harness.operators import stock_conv2d_relu_max_pool2d
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlenet
-from fastlenet.functional import conv2d_relu_max_pool2d
+from fastlenet.functional import chain, conv2d_relu_max_pool2d
 
 pytestmark = pytest.mark.usefixtures("either")
 DTYPES = pytest.mark.parametrize(
@@ -145,3 +146,21 @@ def test_a_layer_refuses_an_attribute_that_only_equals_a_legal_one(wrong):
     layer.stride = wrong
     with pytest.raises(TypeError, match="stride"):
         layer(images)
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_an_unbatched_output_is_laid_out_plainly(grad_mode):
+    """As stock's, whatever the layout of the weights: a user may view it as one row."""
+    image = torch.randn(3, 14, 14)
+    first, second = (
+        torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_(grad_mode)
+        for shape in ((6, 3, 3, 3), (4, 6, 2, 2))
+    )
+    plain = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
+    calls = {
+        "layer": lambda image: conv2d_relu_max_pool2d(image, first),
+        "chain": lambda image: chain(image, [first, None, second, None], (plain, plain)),
+    }
+    for name, call in calls.items():
+        assert call(image).is_contiguous(), name
+        assert torch.compile(call, backend="aot_eager", fullgraph=True)(image).is_contiguous(), name

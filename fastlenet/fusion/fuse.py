@@ -58,7 +58,10 @@ class Fused:
 
     def _entry(self, model: nn.Module) -> Callable[..., Any]:
         compiler_error = private.dynamo_error()
-        compiled = torch.compile(_caller(model), backend=self.backend, **_isolation())
+        # Each model has its own limit of recompilations, if this PyTorch has such limits.
+        limits: dict[str, Any] = {"isolate_recompiles": True}
+        limits = limits if limits.keys() <= inspect.signature(torch.compile).parameters.keys() else {}
+        compiled = torch.compile(_caller(model), backend=self.backend, **limits)
         plain = model._call_impl
         active = {training: mode in self.modes for training, mode in zip((True, False), MODES, strict=True)}
         recording, tracing, hooked = torch.is_grad_enabled, private.tracing_state, private.has_global_hook
@@ -107,12 +110,6 @@ def _caller(model: nn.Module) -> Callable[..., Any]:
     # Dynamo counts recompilations by code object, and remembers by name which sizes have varied: one for each model.
     call.__code__ = call.__code__.replace(co_name=f"fused_model_{next(_numbers)}")
     return call
-
-
-def _isolation() -> dict[str, Any]:
-    """Give each model its own limit of recompilations, if this PyTorch can."""
-    name = "isolate_recompiles"
-    return {name: True} if name in inspect.signature(torch.compile).parameters else {}
 
 
 def first_line(error: BaseException) -> str:

@@ -35,13 +35,14 @@ OPERATORS: dict[str, Any] = {
     NORM: ops.BATCH_NORM_RELU_MAX_POOL2D,
 }  # fmt: skip
 
+_STARTS = {torch.conv2d: CONV, **dict.fromkeys(private.linears, LINEAR), torch.addmm: ADDMM, "addmm": ADDMM}
 # The kinds of the nodes after a site's first one.
 _RELU, _POOL, _NORM, _NOTHING = "relu", "pool", "norm", "nothing"
 
 _ARGUMENTS = {
-    "conv": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    "linear": ("input", "weight", "bias"),
-    "addmm": ("input", "mat1", "mat2"),
+    CONV: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    LINEAR: ("input", "weight", "bias"),
+    ADDMM: ("input", "mat1", "mat2"),
     _RELU: ("input", "inplace"),
     _POOL: ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
     _NORM: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -53,9 +54,6 @@ _STAGES: dict[Any, str] = {
     F.batch_norm: _NORM,
     F.dropout: _NOTHING, F.dropout2d: _NOTHING,
 }  # fmt: skip
-_CONVS = (torch.conv2d,)
-_LINEARS = private.linears
-_ADDMMS = (torch.addmm, "addmm")
 _FLATTENS = (torch.flatten, "flatten", "view", "reshape", torch.reshape)
 
 
@@ -212,7 +210,7 @@ def chains(matches: Sequence[Match]) -> Iterator[tuple[Match, list[Match]]]:
 def _rows(matches: Sequence[Match]) -> list[list[Match]]:
     found: list[list[Match]] = []
     for match in matches:
-        if match.refusal is not None or match.links is None or _dim(match.input) != _DIM[match.operator]:
+        if match.refusal is not None or match.links is None or _value(match.input).dim() != _DIM[match.operator]:
             continue
         row = next((row for row in found if _between(match, row[-1]) is not None), None)
         if row is None:
@@ -223,10 +221,6 @@ def _rows(matches: Sequence[Match]) -> list[list[Match]]:
 
 
 _DIM = {CONV: 4, LINEAR: 2, LAST: 2}
-
-
-def _dim(node: fx.Node) -> int:
-    return _value(node).dim()
 
 
 def _between(match: Match, earlier: Match) -> list[fx.Node] | None:
@@ -313,7 +307,8 @@ def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node,
         users = sorted((user for user in result.users if user not in nodes), key=order.__getitem__)
         step = next(((user, stage) for user in users if (stage := _stage(user, result))), None)
         if step is None:
-            return _last(start) if start.operator == LINEAR else None
+            alone = start.operator == LINEAR and start.refusal is None
+            return replace(start, operator=LAST, name=_place(first)) if alone else None
         node, stage = step
         if stage in done or (stage == _POOL and _POOL not in wanted):
             return None
@@ -327,14 +322,9 @@ def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node,
         if stage == _NORM:
             if start.operator != CONV or done or norm is not None:
                 return None
-            norm = Norm(
-                given.get("running_mean"),
-                given.get("running_var"),
-                given.get("weight"),
-                given.get("bias"),
-                given.get("eps", 1e-5),
-                None if given.get("training", False) is False else given.get("momentum", 0.1),
-            )
+            momentum = None if given.get("training", False) is False else given.get("momentum", 0.1)
+            mean, variance, scale, shift = (given.get(name) for name in _ARGUMENTS[_NORM][1:5])
+            norm = Norm(mean, variance, scale, shift, given.get("eps", 1e-5), momentum)
             problems += _norm_problems(node, given)
         elif stage == _NOTHING and given.get("training", True) is not False:
             problems.append(f"{_place(node)} drops out, in training mode")
@@ -386,23 +376,17 @@ LONG_SUM = 288
 
 def _start(node: fx.Node) -> Match | None:
     """What begins at a node: a convolution, a linear map or an addmm."""
-    for operator_, kind, targets in ((CONV, "conv", _CONVS), (LINEAR, "linear", _LINEARS), (ADDMM, "addmm", _ADDMMS)):
-        if node.target in targets and node.op in ("call_function", "call_method"):
-            names = _ARGUMENTS[kind]
-            given = _given(node, kind)
-            operands = tuple(given.pop(name, None) for name in names[:3])
-            if not all(isinstance(operand, fx.Node) for operand in operands[: 3 if operator_ == ADDMM else 2]):
-                return None
-            refusal = _computed(node, given)
-            unknown = set(given) - set(names) - {"beta", "alpha"}
-            if unknown or len(node.args) > len(names):
-                refusal = f"{node.name} is called with other arguments than expected"
-            return Match("", operator_, (node,), node, operands, given, refusal=refusal)
-    return None
-
-
-def _last(start: Match) -> Match | None:
-    return replace(start, operator=LAST, name=_place(start.result)) if start.refusal is None else None
+    kind = _STARTS.get(node.target) if node.op in ("call_function", "call_method") else None
+    if kind is None:
+        return None
+    names, given = _ARGUMENTS[kind], _given(node, kind)
+    operands = tuple(given.pop(name, None) for name in names[:3])
+    if not all(isinstance(operand, fx.Node) for operand in operands[: 3 if kind == ADDMM else 2]):
+        return None
+    refusal = _computed(node, given)
+    if set(given) - set(names) - {"beta", "alpha"} or len(node.args) > len(names):
+        refusal = f"{node.name} is called with other arguments than expected"
+    return Match("", kind, (node,), node, operands, given, refusal=refusal)
 
 
 def _stage(node: fx.Node, source: fx.Node) -> str | None:
@@ -497,22 +481,16 @@ def _mutates(node: fx.Node) -> bool:
     spelled = (name.endswith("_") and not name.endswith("__")) or name in ("setitem", "__setitem__")
     written = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
     in_place = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i") and name != "index"
-    opaque = isinstance(node.target, private.HigherOrderOperator) or any(
-        overload._schema.is_mutable for overload in _overloads(node.target)
-    )
+    overloads: list[Any] = [node.target] if isinstance(node.target, private.OpOverload) else []
+    if isinstance(node.target, private.OpOverloadPacket):
+        overloads = [getattr(node.target, name) for name in node.target.overloads()]
+    opaque = isinstance(node.target, private.HigherOrderOperator) or any(o._schema.is_mutable for o in overloads)
     return node.op != "get_attr" and (spelled or written or in_place or opaque)
 
 
 def writes_to_input(node: fx.Node) -> bool:
     """Whether a node may change an input of its graph, other than by an operator of torch.nn.functional."""
     return any(source.op == "placeholder" for source in node.all_input_nodes[:1]) and _mutates(node)
-
-
-def _overloads(target: Any) -> list[private.OpOverload]:
-    """The operators that a node may call, if it calls one of ``torch.ops``."""
-    if isinstance(target, private.OpOverloadPacket):
-        return [getattr(target, name) for name in target.overloads()]
-    return [target] if isinstance(target, private.OpOverload) else []
 
 
 def _value(node: Any) -> Any:

@@ -274,24 +274,18 @@ def _chain(members: Sequence[Match]) -> Match | None:
 
 def _geometry(options: Mapping[str, Any], weight: Tensor) -> ConvPoolGeometry | None:
     """The geometry of a convolution's and a pool's options; None for uneven padding."""
-    padding, dilation = options.get("padding", 0), pair(CONV, "dilation", options.get("dilation", 1))
-    if isinstance(padding, str):
-        total = [0, 0] if padding == "valid" else [dilation[i] * (int(weight.shape[2 + i]) - 1) for i in (0, 1)]
+    names = [name for name in ConvPoolGeometry._fields if name not in ("groups", "ceil_mode")]
+    given: dict[str, Any] = {name: 0 if name.endswith("padding") else 1 for name in names} | dict(options)
+    given["pool_stride"] = options.get("pool_stride") or options["pool_size"]
+    if isinstance(given["padding"], str):
+        dilation = pair(CONV, "dilation", given["dilation"])
+        kernel = [1, 1] if given["padding"] == "valid" else map(int, weight.shape[2:])
+        total = [reach * (size - 1) for reach, size in zip(dilation, kernel, strict=True)]
         if total[0] % 2 or total[1] % 2:
             return None
-        padding = total[0] // 2, total[1] // 2
-    size = options["pool_size"]
-    pairs = {
-        "stride": options.get("stride", 1),
-        "padding": padding,
-        "dilation": dilation,
-        "pool_size": size,
-        "pool_stride": options.get("pool_stride") or size,
-        "pool_padding": options.get("pool_padding", 0),
-        "pool_dilation": options.get("pool_dilation", 1),
-    }
-    read = {name: pair(CONV, name, value) for name, value in pairs.items()}
-    return ConvPoolGeometry(groups=options.get("groups", 1), ceil_mode=options.get("ceil_mode", False), **read)
+        given["padding"] = total[0] // 2, total[1] // 2
+    sizes = {name: pair(CONV, name, given[name]) for name in names}
+    return ConvPoolGeometry(groups=options.get("groups", 1), ceil_mode=options.get("ceil_mode", False), **sizes)
 
 
 def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node, type]) -> Match | None:

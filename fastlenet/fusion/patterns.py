@@ -11,6 +11,7 @@ import itertools
 import math
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -185,11 +186,13 @@ def find(graph: fx.Graph, kinds: Mapping[fx.Node, type]) -> list[Match]:
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     found: list[Match] = []
+    calls: Counter[str] = Counter()
     for node in graph.nodes:
         match = _match(node, order, kinds)
         if match is not None:
-            calls = sum(re.sub(r" \(\d+\)$", "", other.name) == match.name for other in found)
-            found.append(replace(match, name=f"{match.name} ({calls + 1})") if calls else match)
+            calls[match.name] += 1
+            number = calls[match.name]
+            found.append(replace(match, name=f"{match.name} ({number})") if number > 1 else match)
     return found
 
 
@@ -568,10 +571,17 @@ def isolate(match: Match, fused: bool) -> fx.GraphModule:
 
 
 def _replace(graph: fx.Graph, match: Match, copy: Callable[[fx.Node], fx.Node]) -> fx.Node:
-    nodes = [copy(node) for node in match.nodes]
-    result = copy(match.result)
-    if match.operator == NORM:
-        return _replace_norm(graph, match, nodes, result, copy)
+    nodes, result = [copy(node) for node in match.nodes], copy(match.result)
+    fused = (_norm_call if match.operator == NORM else _fused_call)(graph, match, nodes, copy)
+    fused.meta["example_value"] = _value(match.result)
+    result.replace_all_uses_with(fused)
+    # The convolution in front of a BatchNorm stays.
+    for node in reversed(nodes[1 if match.operator == NORM else 0 :]):
+        graph.erase_node(node)
+    return fused
+
+
+def _fused_call(graph: fx.Graph, match: Match, nodes: list[fx.Node], copy: Callable[[fx.Node], fx.Node]) -> fx.Node:
     # Before the first node, not at the last: nodes in between may change the input in place.
     with graph.inserting_before(nodes[0]):
         tensors = list(fx.node.map_arg(match.tensors, copy))
@@ -581,18 +591,11 @@ def _replace(graph: fx.Graph, match: Match, copy: Callable[[fx.Node], fx.Node]) 
                 folded = graph.call_function(fold, (*tensors[place], *fx.node.map_arg(norm[:5], copy)))
                 tensors[place] = [graph.call_function(operator.getitem, (folded, part)) for part in (0, 1)]
         operands = (tensors[0], tensors[1:], match.links) if match.operator == CHAIN else tuple(tensors)
-        fused = graph.call_function(getattr(functional, match.operator), operands, dict(match.options))
-    fused.meta["example_value"] = _value(match.result)
-    result.replace_all_uses_with(fused)
-    for node in reversed(nodes):
-        graph.erase_node(node)
-    return fused
+        return graph.call_function(getattr(functional, match.operator), operands, dict(match.options))
 
 
-def _replace_norm(
-    graph: fx.Graph, match: Match, nodes: list[fx.Node], result: fx.Node, copy: Callable[[fx.Node], fx.Node]
-) -> fx.Node:
-    """Replace BatchNorm, relu and pool, and let the convolution in front of them run in channels_last if it may.
+def _norm_call(graph: fx.Graph, match: Match, nodes: list[fx.Node], copy: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """Call BatchNorm, relu and pool, and let the convolution in front of them run in channels_last if it may.
 
     Each new node stands where the stock one stood that reads the same tensors.
     """
@@ -602,19 +605,15 @@ def _replace_norm(
         relaid = {operand: _relaid(graph, _as_computed(operand), torch.channels_last) for operand in operands}
     convolution.args = fx.node.map_arg(convolution.args, lambda node: relaid.get(node, node))
     convolution.kwargs = fx.node.map_arg(convolution.kwargs, lambda node: relaid.get(node, node))
+    for operand in operands:
+        if _as_computed(operand) is not operand and not operand.users:
+            graph.erase_node(operand)
     with graph.inserting_before(norm):
         tensors = fx.node.map_arg((match.norms[0] or ())[:4], copy)
         input = convolution if operands else _relaid(graph, convolution, torch.channels_last)
         fused = graph.call_function(batch_norm_relu_max_pool2d, (*match.options["settings"], input, *tensors))
         if memory_format(_value(match.result)) == torch.contiguous_format:
             fused = _relaid(graph, fused, torch.contiguous_format)
-    fused.meta["example_value"] = _value(match.result)
-    result.replace_all_uses_with(fused)
-    for node in reversed(nodes[1:]):
-        graph.erase_node(node)
-    for operand in operands:
-        if _as_computed(operand) is not operand and not operand.users:
-            graph.erase_node(operand)
     return fused
 
 

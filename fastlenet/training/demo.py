@@ -53,7 +53,7 @@ from fastlenet.training.loop import (
     make_batches,
     progress_bars,
 )
-from fastlenet.training.picture import COLOURS, file_bytes, finish_curves, overview
+from fastlenet.training.picture import COLOURS, finish_curves, overview
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
@@ -409,15 +409,15 @@ def run_kernels_apart(arguments: Sequence[str], config: TrainConfig, console: Co
 
 def draw(comparison: Comparison, dataset: Dataset) -> bytes:
     """Draw loss curves, some digits with predictions and the confusion matrix into the bytes of a PNG file."""
-    figure = overview(
+    return overview(
         f"LeNet on 5,000 MNIST digits: fused {comparison.evaluations[FUSED].accuracy:.1%}, "
         f"stock {comparison.evaluations[STOCK].accuracy:.1%} of the held-out digits right",
         lambda area: _draw_losses(area, comparison),
         comparison.evaluations[FUSED].predictions,
         dataset,
         ("Confusion matrix (fused)", "Held-out digits with the fused network's predictions"),
+        "png",
     )
-    return file_bytes(figure, "png")
 
 
 def _draw_losses(area: SubFigure, comparison: Comparison) -> None:

@@ -113,18 +113,24 @@ def intercepted() -> bool:
 # --- containers -------------------------------------------------------------------------------------------------------
 
 
-def _public_tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    return torch.fx.node.map_aggregate(tree, function)
+def _plain_tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return type(tree)((key, _plain_tree_map(function, value)) for key, value in tree.items())
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_plain_tree_map(function, value) for value in tree))
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_plain_tree_map(function, value) for value in tree)
+    return function(tree)
 
 
-def _public_tree_leaves(tree: Any) -> list[Any]:
+def _plain_tree_leaves(tree: Any) -> list[Any]:
     leaves: list[Any] = []
-    _public_tree_map(leaves.append, tree)
+    _plain_tree_map(leaves.append, tree)
     return leaves
 
 
-tree_map: Callable[..., Any] = _find("torch.utils._pytree", "tree_map", _public_tree_map)
-tree_leaves: Callable[[Any], list[Any]] = _find("torch.utils._pytree", "tree_leaves", _public_tree_leaves)
+tree_map: Callable[..., Any] = _find("torch.utils._pytree", "tree_map", _plain_tree_map)
+tree_leaves: Callable[[Any], list[Any]] = _find("torch.utils._pytree", "tree_leaves", _plain_tree_leaves)
 """These two go through nests of containers."""
 
 unfold_and_multiply: Callable[..., Tensor] = _find("torch._C", "_nn.thnn_conv2d", torch.ops.aten.thnn_conv2d)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -259,13 +259,16 @@ def _with_networks(sites: list[Site], model: nn.Module, seen: Mapping[str, tuple
         if first is None or chain is None:
             continue
         parameters, links = chain
-        output = first[0].new_empty(len(first[0]), network.fc3.out_features, device="meta")
-        title = " > ".join(f"{path}{layer}" for layer in LAYERS)
-        site = _own_site(title, CHAIN, links, (first[0], *parameters), (first[0], output))
-        if site.implementation in ("aten", "none"):
+        tensors = first[0], *parameters
+        operands = (None if t is None else (tuple(t.shape), first[0].dtype, t.device) for t in tensors)
+        runs, reason = implementation(Call(CHAIN, links, tuple(operands), False))
+        if runs in ("aten", "none"):
             continue
         own = {f"{path}{layer}" for layer in LAYERS}
         place = next(i for i, site in enumerate(sites) if site.name in own)
+        output = first[0].new_empty(len(first[0]), network.fc3.out_features, device="meta")
+        title = " > ".join(f"{path}{layer}" for layer in LAYERS)
+        site = Site(title, CHAIN, "", describe(first[0]), describe(output), runs, "", "", reason)
         sites = [site for site in sites if site.name not in own]
         sites.insert(place, site)
     return sites
@@ -279,14 +282,7 @@ def _site_of_layer(name: str, layer: ConvReLUMaxPool2d | LinearReLU, seen: tuple
         # The number of rows of a linear map does not matter.
         first = layer.weight.new_empty(1, layer.weight.shape[1]) if seen is None else seen[0]
         tensors = first, layer.weight, layer.bias
-    return _own_site(name, operator, settings, tensors, seen)
-
-
-def _own_site(
-    name: str, operator: str, settings: Any, tensors: Sequence[Any], seen: tuple[Tensor, Tensor] | None
-) -> Site:
-    """The site of a fused operator that is part of the model; `seen` are its first input and output."""
-    dtype = tensors[0].dtype
+    dtype = (layer.weight if seen is None else seen[0]).dtype
     operands = (None if tensor is None else (tuple(tensor.shape), dtype, tensor.device) for tensor in tensors)
     runs, reason = implementation(Call(operator, settings, tuple(operands), False))
     input, output = ("?", "?") if seen is None else map(describe, seen)

@@ -430,13 +430,11 @@ def _draw_losses(area: SubFigure, comparison: Comparison) -> None:
         upper.plot(epochs, curve, color=COLOURS[index], linewidth=width, label=NAMES[index], solid_capstyle="round")
     upper.set(title=f"Training loss of both networks (mean of {window} steps)", ylabel="training loss")
     differences = [abs(fused - stock) for fused, stock in zip(*comparison.losses, strict=True)]
-    # Zero has no place on a logarithmic axis: such steps are left out, and counted in the title.
-    shown = [(epoch, difference) for epoch, difference in zip(epochs, differences, strict=True) if difference > 0]
-    same = f"exactly zero at {len(differences) - len(shown):,} of {len(differences):,} steps"
+    same = f"exactly zero at {differences.count(0):,} of {len(differences):,} steps"
     lower.set_title(f"Difference of their losses: {same}", fontsize=10)
-    if shown:
-        lower.plot(*zip(*shown, strict=True), ".", color=COLOURS[FUSED], markersize=2)
-        lower.set_yscale("log")
+    lower.plot(epochs, differences, ".", color=COLOURS[FUSED], markersize=2)
+    if any(differences):
+        lower.set_yscale("log", nonpositive="mask")  # Zero has no place there: the title counts such steps.
     else:
         lower.set_yticks([0])
     lower.set(ylabel="|fused - stock|", xlim=(0, epochs[-1]))

@@ -74,8 +74,6 @@ def geometry(operator: str, fields: ConvPoolGeometry) -> None:
         value, low = getattr(fields, name), 0 if name.endswith("padding") else 1
         if min(value) < low:
             raise RuntimeError(f"{operator}: {name} must be at least {low} in both dimensions, but got {name}={value}")
-    if fields.groups < 1:
-        raise RuntimeError(f"{operator}: groups must be at least 1, but got groups={fields.groups}")
     if any(padding > size // 2 for padding, size in zip(fields.pool_padding, fields.pool_size, strict=True)):
         raise RuntimeError(
             f"{operator}: pool_padding should be at most half of pool_size, but got "

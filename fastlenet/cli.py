@@ -14,14 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlenet._version import __version__
-from fastlenet.errors import import_extra
+from fastlenet.errors import ROOT, import_extra
 from fastlenet.terminal import BAD_INPUT, FAILED, INTERRUPTED, OK, Parser, exit_code, print_error
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# The folder that holds the package: the project root in a source checkout.
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_train(arguments: Sequence[str]) -> int:

@@ -14,9 +14,7 @@ import torch
 
 import fastlenet
 from fastlenet import selection
-
-# The folder that holds the package: the project root in a source checkout.
-ROOT = Path(__file__).resolve().parent.parent
+from fastlenet.errors import ROOT
 
 # Variables that change what runs, how fast or how exactly. Others are not recorded, because they may hold secrets.
 _VARIABLES = re.compile(

@@ -23,18 +23,8 @@ class KernelError(RuntimeError):
 
 
 def install_command(requirement: str) -> str:
-    """Say how to install a requirement. fastlenet is not on PyPI, so its extras come from a checkout.
-
-    Args:
-        requirement: for pip, such as ``"torchvision"`` or ``"fastlenet[demo]"``.
-
-    Examples:
-        >>> install_command("torchvision")
-        "pip install 'torchvision'"
-    """
+    """Say how to install an extra, such as ``"fastlenet[demo]"``: from a checkout, as fastlenet is not on PyPI."""
     extra = requirement.removeprefix("fastlenet")
-    if extra == requirement:
-        return f"pip install '{requirement}'"
     if (ROOT / "pyproject.toml").is_file():  # the package runs in a checkout and stays so
         return f"pip install -e '{ROOT}{extra}'"
     return f"run pip install '.{extra}' in a checkout of fastlenet"
@@ -45,7 +35,7 @@ def import_extra(name: str, install: str = "fastlenet[demo]") -> ModuleType:
 
     Args:
         name: dotted module name, such as ``"rich.progress"``.
-        install: the requirement that brings it, see `install_command`.
+        install: the extra that brings it, see `install_command`.
 
     Raises:
         MissingPackageError: if the package is not installed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -37,23 +38,16 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(target.parent)
+        # So that the rename survives a power cut. Some systems cannot open folders, some network file systems refuse to
+        # sync them. The file is complete in any case.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         raise InputError(f"cannot write {os.fspath(path)}: {error.strerror or error}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Sync `folder`, so that a rename survives a power cut, if the system can open folders."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # Some network file systems refuse to sync a folder. The file is complete in any case.
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -102,23 +102,6 @@ def conv2d_relu_max_pool2d(
     return run(ops.CONV2D_RELU_MAX_POOL2D, geometry, *operands)
 
 
-def prepared_conv2d_relu_max_pool2d(
-    geometry: ConvPoolGeometry, input: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """`conv2d_relu_max_pool2d` for a layer that has read its geometry already; shapes and errors as there."""
-    if (
-        not isinstance(weight, Tensor)
-        or (bias is not None and not isinstance(bias, Tensor))
-        or not 3 <= input.dim() <= 4
-    ):
-        checks.tensors("conv2d_relu_max_pool2d", ("weight", weight), bias=bias)
-        raise RuntimeError(
-            "conv2d_relu_max_pool2d: expected 3D (unbatched) or 4D (batched) input, but got input of size "
-            f"{list(input.shape)}"
-        )
-    return run(ops.CONV2D_RELU_MAX_POOL2D, geometry, *autocast(input, weight, bias))
-
-
 def _unset(pool_stride: Any) -> bool:
     """Whether the window's step is its size: stock takes an empty tuple or list for None."""
     return pool_stride is None or (isinstance(pool_stride, (tuple, list)) and not pool_stride)

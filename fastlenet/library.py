@@ -46,8 +46,8 @@ The same limit holds for the kernels on FMA units. An H100 took 1.4 to 2 times t
 some 25 TFLOP/s, half of what a library reaches in exact float32.
 """
 
-_FEW_COLUMNS = {CONV: 64, ADDMM: 1}
-"""Output channels below which a library's tiles are half empty, so that the rule keeps the kernels.
+_FEW_COLUMNS = 64
+"""Output channels below which a library's tiles are half empty, so that the rule keeps a convolution's kernels.
 
 General kernels of few input channels are slower than even that.
 """
@@ -59,11 +59,8 @@ def why_library(
     dtype: torch.dtype,
     precision: str,
     shape: Sequence[int],
-    *,
     depth: int,
-    columns: int,
-    few: bool = False,
-    general: bool = True,
+    deepest: float | None = None,
 ) -> str | None:
     """Say why the library computes a call, or None if a Triton kernel does.
 
@@ -74,17 +71,16 @@ def why_library(
         precision: of float32 products, ``"tf32"`` or ``"ieee"``.
         shape: the call's key in the table.
         depth: products summed for an element of the forward's result.
-        columns: output channels of a group, or features.
-        few: whether a group has less than `_FEW_CHANNELS` input channels.
-        general: whether the kernels would be the general ones.
+        deepest: the depth from which the library is expected to be faster, if it is not as in `_DEEPEST`.
     """
     names = [direction] if direction == "forward" else _BACKWARD[operator]
     listed = [configurations.find(f"{operator}.{name}", dtype, precision, shape) for name in names]
     if entries := [entry for entry in listed if entry is not None]:
         evidence = next((entry.evidence for entry in entries if entry.variant == LIBRARY), None)
         return None if evidence is None else f"the table of configurations takes the library: {evidence}"
-    deepest = _DEEPEST_OF_FEW if few else _DEEPEST[operator, direction][precision if dtype == torch.float32 else "half"]
-    if depth >= deepest and ((few and general) or columns >= _FEW_COLUMNS[operator]):
+    if deepest is None:
+        deepest = _DEEPEST[operator, direction][precision if dtype == torch.float32 else "half"]
+    if depth >= deepest:
         return f"the library is expected to be faster from {deepest} products an element on, and this call has {depth}"
     return None
 
@@ -134,33 +130,28 @@ def convolution(direction: str, input: Tensor, weight: Tensor, geometry: ConvPoo
     # Whatever gradients a call needs: a first layer's images have none.
     name = "forward" if direction == "forward" else "grad_weight"
     general = not few or rules.choose(name, geometry, *sizes, exact, configurations.architecture()) is None
-    return why_library(
-        *(CONV, direction, input.dtype, precision, geometry.key(input, weight)),
-        depth=math.prod(weight.shape[1:]),
-        columns=weight.shape[0] // geometry.groups,
-        few=few,
-        general=general,
-    )
+    narrow = weight.shape[0] // geometry.groups < _FEW_COLUMNS and not (few and general)
+    deepest = math.inf if narrow else _DEEPEST_OF_FEW if few else None
+    depth = math.prod(weight.shape[1:])
+    return why_library(CONV, direction, input.dtype, precision, geometry.key(input, weight), depth, deepest)
 
 
 def product(direction: str, mat1: Tensor, mat2: Tensor) -> str | None:
     """Say why cuBLAS computes a matrix product with its relu, or None if a Triton kernel does; see `why_library`."""
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     depth, columns = mat2.shape
-    return why_library(ADDMM, direction, mat1.dtype, precision, (depth, columns), depth=depth, columns=columns)
+    return why_library(ADDMM, direction, mat1.dtype, precision, (depth, columns), depth)
 
 
 def inside(name: str, settings: Any, tensors: Sequence[Any]) -> str | None:
-    """Say why a library computes a chain's linear maps while kernels compute the rest, or None."""
+    """Say why a library computes a chain's linear maps while kernels compute the rest, or None.
+
+    That is the forward. Of the backward's products the kernels take less time than cuBLAS does.
+    """
     if name != "chain" or isinstance(settings[-1], ConvPoolGeometry):
         return None
     if head_of(settings, tensors[1:]) == len(settings):
         return "linear layers other than a head of three" if LINEAR not in settings else "linear layers of other widths"
-    return head("forward", tensors[0].dtype)
-
-
-def head(direction: str, dtype: torch.dtype) -> str | None:
-    """Say why cuBLAS computes three linear layers one by one, or None if the head's kernels do."""
-    if direction == "forward" and dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+    if tensors[0].dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "exact float32: cuBLAS takes 48 us where the kernel takes 98 (LeNet on an H100, batch 8192)"
     return None

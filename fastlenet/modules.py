@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlenet.functional import conv2d_relu_max_pool2d, linear_relu, prepared_conv2d_relu_max_pool2d
+from fastlenet.functional import autocast, conv2d_relu_max_pool2d, linear_relu
 from fastlenet.kernels.geometry import ConvPoolGeometry, Pair
+from fastlenet.ops import CONV2D_RELU_MAX_POOL2D
+from fastlenet.selection import run
 
 __all__ = ["ConvReLUMaxPool2d", "LinearReLU"]
 
@@ -81,8 +83,10 @@ class ConvReLUMaxPool2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (N, in_channels, H, W), or unbatched (in_channels, H, W), to the pooled output."""
-        if type(input) is Tensor and not torch.compiler.is_compiling() and (geometry := prepared(self)) is not None:
-            return prepared_conv2d_relu_max_pool2d(geometry, input, self.weight, self.bias)
+        if type(input) is Tensor and 3 <= input.dim() <= 4 and not torch.compiler.is_compiling():
+            weight, bias, geometry = self.weight, self.bias, prepared(self)
+            if geometry is not None and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor)):
+                return run(CONV2D_RELU_MAX_POOL2D, geometry, *autocast(input, weight, bias))
         return conv2d_relu_max_pool2d(
             input,
             self.weight,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlenet.kernels.geometry import LINEAR, ConvPoolGeometry, Links, Pair, memory_format
+from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Links, Pair, memory_format
 from fastlenet.private import unfold_and_multiply
 
 Grads = tuple[Tensor | None, ...]
@@ -281,18 +281,18 @@ def chain_with_saved(input: Tensor, parameters: Sequence[Tensor | None], links: 
     That is, link by link, the argmax of a convolution, and the link's output unless it is the chain's.
     """
     saved: list[Tensor] = []
-    for index, link in enumerate(links):
-        weight, bias = parameters[2 * index : 2 * index + 2]
-        assert weight is not None
-        if isinstance(link, ConvPoolGeometry):
-            input, argmax = conv2d_relu_max_pool2d_with_argmax(input, weight, bias, link)
-            saved.append(argmax)
-        else:
-            input = input if input.dim() == 2 else input.flatten(1)
-            input = F.linear(input, weight, bias) if link == LINEAR else linear_relu(input, weight, bias)
-        saved.append(input)
-    output = saved.pop()
-    return output, saved
+
+    def convolve(*args: Any) -> Tensor:
+        output, argmax = conv2d_relu_max_pool2d_with_argmax(*args)
+        saved.extend((argmax, output))
+        return output
+
+    def hidden(*args: Any) -> Tensor:
+        saved.append(linear_relu(*args))
+        return saved[-1]
+
+    output = chain(input, parameters, links, convolve, hidden)
+    return output, saved if links[-1] == LINEAR else saved[:-1]
 
 
 def chain_backward(
@@ -322,7 +322,13 @@ def chain_backward(
             found = conv2d_relu_max_pool2d_backward(grad_output, before, weight, argmax, link, mask)
         else:
             rows = before if before.dim() == 2 else before.flatten(1)
-            found = _linear_backward(grad_output, outputs[index], rows, weight, link == LINEAR, mask)
+            if link == LINEAR_RELU:
+                grad_output = torch.ops.aten.threshold_backward(grad_output, outputs[index], 0)
+            found = (
+                torch.mm(grad_output, weight) if mask[0] else None,
+                torch.mm(grad_output.t(), rows) if mask[1] else None,
+                grad_output.sum(0) if mask[2] else None,
+            )
         grads[2 * index + 1 : 2 * index + 3] = found[1:]
         if found[0] is None:
             break
@@ -330,16 +336,3 @@ def chain_backward(
     if output_mask[0]:
         grads[0] = grad_output if grad_output.shape == input.shape else grad_output.view(input.shape)
     return tuple(grads)
-
-
-def _linear_backward(
-    grad_output: Tensor, output: Tensor, input: Tensor, weight: Tensor, last: bool, output_mask: Sequence[bool]
-) -> Grads:
-    """Return grad_input, grad_weight and grad_bias of a linear map, with relu unless it is a `last` one."""
-    grad = grad_output if last else torch.ops.aten.threshold_backward(grad_output, output, 0)
-    need_input, need_weight, need_bias = output_mask
-    return (
-        torch.mm(grad, weight) if need_input else None,
-        torch.mm(grad.t(), input) if need_weight else None,
-        grad.sum(0) if need_bias else None,
-    )

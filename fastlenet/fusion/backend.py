@@ -7,7 +7,6 @@ operator is one opaque call.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -224,21 +223,13 @@ def measure(match: Match) -> timing.Comparison | None:
     backward = bool(match.result.meta["example_value"].requires_grad)
     modules = [patterns.isolate(match, fused) for fused in (False, True)]
     autocast = _autocast(match)
-
-    def within(module: fx.GraphModule) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            with autocast:
-                return module.forward(*args)
-
-        return run
-
     with torch.inference_mode(False), private.not_compiling():
-        stock, fused = (timing.step(within(module), arguments, (), backward) for module in modules)
+        stock, fused = (timing.step(autocast(module.forward), arguments, (), backward) for module in modules)
         return timing.compare(stock, fused, match.result.meta["example_value"].device)
 
 
-def _autocast(match: Match) -> contextlib.AbstractContextManager[Any]:
-    """The innermost autocast region of the graph that contains a site."""
+def _autocast(match: Match) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator for the innermost autocast region of the graph that contains a site."""
     inside: list[fx.Node] = []
     for node in itertools.takewhile(lambda node: node is not match.nodes[0], match.nodes[0].graph.nodes):
         if node.target is private.enter_autocast:
@@ -246,7 +237,7 @@ def _autocast(match: Match) -> contextlib.AbstractContextManager[Any]:
         elif node.target is private.exit_autocast:
             inside.remove(node.args[0])
     if not inside:
-        return contextlib.nullcontext()
+        return lambda function: function
     device, dtype, enabled, cache = inside[-1].args
     return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)  # type: ignore[arg-type]
 

@@ -42,7 +42,7 @@ class Fused:
         self, model: nn.Module, backend: Backend, modes: Sequence[str] = MODES, notes: Sequence[str] = ()
     ) -> None:
         self.model = weakref.ref(model)
-        self.backend, self.modes, self.notes = backend, tuple(modes), tuple(notes)
+        self.backend, self.modes, self.notes = backend, tuple(modes), list(notes)
         self.refused: dict[str, str] = {}
 
     def install(self) -> Fused:
@@ -58,7 +58,10 @@ class Fused:
 
     def _entry(self, model: nn.Module) -> Callable[..., Any]:
         compiler_error = private.dynamo_error()
-        compiled = torch.compile(_caller(model), backend=self.backend, **_isolation())
+        # Each model has its own limit of recompilations, if this PyTorch has such limits.
+        limits: dict[str, Any] = {"isolate_recompiles": True}
+        limits = limits if limits.keys() <= inspect.signature(torch.compile).parameters.keys() else {}
+        compiled = torch.compile(_caller(model), backend=self.backend, **limits)
         plain = model._call_impl
         active = {training: mode in self.modes for training, mode in zip((True, False), MODES, strict=True)}
         recording, tracing, hooked = torch.is_grad_enabled, private.tracing_state, private.has_global_hook
@@ -119,12 +122,6 @@ def _caller(model: nn.Module) -> Callable[..., Any]:
     # Dynamo counts recompilations by code object, and remembers by name which sizes have varied: one for each model.
     call.__code__ = call.__code__.replace(co_name=f"fused_model_{next(_numbers)}")
     return call
-
-
-def _isolation() -> dict[str, Any]:
-    """Give each model its own limit of recompilations, if this PyTorch can."""
-    name = "isolate_recompiles"
-    return {name: True} if name in inspect.signature(torch.compile).parameters else {}
 
 
 def first_line(error: BaseException) -> str:
@@ -199,8 +196,7 @@ def fuse(model: nn.Module, example_input: Any = None, *, inplace: bool = False) 
         Fused(model, Backend(faithful=True)).install()
         return model
     model.__dict__.pop("_compiled_call_impl", None)
-    judged = Judge(model, arguments(example_input))
-    Fused(model, judged.backend, judged.modes, judged.notes).install()
+    _judged(model, arguments(example_input)).install()
     return model
 
 
@@ -216,68 +212,64 @@ def arguments(example_input: Any) -> tuple[Any, ...]:
     return private.tree_map(apart, example_input if isinstance(example_input, tuple) else (example_input,))
 
 
-class Judge:
-    """Runs copies of a model on the example in both modes, and decides in which modes it is fused."""
+def _judged(model: nn.Module, example: tuple[Any, ...]) -> Fused:
+    """Run copies of a model on the example in both modes, and decide in which modes it is fused."""
+    handle, errors = Fused(model, Backend(measure=True, faithful=True), ()), []
+    present = MODES[0 if model.training else 1]
+    for mode in (present, *(other for other in MODES if other != present)):
+        try:
+            _judge(handle, model, example, mode)
+        except Exception as error:  # any error of the user's forward, in a mode that it was not written for
+            errors.append(error)
+            handle.notes.append(f"in {word(mode)} mode the model cannot run the example: {first_line(error)}")
+    if len(errors) == len(MODES):
+        raise errors[0]
+    return handle
 
-    def __init__(self, model: nn.Module, example: tuple[Any, ...]) -> None:
-        self.model, self.example = model, example
-        self.backend = Backend(measure=True, faithful=True)
-        self.modes: list[str] = []
-        self.notes: list[str] = []
-        errors = []
-        present = MODES[0 if model.training else 1]
-        for mode in (present, *(other for other in MODES if other != present)):
-            try:
-                self._judge(mode, mode == present)
-            except Exception as error:  # any error of the user's forward, in a mode that it was not written for
-                errors.append(error)
-                self.notes.append(f"in {word(mode)} mode the model cannot run the example: {first_line(error)}")
-        if len(errors) == len(MODES):
-            raise errors[0]
 
-    def _judge(self, mode: str, present: bool) -> None:
-        stock, fused = copies.apart(self.model), copies.apart(self.model)
-        if not present:
-            for model in (stock, fused):
-                model.train(mode == "training")
-        trial = Fused(fused, Backend(measure=True, decisions=self.backend.decisions, faithful=True)).install()
-        with undisturbed(self.example) as device, torch.set_grad_enabled(mode == "training"):
-            if _has_lazy(self.model):
-                for model in (stock, fused):
-                    self._outputs(model)
-            expected = self._outputs(stock)
-            actual = self._outputs(fused)
-            self.backend.called |= trial.backend.called
-            records = [record for record in trial.backend.records.values() if record.mode == mode]
-            reason, note = trial.refused.get(mode), None
-            self.backend.records.update((record.key, record) for record in records)
-            if reason is None and not any(record.fused for record in records):
-                return
-            if reason is None and not _same(expected, actual):
-                reason = "the fused model does not reproduce the model's output"
-            if reason is None:
-                before, after = (
-                    timing.step(model, self.example, model.parameters(), mode == "training") for model in (stock, fused)
-                )
-                times = timing.compare(before, after, device)
-                note = (
-                    f"whole model in {word(mode)} mode: {timing.readable(times.stock)} stock, "
-                    f"{timing.readable(times.fused)} fused, {times}"
-                )
-                if not times.clear:
-                    reason = "the whole model does not become clearly faster"
-        self.notes += [note] if note is not None else [f"in {word(mode)} mode: {reason}"]
+def _judge(handle: Fused, model: nn.Module, example: tuple[Any, ...], mode: str) -> None:
+    """Decide for one mode, and add to the facts of the model what was found."""
+    training, backend = mode == "training", handle.backend
+    stock, fused = copies.apart(model), copies.apart(model)
+    if model.training != training:
+        for copied in (stock, fused):
+            copied.train(training)
+    trial = Fused(fused, Backend(measure=True, decisions=backend.decisions, faithful=True)).install()
+    with undisturbed(example) as device, torch.set_grad_enabled(training):
+        if _has_lazy(model):
+            for copied in (stock, fused):
+                _outputs(copied, example)
+        expected = _outputs(stock, example)
+        actual = _outputs(fused, example)
+        backend.called |= trial.backend.called
+        records = [record for record in trial.backend.records.values() if record.mode == mode]
+        reason, note = trial.refused.get(mode), None
+        backend.records.update((record.key, record) for record in records)
+        if reason is None and not any(record.fused for record in records):
+            return
+        if reason is None and not _same(expected, actual):
+            reason = "the fused model does not reproduce the model's output"
         if reason is None:
-            self.modes.append(mode)
-            self.backend.decisions.update(trial.backend.decisions)
-        else:
-            declined = (replace(record, fused=False, reason=reason) for record in records if record.fused)
-            self.backend.records.update((record.key, record) for record in declined)
+            before, after = (timing.step(copied, example, copied.parameters(), training) for copied in (stock, fused))
+            times = timing.compare(before, after, device)
+            note = (
+                f"whole model in {word(mode)} mode: {timing.readable(times.stock)} stock, "
+                f"{timing.readable(times.fused)} fused, {times}"
+            )
+            if not times.clear:
+                reason = "the whole model does not become clearly faster"
+    handle.notes.append(note or f"in {word(mode)} mode: {reason}")
+    if reason is None:
+        handle.modes += (mode,)
+        backend.decisions.update(trial.backend.decisions)
+    else:
+        declined = (replace(record, fused=False, reason=reason) for record in records if record.fused)
+        backend.records.update((record.key, record) for record in declined)
 
-    def _outputs(self, call: Callable[..., Any]) -> list[Tensor]:
-        torch.manual_seed(0)  # for dropout; the caller's generators do not change
-        example = arguments(self.example)
-        return [output.detach().clone() for output in timing.tensors(call(*example))]
+
+def _outputs(model: nn.Module, example: tuple[Any, ...]) -> list[Tensor]:
+    torch.manual_seed(0)  # for dropout; the caller's generators do not change
+    return [output.detach().clone() for output in timing.tensors(model(*arguments(example)))]
 
 
 def word(mode: str) -> str:

@@ -11,6 +11,7 @@ import itertools
 import math
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -35,13 +36,14 @@ OPERATORS: dict[str, Any] = {
     NORM: ops.BATCH_NORM_RELU_MAX_POOL2D,
 }  # fmt: skip
 
+_STARTS = {torch.conv2d: CONV, **dict.fromkeys(private.linears, LINEAR), torch.addmm: ADDMM, "addmm": ADDMM}
 # The kinds of the nodes after a site's first one.
 _RELU, _POOL, _NORM, _NOTHING = "relu", "pool", "norm", "nothing"
 
 _ARGUMENTS = {
-    "conv": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    "linear": ("input", "weight", "bias"),
-    "addmm": ("input", "mat1", "mat2"),
+    CONV: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    LINEAR: ("input", "weight", "bias"),
+    ADDMM: ("input", "mat1", "mat2"),
     _RELU: ("input", "inplace"),
     _POOL: ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
     _NORM: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -53,9 +55,6 @@ _STAGES: dict[Any, str] = {
     F.batch_norm: _NORM,
     F.dropout: _NOTHING, F.dropout2d: _NOTHING,
 }  # fmt: skip
-_CONVS = (torch.conv2d,)
-_LINEARS = private.linears
-_ADDMMS = (torch.addmm, "addmm")
 _FLATTENS = (torch.flatten, "flatten", "view", "reshape", torch.reshape)
 
 
@@ -187,11 +186,13 @@ def find(graph: fx.Graph, kinds: Mapping[fx.Node, type]) -> list[Match]:
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     found: list[Match] = []
+    calls: Counter[str] = Counter()
     for node in graph.nodes:
         match = _match(node, order, kinds)
         if match is not None:
-            calls = sum(re.sub(r" \(\d+\)$", "", other.name) == match.name for other in found)
-            found.append(replace(match, name=f"{match.name} ({calls + 1})") if calls else match)
+            calls[match.name] += 1
+            number = calls[match.name]
+            found.append(replace(match, name=f"{match.name} ({number})") if number > 1 else match)
     return found
 
 
@@ -212,7 +213,7 @@ def chains(matches: Sequence[Match]) -> Iterator[tuple[Match, list[Match]]]:
 def _rows(matches: Sequence[Match]) -> list[list[Match]]:
     found: list[list[Match]] = []
     for match in matches:
-        if match.refusal is not None or match.links is None or _dim(match.input) != _DIM[match.operator]:
+        if match.refusal is not None or match.links is None or _value(match.input).dim() != _DIM[match.operator]:
             continue
         row = next((row for row in found if _between(match, row[-1]) is not None), None)
         if row is None:
@@ -223,10 +224,6 @@ def _rows(matches: Sequence[Match]) -> list[list[Match]]:
 
 
 _DIM = {CONV: 4, LINEAR: 2, LAST: 2}
-
-
-def _dim(node: fx.Node) -> int:
-    return _value(node).dim()
 
 
 def _between(match: Match, earlier: Match) -> list[fx.Node] | None:
@@ -280,24 +277,18 @@ def _chain(members: Sequence[Match]) -> Match | None:
 
 def _geometry(options: Mapping[str, Any], weight: Tensor) -> ConvPoolGeometry | None:
     """The geometry of a convolution's and a pool's options; None for uneven padding."""
-    padding, dilation = options.get("padding", 0), pair(CONV, "dilation", options.get("dilation", 1))
-    if isinstance(padding, str):
-        total = [0, 0] if padding == "valid" else [dilation[i] * (int(weight.shape[2 + i]) - 1) for i in (0, 1)]
+    names = [name for name in ConvPoolGeometry._fields if name not in ("groups", "ceil_mode")]
+    given: dict[str, Any] = {name: 0 if name.endswith("padding") else 1 for name in names} | dict(options)
+    given["pool_stride"] = options.get("pool_stride") or options["pool_size"]
+    if isinstance(given["padding"], str):
+        dilation = pair(CONV, "dilation", given["dilation"])
+        kernel = [1, 1] if given["padding"] == "valid" else map(int, weight.shape[2:])
+        total = [reach * (size - 1) for reach, size in zip(dilation, kernel, strict=True)]
         if total[0] % 2 or total[1] % 2:
             return None
-        padding = total[0] // 2, total[1] // 2
-    size = options["pool_size"]
-    pairs = {
-        "stride": options.get("stride", 1),
-        "padding": padding,
-        "dilation": dilation,
-        "pool_size": size,
-        "pool_stride": options.get("pool_stride") or size,
-        "pool_padding": options.get("pool_padding", 0),
-        "pool_dilation": options.get("pool_dilation", 1),
-    }
-    read = {name: pair(CONV, name, value) for name, value in pairs.items()}
-    return ConvPoolGeometry(groups=options.get("groups", 1), ceil_mode=options.get("ceil_mode", False), **read)
+        given["padding"] = total[0] // 2, total[1] // 2
+    sizes = {name: pair(CONV, name, given[name]) for name in names}
+    return ConvPoolGeometry(groups=options.get("groups", 1), ceil_mode=options.get("ceil_mode", False), **sizes)
 
 
 def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node, type]) -> Match | None:
@@ -313,7 +304,8 @@ def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node,
         users = sorted((user for user in result.users if user not in nodes), key=order.__getitem__)
         step = next(((user, stage) for user in users if (stage := _stage(user, result))), None)
         if step is None:
-            return _last(start) if start.operator == LINEAR else None
+            alone = start.operator == LINEAR and start.refusal is None
+            return replace(start, operator=LAST, name=_place(first)) if alone else None
         node, stage = step
         if stage in done or (stage == _POOL and _POOL not in wanted):
             return None
@@ -327,14 +319,9 @@ def _match(first: fx.Node, order: Mapping[fx.Node, int], kinds: Mapping[fx.Node,
         if stage == _NORM:
             if start.operator != CONV or done or norm is not None:
                 return None
-            norm = Norm(
-                given.get("running_mean"),
-                given.get("running_var"),
-                given.get("weight"),
-                given.get("bias"),
-                given.get("eps", 1e-5),
-                None if given.get("training", False) is False else given.get("momentum", 0.1),
-            )
+            momentum = None if given.get("training", False) is False else given.get("momentum", 0.1)
+            mean, variance, scale, shift = (given.get(name) for name in _ARGUMENTS[_NORM][1:5])
+            norm = Norm(mean, variance, scale, shift, given.get("eps", 1e-5), momentum)
             problems += _norm_problems(node, given)
         elif stage == _NOTHING and given.get("training", True) is not False:
             problems.append(f"{_place(node)} drops out, in training mode")
@@ -386,23 +373,17 @@ LONG_SUM = 288
 
 def _start(node: fx.Node) -> Match | None:
     """What begins at a node: a convolution, a linear map or an addmm."""
-    for operator_, kind, targets in ((CONV, "conv", _CONVS), (LINEAR, "linear", _LINEARS), (ADDMM, "addmm", _ADDMMS)):
-        if node.target in targets and node.op in ("call_function", "call_method"):
-            names = _ARGUMENTS[kind]
-            given = _given(node, kind)
-            operands = tuple(given.pop(name, None) for name in names[:3])
-            if not all(isinstance(operand, fx.Node) for operand in operands[: 3 if operator_ == ADDMM else 2]):
-                return None
-            refusal = _computed(node, given)
-            unknown = set(given) - set(names) - {"beta", "alpha"}
-            if unknown or len(node.args) > len(names):
-                refusal = f"{node.name} is called with other arguments than expected"
-            return Match("", operator_, (node,), node, operands, given, refusal=refusal)
-    return None
-
-
-def _last(start: Match) -> Match | None:
-    return replace(start, operator=LAST, name=_place(start.result)) if start.refusal is None else None
+    kind = _STARTS.get(node.target) if node.op in ("call_function", "call_method") else None
+    if kind is None:
+        return None
+    names, given = _ARGUMENTS[kind], _given(node, kind)
+    operands = tuple(given.pop(name, None) for name in names[:3])
+    if not all(isinstance(operand, fx.Node) for operand in operands[: 3 if kind == ADDMM else 2]):
+        return None
+    refusal = _computed(node, given)
+    if set(given) - set(names) - {"beta", "alpha"} or len(node.args) > len(names):
+        refusal = f"{node.name} is called with other arguments than expected"
+    return Match("", kind, (node,), node, operands, given, refusal=refusal)
 
 
 def _stage(node: fx.Node, source: fx.Node) -> str | None:
@@ -497,22 +478,16 @@ def _mutates(node: fx.Node) -> bool:
     spelled = (name.endswith("_") and not name.endswith("__")) or name in ("setitem", "__setitem__")
     written = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
     in_place = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i") and name != "index"
-    opaque = isinstance(node.target, private.HigherOrderOperator) or any(
-        overload._schema.is_mutable for overload in _overloads(node.target)
-    )
+    overloads: list[Any] = [node.target] if isinstance(node.target, private.OpOverload) else []
+    if isinstance(node.target, private.OpOverloadPacket):
+        overloads = [getattr(node.target, name) for name in node.target.overloads()]
+    opaque = isinstance(node.target, private.HigherOrderOperator) or any(o._schema.is_mutable for o in overloads)
     return node.op != "get_attr" and (spelled or written or in_place or opaque)
 
 
 def writes_to_input(node: fx.Node) -> bool:
     """Whether a node may change an input of its graph, other than by an operator of torch.nn.functional."""
     return any(source.op == "placeholder" for source in node.all_input_nodes[:1]) and _mutates(node)
-
-
-def _overloads(target: Any) -> list[private.OpOverload]:
-    """The operators that a node may call, if it calls one of ``torch.ops``."""
-    if isinstance(target, private.OpOverloadPacket):
-        return [getattr(target, name) for name in target.overloads()]
-    return [target] if isinstance(target, private.OpOverload) else []
 
 
 def _value(node: Any) -> Any:
@@ -601,10 +576,17 @@ def isolate(match: Match, fused: bool) -> fx.GraphModule:
 
 
 def _replace(graph: fx.Graph, match: Match, copy: Callable[[fx.Node], fx.Node]) -> fx.Node:
-    nodes = [copy(node) for node in match.nodes]
-    result = copy(match.result)
-    if match.operator == NORM:
-        return _replace_norm(graph, match, nodes, result, copy)
+    nodes, result = [copy(node) for node in match.nodes], copy(match.result)
+    fused = (_norm_call if match.operator == NORM else _fused_call)(graph, match, nodes, copy)
+    fused.meta["example_value"] = _value(match.result)
+    result.replace_all_uses_with(fused)
+    # The convolution in front of a BatchNorm stays.
+    for node in reversed(nodes[1 if match.operator == NORM else 0 :]):
+        graph.erase_node(node)
+    return fused
+
+
+def _fused_call(graph: fx.Graph, match: Match, nodes: list[fx.Node], copy: Callable[[fx.Node], fx.Node]) -> fx.Node:
     # Before the first node, not at the last: nodes in between may change the input in place.
     with graph.inserting_before(nodes[0]):
         tensors = list(fx.node.map_arg(match.tensors, copy))
@@ -614,18 +596,11 @@ def _replace(graph: fx.Graph, match: Match, copy: Callable[[fx.Node], fx.Node]) 
                 folded = graph.call_function(fold, (*tensors[place], *fx.node.map_arg(norm[:5], copy)))
                 tensors[place] = [graph.call_function(operator.getitem, (folded, part)) for part in (0, 1)]
         operands = (tensors[0], tensors[1:], match.links) if match.operator == CHAIN else tuple(tensors)
-        fused = graph.call_function(getattr(functional, match.operator), operands, dict(match.options))
-    fused.meta["example_value"] = _value(match.result)
-    result.replace_all_uses_with(fused)
-    for node in reversed(nodes):
-        graph.erase_node(node)
-    return fused
+        return graph.call_function(getattr(functional, match.operator), operands, dict(match.options))
 
 
-def _replace_norm(
-    graph: fx.Graph, match: Match, nodes: list[fx.Node], result: fx.Node, copy: Callable[[fx.Node], fx.Node]
-) -> fx.Node:
-    """Replace BatchNorm, relu and pool, and let the convolution in front of them run in channels_last if it may.
+def _norm_call(graph: fx.Graph, match: Match, nodes: list[fx.Node], copy: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """Call BatchNorm, relu and pool, and let the convolution in front of them run in channels_last if it may.
 
     Each new node stands where the stock one stood that reads the same tensors.
     """
@@ -635,19 +610,15 @@ def _replace_norm(
         relaid = {operand: _relaid(graph, _as_computed(operand), torch.channels_last) for operand in operands}
     convolution.args = fx.node.map_arg(convolution.args, lambda node: relaid.get(node, node))
     convolution.kwargs = fx.node.map_arg(convolution.kwargs, lambda node: relaid.get(node, node))
+    for operand in operands:
+        if _as_computed(operand) is not operand and not operand.users:
+            graph.erase_node(operand)
     with graph.inserting_before(norm):
         tensors = fx.node.map_arg((match.norms[0] or ())[:4], copy)
         input = convolution if operands else _relaid(graph, convolution, torch.channels_last)
         fused = graph.call_function(batch_norm_relu_max_pool2d, (*match.options["settings"], input, *tensors))
         if memory_format(_value(match.result)) == torch.contiguous_format:
             fused = _relaid(graph, fused, torch.contiguous_format)
-    fused.meta["example_value"] = _value(match.result)
-    result.replace_all_uses_with(fused)
-    for node in reversed(nodes[1:]):
-        graph.erase_node(node)
-    for operand in operands:
-        if _as_computed(operand) is not operand and not operand.users:
-            graph.erase_node(operand)
     return fused
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastlenet import reference
 from fastlenet.errors import KernelError
 from fastlenet.kernels.geometry import ConvPoolGeometry
-from fastlenet.ops.registration import Operator, Registered, composed_backward, no_autocast
+from fastlenet.ops.registration import Operator, composed_backward, no_autocast
 
 
 class Settings(NamedTuple):
@@ -113,9 +113,6 @@ class _Operator(Operator):
 
             return cpu.batch_norm_relu_max_pool2d, cpu.batch_norm_relu_max_pool2d_backward
         return reference.batch_norm_relu_max_pool2d, reference.batch_norm_relu_max_pool2d_backward
-
-    def registered(self) -> dict[str, Registered]:
-        return {}
 
 
 BATCH_NORM_RELU_MAX_POOL2D = _Operator()

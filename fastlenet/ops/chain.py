@@ -335,7 +335,8 @@ class _Operator(Operator):
             if isinstance(link, ConvPoolGeometry):
                 input = input if input.dim() == 4 else input.unsqueeze(0)
                 yield conv.CONV2D_RELU_MAX_POOL2D, link, (input, weight, bias)
-                input = input.new_empty((0, *link.output_shape(input, weight)[1:]))
+                # Without memory, but with the number of images, which decides too.
+                input = input.new_empty(()).expand(link.output_shape(input, weight))
             elif link == LINEAR_RELU:
                 input = input.new_empty((0, weight.shape[1]))
                 yield linear.LINEAR_RELU, None, (input, weight, bias)

@@ -11,7 +11,7 @@ import importlib.resources
 import math
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -71,7 +71,7 @@ def load(source: str) -> Dataset:
 
     Raises:
         DataError: if the data cannot be used.
-        MissingPackageError: if the package that provides it is not installed.
+        MissingPackageError: if the package that has the sample is not installed.
     """
     if source == "sample":
         return load_sample()
@@ -138,22 +138,18 @@ def load_idx(folder: str | Path) -> Dataset:
 
 
 def load_torchvision(root: str | Path = "data") -> Dataset:
-    """Load MNIST through torchvision, from files that are already under `root`.
+    """Load MNIST from the IDX files that torchvision has put under `root`; torchvision itself is not needed.
 
     Raises:
-        MissingPackageError: if torchvision is not installed.
         DataError: if the files are not there or damaged.
     """
-    datasets = import_extra("torchvision.datasets", install="torchvision")
-    try:
-        train, test = (datasets.MNIST(str(root), train=train, download=False) for train in (True, False))
-    # torchvision says RuntimeError for missing files and lets whatever parsing raises through for damaged ones.
-    except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
+    folder = Path(root) / "MNIST" / "raw"
+    if not folder.is_dir():
         raise DataError(
-            f"torchvision finds no usable MNIST under {str(root)!r}; to fetch it: "
+            f"there is no MNIST of torchvision's under {str(root)!r}; to fetch it: "
             f'python -c "import torchvision; torchvision.datasets.MNIST({str(root)!r}, download=True)"'
-        ) from error
-    return _dataset((train.data, train.targets), (test.data, test.targets), name=f"torchvision's MNIST in {root}")
+        )
+    return replace(load_idx(folder), name=f"torchvision's MNIST in {root}")
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -206,9 +202,7 @@ def _dataset(train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor,
     """Pad and normalise two splits of uint8 images (N, 28, 28) and their labels (N,) into a `Dataset`."""
     # Integer sums: the statistics, and so every training run, are the same on every machine and thread count.
     pixels = len(train[0]) * (SIDE + 2 * PADDING) ** 2
-    counts = torch.bincount(train[0].reshape(-1), minlength=256).tolist()
-    total = sum(value * count for value, count in enumerate(counts))
-    squares = sum(value * value * count for value, count in enumerate(counts))
+    total, squares = int(train[0].sum()), int(train[0].int().square().sum())
     variance = (squares * pixels - total * total) / pixels**2
     if variance == 0:
         raise DataError(f"{name}: all training images are blank")

@@ -53,7 +53,7 @@ from fastlenet.training.loop import (
     make_batches,
     progress_bars,
 )
-from fastlenet.training.picture import COLOURS, file_bytes, finish_curves, overview
+from fastlenet.training.picture import COLOURS, finish_curves, overview
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
@@ -100,6 +100,10 @@ class Agreement:
     def ok(self) -> bool:
         """Whether it keeps to that; false for NaN."""
         return self.fused_error <= self.allowed
+
+    def record(self) -> dict[str, Any]:
+        """The judgement in JSON values."""
+        return dataclasses.asdict(self) | {"ok": self.ok}
 
     def __str__(self) -> str:
         return (
@@ -210,60 +214,49 @@ class Comparison:
         steps_per_epoch: how many steps an epoch has.
     """
 
-    losses: tuple[list[float], list[float]]
-    median_seconds: tuple[float, float]
-    evaluations: tuple[Evaluation, Evaluation]
-    saved_bytes: tuple[float, float]
+    losses: Sequence[list[float]]
+    median_seconds: Sequence[float]
+    evaluations: Sequence[Evaluation]
+    saved_bytes: Sequence[float]
     weight_difference: float
     agreement: Agreement
     steps_per_epoch: int
 
-    @property
-    def loss_difference(self) -> float:
-        """The largest at any step."""
-        return largest_difference(*self.losses)
 
-    @property
-    def ok(self) -> bool:
-        """Whether both networks learned and their losses agree."""
-        return self.agreement.ok and all(found.accuracy >= REQUIRED_ACCURACY for found in self.evaluations)
+def train_both(
+    learners: Sequence[Learner], batches: Batches, steps: int, console: Console
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Train the fused and the stock learner in turns for so many steps, under progress bars.
 
-    def summary(self) -> dict[str, Any]:
-        """Sum it up in JSON values."""
-        return {
-            "accuracy": [found.accuracy for found in self.evaluations],
-            "loss_difference": self.loss_difference,
-            "weight_difference": self.weight_difference,
-            "median_step_seconds": list(self.median_seconds),
-            "saved_bytes_per_image": list(self.saved_bytes),
-            "agreement": dataclasses.asdict(self.agreement) | {"ok": self.agreement.ok},
-            "steps": len(self.losses[FUSED]),
-        }
+    Returns:
+        Each learner's loss, and its seconds, at every step.
+    """
+    losses: list[list[float]] = [[], []]
+    seconds: list[list[float]] = [[], []]
+    turns = itertools.chain.from_iterable(train_in_turns(learners, batches, epoch) for epoch in itertools.count())
+    with progress_bars(console) as progress:
+        tasks = [progress.add_task(name, total=steps, loss="...") for name in NAMES]
+        for index, loss, duration in itertools.islice(turns, 2 * steps):
+            losses[index].append(loss)
+            seconds[index].append(duration)
+            progress.update(tasks[index], advance=1, loss=f"{loss:.4f}")
+    return losses, seconds
 
 
 def compare_training(dataset: Dataset, config: TrainConfig, console: Console) -> Comparison:
     """Train the fused and the stock network side by side and compare them."""
     batches, weights = make_batches(dataset, config, config.torch_device()), initial_weights(config.seed)
-    learners = [learner_from(LeNet(), weights, config), learner_from(StockLeNet(), weights, config)]
+    learners = [learner_from(model, weights, config) for model in (LeNet(), StockLeNet())]
     images, labels, _ = next(batches.epoch(0))
     saved = [saved_bytes_per_image(learner, images, labels) for learner in learners]
-    losses: list[list[float]] = [[], []]
-    seconds: list[list[float]] = [[], []]
-    with progress_bars(console) as progress:
-        tasks = [progress.add_task(name, total=config.epochs * len(batches), loss="...") for name in NAMES]
-        for epoch in range(config.epochs):
-            for index, loss, duration in train_in_turns(learners, batches, epoch):
-                losses[index].append(loss)
-                seconds[index].append(duration)
-                progress.update(tasks[index], advance=1, loss=f"{loss:.4f}")
+    losses, seconds = train_both(learners, batches, config.epochs * len(batches), console)
     test_images, test_labels = dataset.test_images.to(images.device), dataset.test_labels.to(images.device)
     fused_weights, stock_weights = (learner.model.state_dict() for learner in learners)
-    fused, stock = (evaluate(learner.model, test_images, test_labels) for learner in learners)
     return Comparison(
-        losses=(losses[FUSED], losses[STOCK]),
-        median_seconds=(statistics.median(seconds[FUSED]), statistics.median(seconds[STOCK])),
-        evaluations=(fused, stock),
-        saved_bytes=(saved[FUSED], saved[STOCK]),
+        losses=losses,
+        median_seconds=[statistics.median(own) for own in seconds],
+        evaluations=[evaluate(learner.model, test_images, test_labels) for learner in learners],
+        saved_bytes=saved,
         weight_difference=max((fused_weights[name] - stock_weights[name]).abs().max().item() for name in stock_weights),
         agreement=judge(losses[FUSED][:JUDGED_STEPS], batches, weights, config),
         steps_per_epoch=len(batches),
@@ -289,7 +282,7 @@ def print_comparison(comparison: Comparison, config: TrainConfig, console: Conso
     table.add_row("held-out accuracy", f"{fused.accuracy:.2%}", f"{stock.accuracy:.2%}", f"{points:+.2f} points")
     first = largest_difference(*(losses[:JUDGED_STEPS] for losses in comparison.losses))
     table.add_row(f"largest loss difference, steps 1-{comparison.agreement.steps}", "", "", f"{first:.1e}")
-    table.add_row("largest loss difference, all steps", "", "", f"{comparison.loss_difference:.1e}")
+    table.add_row("largest loss difference, all steps", "", "", f"{largest_difference(*comparison.losses):.1e}")
     table.add_row("largest weight difference at the end", "", "", f"{comparison.weight_difference:.1e}")
     times = f"{fused_seconds * 1e3:.3f} ms", f"{stock_seconds * 1e3:.3f} ms"
     table.add_row("median time per step", *times, f"{stock_seconds / fused_seconds:.2f} x as fast")
@@ -298,9 +291,10 @@ def print_comparison(comparison: Comparison, config: TrainConfig, console: Conso
     console.print(table)
 
 
-def verdict(ok: bool, text: str, console: Console) -> None:
-    """Print one line of judgement."""
+def verdict(ok: bool, text: str, console: Console) -> bool:
+    """Print one line of judgement, and return it."""
     console.print(f"[bold green]ok[/]  {text}" if ok else f"[bold red]FAILED[/]  {text}")
+    return ok
 
 
 def run_training(output: Path, config: TrainConfig, console: Console) -> bool:
@@ -317,18 +311,31 @@ def run_training(output: Path, config: TrainConfig, console: Console) -> bool:
     )
     comparison = compare_training(dataset, config, console)
     print_comparison(comparison, config, console)
-    for name, found in zip(NAMES, comparison.evaluations, strict=True):
+    accuracies = [found.accuracy for found in comparison.evaluations]
+    learned = [
         verdict(
-            found.accuracy >= REQUIRED_ACCURACY,
-            f"{name}: {found.accuracy:.2%} of the held-out digits right, {REQUIRED_ACCURACY:.0%} required",
+            accuracy >= REQUIRED_ACCURACY,
+            f"{name}: {accuracy:.2%} of the held-out digits right, {REQUIRED_ACCURACY:.0%} required",
             console,
         )
-    verdict(comparison.agreement.ok, str(comparison.agreement), console)
-    record = {"config": dataclasses.asdict(config), **comparison.summary(), "environment": environment.collect()}
+        for name, accuracy in zip(NAMES, accuracies, strict=True)
+    ]
+    agree = verdict(comparison.agreement.ok, str(comparison.agreement), console)
+    record = {
+        "config": dataclasses.asdict(config),
+        "accuracy": accuracies,
+        "loss_difference": largest_difference(*comparison.losses),
+        "weight_difference": comparison.weight_difference,
+        "median_step_seconds": comparison.median_seconds,
+        "saved_bytes_per_image": comparison.saved_bytes,
+        "agreement": comparison.agreement.record(),
+        "steps": len(comparison.losses[FUSED]),
+        "environment": environment.collect(),
+    }
     write_json(output / "demo.json", record)
     atomic_write(output / "demo.png", draw(comparison, dataset))
     console.print(f"Picture: {output / 'demo.png'}   numbers: {output / 'demo.json'}", markup=False)
-    return comparison.ok
+    return agree and all(learned)
 
 
 def run_kernels(output: Path, config: TrainConfig, console: Console) -> bool:
@@ -349,13 +356,8 @@ def run_kernels(output: Path, config: TrainConfig, console: Console) -> bool:
             f"The same training under the Triton kernels ({how}), {KERNEL_STEPS} steps of {KERNEL_BATCH} images."
         )
         batches, weights = make_batches(load_sample(), config, device), initial_weights(config.seed)
-        learners = [learner_from(LeNet(), weights, config), learner_from(StockLeNet(), weights, config)]
-        losses: list[list[float]] = [[], []]
-        with progress_bars(console) as progress:
-            task = progress.add_task("Triton kernels and stock", total=2 * KERNEL_STEPS, loss="...")
-            for index, loss, _ in itertools.islice(train_in_turns(learners, batches, 0), 2 * KERNEL_STEPS):
-                losses[index].append(loss)
-                progress.update(task, advance=1, loss=f"{loss:.4f}")
+        learners = [learner_from(model, weights, config) for model in (LeNet(), StockLeNet())]
+        losses, _ = train_both(learners, batches, KERNEL_STEPS, console)
     table = import_extra("rich.table").Table()
     for name in ("step", "loss, Triton kernels", "loss, stock", "difference"):
         table.add_column(name, justify="right")
@@ -371,7 +373,7 @@ def run_kernels(output: Path, config: TrainConfig, console: Console) -> bool:
         "interpreted": device.type != "cuda",
         "losses": losses,
         "loss_difference": difference,
-        "agreement": dataclasses.asdict(agreement) | {"ok": agreement.ok},
+        "agreement": agreement.record(),
         "environment": environment.collect(),
     }
     write_json(output / "kernels.json", record)
@@ -407,15 +409,15 @@ def run_kernels_apart(arguments: Sequence[str], config: TrainConfig, console: Co
 
 def draw(comparison: Comparison, dataset: Dataset) -> bytes:
     """Draw loss curves, some digits with predictions and the confusion matrix into the bytes of a PNG file."""
-    figure = overview(
+    return overview(
         f"LeNet on 5,000 MNIST digits: fused {comparison.evaluations[FUSED].accuracy:.1%}, "
         f"stock {comparison.evaluations[STOCK].accuracy:.1%} of the held-out digits right",
         lambda area: _draw_losses(area, comparison),
         comparison.evaluations[FUSED].predictions,
         dataset,
         ("Confusion matrix (fused)", "Held-out digits with the fused network's predictions"),
+        "png",
     )
-    return file_bytes(figure, "png")
 
 
 def _draw_losses(area: SubFigure, comparison: Comparison) -> None:
@@ -428,13 +430,11 @@ def _draw_losses(area: SubFigure, comparison: Comparison) -> None:
         upper.plot(epochs, curve, color=COLOURS[index], linewidth=width, label=NAMES[index], solid_capstyle="round")
     upper.set(title=f"Training loss of both networks (mean of {window} steps)", ylabel="training loss")
     differences = [abs(fused - stock) for fused, stock in zip(*comparison.losses, strict=True)]
-    # Zero has no place on a logarithmic axis: such steps are left out, and counted in the title.
-    shown = [(epoch, difference) for epoch, difference in zip(epochs, differences, strict=True) if difference > 0]
-    same = f"exactly zero at {len(differences) - len(shown):,} of {len(differences):,} steps"
+    same = f"exactly zero at {differences.count(0):,} of {len(differences):,} steps"
     lower.set_title(f"Difference of their losses: {same}", fontsize=10)
-    if shown:
-        lower.plot(*zip(*shown, strict=True), ".", color=COLOURS[FUSED], markersize=2)
-        lower.set_yscale("log")
+    lower.plot(epochs, differences, ".", color=COLOURS[FUSED], markersize=2)
+    if any(differences):
+        lower.set_yscale("log", nonpositive="mask")  # Zero has no place there: the title counts such steps.
     else:
         lower.set_yticks([0])
     lower.set(ylabel="|fused - stock|", xlim=(0, epochs[-1]))
@@ -472,16 +472,12 @@ def run(argv: Sequence[str] | None) -> int:
     config = dataclasses.replace(RECIPE, epochs=options.epochs, seed=options.seed, device=options.device)
     output = Path(options.output)
     console = import_extra("rich.console").Console(highlight=False)
-    on_cpu = config.torch_device().type == "cpu"
-    if on_cpu:
+    if config.torch_device().type == "cpu":
         # Steps of a few milliseconds gain little from more threads, and on a busy machine several threads mostly wait
         # for each other. One thread also makes the run the same whatever the number of cores.
         torch.set_num_threads(1)
-    if options.part == "kernels":
-        with exact_convolutions():
-            return OK if run_kernels(output, config, console) else FAILED
-    with contextlib.nullcontext() if on_cpu else exact_convolutions():
-        ok = run_training(output, config, console)
+    with exact_convolutions():
+        ok = (run_kernels if options.part == "kernels" else run_training)(output, config, console)
     if options.part == "all":
         arguments = ["--output", str(output), "--seed", str(config.seed), "--device", config.device]
         ok = run_kernels_apart(arguments, config, console) and ok

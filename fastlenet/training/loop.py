@@ -219,8 +219,6 @@ class Batches:
             yield self._shifted(chosen, *shifts[:, batch][:, mine]), self.labels[chosen], weight
 
     def _shifted(self, chosen: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        if self.max_shift == 0:
-            return self.images[chosen]
         height, width = self.images.shape[-2:]
         rows = (torch.arange(height, device=down.device) - down[:, None]).clamp_(0, height - 1)
         columns = (torch.arange(width, device=right.device) - right[:, None]).clamp_(0, width - 1)

@@ -35,14 +35,14 @@ def draw_run(
     Raises:
         MissingPackageError: if matplotlib is not installed.
     """
-    figure = overview(
+    return overview(
         f"LeNet on {dataset.name}: {evaluation.accuracy:.2%} of {len(dataset.test_labels):,} held-out digits right",
         lambda area: _draw_history(area, history),
         evaluation.predictions,
         dataset,
         ("Confusion matrix", "Held-out digits with the network's predictions"),
+        file_format,
     )
-    return file_bytes(figure, file_format)
 
 
 def overview(
@@ -51,8 +51,9 @@ def overview(
     predictions: torch.Tensor,
     dataset: Dataset,
     titles: tuple[str, str],
-) -> Any:
-    """Return a figure with curves, the confusion matrix and some held-out digits, under `titles` of their own."""
+    file_format: str,
+) -> bytes:
+    """Draw a file of curves, the confusion matrix and some held-out digits, the last two under `titles`."""
     # The object interface draws in memory and leaves the user's pyplot settings alone.
     figure = import_extra("matplotlib.figure").Figure(figsize=(14, 9), dpi=110, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
@@ -62,7 +63,9 @@ def overview(
     draw_curves(left)
     _draw_confusion(right.subplots(), predictions, dataset.test_labels, titles[0])
     _draw_digits(bottom, predictions, dataset, titles[1])
-    return figure
+    stream = io.BytesIO()
+    figure.savefig(stream, format=file_format)
+    return stream.getvalue()
 
 
 def _draw_history(area: SubFigure, history: Sequence[Mapping[str, Any]]) -> None:
@@ -74,13 +77,6 @@ def _draw_history(area: SubFigure, history: Sequence[Mapping[str, Any]]) -> None
     lower.plot(epochs, [100 * record["test_accuracy"] for record in history], "o-", color=COLOURS[1], markersize=3)
     lower.set_ylabel("held out, right (%)")
     finish_curves(upper, lower)
-
-
-def file_bytes(figure: Any, file_format: str) -> bytes:
-    """Draw a figure into the bytes of a file."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format=file_format)
-    return stream.getvalue()
 
 
 def finish_curves(upper: Axes, lower: Axes) -> None:

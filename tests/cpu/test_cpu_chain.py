@@ -16,7 +16,7 @@ from harness.poison import assert_fully_written, poisoned_outputs
 from harness.strides import awkward
 from torch import Tensor
 
-from fastlenet import cpu
+from fastlenet import cpu, ops, selection
 from fastlenet.cpu import few
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -491,3 +491,15 @@ def test_many_images_one_by_one_are_those_of_blocks():
     assert_bitwise_equal(
         apart[3:6], torch.cat([cpu.chain(i, parameters, network.links, False)[0] for i in input[3:6].split(1)])
     )
+
+
+def test_links_are_decided_for_the_number_of_images_that_they_get() -> None:
+    """A chain that no kernel takes runs link by link only if a kernel takes one of them."""
+    network = Network((1, 14, 14), (PLAIN, PLAIN, "linear"), ((4, 1, 3, 3), (3, 4, 3, 3), (2, 12)))
+    for images, apart in ((1, False), (64, True)):
+        input, parameters = network.tensors(images)
+        parts = ops.CHAIN.parts(network.links, input, *parameters)
+        assert [tuple(tensors[0].shape) for _, _, tensors in parts] == [(images, 1, 14, 14), (images, 4, 6, 6)]
+        known = selection.find(ops.CHAIN, network.links, (input, *parameters), differentiable=True)
+        assert known is not None
+        assert known.form == selection.Form(composed=True, apart=apart, differentiable=True)

@@ -1683,6 +1683,9 @@ def grad_weight(
         # Beside other kernels a program has as many warps as theirs: parts come in eights.
         parts = max(8 * cdiv(cdiv(size, block), 8), parts // 8 * 8)
         warps = 1, 2, 4, 8
+    else:
+        # As few programs as take the same number of rounds: lanes beyond a multiple of the blocks would idle.
+        parts = cdiv(cdiv(images, cdiv(images, parts * block // size)) * size, block)
     partials = empty((parts, weight.numel() + out_channels), input, torch.float32)
 
     def work(warps: int) -> tuple[int, tuple[int, ...], dict[str, Any]]:

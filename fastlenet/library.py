@@ -126,7 +126,7 @@ def convolution(direction: str, input: Tensor, weight: Tensor, geometry: ConvPoo
     precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
     few = weight.shape[1] < _FEW_CHANNELS
     exact = input.dtype == torch.float32 and precision == "ieee"
-    sizes = weight.shape[1], weight.shape[0], (weight.shape[2], weight.shape[3]), (input.shape[2], input.shape[3])
+    sizes = weight.shape[1], weight.shape[0], (weight.shape[2], weight.shape[3])
     # Whatever gradients a call needs: a first layer's images have none.
     name = "forward" if direction == "forward" else "grad_weight"
     general = not few or rules.choose(name, geometry, *sizes, exact, configurations.architecture()) is None

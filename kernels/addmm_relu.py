@@ -1,8 +1,11 @@
 """addmm + relu in one kernel, and its gradients, for matrices of any size and strides.
 
-Each kernel is a tiled matrix product. Sizes and strides are run-time values: a new shape compiles nothing. Letters:
-output (M, N) = relu(beta * input + alpha * mat1 (M, K) @ mat2 (K, N)). Where the backward needs ``grad``, it loads
-grad_output and the output together and masks it where relu was off, so that the masked gradient never reaches memory.
+output (M, N) = relu(beta * input + alpha * mat1 (M, K) @ mat2 (K, N)). The three products are tiled matrix products.
+Sizes and strides are run-time values, so a new shape compiles nothing.
+
+The backward needs the masked gradient: grad_output where relu was on, and 0 elsewhere. A product loads grad_output and
+output together and masks the gradient in registers. For products with many columns `_mask_grad_kernel` writes the
+masked gradient to memory once instead (`tiles.masks_once`).
 """
 
 from __future__ import annotations
@@ -47,8 +50,8 @@ _GENERAL = [
 def _position(m, n, INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """First row and first column of this program's tile of an (m, n) result.
 
-    Programs take GROUP tiles of one column, then those of the next: what runs at the same time shares rows and columns,
-    which then come from L2.
+    Programs take GROUP tiles of one column, then GROUP tiles of the next column. Programs that run at the same time so
+    share rows and columns of the operands, which come from the L2 cache.
     """
     program = tl.program_id(0)
     tiles_m = (m + BLOCK_M - 1) // BLOCK_M
@@ -87,11 +90,15 @@ def _product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of left (m, k) @ right (k, n) over the depths `first` to `last`.
+    """Return one tile of left (m, k) @ right (k, n), summed over the depths `first` to `last` in float32.
 
-    If MASKED, `left` is a gradient, masked as it is loaded where relu was off in `output`. It is the left operand, as
-    that is the one that matrix units take from registers; the right one goes from memory to shared memory and stays
-    there until it is multiplied.
+    Tile: the rows `row` x the columns `column`, BLOCK_K depths at a time.
+
+    Shapes and strides: left (m, k) and right (k, n), any strides; LEFT, OUTPUT and RIGHT are what `runtime.layout` says
+    of them. If MASKED, left is a gradient, output has its shape, and left counts as 0 where output <= 0.
+
+    The masked operand is always the left one, because matrix units can take the left operand from registers. The right
+    operand goes from memory to shared memory, and matrix units read it there.
     """
     if LEFT > 0:
         left_stride_k = 1
@@ -151,16 +158,17 @@ def _forward_kernel(
 ):
     """Product, sum and relu: output = relu(beta * input + alpha * mat1 @ mat2).
 
-    Tile: BLOCK_M rows x BLOCK_N columns of the output. The sum over K runs within the program, in one order whatever
-    the batch size M, and accumulates in float32. After every CHUNK products a new sum starts, which is then added to
-    those before, so that `_forward_parts_kernel` comes to the same bits.
+    Tile: BLOCK_M rows x BLOCK_N columns of the output. A program sums over all of K in float32. The order of the sum
+    does not depend on the batch size M. Every CHUNK products (0: never) the program adds its sum to a total and starts
+    a new sum, so that `_forward_parts_kernel` and `_finish_kernel` give the same bits.
 
     Shapes and strides: mat1 (M, K) and mat2 (K, N), any strides, as LEFT and RIGHT tell; input (M, N) after
     broadcasting, strides may be 0; output (M, N) contiguous.
 
-    Saves: nothing beyond the output, whose sign is relu's mask.
+    Saves: nothing. The backward reads relu's mask from the sign of the output.
 
-    Cost per row ("image"): 2 * K * N FLOP; reads K elements of mat1, writes N; mat2 is shared.
+    Cost per row (one image): 2 * K * N FLOP; reads K elements of mat1 once per tile of columns, writes N elements. All
+    rows share mat2.
     """
     row, column = _position(m, n, INDEX, BLOCK_M, BLOCK_N, GROUP)
     row += tl.arange(0, BLOCK_M)
@@ -208,9 +216,18 @@ def _forward_parts_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """CHUNK products of each sum over K, for few rows: a program each instead of one for all, so that more of them run.
+    """The forward's product for few rows, cut along K: each program sums CHUNK products of a tile's sums.
 
-    Tile and shapes: as of `_forward_kernel`; result float32 (chunks, M, N), contiguous, which `_finish_kernel` adds up.
+    Maths: ``result[p] = mat1[:, p * CHUNK : (p + 1) * CHUNK] @ mat2[p * CHUNK : (p + 1) * CHUNK]``. `_finish_kernel`
+    adds up the chunks.
+
+    Tile: BLOCK_M rows x BLOCK_N columns along the grid's first axis, one chunk along the second. So as many programs
+    run for each tile as there are chunks.
+
+    Shapes and strides: mat1 (M, K) and mat2 (K, N), any strides; result float32 (chunks, M, N), contiguous.
+
+    Saves: nothing. Cost per row: 2 * K * N FLOP; reads K elements of mat1 once per tile of columns, writes N float32
+    for each chunk.
     """
     row, column = _position(m, n, INDEX, BLOCK_M, BLOCK_N, GROUP)
     row += tl.arange(0, BLOCK_M)
@@ -246,9 +263,17 @@ def _finish_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add the chunks of `_forward_parts_kernel` in their order, as `_forward_kernel` does, and apply what follows.
+    """Add up the chunks of `_forward_parts_kernel`, then add the input and apply relu.
 
-    Tile: BLOCK_M rows x BLOCK_N columns. Shapes: result float32 (parts, M, N), output (M, N), both contiguous.
+    Maths: ``output = relu(beta * input + alpha * sum over p of result[p])``, from the first chunk to the last, as
+    `_forward_kernel` adds them.
+
+    Tile: BLOCK_M rows x BLOCK_N columns.
+
+    Shapes and strides: result float32 (parts, M, N) and output (M, N), both contiguous; input (M, N) after
+    broadcasting, strides may be 0.
+
+    Saves: nothing. Cost per row: reads N float32 for each chunk, writes N elements.
     """
     across = (n + BLOCK_N - 1) // BLOCK_N
     row = (tl.program_id(0) // across).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -282,7 +307,11 @@ def _finish(
     ADDEND: tl.constexpr,
     RESULT: tl.constexpr,
 ):
-    """Store relu(beta * input + alpha * total). The multiply-add is spelled out, so that every kernel rounds alike."""
+    """Store relu(beta * input + alpha * total).
+
+    INPUT tells how input lies: "row" (one row for all, dense), "full" (any strides) or "none" (no input). The
+    multiply-add is written as `tl.fma`, so that all kernels that end here round alike.
+    """
     if INPUT == "row":
         inside = column < bound(n, ADDEND)
         addend = tl.load(pointers(input_ptr, tl.arange(0, 1), column, 0, 1, ADDEND), mask=inside[None, :], other=0.0)
@@ -325,12 +354,15 @@ def _grad_mat1_kernel(
 ):
     """Gradient of mat1: grad_mat1 = alpha * grad @ mat2^T, with grad = grad_output where output > 0, else 0.
 
-    Tile: BLOCK_M rows x BLOCK_N columns of grad_mat1 (M, K), contiguous; depth N. Unless MASKED, grad is
-    masked already.
+    If not MASKED, `grad_ptr` points to a gradient that is masked already, and output is not read.
 
-    Shapes and strides: grad_output (M, N), any strides (0 too); output (M, N) contiguous; mat2 (K, N), any strides.
+    Tile: BLOCK_M rows x BLOCK_N columns of grad_mat1. Each element is a sum over N.
 
-    Cost per row: 2 * N * K FLOP; reads 2 * N elements, writes K.
+    Shapes and strides: grad_output (M, N), any strides (0 too); output (M, N) contiguous; mat2 (K, N), any strides;
+    result (M, K) contiguous.
+
+    Saves: nothing. Cost per row: 2 * N * K FLOP; reads 2 * N elements (N if not MASKED) once per tile of columns,
+    writes K elements.
     """
     row, column = _position(m, k, INDEX, BLOCK_M, BLOCK_N, GROUP)
     row += tl.arange(0, BLOCK_M)
@@ -376,19 +408,23 @@ def _grad_mat2_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One part of grad^T @ mat1 and of grad's column sums, which `sum_partials` completes in a fixed order.
+    """Gradient of mat2, and of an input that was broadcast over rows (a bias): one part of each sum over the M rows.
 
-    grad = grad_output where output > 0, else 0; unless MASKED, it is so already. The product, up to alpha, is the
-    transpose of grad_mat2; the column sums, up to beta, are the gradient of an input that was broadcast over rows (a
-    bias). A single part is the result itself, and `alpha` and `beta` its factors; of several parts they are 1.
+    Maths: grad_mat2^T = alpha * grad^T @ mat1 and grad_bias = beta * (sum of grad's rows), with grad = grad_output
+    where output > 0, else 0. If not MASKED, `grad_ptr` points to a gradient that is masked already, and output is not
+    read.
 
-    Tile: the first `tiles` programs along the grid own BLOCK_M rows x BLOCK_N columns of grad_mat2^T (N, K), the others
-    64 columns of grad each; all sum over the `depth_per_part` rows of one part.
+    The rows are cut into parts. If there is one part, it is the result. If there are several, the launcher passes 1 for
+    alpha and beta, and `sum_partials` adds up the parts in a fixed order and applies the factors.
+
+    Tile: along the grid's first axis the first `tiles` programs own BLOCK_M rows x BLOCK_N columns of grad_mat2^T
+    (N, K). The others own 64 columns of grad_bias each. The second axis counts the parts, `depth_per_part` rows each.
 
     Shapes and strides: grad_output (M, N) and mat1 (M, K), any strides (0 too); output (M, N) contiguous; result
-    (parts, N, K) with the two strides given, dense; column_sums (parts, N).
+    (parts, N, K), dense, with the two strides given; column_sums (parts, N) contiguous.
 
-    Cost per row: 2 * N * K FLOP; reads 2 * N + K elements per tile.
+    Saves: nothing. Cost per row: 2 * N * K FLOP; each tile reads BLOCK_M elements of grad_output and of output and
+    BLOCK_N elements of mat1.
     """
     part = tl.program_id(1).to(INDEX)
     first = part * depth_per_part
@@ -406,7 +442,7 @@ def _grad_mat2_kernel(
         result = pointers(result_ptr + part * n * k, row, column, result_stride_n, result_stride_k, RESULT)
         store(result, product * alpha, mask)
     else:
-        # Matrix units would sum rounded numbers where products are of tf32.
+        # In tf32 matrix units would sum rounded gradients.
         block = tl.program_id(0) - tiles
         _column_sums(
             column_sums_ptr + part * n, grad_ptr, output_ptr, block.to(INDEX) * 64 + tl.arange(0, 64), first, last, n,
@@ -430,7 +466,10 @@ def _column_sums(
     GRAD: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
-    """Sum the rows `first` to `last` of some columns of the masked gradient, 32 at a time, then these 32 by a tree."""
+    """Store beta * (the sum of the rows `first` to `last`) of some columns of the masked gradient.
+
+    Each of 32 sums takes every 32nd row; a tree adds up the 32 sums.
+    """
     total = tl.zeros((32, column.shape[0]), tl.float32)
     for start in range(first, last, 32):
         row = start + tl.arange(0, 32)
@@ -454,9 +493,10 @@ def _masked_grad(
     GRAD: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
-    """Load a tile of grad_output in float32, masked where relu was off in the contiguous output unless it is already.
+    """Load a tile of grad_output in float32; if MASKED, with 0 where the contiguous output is <= 0.
 
-    NaN counts as on, as in PyTorch. No load may reach beyond row m, a multiple of the elements of a load.
+    Where the output is NaN the gradient stays, as in PyTorch. Rows from m on are not read. Where a load takes several
+    rows at a time, m is a multiple of their number.
     """
     mask = (row < bound(m, -GRAD))[:, None] & (column < bound(n, GRAD))[None, :]
     grad = load(pointers(grad_ptr, row, column, grad_stride_m, grad_stride_n, GRAD), mask).to(tl.float32)
@@ -482,12 +522,16 @@ def _mask_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Mask grad_output where relu was off: result = factor * grad_output where output > 0, else 0.
+    """Mask grad_output where relu was off.
 
-    That is the gradient of a full-size input, and what both products take where masking it once pays.
+    Maths: result = factor * grad_output where output > 0 or NaN, else 0. With factor beta this is the gradient of an
+    input of the output's size. With factor 1 it is the gradient that both products take if `tiles.masks_once` says so.
 
-    Tile: BLOCK_M rows x BLOCK_N columns. Shapes and strides: grad_output (M, N), any strides (0 too); output and result
-    contiguous. Cost per row: reads 2 * N elements, writes N.
+    Tile: BLOCK_M rows x BLOCK_N columns.
+
+    Shapes and strides: grad_output (M, N), any strides (0 too); output and result (M, N) contiguous.
+
+    Saves: nothing. Cost per row: reads 2 * N elements, writes N.
     """
     across = (n + BLOCK_N - 1) // BLOCK_N
     row = (tl.program_id(0) // across).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -498,7 +542,7 @@ def _mask_grad_kernel(
 
 
 _CHUNK = 2048
-"""Products that the forward sums before it starts anew: the same for every batch size, so that parts add up alike."""
+"""Products that the forward sums before it starts a new sum: the same for every batch size, so that bits are too."""
 
 _FEW_PROGRAMS = 64
 """Tiles of the forward up to which chunks are summed by programs of their own: half of an H100's multiprocessors."""

@@ -1,8 +1,8 @@
 """Which variant computes a convolution, and with which tile, where the table of configurations has no entry.
 
-This module does not import triton, so that `fastlenet.library` can ask it too. The number of images never decides.
-Image sizes decide in one case only. All ratios below are modelled (`python -m bench.static --conv`), against products
-at 60 TFLOP/s on an H100.
+This module does not import triton, so that `fastlenet.library` can ask it too. Neither the number of images nor their
+size decides. All ratios below are modelled (`python -m bench.static --conv`), against products at 60 TFLOP/s on an
+H100.
 
 - **FMA units** (`patch_fma`) compute up to 31 input channels in every type and precision, and up to 64 in exact
   float32. So few products leave matrix units waiting: an H100 took 65 us for LeNet's first layer on FMA units and 106
@@ -10,9 +10,12 @@ at 60 TFLOP/s on an H100.
   registers.
 - **General kernels**, on matrix units, compute the rest: from 32 channels on their steps are full. They take 0.36 to
   0.47 of the floor forward and 0.34 to 0.66 for the weight's gradient.
-- **The input's gradient from 32 channels on**: the general kernel computes every pixel from all cells around it. So it
-  takes 0.33 * 64 / C * pixels / cells of the floor, and 0.48 for 0.33 where windows overlap or the convolution strides.
-  Where that is more than the 1.3 of `patch_fma`, as without padding on the smallest images, the FMA units take it.
+- **The input's gradient of 32 to 64 channels** is spread over cells and multiplied (`spread_dot`): 0.2 to 0.6 of the
+  floor, where the general kernel took 0.3 to 3.6. It looks at windows again for every tap, four times as often where
+  they overlap. With one tap that is once, and costs less than the workspace. Up to 31 channels `patch_fma` takes 1.2 to
+  1.4 of the floor and stays, but under overlapping windows, where it takes up to 2.1 and the workspace 0.9.
+- **The weight's gradient of 32 to 64 channels** takes the same workspace under overlapping windows: 0.73 of the floor,
+  where the general kernel took 1.60, because it multiplies each cell once for every window that covers it.
 - **gfx942** does not take `patch_fma` for the weight's gradient. Triton compiles it there for 7 s to minutes, in its
   own passes for that target.
 
@@ -38,10 +41,8 @@ class Rule(NamedTuple):
 MOST_CHANNELS, MOST_EXACT = 31, 64
 """Input channels up to which FMA units are taken, by matrix units' types and by exact float32."""
 
-_NON_OVERLAPPING_GRAD_INPUT, _GENERAL_GRAD_INPUT, _FMA_GRAD_INPUT = 0.33, 0.48, 1.3
-"""Modelled times of the input's gradient, in units of the floor: 64 channels of padded images by each of the general
-kernels, and any on FMA units.
-"""
+_SPREAD_FROM, _SPREAD_TO = 16, 64
+"""Input channels from and up to which `spread_dot` may compute a gradient."""
 
 
 def choose(
@@ -50,7 +51,6 @@ def choose(
     channels: int,
     out_channels: int,
     kernel: tuple[int, int],
-    size: tuple[int, int],
     exact: bool,
     architecture: str,
 ) -> Rule | None:
@@ -62,12 +62,9 @@ def choose(
         channels: input channels.
         out_channels: output channels.
         kernel: height and width.
-        size: height and width of the images.
         exact: whether products are of exact float32.
         architecture: as the table names it.
     """
-    if direction == "grad_weight" and not architecture.startswith("sm_"):
-        return None
     if geometry.groups != 1 or geometry.dilation != (1, 1) or geometry.pool_dilation != (1, 1):
         return None
     (pool_h, pool_w), (step_h, step_w) = geometry.pool_size, geometry.pool_stride
@@ -75,15 +72,17 @@ def choose(
     taps = kernel[0] * kernel[1]
     if cells > 9 or max(pool_h, pool_w) > 5 or taps > 121 or max(*geometry.stride, *geometry.pool_stride) > 4:
         return None
-    if channels > (MOST_EXACT if exact else MOST_CHANNELS) and not (
-        direction == "grad_input" and channels <= MOST_EXACT and _wasteful(geometry, channels, kernel, size)
-    ):
-        return None
     overlaps = pool_h > step_h or pool_w > step_w
+    if direction != "forward" and not exact and _spreads(direction, channels, taps, overlaps, architecture):
+        return Rule("spread_dot", {})
+    if channels > (MOST_EXACT if exact else MOST_CHANNELS):
+        return None
     if direction == "forward":
-        return _forward(cells, taps, out_channels, overlaps)
+        return _forward(cells, taps, out_channels, overlaps, geometry.padding != (0, 0))
     if direction == "grad_weight":
-        return _grad_weight(kernel, channels, out_channels, overlaps, architecture)
+        if not architecture.startswith("sm_"):
+            return None
+        return _grad_weight(cells, kernel, channels, out_channels, overlaps, architecture)
     spans = [
         (min(pool, step) - 1) * stride + length
         for pool, step, stride, length in zip(
@@ -93,18 +92,16 @@ def choose(
     return _grad_input(spans[0] * spans[1], channels)
 
 
-def _wasteful(geometry: ConvPoolGeometry, channels: int, kernel: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Whether the general kernel takes longer than FMA units for the input's gradient."""
-    pooled = geometry.pooled_size(geometry.conv_size(size, kernel))
-    cells = 1
-    for windows, pool, step in zip(pooled, geometry.pool_size, geometry.pool_stride, strict=True):
-        cells *= max(1, windows) * min(pool, step)
-    padded = 16
-    while padded < channels:
-        padded *= 2
-    plain = geometry.stride == (1, 1) and geometry.pool_size == geometry.pool_stride == (2, 2)
-    general = _NON_OVERLAPPING_GRAD_INPUT if plain else _GENERAL_GRAD_INPUT
-    return general * 64 / padded * size[0] * size[1] / cells > _FMA_GRAD_INPUT
+def _spreads(direction: str, channels: int, taps: int, overlaps: bool, architecture: str) -> bool:
+    """Whether a gradient takes the workspace: where windows would be looked at more often than that costs."""
+    if not _SPREAD_FROM <= channels <= _SPREAD_TO:
+        return False
+    if direction == "grad_weight":
+        return overlaps and channels > MOST_CHANNELS
+    if channels > MOST_CHANNELS:
+        return overlaps or taps >= 4
+    # Elsewhere FMA units take about as long. On sm_80 a product of 16 columns spills.
+    return overlaps and taps >= 9 and architecture in ("sm_90", "sm_100")
 
 
 def _even(number: int, most: int) -> int:
@@ -113,16 +110,18 @@ def _even(number: int, most: int) -> int:
     return min(range(1, most + 1), key=lambda n: (-(-number // n) * n * (1 + 0.5 / n), -n))
 
 
-def _forward(cells: int, taps: int, out_channels: int, overlaps: bool) -> Rule:
+def _forward(cells: int, taps: int, out_channels: int, overlaps: bool, padded: bool) -> Rule:
     # Two lanes a thread: so many accumulators for each channel.
     channels = _even(out_channels, min(8, 72 // (2 * cells)))
-    options = {"CHANNELS": channels, "UNROLL": int(taps * channels * cells <= 1000)}
+    # Masks of large padded kernels take the registers that rows of pixels need.
+    unrolled = taps * channels * cells <= 1000 and (overlaps or not padded or taps < 25)
+    options = {"CHANNELS": channels, "UNROLL": int(unrolled)}
     # Rows that wait for the next take more registers; with 168 eight channels spill.
     return Rule("patch_fma", options | ({"maxnreg": 200} if overlaps else {}))
 
 
 def _grad_weight(
-    kernel: tuple[int, int], in_channels: int, out_channels: int, overlaps: bool, architecture: str
+    cells: int, kernel: tuple[int, int], in_channels: int, out_channels: int, overlaps: bool, architecture: str
 ) -> Rule:
     taps, rows = kernel[0] * kernel[1], kernel[0]
     if taps > 100:
@@ -131,18 +130,21 @@ def _grad_weight(
         # Spreading a gradient over its cells costs most where windows overlap or taps are few: many products share it.
         # Larger kernels keep more pixels beside their accumulators.
         inputs = _even(in_channels, max(1, min(4, 75 // taps)))
-        channels = _even(out_channels, max(1, min(8, (150 if taps <= 25 else 75) // (taps * inputs))))
+        channels = _even(out_channels, max(1, min(8, (150 if taps <= 25 else 100) // (taps * inputs))))
         options = {"CHANNELS": channels, "INPUTS": inputs, "TAP_ROWS": rows, "maxnreg": 255}
         # Rows of windows that wait for the blocks below take registers, which large tiles do not have; sm_100, which
         # takes registers in pairs, has fewer.
         slides = overlaps and taps * inputs * channels <= (100 if architecture == "sm_100" else 144)
         return Rule("patch_fma", options | ({"SLIDE": 1} if slides else {}))
     channels = _even(out_channels, max(1, min(8, 100 // taps)))
-    return Rule("patch_fma", {"CHANNELS": channels, "INPUTS": 1, "TAP_ROWS": rows})
+    options = {"CHANNELS": channels, "INPUTS": 1, "TAP_ROWS": rows}
+    # More pixels wait for their products.
+    return Rule("patch_fma", options | ({"maxnreg": 200} if taps > 25 or cells > 4 else {}))
 
 
 def _grad_input(span: int, channels: int) -> Rule | None:
     if span > 160:
         return None
     positions = 2 if span <= 72 else 1
-    return Rule("patch_fma", {"CHANNELS": _even(channels, max(1, 96 // (span * positions))), "POSITIONS": positions})
+    options = {"CHANNELS": _even(channels, max(1, 96 // (span * positions))), "POSITIONS": positions}
+    return Rule("patch_fma", options | ({"maxnreg": 200} if span * positions > 100 else {}))

@@ -148,7 +148,7 @@ def test_choosing_loads_no_triton():
 def test_the_committed_table_can_be_read():
     for entry in json.loads(configurations._COMMITTED.read_text(encoding="utf-8")):
         assert entry["evidence"]
-        assert entry["variant"] in ("general", "patch_dot", "patch_fma", "column_fma", library.LIBRARY)
+        assert entry["variant"] in ("general", "patch_dot", "patch_fma", "spread_dot", "column_fma", library.LIBRARY)
 
 
 def test_forward_and_backward_never_part_ways():

@@ -1,10 +1,11 @@
 """conv2d + relu + max-pool in one kernel, and its gradients.
 
-One operator, four variants, a file each:
+One operator, five variants, a file each:
 
 - `general`: every geometry that PyTorch allows, sizes at run time.
 - `patch_fma`: few channels, on the FMA units, exactly; any stride, padding and small pool.
 - `patch_dot`: non-overlapping 2x2 pools on matrix units (tf32, float16, bfloat16), image sizes compiled in.
+- `spread_dot`: the input's gradient of many channels on matrix units, by a workspace.
 - `column_fma`: the input's gradient of small images, exactly, image sizes compiled in.
 
 `rules` says which of them runs and with which tile; `configurations` lists where a clock, or LeNet's own figures, say
@@ -23,9 +24,15 @@ from .. import configurations, rules
 from ..geometry import ConvPoolGeometry, memory_format
 from ..joint import Later
 from ..runtime import contiguous, dot_precision
-from . import column_fma, general, patch_dot, patch_fma
+from . import column_fma, general, patch_dot, patch_fma, spread_dot
 
-VARIANTS = {"column_fma": column_fma, "general": general, "patch_dot": patch_dot, "patch_fma": patch_fma}
+VARIANTS = {
+    "column_fma": column_fma,
+    "general": general,
+    "patch_dot": patch_dot,
+    "patch_fma": patch_fma,
+    "spread_dot": spread_dot,
+}
 
 
 def _configured(
@@ -61,8 +68,7 @@ def _chosen(
     architecture = configurations.architecture()
     if architecture != "interpreted":
         exact = input.dtype == torch.float32 and precision == "ieee"
-        size = input.shape[2], input.shape[3]
-        rule = rules.choose(direction, geometry, in_channels, out_channels, kernel, size, exact, architecture)
+        rule = rules.choose(direction, geometry, in_channels, out_channels, kernel, exact, architecture)
     ruled = _usable(rule, geometry, input, weight) or (general, {})
     entry = configurations.find(
         f"conv2d_relu_max_pool2d.{direction}", input.dtype, precision, geometry.key(input, weight)

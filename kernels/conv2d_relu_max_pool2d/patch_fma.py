@@ -1,14 +1,15 @@
 """Convolutions of few channels on the FMA units: a lane computes whole results in its own registers.
 
-A lane owns a block: the cells of the convolution in which one pooling window starts and no other, 2 x 2 for a pool of
-2x2/2 or 3x3/2, 3 x 3 for 3x3/3. Where windows overlap, a window's other cells lie in the blocks of the next lanes, from
-which they are shuffled, and of the next row, which the same lane computes next. So no cell is computed twice, but at
-the border of a program.
+A lane owns a block: a pooling window's cells of the convolution, up to the first cell of the next window. A block is
+2 x 2 cells for a pool of 2x2/2 or 3x3/2, and 3 x 3 for 3x3/3. If windows overlap, a window also has cells of other
+blocks. Cells of blocks further right belong to the next lanes, which hand them over by shuffles. Cells of blocks
+further down belong to the same lane, which computes them next. So only cells at the border of a program are computed
+twice.
 
 Channels, kernel, strides, paddings and the window are compile-time constants, so that loops over taps are unrolled.
-Image sizes are numbers at run time, unless the table's `FIXED` asks for them to be constants. Images lie as NCHW or as
-channels_last. Every result is a chain of fused multiply-adds in a fixed order, or a fixed sum of some, so tiles may
-depend on the batch without changing a bit of the forward.
+Image sizes are run-time values, unless the table's `FIXED` makes them constants. Images lie as NCHW or as
+channels_last. Every result is a chain of fused multiply-adds in a fixed order, or a sum of such chains in a fixed
+order. So a tile may depend on the batch, and the forward's bits do not.
 
 Letters: N images, C input and O output channels, H x W input, KH x KW kernel, PH x PW pooled output, BH x BW cells of
 a block; RH and RW: how many blocks further down and right a window reaches (0 where windows do not overlap).
@@ -54,10 +55,15 @@ def _below(position, limit):
 
 @triton.jit
 def _inside(position, limit, K: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, PERIOD: tl.constexpr):
-    """Whether pixel K of a block's patch, whose first is at `position`, is in the image of `limit` pixels.
+    """Whether pixel K of a block's patch is in the image, along one axis.
 
-    Pixels from FROM on never lie before the image, those below TO never behind it, whatever the block. `position` is
-    FROM less than a multiple of PERIOD: so pixels that are in the image together share one comparison.
+    Of the arguments
+
+        position: of the patch's first pixel in the image. It is FROM below a multiple of PERIOD. So the comparison can
+            be rounded to such multiples, and pixels that enter the image with the same block share one comparison.
+        limit: the image's pixels.
+        FROM, TO: pixels with K >= FROM never lie before the image and those with K < TO never behind it, in any block.
+        PERIOD: pixels from block to block.
     """
     if K < TO:
         return position >= (FROM - K + PERIOD - 1) // PERIOD * PERIOD - FROM
@@ -79,7 +85,10 @@ def _load_pixels(
     PERIOD: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Load pixel K of a row, or a pair that starts there, as float32; 0 where it is not in the image (`_pixels`)."""
+    """Load pixel K of a row, or the pair that starts there, as float32; 0 outside the image.
+
+    Arguments as of `_pixels`.
+    """
     if (K < FROM) | (K >= TO):
         mask = _inside(x, width, K, FROM, TO, PERIOD)
         if MASKED:
@@ -114,11 +123,12 @@ def _pixels(
 ):
     """Load COUNT neighbours of a row, STEP elements apart, as float32; 0 for those that are not in the image.
 
-    PAIRS neighbours stand before the first that lies at an even address; -1 if that is not known. The rest is loaded
-    two at a time. FROM, TO and PERIOD as of `_inside`. Of the arguments
+    PAIRS tells at which neighbour an even address begins: 0 or 1. From there on pixels are loaded two at a time. If
+    PAIRS is -1, no address is known to be even, and pixels are loaded one by one. FROM, TO and PERIOD as of `_inside`.
+    Of the arguments
 
-        starts: pointers to the first neighbour of a row, or to the first pair. As these come from twice a number, the
-            compiler knows that pairs begin at even addresses.
+        starts: pointers to the first neighbour of a row, or to the first pair. In the latter case they are computed
+            as twice a number, so that the compiler knows that pairs begin at even addresses.
         line: how far from there the wanted row lies, in elements, or in pairs.
         x: the first neighbour's column.
         there: whether a lane's row is there at all; looked at if MASKED.
@@ -143,7 +153,7 @@ def _pixels(
 
 
 _CODES = tl.constexpr(2.0**23)
-"""What a float32 argmax is counted from: one unit is then its last bit."""
+"""A float32 argmax is this number plus the cell. One is then the mantissa's last bit, so the bits end in the cell."""
 
 
 @triton.jit
@@ -160,8 +170,8 @@ def _better(best, value, argmax, code, RETURN_ARGMAX: tl.constexpr):
 def _finish(outputs, argmax_ptrs, best, argmax, mask, RETURN_ARGMAX: tl.constexpr):
     """Store a pooled cell after relu, and its argmax.
 
-    An argmax is a float32, which one instruction selects; integers become masks and shifts. It stands above `_CODES`,
-    so that its last bits are the number.
+    The argmax is a float32, `_CODES` plus the cell, because a float is selected by one instruction and an integer by
+    several masks and shifts. The last bits of that float are the cell.
     """
     store(outputs, relu(best), mask)
     if RETURN_ARGMAX:
@@ -250,16 +260,20 @@ def _forward_kernel(
 ):
     """Pooled output and argmax, in exact float32.
 
-    Maths: as in `general`. Each convolution cell is one chain of fused multiply-adds, from the bias through
-    (channel, kernel row, kernel column) in order, whatever the tile: no result depends on it.
+    Maths: as in `general`. Each convolution cell is one chain of fused multiply-adds: the bias, then all products in
+    the order (channel, kernel row, kernel column). So no result depends on the tile.
 
-    Tile: BLOCK lanes (two or four a thread) x CHANNELS output channels; a program's number counts the tiles of channels
-    first, so that neighbours read the same input. Where windows do not overlap, a lane is a pooled cell (n, i, j). Else
-    it is a column of blocks (n, chunk, j) with RW more of them than PW, and computes `chunk` + RH rows of blocks one
-    after the other; the last RW lanes of a program only lend their cells to those before them. Per input channel a lane
-    slides down its patch of ((BH - 1) * stride + KH) x ((BW - 1) * stride + KW) pixels; weights are scalars that all
-    lanes share, loaded once for the BH * BW products of each lane. The last tile of channels begins earlier, if they do
-    not come out even: some results are then stored twice, by the same bits.
+    Tile: BLOCK lanes (two or four a thread) x CHANNELS output channels. A program's number counts the tiles of channels
+    first, so that programs with neighbouring numbers read the same input.
+
+    - If windows do not overlap, a lane computes one pooled cell (n, i, j).
+    - If they overlap, a lane computes a column of blocks (n, chunk, j): `chunk` + RH rows of blocks, one after the
+      other. A row has PW + RW columns. The last RW lanes of a program store nothing; they compute cells that lanes
+      before them need.
+
+    For each input channel a lane slides down its patch of ((BH - 1) * stride + KH) x ((BW - 1) * stride + KW) pixels.
+    Weights are scalars that all lanes share; a lane uses each for BH * BW products. If CHANNELS does not divide O, the
+    last tile begins earlier, and some results are stored twice with the same bits.
 
     Shapes and strides: input (N, C, H, W), output and argmax (N, O, PH, PW), all contiguous or, if LAST, all
     channels_last; weight (O, C, KH, KW) and bias (O) contiguous.
@@ -487,7 +501,7 @@ def _cells(
     RH: tl.constexpr,
     RW: tl.constexpr,
 ):
-    """Gradients of a block's BH x BW cells, and the masked gradient of its own window, 0 without a winner.
+    """Return the gradients of a block's BH x BW cells, and the masked gradient of its own window (0 without a winner).
 
     Of the arguments
 
@@ -657,9 +671,10 @@ def _store_parts(
     BLOCK: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """Add up the sums of a warp's lanes, and store them in its row of the partial sums: the weight's, then the biases'.
+    """Add up the sums of a warp's lanes, and store them in the warp's row of the partial sums.
 
-    So warps need not wait for each other. A lane stores one of the sums, so that neighbours lie in one line.
+    A row holds the weight's sums, then the biases'. Each warp has a row of its own, so warps need not wait for each
+    other. Neighbouring lanes store neighbouring sums.
     """
     WEIGHTS: tl.constexpr = OUT_CHANNELS * IN_CHANNELS * KERNEL_H * KERNEL_W
     TAPS: tl.constexpr = TAP_ROWS * KERNEL_W
@@ -740,17 +755,17 @@ def _grad_weight_kernel(
     PyTorch's go.
 
     Tile: the program's number, less `before` (see `joint`), counts the tiles of weights first, then `parts` groups of
-    BLOCK lanes. A lane stays on one block of cells and steps through images, parts * BLOCK // ((PH + RH) * (PW + RW))
-    at a time; it adds up CHANNELS x INPUTS x TAP_ROWS x KW weights (and, in the first of a part's programs, the biases)
-    in registers. At the end the lanes of each of the WARPS warps are summed by a tree. Lanes beyond a multiple of the
-    blocks idle. The last tile of channels begins earlier, if they do not come out even, and stores some sums twice, by
-    the same bits.
+    BLOCK lanes. A lane stays on one block of cells and steps through the images. All lanes together take
+    parts * BLOCK // ((PH + RH) * (PW + RW)) images at a time; lanes left over idle. A lane adds up
+    CHANNELS x INPUTS x TAP_ROWS x KW weights in registers, and in the first of a part's programs the biases. At the end
+    a tree adds up the lanes of each of the WARPS warps. If a tile does not divide the channels, the last tile begins
+    earlier and stores some sums twice with the same bits.
 
     Shapes and strides: grad and argmax (N, O, PH, PW) and input (N, C, H, W) contiguous or, if LAST, channels_last;
     partials (parts * WARPS, O * C * KH * KW + O) float32: the weight's, in its own order, then the bias'.
 
-    Cost per image: as the forward; reads the input once per tile of output channels, gradients and argmax once per
-    tile of input channels.
+    Saves: nothing. Cost per image: as the forward; reads the input once per tile of output channels, gradients and
+    argmax once per tile of input channels.
     """
     BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
     BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
@@ -1011,12 +1026,13 @@ def _sliding_grad_weight_kernel(
 ):
     """Gradients of the weight and the bias as of `_grad_weight_kernel`, for windows that overlap from row to row.
 
-    Tile: a lane owns a column of blocks and slides down `chunk` rows of it, image after image, so that a window is
-    loaded once for all blocks below each other; what it sends to the blocks below its own waits in registers. The first
-    RH rows of a later chunk are spread once more, without products.
+    Tile: a lane owns a column of blocks and slides down `chunk` rows of it, image after image. So a window is loaded
+    once for all blocks of a column. A window's gradients for the blocks below its own wait in registers. A chunk that
+    is not an image's first also reads the RH rows of windows above it, which reach into it, without products.
 
-    Shapes, strides and sums are as of `_grad_weight_kernel`; programs are one warp, and there is a part for each along
-    the second and third axis of the grid.
+    Shapes, strides, sums and cost are as of `_grad_weight_kernel`, but a gradient and its argmax are read once for the
+    RH + 1 rows of blocks that its window reaches. A program is one warp. The grid's second and third axes count the
+    parts.
     """
     BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
     BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
@@ -1191,7 +1207,7 @@ def _spread(
     there,
     CLIPPED: tl.constexpr,
 ):
-    """Add what a block's cells send to the pixels under them, for CHANNELS input channels.
+    """Add a block's cells times the weights to the pixels under them, for CHANNELS input channels.
 
     Of the arguments
 
@@ -1264,23 +1280,24 @@ def _grad_input_kernel(
 ):
     """Gradient of the input in exact float32, without atomics.
 
-    Maths: as in `general`. A block of cells covers pixels of its own, QH = pool stride x stride of them down and QW
-    right, and reaches MH blocks further down and MW further right. Per block a pixel sums one chain of fused
-    multiply-adds over (output channel, cell); blocks below each other go on with the same chain, and those beside each
-    other are added from right to left, whatever the tile.
+    Maths: as in `general`. A block of cells has QH x QW pixels of its own, QH = pool stride * stride down and QW right.
+    Its cells also reach the pixels of MH blocks further down and MW blocks further right. A pixel sums one chain of
+    fused multiply-adds for each column of blocks that reaches it, over (row of blocks, output channel, cell). The
+    chains of the columns are then added from right to left. So no result depends on the tile.
 
-    Tile: BLOCK lanes, columns of blocks (n, j), x CHANNELS input channels x `chunk` rows of blocks. A lane slides down
-    its column and keeps the rows of pixels that are not complete in registers, so that no product is wasted on rows
-    beside the image; a row that is complete is added up over lanes by shuffles, and stored. The first MW lanes of a
-    program only lend what they have to the lanes right of them, as do the first MH rows of a later chunk to those
-    below. The last lane of a row stores EXTRA blocks of pixels right of its own, too. A program's number counts the
-    tiles of channels first, so that neighbours read the same gradients.
+    Tile: BLOCK lanes, each a column of blocks (n, j), x CHANNELS input channels x `chunk` rows of blocks. A lane slides
+    down its column and keeps rows of pixels in registers until they are complete, so that no product is wasted on rows
+    beside the image. Shuffles add up a complete row over lanes, and it is stored. The first MW lanes of a program store
+    nothing; they compute what lanes right of them need. A chunk that is not an image's first also computes the MH rows
+    of blocks above it, for the same reason. The last lane of a row also stores the EXTRA blocks of pixels right of its
+    own. A program's number counts the tiles of channels first, so that programs with neighbouring numbers read the same
+    gradients.
 
     Shapes and strides: grad and argmax (N, O, PH, PW) and output (N, C, H, W) contiguous or, if LAST, channels_last;
     weight (O, C, KH, KW) contiguous.
 
-    Cost per image: 2 * BH * BW * (PH + RH) * (PW + RW) * O * C * KH * KW FLOP; reads gradients and argmax once per
-    tile of channels, writes C * H * W elements.
+    Saves: nothing. Cost per image: 2 * BH * BW * (PH + RH) * (PW + RW) * O * C * KH * KW FLOP; reads gradients and
+    argmax once per tile of channels, writes C * H * W elements.
     """
     BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
     BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
@@ -1683,6 +1700,9 @@ def grad_weight(
         # Beside other kernels a program has as many warps as theirs: parts come in eights.
         parts = max(8 * cdiv(cdiv(size, block), 8), parts // 8 * 8)
         warps = 1, 2, 4, 8
+    else:
+        # As few programs as take the same number of rounds: lanes beyond a multiple of the blocks would idle.
+        parts = cdiv(cdiv(images, cdiv(images, parts * block // size)) * size, block)
     partials = empty((parts, weight.numel() + out_channels), input, torch.float32)
 
     def work(warps: int) -> tuple[int, tuple[int, ...], dict[str, Any]]:

@@ -8,6 +8,7 @@ dropped by the tuner, which checks all three.
   depths of a step, four or eight warps, all registers or 128 a thread; in the forward one or two stages of loads, in
   the weight's gradient one window or two by two in a patch.
 - `patch_fma`: the rule's tile with other numbers of channels and registers, and image sizes compiled in.
+- `spread_dot`: rows of a tile, depth of a step, stages of loads.
 - `column_fma`: channels, rows of a strip, registers.
 
 Products of tf32 and 16 bits may take either: few of them leave matrix units waiting.
@@ -46,12 +47,23 @@ def candidates(
         found += [("patch_dot", options) for options in _patch_dot(direction, geometry, input, weight)]
     if VARIANTS["patch_fma"].covers(geometry, input, weight):
         found += [("patch_fma", options) for options in _patch_fma(direction, geometry, input, weight, exact)]
+    if not exact and direction == "grad_input" and VARIANTS["spread_dot"].covers(geometry, input, weight):
+        found += [("spread_dot", options) for options in _SPREAD_DOT]
     # The input's gradient by columns meets in memory, which must hold sums in full.
     columns = direction == "grad_input" and input.dtype == torch.float32
     if columns and VARIANTS["column_fma"].covers(geometry, input, weight):
         found += [("column_fma", options) for options in _column_fma(input)]
     return found
 
+
+_SPREAD_DOT: list[dict[str, int]] = [
+    {},
+    {"BLOCK_M": 64},
+    {"BLOCK_M": 256, "num_warps": 8},
+    {"BLOCK_K": 16},
+    {"num_stages": 2},
+    {"num_stages": 4},
+]
 
 _GENERAL: list[dict[str, int]] = [
     {},
@@ -93,14 +105,13 @@ def _patch_fma(
     direction: str, geometry: ConvPoolGeometry, input: Tensor, weight: Tensor, exact: bool
 ) -> Iterator[dict[str, int]]:
     (out_channels, in_channels), kernel = weight.shape[:2], (weight.shape[2], weight.shape[3])
-    size = input.shape[2], input.shape[3]
     target = configurations.architecture()
-    rule = rules.choose(direction, geometry, in_channels, out_channels, kernel, size, exact, target)
+    rule = rules.choose(direction, geometry, in_channels, out_channels, kernel, exact, target)
     spaces = product((2, 3, 4, 6, 8), ({}, {"maxnreg": 128}, {"maxnreg": 255}))
     for channels, registers in spaces:
         if direction != "grad_input":
             yield {"CHANNELS": channels, "FIXED": 1, **registers}
-        if rule is not None:
+        if rule is not None and rule.variant == "patch_fma":
             yield {**rule.options, "CHANNELS": channels, **registers}
 
 

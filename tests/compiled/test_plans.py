@@ -90,6 +90,10 @@ CALLS = {
     ),
     "no bias": lambda dtype: ([*conv_tensors(dtype=dtype)[:2], None], conv_step),
     "general": lambda dtype: (conv_tensors(channels=3, dtype=dtype), lambda *args: conv_step(*args, PADDED)),
+    "by a workspace": lambda dtype: (
+        conv_tensors(channels=32, size=9, features=16, dtype=dtype),
+        lambda *args: conv_step(*args, PADDED),
+    ),
     "head": lambda dtype: (head_tensors(dtype=dtype), head_step),
     "head of odd widths": lambda dtype: (head_tensors(widths=(33, 17, 9, 5), dtype=dtype), head_step),
     "gradient of the head's input alone": lambda dtype: (

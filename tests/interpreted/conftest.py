@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fastlenet.kernels import addmm_relu, joint, plans, runtime, tiles
-from fastlenet.kernels.conv2d_relu_max_pool2d import column_fma, general, patch_dot, patch_fma
+from fastlenet.kernels.conv2d_relu_max_pool2d import column_fma, general, patch_dot, patch_fma, spread_dot
 from harness import modes
 from harness.bounds import sanitized
 from harness.operators import Result, fp32_precision, run
@@ -63,7 +63,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, unplanned: None) -> list[tuple[str
             log.append((kernel.fn.__name__, constants))
         launch(kernel, grid, *args, **constants)
 
-    for module in (runtime, joint, general, column_fma, patch_dot, patch_fma, addmm_relu):
+    for module in (runtime, joint, general, column_fma, patch_dot, patch_fma, spread_dot, addmm_relu):
         monkeypatch.setattr(module, "launch", logged)
     return log
 

@@ -282,19 +282,28 @@ def test_a_sample_does_not_depend_on_its_batch_by_the_rule(device):
 
 
 def test_where_the_rule_ends():
-    """Few channels go to the FMA units, more only exactly, or where the general gradient would waste its products."""
-    geometry = RULED[0].geometry
+    """Few channels go to the FMA units, more only exactly; the input's gradient of many goes by a workspace."""
+    geometry, overlapping = RULED[0].geometry, RULED[5].geometry
 
-    def variant(direction, channels, exact, size=(16, 16), kernel=(3, 3), geometry=geometry, target="sm_90"):
-        found = rules.choose(direction, geometry, channels, 64, kernel, size, exact, target)
+    def variant(direction, channels, exact, kernel=(3, 3), geometry=geometry, target="sm_90"):
+        found = rules.choose(direction, geometry, channels, 64, kernel, exact, target)
         return None if found is None else found.variant
 
     assert [variant("forward", channels, False) for channels in (31, 32)] == ["patch_fma", None]
     assert [variant("grad_weight", channels, True) for channels in (64, 65)] == ["patch_fma", None]
     assert [variant(name, 3, True, target="gfx942") for name in ("forward", "grad_weight")] == ["patch_fma", None]
-    assert variant("grad_input", 32, False, (7, 7)) == "patch_fma"
-    assert variant("grad_input", 32, False, (13, 13)) is None
-    assert variant("forward", 3, True, (32, 32), (12, 12)) is None
+    assert [variant("grad_input", channels, True) for channels in (64, 65)] == ["patch_fma", None]
+    spread = [variant("grad_input", channels, False) for channels in (31, 32, 64, 65)]
+    assert spread == ["patch_fma", "spread_dot", "spread_dot", None]
+    assert [variant("grad_input", 32, False, kernel) for kernel in ((1, 3), (2, 2))] == [None, "spread_dot"]
+    few = [variant("grad_input", channels, False, geometry=overlapping) for channels in (15, 16)]
+    assert few == ["patch_fma", "spread_dot"]
+    assert variant("grad_input", 16, False, geometry=overlapping, target="sm_80") == "patch_fma"
+    assert variant("grad_input", 32, False, (1, 1), overlapping) == "spread_dot"
+    weights = [variant("grad_weight", channels, False, geometry=overlapping) for channels in (31, 32, 64, 65)]
+    assert weights == ["patch_fma", "spread_dot", "spread_dot", None]
+    assert [variant("grad_weight", 32, exact, geometry=geometry) for exact in (True, False)] == ["patch_fma", None]
+    assert variant("forward", 3, True, (12, 12)) is None
     dilated = conv_case("", (1,), (1, 1, 3, 3), dilation=2).geometry
     assert variant("forward", 3, True, geometry=dilated) is None
 
@@ -305,7 +314,7 @@ def test_where_the_rule_ends():
 )
 def test_windows_that_overlap_slide_where_registers_hold_them(pool, step, channels, target, slides):
     geometry = conv_case("", (1,), (1, 1, 3, 3), pool_size=pool, pool_stride=step).geometry
-    rule = rules.choose("grad_weight", geometry, channels, 32, (3, 3), (16, 16), False, target)
+    rule = rules.choose("grad_weight", geometry, channels, 32, (3, 3), False, target)
     assert rule.options.get("SLIDE", 0) == slides
 
 
@@ -350,6 +359,104 @@ def test_drawn_calls_by_the_rule(call, conv, device, launches):
     else:
         conv.random(call.case, tensors, kind, allow_zero=True)
     expect(launches, forward="patch_fma", grad_input="patch_fma", grad_weight="patch_fma")
+
+
+# --- many channels -------------------------------------------------------------------------------------------------
+
+TWO_STEPS = conv_case("two steps", (2, 33, 7, 6), (48, 33, 3, 3), padding=1, pool_size=3, pool_stride=2)
+ONE_TAP_EACH = conv_case("one tap", (3, 32, 5, 4), (17, 32, 1, 1), pool_size=1)
+MATRIX_UNITS = [TF32, HALF, BFLOAT]
+
+
+@pytest.fixture
+def spreading(monkeypatch):
+    """Let `spread_dot` compute all gradients, and the general kernels the forward."""
+    rule = rules.Rule("spread_dot", {})
+    monkeypatch.setattr(rules, "choose", lambda direction, *_: None if direction == "forward" else rule)
+
+
+def spread(launches) -> None:
+    """Assert that gradients were spread and multiplied."""
+    found = [name for name, _ in launches if "spread" in name or "product" in name]
+    assert found[:4] == ["_spread_kernel", "_product_kernel", "_spread_kernel", "_weight_product_kernel"]
+    assert found == found[:4] * (len(found) // 4)
+    assert not any("grad_" in name for name, _ in launches)
+
+
+@pytest.mark.parametrize("mode", MATRIX_UNITS, ids=str)
+@ruled
+def test_gradients_by_a_workspace(mode, case, conv, device, launches, spreading):
+    with fp32_precision(mode.precision):
+        conv.exact(case, case.exact(mode.dtype, device=device))
+        spread(launches)
+        conv.random(case, case.random(mode.dtype, device=device), allow_zero=True)
+
+
+@pytest.mark.parametrize("mode", [*MATRIX_UNITS, EXACT], ids=str)
+@pytest.mark.parametrize("case", [TWO_STEPS, ONE_TAP_EACH], ids=str)
+def test_a_workspace_of_many_channels(mode, case, conv, device, launches, spreading):
+    """Also of exact float32, which a table may ask for."""
+    with fp32_precision(mode.precision):
+        conv.exact(case, case.exact(mode.dtype, device=device))
+    spread(launches)
+
+
+@pytest.mark.parametrize("images", [0, 1, 70])
+def test_a_workspace_of_any_number_of_images(images, conv, device, spreading):
+    case = conv_case("images", (images, *RULED[5].input[1:]), RULED[5].weight, **RULED[5].keywords)
+    conv.exact(case, case.exact(torch.float16, device=device))
+
+
+@pytest.mark.parametrize("kind", kinds_for(torch.empty(1, 1, 1, 1)))
+@pytest.mark.parametrize("name", ["input", "weight", "grad"])
+def test_a_workspace_takes_awkward_layouts(name, kind, conv, device, launches, spreading):
+    case = conv_case("layouts", (3, 2, 8, 6), (3, 2, 3, 3), padding=1, pool_size=3, pool_stride=2)
+    tensors = case.exact(torch.float16, device=device)
+    if name != "grad":
+        tensors[name] = awkward(tensors[name], kind)
+    conv.exact(case, tensors, kind if name == "grad" else "contiguous")
+    spread(launches)
+
+
+@pytest.mark.parametrize("value", SPECIAL, ids=str)
+def test_a_workspace_keeps_nan_and_infinities_of_the_upstream_gradient(value, conv, device, spreading):
+    """They reach what their cell reaches, and nothing where relu was off."""
+    case = conv_case("special", (3, 2, 9, 9), (3, 2, 3, 3), pool_size=3, pool_stride=2)
+    tensors = case.exact(torch.float32, device=device)
+    tensors["bias"][0] = -100
+    output = CONV.stock(**tensors, **case.keywords)
+    grad = exact_grid(output.shape, output.dtype, terms=case.terms, device=device)
+    for position in (int((output == 0).flatten().nonzero()[0]), int(output.argmax())):
+        spoiled = grad.clone()
+        spoiled.view(-1)[position] = value
+        conv.equal(case, tensors, spoiled)
+
+
+@pytest.mark.parametrize("value", SPECIAL, ids=str)
+def test_a_workspace_and_infinite_weights(value, device, spreading):
+    """As in stock, but that the edge may be NaN: a tap beyond the convolution adds 0 times the weight."""
+    case = conv_case("special", (3, 2, 9, 9), (3, 2, 3, 3), pool_size=3, pool_stride=2)
+    tensors = case.exact(torch.float32, device=device)
+    tensors["weight"][1, 0, 1, 1] = value
+    output = CONV.stock(**tensors, **case.keywords)
+    grad = exact_grid(output.shape, output.dtype, terms=case.terms, device=device)
+    expected, result = (run(f, tensors, case.keywords, grad).grads["input"] for f in (CONV.stock, CONV.fused))
+    assert_same_values(torch.where(result.isnan(), result, expected), result)
+    inner = (slice(None), slice(None), slice(2, -2), slice(2, -2))
+    assert_same_values(result[inner], expected[inner])
+
+
+@pytest.mark.wide
+@settings(max_examples=examples(20))
+@given(call=ruled_calls())
+def test_drawn_calls_by_a_workspace(call, conv, device, launches, spreading):
+    launches.clear()
+    tensors, kind = call.tensors(device), call.grad_kind(4)
+    if call.exact:
+        conv.exact(call.case, tensors, kind)
+    else:
+        conv.random(call.case, tensors, kind, allow_zero=True)
+    spread(launches)
 
 
 # --- layouts -------------------------------------------------------------------------------------------------------

@@ -89,8 +89,8 @@ class Fused:
         if private.captures(self.compiled, self.backend.codes) < most:
             return None
         return (
-            f"PyTorch has captured this model {most:.0f} times, its limit, and runs it unfused with other inputs and in "
-            "other modes: raise torch.compiler.config.recompile_limit, then call torch.compiler.reset()"
+            f"PyTorch has captured this model {most:.0f} times, its limit, and runs it unfused with other inputs and "
+            "in other modes: raise torch.compiler.config.recompile_limit, then call torch.compiler.reset()"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fused:

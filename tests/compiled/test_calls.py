@@ -141,8 +141,9 @@ def told(log):
     ]
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
 @pytest.mark.parametrize("operator", ["layer", "chain"])
-def test_no_call_follows_the_plan_of_another_kind(operator, gpu, launched, monkeypatch):
+def test_no_call_follows_the_plan_of_another_kind(operator, backward, gpu, launched, monkeypatch):
     """An unaligned view after an aligned call of the same shape, for one, must not run a kernel of 16-byte loads."""
     run = {
         "layer": lambda *tensors: functional.conv2d_relu_max_pool2d(*tensors),
@@ -155,7 +156,8 @@ def test_no_call_follows_the_plan_of_another_kind(operator, gpu, launched, monke
             launched.clear()
             leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
             output = run(*leaves)
-            output.backward(torch.zeros_like(output))
+            if backward:
+                output.backward(torch.zeros_like(output))
             found[name] = told(launched)
         return found
 

@@ -872,6 +872,7 @@ def test_functional_transforms():
     torch.testing.assert_close(fused(images), model(images))
 
 
+@pytest.mark.wide
 def test_autocast_with_a_scaler():
     """Half precision, a scaled loss and the scaler's step give the stock model's weights up to its own error."""
     stock = CASES["vgg11_bn"]().eval()

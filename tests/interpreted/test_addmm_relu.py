@@ -57,6 +57,7 @@ def test_results_are_rounded_to_nearest(dtype, device):
     assert_same_values(ADDMM.fused(**tensors), expected)
 
 
+@pytest.mark.wide
 @settings(max_examples=examples(60))
 @given(call=addmm_calls())
 def test_drawn_calls(call, addmm, device):

@@ -7,13 +7,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from fastlenet.kernels import configurations, plans, runtime
+from fastlenet.kernels import configurations, plans
 from fastlenet.kernels.geometry import ConvPoolGeometry
 from harness.fake_driver import compiling_for
 from harness.operators import fp32_precision
 
 import fastlenet
-from bench.static import fake_driver
 from fastlenet import functional, selection
 
 PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
@@ -24,27 +23,6 @@ def gpu():
     """Triton drives the CPU's tensors, and launches nothing."""
     with selection.triton_drives_everything(), compiling_for("sm_90") as records, fastlenet.use_backend("triton"):
         yield records
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """All launches in their order, as kernel and number of pointers that are multiples of 16."""
-    log, record_launch = [], fake_driver._Launcher.__call__
-
-    def logged(self, *args):
-        record_launch(self, *args)
-        log.append((self._record, self._record.calls[-1]))
-
-    monkeypatch.setattr(fake_driver._Launcher, "__call__", logged)
-    return log
-
-
-@pytest.fixture
-def reasoned(monkeypatch):
-    """The kernels that launchers launched themselves."""
-    log, launch = [], runtime._launch_on
-    monkeypatch.setattr(runtime, "_launch_on", lambda *args: (log.append(args[2]), launch(*args)))
-    return log
 
 
 def lenet_step(network, images):

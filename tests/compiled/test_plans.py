@@ -34,27 +34,6 @@ def run(launcher, *args):
     return _kinds.setdefault(launcher, plans.Kinds(launcher))(*args)
 
 
-@pytest.fixture
-def launched(monkeypatch):
-    """All launches in their order: kernel, grid and arguments."""
-    log, record_launch = [], fake_driver._Launcher.__call__
-
-    def logged(self, *args):
-        record_launch(self, *args)
-        log.append((self._record, self._record.calls[-1]))
-
-    monkeypatch.setattr(fake_driver._Launcher, "__call__", logged)
-    return log
-
-
-@pytest.fixture
-def reasoned(monkeypatch):
-    """The kernels that launchers launched themselves."""
-    log, launch = [], runtime._launch_on
-    monkeypatch.setattr(runtime, "_launch_on", lambda *args: (log.append(args[2]), launch(*args)))
-    return log
-
-
 def conv_tensors(images=3, channels=1, size=32, features=6, dtype=torch.float32):
     input, weight = torch.zeros(images, channels, size, size), torch.zeros(features, channels, 5, 5)
     return [tensor.to(dtype) for tensor in (input, weight, torch.zeros(features))]

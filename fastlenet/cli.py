@@ -192,11 +192,10 @@ def run_in_checkout(command: str, module: str, arguments: Sequence[str]) -> int:
     """`fastlenet bench` and `fastlenet report`: run a module of the `bench` folder, which is not installed."""
     # Looked for as a file: some other package called `bench` may well be installed.
     if not (ROOT / module.replace(".", "/")).with_suffix(".py").is_file():
-        return print_error(
-            f"fastlenet {command}",
-            f"needs the bench folder of a source checkout, which {ROOT} is not: run pip install -e . in a clone",
-            BAD_INPUT,
-        )
+        advice = f"needs the bench folder of a source checkout, which {ROOT} is not: run pip install -e . in a clone"
+        # With --help this prints the advice and ends.
+        Parser(prog=f"fastlenet {command}", description=f"{COMMANDS[command][1]}; {advice}").parse_known_args(arguments)
+        return print_error(f"fastlenet {command}", advice, BAD_INPUT)
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     main_of_command: Callable[[Sequence[str]], int | None] = importlib.import_module(module).main

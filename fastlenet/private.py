@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
+import math
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +166,52 @@ def backend_named(name: str) -> Callable[..., Any]:
 
     lookup = _find("torch._dynamo.backends.registry", "lookup_backend", None)
     return compiled if lookup is None else lookup(name)
+
+
+def captured_code() -> Any:
+    """The code object whose graph TorchDynamo is compiling; None if that is unknown."""
+    try:
+        return _find("torch._dynamo.symbolic_convert", "InstructionTranslator.current_tx", None)().f_code
+    except (AttributeError, TypeError):  # the backend was called by hand, or the name is missing
+        return None
+
+
+def captures(compiled: Any, codes: Iterable[Any]) -> int:
+    """How often a compiled function has captured that one of the code objects which it captured most often."""
+    entries = _find("torch._dynamo.eval_frame", "_debug_get_cache_entry_list", lambda code: ())
+    own = getattr(compiled, "_isolate_recompiles_id", -1)
+    counts = (
+        sum(getattr(entry, "isolate_recompiles_id", own) == own for entry in entries(code)) for code in codes if code
+    )
+    return max(counts, default=0)
+
+
+def most_captures() -> float:
+    """How often TorchDynamo captures one code object at most."""
+    return float(_find("torch.compiler", "config.recompile_limit", math.inf))
+
+
+class _QuietCapture(logging.Filter):
+    """Drops errors that PyTorch logs while a function captures.
+
+    Operators on stand-ins for tensors log their error before they raise it. What is captured runs afterwards as it is
+    and raises its own error.
+    """
+
+    codes: ClassVar[set[Any]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        frame = sys._getframe()
+        while frame is not None and frame.f_code not in self.codes:
+            frame = frame.f_back  # type: ignore[assignment]
+        return frame is None
+
+
+def quiet_capture(function: Any) -> None:
+    """Let PyTorch log no errors of operators while this function captures."""
+    if not _QuietCapture.codes:
+        logging.getLogger("torch._subclasses.fake_tensor").addFilter(_QuietCapture())
+    _QuietCapture.codes.add(function.__code__)
 
 
 def guard_hooks() -> None:

@@ -63,19 +63,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _tiers(items: list[pytest.Item]) -> list[int]:
     """The first tier that runs each test, as a place in `run.TIERS`.
 
-    ``quick`` runs each test function once for each implementation, ``wide`` each value of each parameter once, ``all``
-    each combination. Marks leave tests to later tiers: ``wide`` from quick, ``thorough`` from quick and wide. Of a test
-    marked ``cheap`` quick runs every combination: its values are behaviours, such as messages, and take no time.
+    ``quick`` runs each test function once for each implementation and operator, ``wide`` each value of each parameter
+    once, ``all`` each combination. Marks leave tests to later tiers: ``wide`` from quick, ``thorough`` from quick and
+    wide. Of a test marked ``cheap`` quick runs every combination: its values are behaviours, such as messages, and take
+    no time.
     """
     seen: set[tuple[str, int, str]] = set()
-    functions: set[tuple[str, str]] = set()
+    functions: set[tuple[str, ...]] = set()
     tiers = []
     for item in items:
         name = item.nodeid.partition("[")[0]
         spec = getattr(item, "callspec", None)
         # One id for each parametrisation of the test; pytest has no public name for them.
         values = {(name, place, value) for place, value in enumerate(getattr(spec, "_idlist", ()))}
-        function = name, str(spec.params.get("either")) if spec else ""
+        params = spec.params if spec else {}
+        function = name, str(params.get("either")), type(params.get("case")).__name__
         later = [mark for mark in ("thorough", "wide") if item.get_closest_marker(mark) is not None]
         if not later and item.get_closest_marker("cheap") is not None:
             tiers.append(0)
@@ -128,6 +130,20 @@ def pytest_configure(config: pytest.Config) -> None:
 def device() -> str:
     """Where tensors of kernel tests live: ``cuda`` when kernels run natively, else ``cpu``."""
     return modes.kernel_device()
+
+
+@pytest.fixture
+def trial() -> Any:
+    """What gives the trial of a case's operator: see `harness.contract`."""
+    from harness.contract import trial_of
+
+    return trial_of
+
+
+@pytest.fixture
+def place() -> str:
+    """Where tensors of contract tests live."""
+    return "cpu"
 
 
 @pytest.fixture

@@ -5,18 +5,33 @@ from __future__ import annotations
 import pytest
 import torch
 from harness.cases import (
+    ADDMM_CASES,
     CONV_CASES,
     TOO_BIG_WINDOW,
     AddmmCase,
     addmm_cases,
     conv_case,
     conv_cases,
-    dtypes,
     parametrize_dtypes,
+)
+from harness.contract import (  # noqa: F401
+    Contract,
+    pytest_generate_tests,
+    test_a_window_without_a_cell,
+    test_as_accurate_as_stock,
+    test_awkward_layouts,
+    test_bitwise_reproducible_from_run_to_run,
+    test_empty_batch,
+    test_equal_to_stock_where_arithmetic_is_exact,
+    test_nan_and_infinities_in_the_upstream_gradient,
+    test_nan_and_infinities_travel_as_in_stock,
+    test_no_gradient_where_relu_is_off,
+    test_nothing_is_modified,
+    test_ties_go_to_the_first_cell_in_scan_order,
 )
 from harness.draw import addmm_calls, conv_calls
 from harness.fuzz import assume, examples, given, settings
-from harness.judge import assert_bitwise_equal, assert_same_values, exact_grid
+from harness.judge import assert_same_values, exact_grid
 from harness.operators import (
     ADDMM,
     CONV,
@@ -24,11 +39,9 @@ from harness.operators import (
     saved_for_backward,
     stock_conv2d_relu_max_pool2d,
     stock_linear_relu,
-    upstream,
 )
-from harness.strides import awkward, kinds_for
+from harness.strides import awkward
 
-from fastlenet import reference
 from fastlenet.functional import addmm_relu, conv2d_relu_max_pool2d, linear_relu
 
 pytestmark = pytest.mark.usefixtures("either")
@@ -45,26 +58,15 @@ ALL_ELSE = conv_case(
 )  # fmt: skip
 FULL = AddmmCase("full addend", 7, 19, 11, (7, 11))
 
+CONTRACT = Contract(
+    grid=[*CONV_CASES, TOO_BIG_WINDOW, *ADDMM_CASES],
+    plain=[SMALL, COVERED, ALL_ELSE, GROUPS, FULL, AddmmCase("bias", 7, 19, 11, (11,), beta=0.5, alpha=-2)],
+    covered=[COVERED, FULL],
+)
 special = pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------
-
-
-@conv_cases([*CONV_CASES, TOO_BIG_WINDOW])
-@dtypes
-def test_conv_grid(case, dtype):
-    """As accurate as stock on random numbers, and equal to it where arithmetic is exact."""
-    CONV.random(case, case.random(dtype))
-    CONV.exact(case, case.exact(dtype))
-
-
-@addmm_cases()
-@dtypes
-def test_addmm_grid(case, dtype):
-    """As accurate as stock on random numbers, and equal to it where arithmetic is exact."""
-    ADDMM.random(case, case.random(dtype))
-    ADDMM.exact(case, case.exact(dtype))
 
 
 @conv_cases([*CONV_CASES, TOO_BIG_WINDOW])
@@ -106,31 +108,6 @@ def test_drawn_products(call):
         ADDMM.random(call.case, call.tensors(), call.grad_kind(2), allow_zero=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [(name, kind) for name in ("input", "weight", "grad") for kind in kinds_for(torch.empty(1, 1, 1, 1))]
-    + [("bias", kind) for kind in kinds_for(torch.empty(1))],
-)
-@conv_cases([SMALL, COVERED, ALL_ELSE])
-def test_awkward_layouts_of_a_convolution(case, name, kind):
-    """One tensor at a time in each layout."""
-    tensors = case.random(torch.float32)
-    if name != "grad":
-        tensors[name] = awkward(tensors[name], kind)
-    CONV.random(case, tensors, kind if name == "grad" else "contiguous")
-
-
-@pytest.mark.parametrize("kind", kinds_for(torch.empty(2, 2)))
-@pytest.mark.parametrize("name", [*ADDMM_NAMES, "grad"])
-@addmm_cases([FULL, AddmmCase("bias", 7, 19, 11, (11,), beta=0.5, alpha=-2)])
-def test_awkward_layouts_of_a_product(case, name, kind):
-    """One tensor at a time in each layout."""
-    tensors = case.random(torch.float32)
-    if name != "grad" and kind in kinds_for(tensors[name]):
-        tensors[name] = awkward(tensors[name], kind)
-    ADDMM.random(case, tensors, kind if name == "grad" else "contiguous")
-
-
 def linear_relu_is_stocks(leading, weight, bias):
     tensors = {
         "input": exact_grid((*leading, 7), torch.float32),
@@ -159,19 +136,6 @@ def test_a_bias_with_rows_of_its_own(bias):
 # --- special values ---------------------------------------------------------------------------------------------------
 
 
-@dtypes
-@special
-@pytest.mark.parametrize("name", ["input", "bias"])
-@conv_cases([COVERED])
-def test_nan_and_infinities_in_a_convolution(case, name, value, dtype):
-    """They travel as in stock, forward and backward; shifted kernels' zeros must not turn infinity into NaN."""
-    tensors = case.exact(dtype)
-    flat = tensors[name].view(-1)
-    flat[[0, flat.numel() // 2, flat.numel() // 2 + 1]] = value
-    result = CONV.exact(case, tensors)
-    assert not result.output.isfinite().all() or value < 0
-
-
 @special
 def test_nan_and_infinities_in_the_weight(value):
     """As in stock."""
@@ -179,76 +143,6 @@ def test_nan_and_infinities_in_the_weight(value):
         tensors = case.exact(torch.float32)
         tensors["weight"][1, 0, 1, 1] = value
         CONV.exact(case, tensors)
-
-
-@special
-def test_nan_and_infinities_in_the_upstream_gradient(value):
-    """They reach what their cell reaches, and nothing where relu was off."""
-    for case in (COVERED, SMALL):
-        tensors = case.exact(torch.float32)
-        tensors["bias"][0] = -100
-        output = CONV.stock(**tensors, **case.keywords)
-        grad = exact_grid(output.shape, output.dtype, terms=case.terms)
-        closed = int((output == 0).flatten().nonzero()[0])
-        for position in (closed, int(output.argmax())):
-            spoiled = grad.clone()
-            spoiled.view(-1)[position] = value
-            result = CONV.equal(case, tensors, spoiled)
-            assert result.grads["bias"].isfinite().all() == (position == closed)
-
-
-@dtypes
-@special
-@pytest.mark.parametrize("name", [*ADDMM_NAMES, "grad"])
-def test_nan_and_infinities_in_a_product(name, value, dtype):
-    """They travel as in stock, forward and backward."""
-    tensors = FULL.exact(dtype)
-    grad = exact_grid((FULL.m, FULL.n), dtype, terms=FULL.terms)
-    (grad if name == "grad" else tensors[name])[3, 2] = value
-    ADDMM.equal(FULL, tensors, grad)
-
-
-@conv_cases([SMALL, GROUPS])
-def test_no_gradient_where_every_cell_is_closed(case):
-    """All-negative windows: zero output and exactly zero gradients; cells at exactly zero are closed too."""
-    tensors = case.exact(torch.float32)
-    for bias in (-1000.0, 0.0):
-        tensors["bias"] = torch.full_like(tensors["bias"], bias)
-        if bias == 0:
-            tensors["weight"] = torch.zeros_like(tensors["weight"])
-        for _, tensor in CONV.exact(case, tensors).tensors():
-            assert_same_values(tensor, torch.zeros_like(tensor))
-
-
-def test_ties_go_to_the_first_cell_in_scan_order():
-    """A constant image: every cell of every window ties; and so do NaN, of which the last counts."""
-    case = conv_case("ties", (1, 1, 6, 6), (2, 1, 1, 1), pool_size=3, pool_stride=2, pool_padding=1)
-    tensors = {name: torch.ones(shape) for name, shape in case.shapes.items()}
-    first = torch.tensor([[4, 3, 3], [1, 0, 0], [1, 0, 0]], dtype=torch.uint8)
-
-    def argmax():
-        return reference.conv2d_relu_max_pool2d_with_argmax(tensors["input"], tensors["weight"], None, case.geometry)[1]
-
-    CONV.equal(case, tensors, None)
-    assert_same_values(argmax()[0, 0], first)
-    tensors["input"].fill_(float("nan"))
-    CONV.equal(case, tensors, None)
-    assert (argmax() == 8).all()
-
-
-def test_a_window_without_a_cell():
-    """Padding and dilation together can put every cell of a window into the padding: stock gives -inf there.
-
-    Its gradients are zero. Stock's own backward writes beside the image, so it does not run here.
-    """
-    keywords = {"pool_size": 2, "pool_padding": 1, "pool_dilation": 2}
-    tensors = {"input": torch.ones(1, 4, 14, 14), "weight": torch.ones(32, 4, 14, 5)}
-    stock = CONV.stock(**tensors, **keywords)
-    assert stock.isneginf().all()
-    for _ in range(20):
-        result = run(CONV.fused, tensors, keywords, torch.ones_like(stock))
-        for name, actual in result.tensors():
-            assert_same_values(actual, stock if name == "output" else torch.zeros_like(actual), name=name)
 
 
 # --- layouts, reproducibility, memory ---------------------------------------------------------------------------------
@@ -297,27 +191,6 @@ def test_parts_of_channels_last_have_stocks_strides(part, images, channels, feat
         torch.library.opcheck(operator.default, args, test_utils="test_faketensor")
 
 
-def test_empty_batch():
-    """The output is empty and the gradients of the parameters are zero."""
-    for case in (SMALL, COVERED):
-        tensors = case.random(torch.float32)
-        tensors["input"] = tensors["input"][:0]
-        result = CONV.equal(case, tensors, None)
-        assert result.output.shape[0] == 0
-        for name in ("weight", "bias"):
-            assert_same_values(result.grads[name], torch.zeros_like(tensors[name]))
-
-
-@dtypes
-@conv_cases([SMALL, GROUPS, COVERED])
-def test_bitwise_reproducible_from_run_to_run(case, dtype):
-    tensors = case.random(dtype)
-    grad = upstream(CONV.stock(**tensors, **case.keywords))
-    first, second = (run(CONV.fused, tensors, case.keywords, grad) for _ in range(2))
-    for (name, one), (_, other) in zip(first.tensors(), second.tensors(), strict=True):
-        assert_bitwise_equal(one, other, name=name)
-
-
 def test_integers_compute_as_in_stock():
     """Stock takes them, without gradients."""
     tensors = {"input": torch.randint(-5, 5, (2, 1, 6, 6)), "weight": torch.randint(-5, 5, (2, 1, 3, 3))}
@@ -357,31 +230,6 @@ def test_modifying_what_a_product_saved_is_noticed(name):
         {**tensors, "output": output}[name].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
-
-
-@conv_cases([SMALL, COVERED, GROUPS])
-def test_nothing_is_modified(case):
-    """Arguments and the upstream gradient keep their values and their version counters, forward and backward."""
-    tensors = {name: tensor.requires_grad_() for name, tensor in case.random(torch.float32).items()}
-    output = conv2d_relu_max_pool2d(**tensors, **case.keywords)
-    watched = [*tensors.values(), output, upstream(output.detach())]
-    before = [(t._version, t.detach().clone()) for t in watched]
-    output.backward(watched[-1])
-    for tensor, (version, values) in zip(watched, before, strict=True):
-        assert tensor._version == version
-        assert_bitwise_equal(tensor, values)
-    assert all(tensor._version == 0 for tensor in tensors.values())
-
-
-def test_a_product_modifies_nothing():
-    tensors = {name: tensor.requires_grad_() for name, tensor in FULL.random(torch.float32).items()}
-    output = addmm_relu(**tensors, beta=2, alpha=3)
-    watched = [*tensors.values(), output, upstream(output.detach())]
-    before = [(t._version, t.detach().clone()) for t in watched]
-    output.backward(watched[-1])
-    for tensor, (version, values) in zip(watched, before, strict=True):
-        assert tensor._version == version
-        assert_bitwise_equal(tensor, values)
 
 
 @pytest.mark.parametrize("how", ["no_grad", "inference_mode", "no leaf"])

@@ -84,10 +84,16 @@ class Backend:
         self.decisions = dict(decisions or {})
         self.records: dict[tuple[str, str, str], Record] = {}
         self.called = False
+        self.codes: set[Any] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy compiles its own graphs.
+        return {**vars(self), "codes": set()}
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph."""
         self.called = True
+        self.codes.add(private.captured_code())
         parts = [part.graph for part in graph_module.modules() if isinstance(part, fx.GraphModule)]
         function = torch.ops.higher_order.autograd_function_apply
         if self.faithful and any(node.target is function for graph in parts for node in graph.nodes):

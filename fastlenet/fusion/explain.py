@@ -158,6 +158,7 @@ def explain(model: nn.Module, example_input: Any = None) -> Explanation:
         notes += handle.notes
         records = list(handle.backend.records.values())
         notes += [f"in {mode} the model runs as it is: {why}" for mode, why in handle.refused.items()]
+        notes += filter(None, [handle.limit()])
     if reason is not None:
         if not layers:
             notes.append(f"cannot be fused: {reason}")

@@ -44,6 +44,7 @@ class Fused:
         self.model = weakref.ref(model)
         self.backend, self.modes, self.notes = backend, tuple(modes), list(notes)
         self.refused: dict[str, str] = {}
+        self.compiled: Callable[..., Any] | None = None
 
     def install(self) -> Fused:
         """Make the model's ``__call__`` run the compiled model, and return these facts."""
@@ -61,7 +62,7 @@ class Fused:
         # Each model has its own limit of recompilations, if this PyTorch has such limits.
         limits: dict[str, Any] = {"isolate_recompiles": True}
         limits = limits if limits.keys() <= inspect.signature(torch.compile).parameters.keys() else {}
-        compiled = torch.compile(_caller(model), backend=self.backend, **limits)
+        self.compiled = compiled = torch.compile(_caller(model), backend=self.backend, **limits)
         plain = model._call_impl
         active = {training: mode in self.modes for training, mode in zip((True, False), MODES, strict=True)}
         recording, tracing, hooked = torch.is_grad_enabled, private.tracing_state, private.has_global_hook
@@ -89,7 +90,18 @@ class Fused:
             logger.warning("fuse leaves %s as it is in %s: %s", type(model).__name__, mode, self.refused[mode])
             return result
 
+        private.quiet_capture(call)
         return call
+
+    def limit(self) -> str | None:
+        """A sentence if PyTorch captures nothing more of this model; else None."""
+        most = private.most_captures()
+        if private.captures(self.compiled, self.backend.codes) < most:
+            return None
+        return (
+            f"PyTorch has captured this model {most:.0f} times, its limit, and runs it unfused with other inputs and "
+            "in other modes: raise torch.compiler.config.recompile_limit, then call torch.compiler.reset()"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fused:
         copied = memo.get(id(self.model()))

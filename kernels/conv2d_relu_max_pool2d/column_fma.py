@@ -1,8 +1,9 @@
-"""The input's gradient of small images with 2x2 pools side by side, in exact float32, on the FMA units.
+"""The input's gradient of small images under 2x2 windows that do not overlap, in exact float32, on the FMA units.
 
-A lane keeps all the rows of pixels below a column of windows in registers, so that no product is wasted and no lane
-idles; what `patch_fma` adds up over lanes by shuffles meets in memory here. All sizes but the batch are compile-time
-constants. It is listed for LeNet's second layer, where it is modelled to take 0.9 times what `patch_fma` takes.
+A lane takes one column of pooling windows and keeps the sums of all pixels that these windows reach in registers. So no
+product is wasted, and no lane is idle. Neighbouring lanes reach some of the same pixels: they add their sums up in
+memory, where `patch_fma` adds them by shuffles between lanes. All sizes but the batch are compile-time constants. It is
+listed for LeNet's second layer, where it is modelled to take 0.9 times what `patch_fma` takes.
 
 Letters: N images, C input and O output channels, H x W input, KH x KW kernel, PH x PW pooled output, P = PH * PW.
 """
@@ -23,9 +24,9 @@ from ..runtime import INTERPRETED, all_registers, cdiv, empty, index_type, launc
 def _add_cells(
     total, cells, kernel, ROW: tl.constexpr, COLUMN: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr
 ):
-    """Add what a window's two cells of one row send to a pixel, if they reach it.
+    """Add to a pixel's sum what the two cells in one row of a window give it; nothing if they do not reach it.
 
-    The pixel lies ROW rows below the cells and COLUMN columns right of the first.
+    The pixel lies ROW rows below the two cells, and COLUMN columns to the right of the left one.
     """
     if ROW >= 0 and ROW < KERNEL_H:
         if COLUMN < KERNEL_W:
@@ -47,7 +48,7 @@ def _add_window(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
 ):
-    """Add what a window's cells send to ROWS rows of KW + 1 pixels per channel, the window beginning in row ROW."""
+    """Add what the cells of a window give to ROWS rows of KW + 1 pixels in each channel; it starts in row ROW."""
     taps: tl.constexpr = KERNEL_H * KERNEL_W
     width: tl.constexpr = KERNEL_W + 1
     start: tl.constexpr = ROW if ROW > 0 else 0
@@ -87,20 +88,23 @@ def _grad_input_kernel(
 ):
     """Gradient of the input in exact float32, without atomics.
 
-    Maths: as in `general`. A pixel receives from up to KW // 2 + 1 columns of windows: per column one chain of fused
-    multiply-adds over (output channel, window, cell) in order, and these sums from right to left, whatever the tile.
+    Maths: as in `general`. Up to KW // 2 + 1 columns of windows reach a pixel. For each column the kernel makes one sum
+    by fused multiply-adds, in the order output channel, window, cell. Then it adds these sums from right to left. The
+    order does not depend on the tile.
 
-    Tile: BLOCK // PW images x STRIP rows of 2x2 blocks of pixels x CHANNELS input channels. A lane owns a column of
-    windows and adds up what these send to the KW + 1 columns of pixels below them, so that no product is wasted on
-    windows beside the image. A window's gradient is spread over its four cells by argmax, once for all pixels and
-    channels that it reaches; windows that do not reach the strip are skipped. At the end a pixel's sums meet in memory:
-    each lane stores its own two columns, then adds in the two after them, and so on, with a barrier between.
-    A program's number counts the tiles of one group of images first, so that neighbours read the same gradients.
+    Tile: BLOCK // PW images x STRIP rows of 2x2 blocks of pixels x CHANNELS input channels. A lane has one column of
+    windows. It sums what these windows give to the KW + 1 columns of pixels that they reach, so no product is computed
+    for windows outside the image. The gradient of a window goes to one of its four cells, by argmax; this is decided
+    once for all pixels and channels that the window reaches. Windows that do not reach the strip are skipped. At the
+    end lanes add their sums up in memory: each lane stores its first two columns of pixels, then adds the next two to
+    what is there, and so on, with a barrier between. Programs are numbered by tile first and by group of images then,
+    so that neighbouring programs read the same gradients.
 
     Shapes and strides: grad and argmax (N, O, PH, PW), weight (O, C, KH, KW), output (N, C, H, W), all contiguous.
 
-    Cost per image: 8 * P * O * C * KH * KW FLOP; reads gradients and argmax once per tile of channels, and those of
-    KH // 2 rows again per strip; writes C * H * W elements, and reads and writes them KW // 2 times more in cache.
+    Cost per image: 8 * P * O * C * KH * KW FLOP; reads gradients and argmax once for each tile of channels, and
+    those of KH // 2 rows of windows once more for each strip; writes C * H * W elements, and reads and writes them
+    KW // 2 times more in cache.
     """
     size: tl.constexpr = POOLED_H * POOLED_W
     taps: tl.constexpr = KERNEL_H * KERNEL_W
@@ -169,13 +173,13 @@ def _grad_input_kernel(
 
 
 def covers(geometry: ConvPoolGeometry, input: Tensor, weight: Tensor) -> bool:
-    """Whether this kernel can compute the gradient, and hold one channel's taps in registers."""
+    """Whether this kernel computes the gradient of such a call: one channel's taps must fit into registers."""
     plain = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
     return geometry == plain and weight[0, 0].numel() <= 49 and min(geometry.output_shape(input, weight)[2:]) > 0
 
 
 def _registers(limit: int) -> dict[str, int]:
-    """Launch option that bounds a thread's registers, on the targets that have it."""
+    """The launch option that limits the registers of a thread, on targets that have one."""
     return {"maxnreg": limit} if not INTERPRETED and all_registers() else {}
 
 

@@ -1,8 +1,9 @@
 """conv2d + relu + max-pool in one kernel, and its gradients, for every geometry that PyTorch allows.
 
-The kernels share one plan. A convolution is a matrix product whose inner dimension is flattened, and a pooling window
-is a loop over its cells, all held by one program, so that nothing at the convolution's resolution reaches memory. All
-sizes and strides are run-time values: a new shape compiles nothing.
+All kernels here work alike. A convolution is computed as a matrix product, whose depth (the dimension summed over) runs
+over channel, kernel row and kernel column. One program computes all cells of its pooling windows, one cell at a time,
+and keeps the maximum in registers: no tensor of the convolution's size is written to memory. All sizes and strides are
+run-time values, so a new shape compiles no new kernel.
 
 Letters: N images, C input channels and O output channels of each of G groups, H x W input, KH x KW kernel, OH x OW
 convolution, PH x PW pooled output, T cells of a pooling window.
@@ -38,8 +39,8 @@ from ..runtime import (
     tf32,
 )
 
-# What the three kernels take after their pointers, in this order. Never specialised on: neither a size of 1 nor a
-# multiple of 16 compiles a kernel anew.
+# The kernels take these arguments after their pointers, in this order. Triton does not specialise on them: a size of 1,
+# or one that is a multiple of 16, compiles no new kernel.
 _GEOMETRY = [
     *("in_channels", "out_channels", "input_h", "input_w", "kernel_h", "kernel_w"),
     *("conv_h", "conv_w", "pooled_h", "pooled_w", "rows"),
@@ -54,7 +55,7 @@ _GENERAL = [*_POINTERS, *_GEOMETRY, *_STRIDES, "rows_per_part"]
 
 @triton.jit
 def _within(position, size):
-    """Whether 0 <= position < size: as unsigned numbers, one comparison tells."""
+    """Whether 0 <= position < size, by one comparison: a negative number read as unsigned is larger than any size."""
     return position.to(tl.uint32) < size.to(tl.uint32)
 
 
@@ -113,10 +114,11 @@ def _forward_kernel(
     runs over (channel, kernel row, kernel column); argmax is the first t, in scan order, that attains the maximum (the
     last NaN, as in PyTorch), or `NO_WINNER` where the output is <= 0.
 
-    Tile: BLOCK_N output channels of one group x BLOCK_M pooled cells (columns, of N * PH * PW). Per window cell a
-    product over depth C * KH * KW accumulates in float32, and joins a running maximum. The depth is walked BLOCK_K at a
-    time: in weight's own order, so that few channels fill a step too; or, if WIDE, tap by tap and then over channels,
-    which leaves no arithmetic on indices to the products.
+    Tile: BLOCK_N output channels of one group (rows) x BLOCK_M pooled cells (columns), of N * PH * PW cells in all. For
+    each cell of the window, a matrix product over the depth C * KH * KW is summed in float32 and then compared with the
+    maximum so far. A step of the product takes BLOCK_K entries of the depth. They stand in the weight's own order, so
+    that a step is full even where there are few channels. If WIDE, the loop goes over the taps, and for each over the
+    channels: then the products need no division to find a pixel.
 
     Shapes and strides: input (N, G * C, H, W), any strides; weight (G * O, C * KH * KW) contiguous, if WIDE
     (G * O, KH * KW * C); bias (G * O) contiguous; output and argmax (N, G * O, PH, PW), any strides, the same for both.
@@ -245,22 +247,22 @@ def _grad_input_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gradient of the input, gathered: each program sums all that reaches its own tile, so no atomics are needed.
+    """Gradient of the input, without atomics: each program sums all that reaches the pixels of its own tile.
 
     Maths: ``grad_input[n, c, h, w] = sum over (kh, kw, o) of grad_conv[n, o, oh, ow] * weight[o, c, kh, kw]``, where
     (oh, ow) is the convolution cell whose tap (kh, kw) lies on (h, w), and ``grad_conv[n, o, oh, ow]`` is the sum of
     grad_output over the windows that cover the cell and whose argmax names it.
 
-    Tile: BLOCK_N input channels of one group x BLOCK_M input positions (columns, of N * H * W). Taps are the loops
-    outside, so that which cell and window a position belongs to is worked out per position and not per product; the
-    depth of the products is output channels, BLOCK_K at a time. Positions lie along a tile's last dimension, where
-    neighbouring threads read neighbouring elements of NCHW tensors.
+    Tile: BLOCK_N input channels of one group (rows) x BLOCK_M input pixels (columns), of N * H * W pixels in all. The
+    outer loops go over the taps: the cell and the windows that a tap gives a pixel are found once for each tap, and
+    serve all products. The depth of the products is the output channels, BLOCK_K at a time. Pixels lie along the tile's
+    last dimension, so that neighbouring threads read neighbouring elements of NCHW tensors.
 
     Shapes and strides: grad (N, G * O, PH, PW) and argmax, any strides (0 too); weight (G * O, KH * KW, C) contiguous,
     that is, channels_last; output (N, G * C, H, W), any strides.
 
-    Cost per image: 2 * H * W * C * G * O * KH * KW FLOP, of which stride 1 needs all; reads PH * PW * G * O gradients
-    and argmax, writes G * C * H * W elements.
+    Cost per image: 2 * H * W * C * G * O * KH * KW FLOP, of which a stride above 1 wastes a part; reads PH * PW * G * O
+    gradients and as many bytes of argmax, writes G * C * H * W elements.
     """
     position = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -369,16 +371,19 @@ def _non_overlapping_grad_input_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gradient of the input where the convolution has stride 1 and the pool windows of 2x2 cells side by side.
+    """Gradient of the input for a convolution of stride 1 and pooling windows of 2x2 cells that do not overlap.
 
-    Maths: as of `_grad_input_kernel`. With h + padding + pool_padding = 2 * u + parity, window u - d has the cells on h
-    by the taps parity + 2 * d and parity + 2 * d - 1, for d = 0, 1, ..., and columns alike.
+    Maths: as in `_grad_input_kernel`. A window's two rows of cells reach a pixel through two neighbouring taps. Write
+    the pixel's row as h + padding + pool_padding = 2 * u + parity. Then the window in row u - d, for d = 0, 1, ...,
+    reaches it through the kernel rows parity + 2 * d (from its upper cells) and parity + 2 * d - 1 (from its lower
+    ones). The same holds for columns.
 
-    Tile: BLOCK_N input channels of one group x BLOCK_M input positions of one parity of row and column: so all have
-    the same taps at a window, and a window is loaded once for its four cells. The depth of the products is output
-    channels, BLOCK_K at a time. `rows` counts the positions of one parity, rounded up: N * ceil(H / 2) * ceil(W / 2).
+    Tile: BLOCK_N input channels of one group (rows) x BLOCK_M input pixels (columns) whose rows have one parity, and
+    whose columns have one. All of them use the same taps of a window, so a window is loaded once for its four cells.
+    The depth of the products is the output channels, BLOCK_K at a time. `rows` counts the pixels of one parity, rounded
+    up: N * ceil(H / 2) * ceil(W / 2).
 
-    Shapes, strides and cost: as of `_grad_input_kernel`, with a quarter to a half of its loads.
+    Shapes, strides and cost: as in `_grad_input_kernel`, with a quarter to a half of its loads.
     """
     parity_h, parity_w = tl.program_id(0) % 4 // 2, tl.program_id(0) % 2
     position = (tl.program_id(0) // 4).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -481,20 +486,22 @@ def _grad_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gradients of the weight and the bias: one part of each sum, which `sum_partials` completes in a fixed order.
+    """Gradients of the weight and the bias in parts: each program sums over a part of the pooled cells.
+
+    `sum_partials` adds the parts up in a fixed order afterwards.
 
     Maths: ``grad_weight[o, k] = sum over (n, p, t) of where(argmax[n, o, p] == t, grad[n, o, p], 0) *
     patch[n, p, t, k]`` with k = (channel, kernel row, kernel column), and
     ``grad_bias[o] = sum where(argmax != NO_WINNER, grad, 0)``.
 
-    Tile: BLOCK_N output channels x BLOCK_M weight entries k of one group: successive ones or, if WIDE, one tap's for
-    successive input channels, which leaves no arithmetic on indices to the products. The sum runs over the
-    `rows_per_part` pooled cells of one part, BLOCK_K at a time.
+    Tile: BLOCK_N output channels (rows) x BLOCK_M weight entries k (columns) of one group. The entries follow one
+    another in the weight. If WIDE, they are those of one tap for successive input channels: then the products need no
+    division to find a pixel. The sum runs over the `rows_per_part` pooled cells of one part, BLOCK_K at a time.
 
     Shapes and strides: grad and argmax (N, G * O, PH, PW), any strides (0 too); input (N, G * C, H, W), any strides;
     partials (parts, *) float32: the weight's (G * O, C * KH * KW) if NEED_WEIGHT, then the bias' (G * O) if NEED_BIAS.
 
-    Cost per image: as the forward; reads input, gradients and argmax once per tile of k.
+    Cost per image: the FLOP of the forward; reads input, gradients and argmax once for each tile of k.
     """
     taps = kernel_h * kernel_w
     depth = in_channels * taps
@@ -572,14 +579,14 @@ def _grad_weight_kernel(
 
 
 _AS_RULED: Mapping[str, int] = MappingProxyType({})
-"""No launch configuration from the table: tiles follow `tiles`."""
+"""Nothing replaces the tiles that `tiles` gives."""
 
 _WIDE = 16
-"""Input channels of a group from which kernels walk the depth tap by tap: below, channels do not fill a step."""
+"""From so many input channels in a group, kernels loop over taps and then channels; fewer would not fill a step."""
 
 
 def _non_overlapping(geometry: ConvPoolGeometry) -> bool:
-    """Whether the convolution has stride 1 and the pool 2x2 windows side by side, as nearly all networks have."""
+    """Whether the convolution has stride 1 and the 2x2 windows do not overlap, as in nearly all networks."""
     unit = geometry.stride == geometry.dilation == geometry.pool_dilation == (1, 1)
     return unit and geometry.pool_size == geometry.pool_stride == (2, 2)
 

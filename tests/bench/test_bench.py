@@ -335,7 +335,7 @@ def test_peak_memory_of_a_step_is_at_least_what_autograd_keeps():
 # Where the commands run; a GPU has more modes and more baselines than a CPU.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RATES = timing.Rates({2**20: 1e10}, {"ieee": 1e11, "bf16": 1e11}, None)
-together = pytest.mark.xdist_group("bench")
+together = pytest.mark.xdist_group("LeNet")  # see test_predict.py
 TINY = [WORKS[0], Work(LENET, 4, direction=TRAIN_STEP)]
 
 

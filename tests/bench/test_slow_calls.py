@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness.fuzz import examples
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # bench/ is no part of the package
 
@@ -56,7 +57,7 @@ def test_the_search_draws_legal_calls():
     import random
 
     rng = random.Random(1)
-    for _ in range(20):
+    for _ in range(examples(20)):
         drawn = slowest.draw(rng)._replace(dtype=torch.float64)
         tensors = [tensor.detach() for tensor in drawn.tensors()]
         torch.testing.assert_close(drawn.fused(*tensors), drawn.stock(*tensors))

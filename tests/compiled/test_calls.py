@@ -7,13 +7,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from fastlenet.kernels import configurations, plans, runtime
+from fastlenet.kernels import configurations, plans
 from fastlenet.kernels.geometry import ConvPoolGeometry
 from harness.fake_driver import compiling_for
 from harness.operators import fp32_precision
 
 import fastlenet
-from bench.static import fake_driver
 from fastlenet import functional, selection
 
 PLAIN = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
@@ -24,27 +23,6 @@ def gpu():
     """Triton drives the CPU's tensors, and launches nothing."""
     with selection.triton_drives_everything(), compiling_for("sm_90") as records, fastlenet.use_backend("triton"):
         yield records
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """All launches in their order, as kernel and number of pointers that are multiples of 16."""
-    log, record_launch = [], fake_driver._Launcher.__call__
-
-    def logged(self, *args):
-        record_launch(self, *args)
-        log.append((self._record, self._record.calls[-1]))
-
-    monkeypatch.setattr(fake_driver._Launcher, "__call__", logged)
-    return log
-
-
-@pytest.fixture
-def reasoned(monkeypatch):
-    """The kernels that launchers launched themselves."""
-    log, launch = [], runtime._launch_on
-    monkeypatch.setattr(runtime, "_launch_on", lambda *args: (log.append(args[2]), launch(*args)))
-    return log
 
 
 def lenet_step(network, images):
@@ -141,8 +119,9 @@ def told(log):
     ]
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
 @pytest.mark.parametrize("operator", ["layer", "chain"])
-def test_no_call_follows_the_plan_of_another_kind(operator, gpu, launched, monkeypatch):
+def test_no_call_follows_the_plan_of_another_kind(operator, backward, gpu, launched, monkeypatch):
     """An unaligned view after an aligned call of the same shape, for one, must not run a kernel of 16-byte loads."""
     run = {
         "layer": lambda *tensors: functional.conv2d_relu_max_pool2d(*tensors),
@@ -155,7 +134,8 @@ def test_no_call_follows_the_plan_of_another_kind(operator, gpu, launched, monke
             launched.clear()
             leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
             output = run(*leaves)
-            output.backward(torch.zeros_like(output))
+            if backward:
+                output.backward(torch.zeros_like(output))
             found[name] = told(launched)
         return found
 

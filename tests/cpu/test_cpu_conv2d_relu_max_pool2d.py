@@ -10,12 +10,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness.cases import BIG_WINDOW, CONV_CASES, TOO_BIG_WINDOW, conv_case, conv_cases
+from harness.contract import (  # noqa: F401
+    Contract,
+    pytest_generate_tests,
+    test_a_window_without_a_cell,
+    test_as_accurate_as_stock,
+    test_awkward_layouts,
+    test_bitwise_reproducible_from_run_to_run,
+    test_empty_batch,
+    test_equal_to_stock_where_arithmetic_is_exact,
+    test_nan_and_infinities_in_the_upstream_gradient,
+    test_nan_and_infinities_travel_as_in_stock,
+    test_no_gradient_where_relu_is_off,
+    test_nothing_is_modified,
+    test_ties_go_to_the_first_cell_in_scan_order,
+)
 from harness.draw import conv_calls
 from harness.fuzz import assume, examples, given, settings
 from harness.judge import assert_as_accurate, assert_bitwise_equal, assert_same_values, exact_grid
 from harness.operators import CONV, Result, run, upstream
 from harness.poison import assert_fully_written, poisoned_outputs
-from harness.strides import awkward, kinds_for
+from harness.strides import awkward
 from torch import Tensor
 
 from fastlenet import cpu, reference
@@ -97,6 +112,12 @@ def watched(function, tensors, keywords, grad_output=None, wanted=None) -> Resul
 
 
 TRIAL = CONV.__class__(compiled, CONV.stock, CONV.judge, watched)
+CONTRACT = Contract(
+    grid=[*CONV_CASES, *MORE],
+    plain=[BLOCKS[2], ALL_ELSE, SMALL],
+    covered=[COVERED, BLOCKS[0]],
+    dtypes=(torch.float32,),
+)
 
 # The most images that are computed one by one.
 FORMS = {"blocks": 0, "one by one": 1000}
@@ -109,6 +130,12 @@ def either(request, monkeypatch) -> str:
     return request.param
 
 
+@pytest.fixture
+def trial(either):
+    """The kernels' trial, in both forms."""
+    return lambda case: TRIAL
+
+
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
 def threads(request) -> Iterator[int]:
     before = torch.get_num_threads()
@@ -118,13 +145,6 @@ def threads(request) -> Iterator[int]:
 
 
 # --- accuracy ------------------------------------------------------------------------------------------------------
-
-
-@conv_cases([*CONV_CASES, *MORE])
-def test_conv_grid(case, either):
-    """As accurate as stock on random numbers, and equal to it where arithmetic is exact."""
-    TRIAL.random(case, case.random(torch.float32))
-    TRIAL.exact(case, case.exact(torch.float32))
 
 
 @pytest.mark.parametrize("filters", [1, 2, 4, 5, 6, 7])
@@ -175,20 +195,6 @@ def test_drawn_convolutions(call):
                 TRIAL.exact(call.case, call.tensors(), kind)
             else:
                 TRIAL.random(call.case, call.tensors(), kind, allow_zero=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [(name, kind) for name in ("input", "weight", "grad") for kind in kinds_for(torch.empty(1, 1, 1, 1))]
-    + [("bias", kind) for kind in kinds_for(torch.empty(1))],
-)
-@conv_cases([BLOCKS[2], ALL_ELSE])
-def test_awkward_layouts(case, name, kind, either):
-    """One tensor at a time in each layout."""
-    tensors = case.random(torch.float32)
-    if name != "grad":
-        tensors[name] = awkward(tensors[name], kind)
-    TRIAL.random(case, tensors, kind if name == "grad" else "contiguous")
 
 
 def test_images_that_lie_apart():
@@ -254,29 +260,7 @@ def test_inference_is_training_without_argmax():
         assert_bitwise_equal(output, cpu.conv2d_relu_max_pool2d(*tensors.values(), case.geometry, True)[0])
 
 
-def test_empty_batch():
-    """The output is empty and the gradients of the parameters are zero."""
-    tensors = SMALL.random(torch.float32)
-    tensors["input"] = tensors["input"][:0]
-    result = TRIAL.equal(SMALL, tensors, None)
-    assert result.output.shape[0] == 0
-    for name in ("weight", "bias"):
-        assert_same_values(result.grads[name], torch.zeros_like(tensors[name]))
-
-
 # --- special values ------------------------------------------------------------------------------------------------
-
-
-@special
-@pytest.mark.parametrize("name", ["input", "bias"])
-@conv_cases([COVERED, BLOCKS[0]])
-def test_nan_and_infinities(case, name, value, either):
-    """They travel as in stock, forward and backward."""
-    tensors = case.exact(torch.float32)
-    flat = tensors[name].view(-1)
-    flat[[0, flat.numel() // 2, flat.numel() // 2 + 1]] = value
-    result = TRIAL.exact(case, tensors)
-    assert not result.output.isfinite().all() or value < 0
 
 
 @special
@@ -297,22 +281,6 @@ def test_nan_and_infinities_reach_the_same_outputs(case, name, value, either):
     tensors[name].view(-1)[tensors[name].numel() // 2] = value
     stock = CONV.stock(**{key: tensor.double() for key, tensor in tensors.items()}, **case.keywords)
     assert_same_values(compiled(**tensors, **case.keywords), stock.float())
-
-
-@special
-def test_nan_and_infinities_in_the_upstream_gradient(value):
-    """They reach what their cell reaches, and nothing where relu was off."""
-    for case in (COVERED, BLOCKS[0]):
-        tensors = case.exact(torch.float32)
-        tensors["bias"][0] = -100
-        output = CONV.stock(**tensors, **case.keywords)
-        grad = exact_grid(output.shape, output.dtype, terms=case.terms)
-        closed = int((output == 0).flatten().nonzero()[0])
-        for position in (closed, int(output.argmax())):
-            spoiled = grad.clone()
-            spoiled.view(-1)[position] = value
-            result = TRIAL.equal(case, tensors, spoiled)
-            assert result.grads["bias"].isfinite().all() == (position == closed)
 
 
 def test_images_after_one_whose_gradient_is_infinite():
@@ -348,40 +316,6 @@ def test_an_image_that_is_not_finite_stays_alone(value):
     tensors = case.exact(torch.float32)
     tensors["input"][-1] = value
     TRIAL.exact(case, tensors)
-
-
-@conv_cases([SMALL, *BLOCKS[:2]])
-def test_no_gradient_where_every_cell_is_closed(case):
-    """All-negative windows: zero output and exactly zero gradients; cells at exactly zero are closed too."""
-    tensors = case.exact(torch.float32)
-    for bias in (-1000.0, 0.0):
-        tensors["bias"] = torch.full_like(tensors["bias"], bias)
-        if bias == 0:
-            tensors["weight"] = torch.zeros_like(tensors["weight"])
-        for _, tensor in TRIAL.exact(case, tensors).tensors():
-            assert_same_values(tensor, torch.zeros_like(tensor))
-
-
-def test_ties_go_to_the_first_cell_in_scan_order(either):
-    """A constant image: every cell of every window ties; and so do NaN, of which the last counts."""
-    geometry = conv_case("", (1,), (1, 1, 1, 1), pool_size=(2, 3), pool_stride=1).geometry
-    for value, cell in ((1.0, 0), (float("nan"), 5), (float("inf"), 0)):
-        image = torch.full((3, 1, 4, 5), value)
-        output, argmax = cpu.conv2d_relu_max_pool2d(image, torch.ones(1, 1, 1, 1), None, geometry, True)
-        assert_same_values(output, torch.full_like(output, value))
-        assert bool((argmax == cell).all())
-
-
-def test_a_window_without_a_cell(either):
-    """Padding and dilation of the pool together can leave one: stock says -inf, and no gradient passes."""
-    keywords = {"pool_size": 2, "pool_stride": 2, "pool_padding": 1, "pool_dilation": 3}
-    case = conv_case("", (17, 1, 2, 2), (2, 1, 1, 1), **keywords)
-    tensors = case.exact(torch.float32)
-    expected = CONV.stock(**tensors, **keywords)
-    assert bool((expected == -torch.inf).any())
-    output, argmax = cpu.conv2d_relu_max_pool2d(*tensors.values(), case.geometry, True)
-    assert_same_values(output, expected)
-    assert bool((argmax[expected == -torch.inf] == case.geometry.no_winner).all())
 
 
 # --- threads, layouts in memory, other implementations ----------------------------------------------------------------
@@ -439,16 +373,6 @@ def test_several_python_threads():
         for result in results:
             for (name, one), (_, two) in zip(result.tensors(), expected.tensors(), strict=True):
                 assert_bitwise_equal(one, two, name=name)
-
-
-def test_nothing_is_modified():
-    """Arguments keep their values."""
-    tensors = ALL_ELSE.random(torch.float32)
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
-    run(compiled, tensors, ALL_ELSE.keywords)
-    for name, tensor in tensors.items():
-        assert tensor._version == 0
-        assert_bitwise_equal(tensor, before[name], name=name)
 
 
 @conv_cases([BLOCKS[1], ALL_ELSE, SMALL])

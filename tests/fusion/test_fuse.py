@@ -683,20 +683,28 @@ class Renamed(Small):
         return F.relu(self.fc(x)) * len(self.name)
 
 
-def test_beyond_the_limit_of_recompilations_the_model_runs_as_it_is():
-    """It computes what it should, and PyTorch's log tells."""
-    told = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
-    logging.getLogger("torch._dynamo").addHandler(handler)
-    model = fastlenet.fuse(Renamed(), inplace=True)
-    try:
-        for number in range(12):
-            model.name = "x" * number
-            assert_same(model(ROWS), F.relu(model.fc(ROWS)) * number)
-    finally:
-        logging.getLogger("torch._dynamo").removeHandler(handler)
-    assert any("recompile_limit" in line for line in told)
+class Branching(Renamed):
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return F.relu(self.fc(x)) * len(self.name)
+
+
+@pytest.mark.parametrize("kind", [Renamed, Branching])
+def test_beyond_the_limit_of_recompilations_the_model_runs_as_it_is(kind, monkeypatch):
+    """It computes what it should, and explain tells once nothing more is captured; copies capture anew."""
+    monkeypatch.setattr(torch.compiler.config, "recompile_limit", 3)
+    model = fastlenet.fuse(kind(), inplace=True)
+    for number in range(6):
+        model.name = "x" * number
+        assert_same(model(ROWS), F.relu(model.fc(ROWS)) * number)
+        assert ("captured this model 3 times, its limit" in str(fastlenet.explain(model))) == (number >= 2), number
+    for other in (copy.deepcopy(model), fastlenet.fuse(kind())):
+        assert_same(other(ROWS), F.relu(other.fc(ROWS)) * len(other.name))
+        assert "limit" not in str(fastlenet.explain(other))
+    torch.compiler.reset()
+    model(ROWS)
+    assert "limit" not in str(fastlenet.explain(model))
 
 
 def test_control_flow_is_fused_in_pieces(ran):
@@ -735,16 +743,22 @@ def test_a_model_that_dynamo_refuses_runs_as_it_is(caplog, monkeypatch):
     assert "planted" in str(fastlenet.explain(fused))
 
 
-def test_the_models_own_errors_stay_its_own(ran):
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (2, 1, 40, 40)], ids=["a convolution's", "a linear layer's"])
+def test_the_models_own_errors_stay_its_own(shape, ran, monkeypatch):
+    """And PyTorch logs no error of its own before."""
+    logged = []
+    monkeypatch.setattr(logging.getLogger("torch._subclasses.fake_tensor"), "callHandlers", logged.append)
     model = TutorialNet()
     fused = fastlenet.fuse(model)
     for _ in range(2):
         with pytest.raises(RuntimeError) as expected:
-            model(torch.randn(1, 3, 32, 32))
+            model(torch.randn(shape))
         with pytest.raises(RuntimeError) as actual:
-            fused(torch.randn(1, 3, 32, 32))
+            fused(torch.randn(shape))
         assert type(actual.value) is type(expected.value)
         assert str(actual.value) == str(expected.value)
+        assert actual.value.__context__ is None
+    assert logged == []
     assert ran(fused, images_of("tutorial")) == (2, 2)
 
 
@@ -858,6 +872,7 @@ def test_functional_transforms():
     torch.testing.assert_close(fused(images), model(images))
 
 
+@pytest.mark.wide
 def test_autocast_with_a_scaler():
     """Half precision, a scaled loss and the scaler's step give the stock model's weights up to its own error."""
     stock = CASES["vgg11_bn"]().eval()

@@ -10,7 +10,8 @@ from fastlenet.kernels import addmm_relu, joint, plans, runtime, tiles
 from fastlenet.kernels.conv2d_relu_max_pool2d import column_fma, general, patch_dot, patch_fma, spread_dot
 from harness import modes
 from harness.bounds import sanitized
-from harness.operators import Result, fp32_precision, run
+from harness.contract import Case, trial_of
+from harness.operators import Result, Trial, fp32_precision, run
 
 import fastlenet
 
@@ -35,6 +36,18 @@ def watched() -> Callable[..., Result]:
         return result
 
     return watched_run
+
+
+@pytest.fixture
+def trial(watched: Callable[..., Result]) -> Callable[[Case], Trial]:
+    """The trial of a case's operator, watched."""
+    return lambda case: trial_of(case).under(watched)
+
+
+@pytest.fixture
+def place(device: str) -> str:
+    """Where tensors of contract tests live."""
+    return device
 
 
 @pytest.fixture

@@ -9,14 +9,29 @@ import pytest
 import torch
 from fastlenet.kernels import addmm_relu as kernels
 from fastlenet.kernels import tiles
-from harness import modes
-from harness.bounds import BoundsError, bounds_checked, sanitized
-from harness.cases import SHIPPED_ADDMM, AddmmCase, addmm_cases, dtypes, wide_and_narrow
+from harness.bounds import sanitized
+from harness.cases import ADDMM_CASES, SHIPPED_ADDMM, AddmmCase, dtypes, wide_and_narrow
+from harness.contract import (  # noqa: F401
+    Contract,
+    pytest_generate_tests,
+    test_addresses_beyond_two_to_the_31,
+    test_addresses_in_32_bits_would_be_caught,
+    test_as_accurate_as_stock,
+    test_awkward_layouts,
+    test_equal_to_stock_where_arithmetic_is_exact,
+    test_kernels_are_launched_on_the_tensors_device,
+    test_nan_and_infinities_in_the_upstream_gradient,
+    test_nan_and_infinities_travel_as_in_stock,
+    test_no_gradient_where_relu_is_off,
+    test_one_implementation_may_follow_the_other,
+    test_shipped_tiles,
+    test_tf32_is_as_accurate_as_stock_in_tf32,
+)
 from harness.draw import addmm_calls
 from harness.fuzz import examples, given, settings
 from harness.judge import assert_bitwise_equal, assert_same_values, exact_grid
-from harness.operators import ADDMM, far_apart, fp32_precision, run, stock_linear_relu, upstream
-from harness.strides import awkward, kinds_for
+from harness.operators import ADDMM, run, stock_linear_relu, upstream
+from harness.strides import awkward
 from torch._subclasses import FakeTensorMode
 
 import fastlenet
@@ -26,7 +41,14 @@ NAMES = ("input", "mat1", "mat2")
 SMALL = AddmmCase("small", 7, 19, 11, (11,), beta=0.5, alpha=-2)
 FULL = AddmmCase("small, full addend", 7, 19, 11, (7, 11))
 FC = AddmmCase("LeNet fc2", 8, 120, 84, (84,))
-only_interpreted = pytest.mark.skipif(not modes.interpreting(), reason="only the interpreter survives a bad address")
+CONTRACT = Contract(
+    grid=ADDMM_CASES,
+    plain=[SMALL, FULL],
+    covered=[FULL],
+    shipped=SHIPPED_ADDMM,
+    far=[AddmmCase("far", 4, 3, 5, (4, 5))],
+    launches=3,  # forward and two gradients
+)
 
 
 @pytest.fixture
@@ -37,18 +59,6 @@ def addmm(watched):
 # --- accuracy ------------------------------------------------------------------------------------------------------
 
 
-@addmm_cases()
-@dtypes
-def test_grid_is_as_accurate_as_stock(case, dtype, addmm, device):
-    addmm.random(case, case.random(dtype, device=device))
-
-
-@addmm_cases()
-@dtypes
-def test_grid_equals_stock_where_arithmetic_is_exact(case, dtype, addmm, device):
-    addmm.exact(case, case.exact(dtype, device=device))
-
-
 @dtypes
 def test_results_are_rounded_to_nearest(dtype, device):
     """One product an element is exact in float32, so only its rounding can differ: truncation would pass the judge."""
@@ -57,6 +67,7 @@ def test_results_are_rounded_to_nearest(dtype, device):
     assert_same_values(ADDMM.fused(**tensors), expected)
 
 
+@pytest.mark.wide
 @settings(max_examples=examples(60))
 @given(call=addmm_calls())
 def test_drawn_calls(call, addmm, device):
@@ -65,24 +76,6 @@ def test_drawn_calls(call, addmm, device):
         addmm.exact(call.case, call.tensors(device), call.grad_kind(2))
     else:
         addmm.random(call.case, call.tensors(device), call.grad_kind(2), allow_zero=True)
-
-
-@pytest.mark.parametrize("kind", kinds_for(torch.empty(2, 2)))
-@pytest.mark.parametrize("name", [*NAMES, "grad"])
-@pytest.mark.parametrize("case", [SMALL, FULL], ids=["bias", "full addend"])
-def test_awkward_layouts(case, name, kind, addmm, device):
-    """One tensor at a time in each layout, so that a swapped stride of any of them shows."""
-    tensors = case.random(torch.float32, device=device)
-    if name != "grad" and kind in kinds_for(tensors[name]):
-        tensors[name] = awkward(tensors[name], kind)
-    addmm.random(case, tensors, kind if name == "grad" else "contiguous")
-
-
-@addmm_cases(SHIPPED_ADDMM)
-@wide_and_narrow
-def test_shipped_tiles(case, dtype, addmm, device, shipped_tiles):
-    """The compiled configuration's own tiles, several and partial in every dimension, and several parts of a sum."""
-    addmm.random(case, case.random(dtype, device=device))
 
 
 def test_several_parts_do_occur(shipped_tiles, device, launches, monkeypatch):
@@ -101,13 +94,6 @@ def test_several_parts_do_occur(shipped_tiles, device, launches, monkeypatch):
     assert [len(sums) for sums in parts] == [2]
     assert min(parts[0]) > 2
     assert {(c["BLOCK_M"], c["BLOCK_K"]) for _, c in launches if "BLOCK_M" in c} == {(64, 16)}
-
-
-def test_tf32_is_as_accurate_as_stock_in_tf32(addmm, device, launches):
-    """The precision switch reaches every kernel (the interpreter itself knows no tf32)."""
-    with fp32_precision("tf32"):
-        addmm.random(FC, FC.random(torch.float32, device=device))
-    assert {c["PRECISION"] for _, c in launches if "PRECISION" in c} == {"tf32"}
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (0,), (2, 1, 3)], ids=str)
@@ -234,45 +220,12 @@ def test_masked_once_for_both_products(case, dtype, addmm, launches, device, mon
 # --- special values ------------------------------------------------------------------------------------------------
 
 
-@dtypes
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_nan_and_infinities_travel_as_in_stock(name, value, dtype, addmm, device):
-    """Relu propagates NaN, and lets gradients pass where its output is NaN."""
-    tensors = FULL.exact(dtype, device=device)
-    tensors[name][3, 2] = value
-    result = addmm.exact(FULL, tensors)
-    assert not result.output.isfinite().all() or value < 0
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-def test_nan_and_infinities_in_the_upstream_gradient(value, addmm, device):
-    """They reach what their element reaches, and nothing where relu was off."""
-    tensors = FULL.exact(torch.float32, device=device)
-    output = ADDMM.stock(**tensors, **FULL.keywords)
-    for position in (output.argmin(), output.argmax()):
-        grad = exact_grid(output.shape, output.dtype, terms=FULL.terms, device=device)
-        grad.view(-1)[position] = value
-        result = addmm.equal(FULL, tensors, grad)
-        assert result.grads["input"].isfinite().all() == (position == output.argmin())
-
-
 def test_nan_is_not_read_where_beta_is_zero(addmm, device):
     """As in torch.addmm, an addend that does not count may hold anything."""
     case = AddmmCase("beta 0", 5, 6, 7, (5, 7), beta=0)
     tensors = case.exact(torch.float32, device=device)
     tensors["input"].fill_(float("nan"))
     assert addmm.exact(case, tensors).output.isfinite().all()
-
-
-def test_no_gradient_where_relu_is_off(addmm, device):
-    """All-negative sums: zero output and exactly zero gradients; sums of exactly zero count as off too."""
-    for addend, factor in ((-1000.0, 1.0), (0.0, 0.0)):
-        tensors = FULL.exact(torch.float32, device=device)
-        tensors["input"].fill_(addend)
-        tensors["mat2"] *= factor
-        for _, tensor in addmm.exact(FULL, tensors).tensors():
-            assert_same_values(tensor, torch.zeros_like(tensor))
 
 
 # --- what is computed, and what is not -----------------------------------------------------------------------------
@@ -359,77 +312,6 @@ def test_a_row_does_not_depend_on_its_batch(dtype, device, shipped_tiles, sums_i
     for batch, first in ((1, 0), (1, 63), (2, 62), (7, 5), (7, 57)):
         part = ADDMM.fused(mat1=rows[first : first + batch], **tensors)
         assert_bitwise_equal(part, whole[first : first + batch], name=f"{batch} from row {first}")
-
-
-@pytest.mark.parametrize(("forward", "backward"), [("triton", "aten"), ("aten", "triton")])
-@addmm_cases([SMALL, FULL])
-def test_one_implementation_may_follow_the_other(case, forward, backward, device):
-    """What the forward saves means the same to both backwards."""
-    tensors = case.random(torch.float32, device=device)
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-    with fastlenet.use_backend(forward):
-        output = ADDMM.fused(**leaves, **case.keywords)
-        grad = upstream(output.detach())
-        result = run(ADDMM.fused, tensors, case.keywords, grad)
-    with fastlenet.use_backend(backward):
-        output.backward(grad)
-    result.grads = {name: leaf.grad for name, leaf in leaves.items()}
-    ADDMM.judge(case, tensors, grad, result)
-
-
-# --- addresses and devices -----------------------------------------------------------------------------------------
-
-FAR = AddmmCase("far", 4, 3, 5, (4, 5))
-
-
-@pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("name", [*NAMES, "grad"])
-def test_addresses_beyond_two_to_the_31(name, dim, watched, device):
-    """Memory is reserved, not touched: the tensor's own elements are few."""
-    tensors = FAR.exact(torch.float16, device=device)
-    grad = exact_grid((FAR.m, FAR.n), torch.float16, terms=FAR.terms, device=device)
-    expected = run(ADDMM.stock, tensors, FAR.keywords, grad)
-    if name == "grad":
-        grad = far_apart(grad, dim)
-    else:
-        tensors[name] = far_apart(tensors[name], dim)
-    result = watched(ADDMM.fused, tensors, FAR.keywords, grad)
-    for (label, actual), (_, wanted) in zip(result.tensors(), expected.tensors(), strict=True):
-        assert_same_values(actual, wanted, name=label)
-
-
-@only_interpreted
-@pytest.mark.parametrize("name", [*NAMES, "grad"])
-def test_addresses_in_32_bits_would_be_caught(name, monkeypatch, device):
-    """Negative control of the test above."""
-    tl = pytest.importorskip("triton.language")
-    monkeypatch.setattr(kernels, "index_type", lambda *_: tl.int32)
-    tensors = FAR.exact(torch.float16, device=device)
-    grad = ADDMM.stock(**tensors, **FAR.keywords)
-    if name == "grad":
-        grad = far_apart(grad)
-    else:
-        tensors[name] = far_apart(tensors[name])
-    with pytest.raises(BoundsError), bounds_checked():
-        run(ADDMM.fused, tensors, FAR.keywords, grad)
-
-
-def test_kernels_are_launched_on_the_tensors_device(monkeypatch, watched):
-    """The current device need not be the tensors'."""
-    guarded = []
-    device_of = torch.cuda.device_of
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: (guarded.append(tensor.device), device_of(tensor))[1])
-    second = torch.cuda.device_count() > 1 and not modes.interpreting()
-    device = torch.device("cuda:1" if second else modes.kernel_device())
-    tensors = SMALL.random(torch.float32, device=device)
-    ADDMM.under(watched).random(SMALL, tensors)
-    guarded.clear()  # the first call was decided on the device, too
-    ADDMM.under(watched).random(SMALL, tensors)
-    # Forward and two gradients; on the current device there is nothing to do.
-    assert len(guarded) == (3 if second or modes.interpreting() else 0)
-    assert {d.type for d in guarded} <= {device.type}
-    if second:
-        assert {d.index for d in guarded} == {1}
 
 
 @pytest.mark.parametrize("wanted", ["input", "weight", "bias", "all"])

@@ -8,25 +8,47 @@ from collections import Counter
 import pytest
 import torch
 from fastlenet.kernels.conv2d_relu_max_pool2d import general as kernels
-from harness import modes
-from harness.bounds import BoundsError, bounds_checked, sanitized
-from harness.cases import BIG_WINDOW, SHIPPED_CONV, conv_case, conv_cases, dtypes, wide_and_narrow
+from harness.bounds import sanitized
+from harness.cases import BIG_WINDOW, CONV_CASES, SHIPPED_CONV, conv_case, dtypes, wide_and_narrow
+from harness.contract import (  # noqa: F401
+    Contract,
+    pytest_generate_tests,
+    test_a_window_without_a_cell,
+    test_addresses_beyond_two_to_the_31,
+    test_addresses_in_32_bits_would_be_caught,
+    test_as_accurate_as_stock,
+    test_awkward_layouts,
+    test_equal_to_stock_where_arithmetic_is_exact,
+    test_kernels_are_launched_on_the_tensors_device,
+    test_nan_and_infinities_in_the_upstream_gradient,
+    test_nan_and_infinities_travel_as_in_stock,
+    test_no_gradient_where_relu_is_off,
+    test_one_implementation_may_follow_the_other,
+    test_shipped_tiles,
+    test_tf32_is_as_accurate_as_stock_in_tf32,
+    test_ties_go_to_the_first_cell_in_scan_order,
+)
 from harness.draw import conv_calls
 from harness.fuzz import examples, given, settings
-from harness.judge import assert_bitwise_equal, assert_same_values, exact_grid
-from harness.operators import CONV, by_definition, far_apart, fp32_precision, run, upstream
+from harness.judge import assert_bitwise_equal, assert_same_values
+from harness.operators import CONV, by_definition, run, upstream
 from harness.poison import assert_writes_everything
-from harness.strides import awkward, kinds_for
+from harness.strides import awkward
 from torch._subclasses import FakeTensorMode
-
-import fastlenet
 
 NAMES = ("input", "weight", "bias")
 SMALL = conv_case("small", (2, 3, 9, 8), (5, 3, 2, 3), padding=(1, 0), pool_size=(2, 3), pool_stride=2)
 LENET = conv_case("LeNet conv2, narrow", (2, 3, 14, 14), (4, 3, 5, 5))
 # Every cell of its convolution lies in a window, and none in the padding: NaN and infinities go where stock's go.
 COVERED = conv_case("covered", (2, 2, 8, 9), (3, 2, 3, 2), pool_size=3, pool_stride=(3, 1))
-only_interpreted = pytest.mark.skipif(not modes.interpreting(), reason="only the interpreter survives a bad address")
+CONTRACT = Contract(
+    grid=[case for case in CONV_CASES if case is not BIG_WINDOW],
+    plain=[SMALL],
+    covered=[COVERED],
+    shipped=SHIPPED_CONV,
+    far=[conv_case("far", (4, 2, 6, 5), (3, 2, 3, 2))],
+    launches=4,  # forward, two gradients, one sum of parts
+)
 
 
 @pytest.fixture
@@ -35,19 +57,6 @@ def conv(watched):
 
 
 # --- accuracy ------------------------------------------------------------------------------------------------------
-
-
-@conv_cases(without=(BIG_WINDOW.name,))
-@dtypes
-def test_grid_is_as_accurate_as_stock(case, dtype, conv, device):
-    conv.random(case, case.random(dtype, device=device))
-
-
-@conv_cases(without=(BIG_WINDOW.name,))
-@wide_and_narrow
-def test_grid_equals_stock_where_arithmetic_is_exact(case, dtype, conv, device):
-    """Equality in every value: a wrong tie rule, window or mask cannot hide behind a tolerance."""
-    conv.exact(case, case.exact(dtype, device=device))
 
 
 @pytest.mark.wide
@@ -78,29 +87,9 @@ def test_drawn_calls(call, conv, device):
         conv.random(call.case, tensors, grad_kind, allow_zero=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [(name, kind) for name in ("input", "weight", "grad") for kind in kinds_for(torch.empty(1, 1, 1, 1))]
-    + [("bias", kind) for kind in kinds_for(torch.empty(1))],
-)
-def test_awkward_layouts(name, kind, conv, device):
-    """One tensor at a time in each layout, so that a swapped stride of any of them shows."""
-    tensors = SMALL.random(torch.float32, device=device)
-    if name != "grad":
-        tensors[name] = awkward(tensors[name], kind)
-    conv.random(SMALL, tensors, kind if name == "grad" else "contiguous")
-
-
 def test_upstream_gradient_of_a_sum(conv, device):
     """`.sum()` sends a gradient whose strides are all zero."""
     conv.equal(SMALL, SMALL.exact(torch.float32, device=device), None)
-
-
-@conv_cases(SHIPPED_CONV)
-@wide_and_narrow
-def test_shipped_tiles(case, dtype, conv, device, shipped_tiles):
-    """The compiled configuration's own tiles, several and partial in every dimension, and several parts of a sum."""
-    conv.random(case, case.random(dtype, device=device))
 
 
 @pytest.mark.wide
@@ -120,26 +109,7 @@ def test_several_parts_do_occur(shipped_tiles, device, launches, monkeypatch):
     assert {(c["BLOCK_M"], c["BLOCK_K"]) for _, c in launches if "BLOCK_M" in c} == {(32, 16), (128, 16)}
 
 
-def test_tf32_is_as_accurate_as_stock_in_tf32(conv, device, launches):
-    """The precision switch reaches every kernel (the interpreter itself knows no tf32)."""
-    with fp32_precision("tf32"):
-        conv.random(LENET, LENET.random(torch.float32, device=device))
-    assert {c["PRECISION"] for _, c in launches if "PRECISION" in c} == {"tf32"}
-
-
 # --- special values ------------------------------------------------------------------------------------------------
-
-
-@dtypes
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("name", ["input", "bias"])
-def test_nan_and_infinities_travel_as_in_stock(name, value, dtype, conv, device):
-    """Relu and max-pool propagate NaN, and a gradient goes to the last NaN of a window, in all results."""
-    tensors = COVERED.exact(dtype, device=device)
-    flat = tensors[name].view(-1)
-    flat[[0, flat.numel() // 2, flat.numel() // 2 + 1]] = value
-    result = conv.exact(COVERED, tensors)
-    assert not result.output.isfinite().all() or value < 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
@@ -161,21 +131,6 @@ def test_nan_and_infinities_in_the_weight(value, watched, device):
     assert_same_values(actual[inner], expected[inner])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-def test_nan_and_infinities_in_the_upstream_gradient(value, conv, device):
-    """They reach what their cell reaches, and nothing where relu was off."""
-    tensors = COVERED.exact(torch.float32, device=device)
-    tensors["bias"][0] = -100
-    output = CONV.stock(**tensors, **COVERED.keywords)
-    grad = exact_grid(output.shape, output.dtype, terms=COVERED.terms, device=device)
-    closed = int((output == 0).flatten().nonzero()[0])
-    for position in (closed, int(output.argmax())):
-        spoiled = grad.clone()
-        spoiled.view(-1)[position] = value
-        result = conv.equal(COVERED, tensors, spoiled)
-        assert result.grads["bias"].isfinite().all() == (position == closed)
-
-
 def test_overflow_to_infinity(device):
     """A result that float16 cannot hold is infinite, as in stock."""
     tensors = COVERED.exact(torch.float16, device=device)
@@ -184,39 +139,6 @@ def test_overflow_to_infinity(device):
     assert output.isinf().any()
     assert output.isfinite().any()
     assert_same_values(output, CONV.stock(**tensors, **COVERED.keywords))
-
-
-def test_no_gradient_where_every_cell_is_closed(conv, device):
-    """All-negative windows: zero output and exactly zero gradients; cells at exactly zero are closed too."""
-    tensors = SMALL.exact(torch.float32, device=device)
-    for bias in (-1000.0, 0.0):
-        tensors["bias"] = torch.full_like(tensors["bias"], bias)
-        if bias == 0:
-            tensors["weight"] = torch.zeros_like(tensors["weight"])
-        result = conv.exact(SMALL, tensors)
-        for _, tensor in result.tensors():
-            assert_bitwise_equal(tensor, torch.zeros_like(tensor))
-        assert (result.argmax == 255).all()
-
-
-def test_ties_go_to_the_first_cell_in_scan_order(conv, device):
-    """A constant image: every cell of every window ties."""
-    case = conv_case("ties", (1, 1, 6, 6), (2, 1, 1, 1), pool_size=3, pool_stride=2, pool_padding=1)
-    tensors = {name: torch.ones(shape, device=device) for name, shape in case.shapes.items()}
-    result = conv.equal(case, tensors, None)
-    expected = torch.tensor([[4, 3, 3], [1, 0, 0], [1, 0, 0]], dtype=torch.uint8)
-    assert_same_values(result.argmax[0, 0], expected)
-
-
-def test_a_window_without_a_cell(watched, device):
-    """Padding and dilation together can put every cell of a window into the padding: stock gives -inf there."""
-    keywords = {"pool_size": 2, "pool_stride": 1, "pool_padding": 1, "pool_dilation": 2}
-    tensors = {"input": torch.ones(1, 1, 1, 2, device=device), "weight": torch.ones(1, 1, 1, 1, device=device)}
-    stock = CONV.stock(**tensors, **keywords)
-    assert stock.isinf().any()
-    result = watched(CONV.fused, tensors, keywords, torch.ones_like(stock))
-    assert_same_values(result.output, stock)
-    assert (result.argmax[stock.isinf()] == 255).all()
 
 
 # --- what is computed, and what is not -----------------------------------------------------------------------------
@@ -318,75 +240,3 @@ def test_a_sample_does_not_depend_on_its_batch(dtype, device, shipped_tiles, sum
     for batch, sample in ((1, 0), (1, 63), (2, 62), (7, 5), (7, 57)):
         part = CONV.fused(images[sample : sample + batch], **tensors, **case.keywords)
         assert_bitwise_equal(part, whole[sample : sample + batch], name=f"{batch} from sample {sample}")
-
-
-@pytest.mark.parametrize(("forward", "backward"), [("triton", "aten"), ("aten", "triton")])
-@conv_cases([SMALL, LENET, SHIPPED_CONV[-1]])
-def test_one_implementation_may_follow_the_other(case, forward, backward, device):
-    """What the forward saves means the same to both backwards."""
-    tensors = case.random(torch.float32, device=device)
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-    with fastlenet.use_backend(forward):
-        output = CONV.fused(**leaves, **case.keywords)
-    grad = upstream(output.detach())
-    with fastlenet.use_backend(backward):
-        output.backward(grad)
-    with fastlenet.use_backend(forward):
-        result = run(CONV.fused, tensors, case.keywords, grad)
-    result.grads = {name: leaf.grad for name, leaf in leaves.items()}
-    CONV.judge(case, tensors, grad, result)
-
-
-# --- addresses and devices -----------------------------------------------------------------------------------------
-
-
-FAR = conv_case("far", (4, 2, 6, 5), (3, 2, 3, 2))
-
-
-@pytest.mark.parametrize("name", ["input", "grad"])
-def test_addresses_beyond_two_to_the_31(name, watched, device):
-    """Memory is reserved, not touched: the tensor's own elements are few."""
-    tensors = FAR.exact(torch.float16, device=device)
-    stock = CONV.stock(**tensors, **FAR.keywords)
-    grad = exact_grid(stock.shape, stock.dtype, terms=FAR.terms, device=device)
-    expected = run(CONV.stock, tensors, FAR.keywords, grad)
-    if name == "grad":
-        grad = far_apart(grad)
-    else:
-        tensors["input"] = far_apart(tensors["input"])
-    result = watched(CONV.fused, tensors, FAR.keywords, grad)
-    for (label, actual), (_, wanted) in zip(result.tensors(), expected.tensors(), strict=True):
-        assert_same_values(actual, wanted, name=label)
-
-
-@only_interpreted
-@pytest.mark.parametrize("name", ["input", "grad"])
-def test_addresses_in_32_bits_would_be_caught(name, monkeypatch, device):
-    """Negative control of the test above."""
-    tl = pytest.importorskip("triton.language")
-    monkeypatch.setattr(kernels, "index_type", lambda *_: tl.int32)
-    tensors = FAR.exact(torch.float16, device=device)
-    output = CONV.stock(**tensors, **FAR.keywords)
-    grad = far_apart(output) if name == "grad" else output
-    if name == "input":
-        tensors["input"] = far_apart(tensors["input"])
-    with pytest.raises(BoundsError), bounds_checked():
-        run(CONV.fused, tensors, FAR.keywords, grad)
-
-
-def test_kernels_are_launched_on_the_tensors_device(monkeypatch, watched):
-    """The current device need not be the tensors'."""
-    guarded = []
-    device_of = torch.cuda.device_of
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: (guarded.append(tensor.device), device_of(tensor))[1])
-    second = torch.cuda.device_count() > 1 and not modes.interpreting()
-    device = torch.device("cuda:1" if second else modes.kernel_device())
-    run_all = CONV.under(watched)
-    run_all.random(SMALL, SMALL.random(torch.float32, device=device))
-    guarded.clear()  # the first call of a kind is decided on its device, too
-    run_all.random(SMALL, SMALL.random(torch.float32, device=device))
-    # Forward, two gradients, one sum of parts; on the current device there is nothing to do.
-    assert len(guarded) == (4 if second or modes.interpreting() else 0)
-    assert {d.type for d in guarded} <= {device.type}
-    if second:
-        assert {d.index for d in guarded} == {1}

@@ -171,6 +171,8 @@ def test_checkout_commands(
     monkeypatch.setattr(command_line, "ROOT", tmp_path)
     assert run_command(command, "--fast") == 2
     assert_one_line(capsys, f"fastlenet {command}: error: needs the bench folder of a source checkout")
+    assert run_command(command, "--help") == 0
+    assert "run pip install -e . in a clone" in " ".join(capsys.readouterr().out.split())
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "__init__.py").touch()
     (tmp_path / "bench" / f"{module}.py").write_text(

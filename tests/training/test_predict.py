@@ -22,7 +22,7 @@ import fastlenet
 from fastlenet.errors import install_command
 from fastlenet.training import checkpoint, data, loop, predict
 
-pytestmark = pytest.mark.xdist_group("predict")  # The network is trained once.
+pytestmark = pytest.mark.xdist_group("LeNet")  # All that train it: the process compiles its kernels once.
 
 # Of the network's own answers, those that a slightly different picture of the same digit cannot turn.
 SURE = 0.99

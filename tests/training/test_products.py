@@ -21,7 +21,7 @@ import fastlenet
 from fastlenet.errors import install_command
 from fastlenet.training import checkpoint, data, loop, picture, products
 
-pytestmark = pytest.mark.xdist_group("products")
+pytestmark = pytest.mark.xdist_group("LeNet")  # see test_predict.py
 RECORD: dict[str, object] = {"fastlenet": fastlenet.__version__, "input": "(n, 1, 32, 32)"}
 
 

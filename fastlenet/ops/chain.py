@@ -178,6 +178,7 @@ class ChainFunction(torch.autograd.Function):
                 grads = ctx.known.backward(grad_output, output, input, parameters, saved, links, needs)
             except KernelError:
                 ctx.known.give_up()
+                tensors = _kept(ctx, True)
         if grads is None:
             with no_autocast(input.device.type):
                 grads = _composed_grads(grad_output, links, needs, *tensors[:count])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from harness.judge import assert_as_accurate
+from harness.judge import assert_same_values
 from torch import nn
 
 import fastlenet
@@ -28,7 +26,7 @@ def test_a_network_is_one_chain(kept, monkeypatch, device):
             features = nn.functional.max_pool2d(self.conv2(features).relu(), 2)
             first = self.fc1(features.flatten(1)).relu()
             second = self.fc2(first).relu()
-            return self.fc3(second) + (first.mean() if kept else 0)
+            return self.fc3(second) + (first.sum() if kept else 0)
 
     called = []
 
@@ -42,12 +40,16 @@ def test_a_network_is_one_chain(kept, monkeypatch, device):
     for name in ("conv2d_relu_max_pool2d", "linear_relu", "chain"):
         monkeypatch.setattr(functional, name, counting(name, getattr(functional, name)))
     model = Net().to(device)
-    images = torch.randn(5, 1, 14, 14, device=device)
+    # Small integers: every sum is exact, whatever its order is.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randint(-1, 2, parameter.shape))
+    images = torch.randint(-2, 3, (5, 1, 14, 14), device=device).float()
 
     def step(net, images):
         net.zero_grad()
         output = net(images)
-        output.square().sum().backward()
+        output.sum().backward()
         return {"output": output.detach(), **{name: p.grad.clone() for name, p in net.named_parameters()}}
 
     with fastlenet.use_backend("triton"):
@@ -55,6 +57,6 @@ def test_a_network_is_one_chain(kept, monkeypatch, device):
         actual = step(fused, images)
         assert called == ["chain"] * (2 if kept else 1)
         assert {site.operator for site in fastlenet.explain(fused).sites} == {"chain"}
-    expected, exact = step(model, images), step(copy.deepcopy(model).double(), images.double())
-    for name, value in exact.items():
-        assert_as_accurate(actual[name], expected[name], value, dtype=torch.float32, allow_zero=True, name=name)
+    for name, value in step(model, images).items():
+        assert (value != 0).any()
+        assert_same_values(actual[name], value, name=name)

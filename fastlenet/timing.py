@@ -4,7 +4,7 @@ Both run in this process, in turns, so a slow phase of the machine affects both.
 least `MARGIN` faster. A sequential test (A. Wald, Sequential Tests of Statistical Hypotheses, 1945) counts 1 for a
 round won and -`LOSS` for one lost. At `WINS` the candidate is kept, at `-LOST` it is not. A candidate of equal speed
 wins a round with a probability of at most one half, and so is kept in one of 340 trials. One that wins 80% of the
-rounds, on a noisy machine, is kept in 93%.
+rounds, on a noisy machine, is kept in 91%.
 """
 
 from __future__ import annotations

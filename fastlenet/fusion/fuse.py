@@ -36,6 +36,7 @@ class Fused:
         modes: the modes in which the model is compiled.
         notes: sentences for `explain`.
         refused: by mode, why the model runs unfused though it was compiled.
+        compiled: what runs in its place; None if it is compiled in no mode.
     """
 
     def __init__(

@@ -434,15 +434,7 @@ def choose_by_type(input: Tensor) -> Choice:
 
 def run(operator: Operator, settings: Any, *tensors: Any) -> Tensor:
     """Compute a call as the entry of its kind says."""
-    known = None
-    if not (
-        torch.compiler.is_compiling()
-        or dispatch_modes()
-        or transforms_active()
-        or tracing_state() is not None
-        or forward_mode()
-    ):
-        known = find(operator, settings, tensors)
+    known = find(operator, settings, tensors) if unwatched() else None
     if known is None:
         form, compose = _watched(operator, settings, tensors), operator.composition
     else:
@@ -459,6 +451,17 @@ def run(operator: Operator, settings: Any, *tensors: Any) -> Tensor:
             raise
         known.give_up()
     return run(operator, settings, *tensors)
+
+
+def unwatched() -> bool:
+    """Whether no compiler, tracer, mode or transform has to see what is computed."""
+    return not (
+        torch.compiler.is_compiling()
+        or dispatch_modes()
+        or transforms_active()
+        or tracing_state() is not None
+        or forward_mode()
+    )
 
 
 def _watched(operator: Operator, settings: Any, tensors: Sequence[Any]) -> Form:

@@ -8,6 +8,7 @@ from .batch_norm_relu_max_pool2d import (
 from .chain import chain, chain_backward, chain_covers, chain_rejects
 from .compiled import unavailable
 from .conv2d_relu_max_pool2d import conv2d_relu_max_pool2d, conv2d_relu_max_pool2d_backward, covers, rejects
+from .folding import fold, fold_covers
 
 __all__ = [
     "batch_norm_relu_max_pool2d",
@@ -20,6 +21,8 @@ __all__ = [
     "conv2d_relu_max_pool2d",
     "conv2d_relu_max_pool2d_backward",
     "covers",
+    "fold",
+    "fold_covers",
     "rejects",
     "unavailable",
 ]

@@ -71,16 +71,21 @@ def fill(address, size):
         store(address + offset, (0,), zeros((0,), (0,)))
 
 
+@inlined
+def clear_bytes(address, size):
+    """Fill so many bytes, whole numbers, with zeros."""
+    whole = size - size % BYTES
+    fill(address, whole)
+    for offset in range(whole, size, 4):
+        set_float(address + offset, 0.0)
+
+
 def clear() -> Any:
     """Return the kernel that fills memory with zeros."""
 
     @kernel(2)
     def clear(address, size):
-        """Fill so many bytes, whole numbers."""
-        whole = size - size % BYTES
-        fill(address, whole)
-        for offset in range(whole, size, 4):
-            set_float(address + offset, 0.0)
+        clear_bytes(address, size)
 
     return clear
 

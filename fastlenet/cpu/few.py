@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastlenet.kernels.geometry import ConvPoolGeometry, Pair, memory_format
@@ -26,6 +25,8 @@ Their number alone decides, so that results are equal for any number of threads.
 
 DIVIDED_WORK = 1 << 21
 """FLOP of a few images, or of a convolution of one, from which threads share them. To call threads costs some 10 us."""
+DIVIDED_BYTES = 1 << 20
+"""Bytes of a linear layer's weight from which threads share its outputs for one image: one core's cache is full."""
 LITTLE_WORK = 1 << 24
 """FLOP of a thread's share up to which stock's operators take longer to be called."""
 UNEVEN = 1.25
@@ -101,7 +102,7 @@ class _Layer(NamedTuple):
 
     @property
     def vectors(self) -> int:
-        """Of 16 filters."""
+        """Of 16 filters or outputs."""
         return -(-self.weight[0] // LANES)
 
     @property
@@ -176,11 +177,11 @@ def _from_lanes(size: int, layer: _Layer, images: At, lanes: At) -> list[Step]:
 
 
 class _Stage(NamedTuple):
-    """Steps that the threads share unit by unit: images, or vectors of a convolution's filters.
+    """Steps that the threads share unit by unit: images, or vectors of a layer's filters or outputs.
 
     Attributes:
         units: the number of vectors; 0 for images.
-        filters: their number, likewise.
+        filters: their number, or that of outputs; likewise.
         steps: see `program.listed`.
     """
 
@@ -229,9 +230,13 @@ def _forward(
     kept = At(program.RECORD, 0, record_bytes) if save else at(record_bytes)
     lanes = at(lanes_bytes)
     conv = scratch.at(max((layer.plan.record[record.CONV_BYTES] for layer in layers if layer.plan), default=0))
-    source = At(program.INPUT, 0, _input_bytes(image, links))
+    source = At(program.INPUT, 0, 4 * torch.Size(image).numel())
     output = At(program.OUTPUT, 0, 4 * torch.Size(shape).numel())
-    plans = []
+    first, plans = links[0], []
+    if isinstance(first, ConvPoolGeometry) and first.padding != (0, 0):
+        padded = at(4 * torch.Size(layers[0].source).numel())
+        each.append(step("image", "pad", source, *image, *first.padding, padded))
+        source = padded
     for i, layer in enumerate(layers):
         weight, bias, *_, missing = program.parameters_of(i)
         ends = i + 1 == len(layers)
@@ -239,8 +244,16 @@ def _forward(
             relu = int(layer.link == "linear_relu")
             # The backward needs what relu let pass; the output's user may modify it.
             target = output if ends and not (relu and save) else kept.plus(layer.target_at)
-            sizes = torch.Size(layer.image).numel(), layer.weight[0]
-            each.append(step("image", "linear", source, weight, bias, *sizes, relu, target))
+            inputs, outputs = torch.Size(layer.image).numel(), layer.weight[0]
+            if divided and 4 * inputs * outputs >= DIVIDED_BYTES:
+                stages.append(_Stage(0, 0, program.listed(before, [], each, [])))
+                places = source._replace(step=0), weight._replace(step=4 * inputs * LANES), bias
+                ends_at = relu, target._replace(step=BYTES), At(program.ZERO, 0, LANES)
+                own = [step("image", "linear", *places, inputs, At(program.COUNT), *ends_at)]
+                stages.append(_Stage(layer.vectors, outputs, program.listed([], [], own, [])))
+                before, each = [], []
+            else:
+                each.append(step("image", "linear", source, weight, bias, inputs, outputs, relu, target, 0))
             source = target
             continue
         depth = torch.Size(layer.weight[1:]).numel()
@@ -353,14 +366,6 @@ def _backward(
     return Program(program.listed([], before, each, []), scratch.size, record_bytes, 0, shape, tuple(plans))
 
 
-def _input_bytes(image: tuple[int, ...], links: tuple[Link, ...]) -> int:
-    """Size of an image with the first link's padding."""
-    if not isinstance(links[0], ConvPoolGeometry):
-        return 4 * image[0]
-    rows, columns = links[0].padding
-    return 4 * image[0] * (image[1] + 2 * rows) * (image[2] + 2 * columns)
-
-
 def _flat(parameters: Sequence[Tensor | None]) -> tuple[list[Tensor | None], tuple[tuple[int, ...], ...]]:
     """Return the parameters, contiguous, and the weights' shapes."""
     flat = [None if tensor is None else tensor.contiguous() for tensor in parameters]
@@ -393,19 +398,17 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Do what `chain.chain` does."""
     layout, images, image = _output_format(input, parameters, links), input.shape[0], input.shape[1:]
-    if isinstance(links[0], ConvPoolGeometry) and links[0].padding != (0, 0):
-        rows, columns = links[0].padding
-        input = F.pad(input, (columns, columns, rows, rows))
     input, (parameters, weights) = input.contiguous(), _flat(parameters)
     made = _forward(image, weights, links, save, images == 1 and threads.workers(2) > 1)
     output = empty((images, *made.output_shape), torch.float32)
     kept = empty((images, made.record_bytes // 4), torch.float32) if save else None
     of_images = threads.workers(images) if images * made.flop >= DIVIDED_WORK else 1
     workers = [threads.workers(stage.units) if stage.units else of_images for stage in made.stages]
-    scratch = empty((max(workers) * made.scratch_bytes // 4,), torch.float32)
-    shared = empty((made.shared_bytes // 4,), torch.float32) if made.shared_bytes else None
+    scratch_bytes = max(workers) * made.scratch_bytes
+    memory = empty(((scratch_bytes + made.shared_bytes) // 4,), torch.float32)
     if output.numel():
-        rest = [0, scratch.data_ptr(), made.scratch_bytes, program.place(shared), 0, 0]
+        scratch = memory.data_ptr()
+        rest = [0, scratch, made.scratch_bytes, scratch + scratch_bytes, 0, 0]
         rest += input.data_ptr(), output.data_ptr(), program.place(kept), 0
         for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
             rest += program.place(weight), program.place(bias), 0, 0, -LANES if bias is None else 0

@@ -4,15 +4,14 @@ A block of 16 images keeps its lanes idle where there are fewer. Here a vector h
 `convolution`'s forward runs with its factors exchanged: pixels are spread, weights are vectors. What passes between
 layers is [vector of 16 filters, pixel, filter]. The gradients are `gradients`' kernel, which knows images alone.
 
-A linear layer reads its weight as it lies: in the
-forward lanes are 16 inputs, whose sums are added up at the end.
+A linear layer reads its weight as it lies: in the forward lanes are 16 inputs, whose sums are added up at the end.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .convolution import vectors
+from .convolution import clear_bytes, vectors
 from .lanes import (
     add,
     add_products,
@@ -34,12 +33,32 @@ ONE, OUTPUTS, INPUTS = (0,), (0,) * 8, (0,) * 4
 BESIDE = vectors(4)
 
 
+def pad() -> Any:
+    """Return the kernel that puts a frame of zeros around an image's planes."""
+
+    @kernel(7)
+    def pad(source, channels, height, width, rows, columns, target):
+        """Copy planes one after the other; rows, columns: of the frame on each side."""
+        row, pitch = 4 * width, 4 * (width + 2 * columns)
+        plane = pitch * (height + 2 * rows)
+        clear_bytes(target, plane * channels)
+        for c in range(channels):
+            here = target + plane * c + pitch * rows + 4 * columns
+            for y in range(height):
+                for place in range(0, row, BYTES):
+                    count = min(LANES, (row - place) // 4)
+                    values = load_lanes(source + row * (height * c + y) + place, ONE, count)
+                    store_lanes(here + pitch * y + place, ONE, count, values)
+
+    return pad
+
+
 def linear() -> Any:
     """Return the kernel of a linear layer, with or without relu."""
 
-    @kernel(7)
-    def linear(source, weight, bias, inputs, outputs, positive, target):
-        """Compute Y = W X + b; weight: [output, input], bias: or 0."""
+    @kernel(8)
+    def linear(source, weight, bias, inputs, outputs, positive, target, skipped):
+        """Compute Y = W X + b; weight: [output, input]; bias: or 0, behind so many outputs that others compute."""
         row = 4 * inputs
         for first in range(0, outputs, len(OUTPUTS)):
             live = min(len(OUTPUTS), outputs - first)
@@ -66,7 +85,7 @@ def linear() -> Any:
             for i in range(live):
                 value = values[i]
                 if bias != 0:
-                    value += float_at(bias + 4 * (first + i))
+                    value += float_at(bias + 4 * (skipped + first + i))
                 if positive and value < 0.0:
                     set_float(target + 4 * (first + i), 0.0)
                 else:

@@ -10,6 +10,7 @@ numbers for each channel in between. Neither the normalised batch nor its gradie
 ``sums``      each image's sums of the gradient, and of the gradient times ``x - mean``, at those cells
 ``slopes``    from these the gradients of weight and bias, and the factors of the input's gradient
 ``grad``      ``slope * (x - mean) + level``, and at those cells ``scale * gradient`` besides
+``fold``      in eval mode: weight and bias of the convolution that equals one with BatchNorm behind it
 ============  ==========================================================================================
 
 A task is 16 channels of an image, whatever the number of threads, so that sums do not depend on it. Sums of up to
@@ -24,6 +25,7 @@ from typing import Any
 
 from numba import float32, float64
 
+from . import folding
 from .batch_norm_relu_max_pool2d import (
     ARGMAX,
     BIAS,
@@ -56,6 +58,7 @@ from .batch_norm_relu_max_pool2d import (
 )
 from .convolution import NO_WINNER
 from .lanes import (
+    BYTES,
     LANES,
     add,
     add_doubles,
@@ -71,6 +74,7 @@ from .lanes import (
     load_lanes,
     long_at,
     set_float,
+    spread,
     spread_int,
     store,
     store_bytes_first,
@@ -329,3 +333,34 @@ def grad() -> Any:
             task = take(job)
 
     return grad
+
+
+def fold() -> Any:
+    """Return the kernel that folds BatchNorm in eval mode into convolutions."""
+
+    @kernel(1)
+    def fold(table):
+        """Fold one norm after the other; `table`: their number, then for each what `folding` names."""
+        for norm in range(field(table, 0)):
+            job = table + 8 + 8 * folding.SIZE * norm
+            row = field(job, folding.ROW_BYTES)
+            for o in range(field(job, folding.FILTERS)):
+                factor = 1.0 / math.sqrt(
+                    float64(float_at(field(job, folding.VARIANCE) + 4 * o)) + double_at(job + 8 * folding.EPS)
+                )
+                if field(job, folding.SCALE) != 0:
+                    factor *= float64(float_at(field(job, folding.SCALE) + 4 * o))
+                offset = -float64(float_at(field(job, folding.MEAN) + 4 * o))
+                if field(job, folding.BIAS) != 0:
+                    offset += float64(float_at(field(job, folding.BIAS) + 4 * o))
+                offset *= factor
+                if field(job, folding.SHIFT) != 0:
+                    offset += float64(float_at(field(job, folding.SHIFT) + 4 * o))
+                set_float(field(job, folding.FOLDED_BIAS) + 4 * o, float32(offset))
+                factors = spread(float32(factor), ONE)
+                source, target = field(job, folding.WEIGHT) + row * o, field(job, folding.FOLDED_WEIGHT) + row * o
+                for begin in range(0, row, BYTES):
+                    count = min(LANES, (row - begin) // 4)
+                    write(target + begin, count, add_products(zeros(ONE, ONE), read(source + begin, count), factors))
+
+    return fold

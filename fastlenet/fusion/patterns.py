@@ -7,6 +7,7 @@ program, and answers one question: which nodes can one call compute without a ch
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import operator
@@ -20,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastlenet import functional, ops, private, selection
+from fastlenet import cpu, functional, ops, private, selection
 from fastlenet.checks import pair
+from fastlenet.errors import KernelError
 from fastlenet.kernels.geometry import LINEAR as LAST
 from fastlenet.kernels.geometry import LINEAR_RELU as LINEAR
 from fastlenet.kernels.geometry import ConvPoolGeometry, Links, memory_format
@@ -521,31 +523,41 @@ def _place(node: fx.Node) -> str:
     return path if own else f"{path}.{function}"
 
 
-def fold(
-    weight: Tensor,
+def fold(epsilons: Sequence[float], *tensors: Tensor | None) -> Sequence[Tensor]:
+    """Weight and bias of each convolution that equals a convolution followed by BatchNorm in eval mode.
+
+    Computed anew at every call, so that they always follow the parameters and autograd reaches them. A compiled kernel
+    does it where no gradient is asked for: stock's ten operators take as long as a convolution of one image.
+
+    Args:
+        epsilons: of each BatchNorm.
+        tensors: for each of them the convolution's weight and bias, running mean and variance, weight and bias.
+    """
+    if selection.backend() in ("auto", "cpu") and selection.unwatched() and cpu.fold_covers(tensors):
+        with contextlib.suppress(KernelError):
+            return cpu.fold(epsilons, tensors)
+    return [tensor for i, eps in enumerate(epsilons) for tensor in _folded(eps, *tensors[6 * i : 6 * i + 6])]
+
+
+def _folded(
+    eps: float,
+    weight: Any,
     bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
+    mean: Any,
+    variance: Any,
     scale: Tensor | None,
     shift: Tensor | None,
-    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that equals a convolution followed by BatchNorm in eval mode.
-
-    Computed anew at every call, so that it always follows the parameters and autograd reaches them.
-    """
+    dtype = weight.dtype
     if variance.dtype in (torch.float16, torch.bfloat16):
-        variance = (
-            variance.float()
-        )  # in 16 bits eps could be lost, and then a small variance could not be told from zero
+        # In 16 bits eps could be lost, and then a small variance could not be told from zero.
+        variance = variance.float()
     factor = torch.rsqrt(variance + eps)
     if scale is not None:
         factor = factor * scale
     offset = -mean if bias is None else bias - mean
     offset = offset * factor if shift is None else torch.addcmul(shift, offset, factor)
-    folded, dtype = weight * factor.view(-1, 1, 1, 1), weight.dtype
-    # A conversion to the same type costs a microsecond, a tenth of all this for one image.
-    return (folded, offset) if folded.dtype == offset.dtype == dtype else (folded.to(dtype), offset.to(dtype))
+    return (weight * factor.view(-1, 1, 1, 1)).to(dtype), offset.to(dtype)
 
 
 def batch_norm_relu_max_pool2d(
@@ -590,11 +602,15 @@ def _fused_call(graph: fx.Graph, match: Match, nodes: list[fx.Node], copy: Calla
     # Before the first node, not at the last: nodes in between may change the input in place.
     with graph.inserting_before(nodes[0]):
         tensors = list(fx.node.map_arg(match.tensors, copy))
-        for index, norm in enumerate(match.norms):
-            if norm is not None:
-                place = slice(1 + 2 * index, 3 + 2 * index)
-                folded = graph.call_function(fold, (*tensors[place], *fx.node.map_arg(norm[:5], copy)))
-                tensors[place] = [graph.call_function(operator.getitem, (folded, part)) for part in (0, 1)]
+        norms = [(1 + 2 * index, norm) for index, norm in enumerate(match.norms) if norm is not None]
+        if norms:
+            given: list[Any] = [tuple(norm.eps for _, norm in norms)]
+            for place, norm in norms:
+                given += *tensors[place : place + 2], *fx.node.map_arg(norm[:4], copy)
+            folded = graph.call_function(fold, tuple(given))
+            for number, (place, _) in enumerate(norms):
+                for part in (0, 1):
+                    tensors[place + part] = graph.call_function(operator.getitem, (folded, 2 * number + part))
         operands = (tensors[0], tensors[1:], match.links) if match.operator == CHAIN else tuple(tensors)
         return graph.call_function(getattr(functional, match.operator), operands, dict(match.options))
 

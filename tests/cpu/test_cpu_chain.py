@@ -141,8 +141,9 @@ def judge(network: Network, input, parameters, grad_output) -> None:
 
 @pytest.fixture
 def divided(nothing_planned, monkeypatch):
-    """Threads share the filters of any layer of one image, however small."""
+    """Threads share the filters or outputs of any layer of one image, however small."""
     monkeypatch.setattr(few, "DIVIDED_WORK", 0)
+    monkeypatch.setattr(few, "DIVIDED_BYTES", 0)
 
 
 @networks
@@ -303,7 +304,7 @@ def test_bitwise_equal_for_any_number_of_threads(network, images, divided):
 
 
 def test_threads_share_the_filters_of_one_image(divided, monkeypatch):
-    """A layer of several vectors of filters is a stage of its own, whose last vector has fewer filters."""
+    """A layer of several vectors of filters is a stage of its own, whose last vector has fewer; and a linear layer."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     input, parameters = DIVIDED.tensors(1)
     weights = tuple(weight.shape for weight in parameters[::2])
@@ -315,6 +316,10 @@ def test_threads_share_the_filters_of_one_image(divided, monkeypatch):
         (2, 18),
         (0, 0),
         (3, 35),
+        (0, 0),
+        (2, 21),
+        (0, 0),
+        (1, 3),
         (0, 0),
     ]
     judge(DIVIDED, input, parameters, torch.randn(stock(input, parameters, DIVIDED.links).shape))

@@ -1,10 +1,11 @@
 """Comparing the times of two implementations, so that only clear wins are kept.
 
-Both run in this process, in turns, so a slow phase of the machine affects both. A candidate wins a round if it was at
-least `MARGIN` faster. A sequential test (A. Wald, Sequential Tests of Statistical Hypotheses, 1945) counts 1 for a
-round won and -`LOSS` for one lost. At `WINS` the candidate is kept, at `-LOST` it is not. A candidate of equal speed
-wins a round with a probability of at most one half, and so is kept in one of 340 trials. One that wins 80% of the
-rounds, on a noisy machine, is kept in 91%.
+Both run in this process, in turns, so a slow phase of the machine affects both. In a round each gives two samples, in
+the order ABBA: the first sample after the other implementation finds that one's data in the caches, and its threads
+awake. A candidate wins a round if it was at least `MARGIN` faster. A sequential test (A. Wald, Sequential Tests of
+Statistical Hypotheses, 1945) counts 1 for a round won and -`LOSS` for one lost. At `WINS` the candidate is kept, at
+-`LOST` it is not. A candidate of equal speed wins a round with a probability of at most one half, and so is kept in one
+of 340 trials. One that wins 80% of the rounds, on a noisy machine, is kept in 91%.
 """
 
 from __future__ import annotations
@@ -72,10 +73,9 @@ def compare(stock: Callable[[], Any], fused: Callable[[], Any], device: torch.de
     gc.disable()
     try:
         while -LOST < times.score < WINS and times.rounds < MOST_ROUNDS:
-            # The second call of a pair finds warm caches, so the order alternates.
-            for name in sorted(calls, reverse=bool(times.rounds % 2)):
+            for name in ("fused", "stock", "stock", "fused"):
                 samples[name].append(_seconds(calls[name], repeats, device))
-            won = samples["fused"][-1] < samples["stock"][-1] / (1 + MARGIN)
+            won = sum(samples["fused"][-2:]) < sum(samples["stock"][-2:]) / (1 + MARGIN)
             times = Comparison(0.0, 0.0, times.wins + won, times.rounds + 1)
     finally:
         if collecting:

@@ -23,8 +23,8 @@ __all__ = ["LeNet", "StockLeNet"]
 class LeNet(nn.Module):
     """LeNet for 32x32 images, built of fused layers that run as one chain: on a GPU as three kernels.
 
-    The layers run one by one under torch.compile and torch.export. They also do if one of them has hooks or
-    parametrizations or was replaced.
+    The layers run one by one under torch.export. They also do if one of them has hooks or parametrizations or was
+    replaced.
 
     The state_dict is interchangeable with that of `StockLeNet` in both directions. With the same seed both start from
     the same weights.
@@ -59,9 +59,9 @@ class LeNet(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Map images (N, in_channels, 32, 32), or one unbatched, to logits (N, num_classes)."""
         # torch.fx traces with stand-ins for tensors, and a global module hook must see each layer.
-        if type(input) is Tensor and not torch.compiler.is_compiling() and not has_global_hook():
+        if type(input) is Tensor and not torch.compiler.is_exporting() and not has_global_hook():
             modules = self._modules
-            chain = chain_of(*map(modules.get, LAYERS))
+            chain = chain_of(*[modules.get(name) for name in LAYERS])
             if chain is not None:
                 return functional.chain(input, *chain)
         features = self.conv2(self.conv1(input)).flatten(-3)

@@ -116,9 +116,10 @@ class ConvReLUMaxPool2d(nn.Conv2d):
         return ", ".join([super().extra_repr(), *pool])
 
 
-_fields = operator.itemgetter(
-    "stride", "padding", "dilation", "groups", "pool_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode"
-)
+_FIELDS = (
+    "stride", "padding", "dilation", "groups", "pool_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode",
+)  # fmt: skip
+_fields = operator.itemgetter(*_FIELDS)
 
 
 def prepared(layer: nn.Module) -> ConvPoolGeometry | None:
@@ -127,8 +128,10 @@ def prepared(layer: nn.Module) -> ConvPoolGeometry | None:
     Attributes that could change in place, such as lists, are not read: then it returns None.
     """
     attributes = layer.__dict__
+    compiling = torch.compiler.is_compiling()  # TorchDynamo cannot look into an itemgetter, and keeps what it found
     try:
-        fields, known = _fields(attributes), attributes.get("_prepared")
+        fields = tuple([attributes[name] for name in _FIELDS]) if compiling else _fields(attributes)
+        known = None if compiling else attributes.get("_prepared")
     except KeyError:  # a class's own attributes, or another class that borrows the forward
         return None
     if known is not None and all(map(operator.is_, fields, known[0])):
@@ -137,7 +140,8 @@ def prepared(layer: nn.Module) -> ConvPoolGeometry | None:
     if None in conv or None in pool or type(groups) is not int or type(ceil_mode) is not bool:
         return None
     geometry = ConvPoolGeometry(*conv, groups, *pool, ceil_mode)
-    attributes["_prepared"] = fields, geometry
+    if not compiling:
+        attributes["_prepared"] = fields, geometry
     return geometry
 
 

@@ -38,6 +38,28 @@ def networks():
     return fused, stock
 
 
+def captured(network):
+    """The fused operators in TorchDynamo's graph of a network, by name."""
+    names = []
+
+    def compiler(graph_module, example_inputs):
+        names.extend(str(node.target) for node in graph_module.graph.nodes if "fastlenet" in str(node.target))
+        return graph_module.forward
+
+    torch.compile(network, backend=compiler, fullgraph=True)(torch.randn(3, 1, 32, 32))
+    return names
+
+
+def test_lenet_is_a_chain_unless_a_layer_was_changed(networks):
+    """One operator runs faster than five, and a hook must see its layer."""
+    fused, _ = networks
+    with torch.no_grad():
+        assert captured(fused) == ["fastlenet.chain"]
+        fused.fc1.register_forward_hook(lambda *_: None)
+        torch._dynamo.reset()
+        assert captured(fused) == ["fastlenet.conv2d_relu_max_pool2d"] * 2 + ["fastlenet.addmm_relu"] * 2
+
+
 def gradients(call, network, size):
     images, labels = torch.randn(size, 1, 32, 32), torch.arange(size) % 10
     network.zero_grad()

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NEWEST_TESTED = (2, 13)
+NEWEST_TESTED = (2, 14)
 """The newest release of PyTorch that the tests have run with."""
 missing: list[str] = []
 """Names that this PyTorch lacks, of those looked up so far."""

@@ -16,6 +16,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch import empty_strided as empty_strided  # by a name of this module, so that tests can poison
 from torch.nn import Parameter
@@ -28,6 +29,8 @@ ENABLED = True
 """Whether plans are kept: tests that replace a launcher's parts turn it off, as a plan would go past them."""
 
 _MOST_PLANS = 4096
+_ALIGNMENT = 256
+"""Bytes to which each part of a workspace is aligned, as allocators align."""
 
 
 class Step(NamedTuple):
@@ -54,14 +57,16 @@ class Plan(NamedTuple):
     """What to make, to do and to return, and what it holds for.
 
     Attributes:
-        memory: what stands behind the operands: shape, strides and type of what is allocated, or the place of the
-            operand that is copied, None, and the copy's memory format.
+        memory: what stands behind the operands: shape, strides and type of what is allocated; or the place of the
+            operand that is copied, None, and the copy's memory format; or None, None, and an offset in the workspace.
+        workspace: bytes of one allocation for all that only kernels see, which get it as addresses.
         steps: in order.
         results: the place of each, or None.
         driver: that launched, on `device`, by `table`'s configurations.
     """
 
     memory: list[tuple[Any, Any, Any]]
+    workspace: int
     steps: list[Step]
     results: list[int | None]
     driver: Any
@@ -130,9 +135,11 @@ class Recording:
             ]
             return found[0] if len(found) == 1 and tensor.numel() else None
 
-        steps = []
+        steps, by_library = [], []
         for kernel, run, grid, binary, tensors, rest in self._steps:
             places = [place(tensor) for tensor in tensors]
+            if kernel is None:
+                by_library.append(places)
             # A library reads shapes too, which a view has of its own.
             exact = kernel is not None or all(any(t is other for other in known) for t in tensors)
             if not self._complete or None in places or not exact:
@@ -146,7 +153,14 @@ class Recording:
         returned = [None if r is None else next((i for i, k in enumerate(known) if k is r), -1) for r in results]
         if not self._complete or -1 in returned:
             return None
-        return Plan([made for _, made in self._made], steps, returned, driver, device, table)
+        # An allocation takes longer than the address of a part of another one.
+        seen, workspace, memory = set(returned).union(*by_library), 0, []
+        for index, (tensor, made) in enumerate(self._made, len(self._operands)):
+            if made[1] is not None and index not in seen:
+                made = None, None, workspace
+                workspace += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            memory.append(made)
+        return Plan(memory, workspace, steps, returned, driver, device, table)
 
 
 class Kind:
@@ -235,7 +249,14 @@ def key_of(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 def _follow(plan: Plan, driver: Any, launcher: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Do for `args` what `launcher` would do."""
     tensors, place = [*args], args[0].device
+    if plan.workspace:
+        workspace = empty_strided((plan.workspace,), (1,), dtype=torch.uint8, device=place)
+        if (address := workspace.data_ptr()) & 15:
+            return launcher(*args)
     for what, strides, form in plan.memory:
+        if what is None:
+            tensors.append(address + form)
+            continue
         if strides is None:
             tensor = tensors[what].contiguous(memory_format=form)
         else:

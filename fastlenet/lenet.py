@@ -20,7 +20,48 @@ from fastlenet.private import has_global_hook
 __all__ = ["LeNet", "StockLeNet"]
 
 
-class LeNet(nn.Module):
+class StockLeNet(nn.Module):
+    """LeNet for 32x32 images in plain ``torch.nn``. Tests, benchmarks and the demo compare `LeNet` with it.
+
+    Args:
+        num_classes: number of outputs.
+        in_channels: channels of the input images.
+        device: where the parameters live.
+        dtype: the parameters' type.
+
+    Examples:
+        >>> import fastlenet
+        >>> fastlenet.StockLeNet().load_state_dict(fastlenet.LeNet().state_dict())
+        <All keys matched successfully>
+    """
+
+    _convolution: type[nn.Conv2d] = nn.Conv2d
+    _linear: type[nn.Linear] = nn.Linear
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv1 = self._convolution(in_channels, 6, 5, device=device, dtype=dtype)
+        self.conv2 = self._convolution(6, 16, 5, device=device, dtype=dtype)
+        self.fc1 = self._linear(16 * 5 * 5, 120, device=device, dtype=dtype)
+        self.fc2 = self._linear(120, 84, device=device, dtype=dtype)
+        self.fc3 = nn.Linear(84, num_classes, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map images (N, in_channels, 32, 32), or one unbatched, to logits (N, num_classes)."""
+        features = F.max_pool2d(F.relu(self.conv1(input)), 2)
+        features = F.max_pool2d(F.relu(self.conv2(features)), 2)
+        hidden = F.relu(self.fc1(features.flatten(-3)))
+        return self.fc3(F.relu(self.fc2(hidden)))
+
+
+class LeNet(StockLeNet):
     """LeNet for 32x32 images, built of fused layers that run as one chain: on a GPU as three kernels.
 
     The layers run one by one under torch.export. They also do if one of them has hooks or parametrizations or was
@@ -41,20 +82,8 @@ class LeNet(nn.Module):
         torch.Size([2, 10])
     """
 
-    def __init__(
-        self,
-        num_classes: int = 10,
-        in_channels: int = 1,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.conv1 = ConvReLUMaxPool2d(in_channels, 6, 5, device=device, dtype=dtype)
-        self.conv2 = ConvReLUMaxPool2d(6, 16, 5, device=device, dtype=dtype)
-        self.fc1 = LinearReLU(16 * 5 * 5, 120, device=device, dtype=dtype)
-        self.fc2 = LinearReLU(120, 84, device=device, dtype=dtype)
-        self.fc3 = nn.Linear(84, num_classes, device=device, dtype=dtype)
+    _convolution = ConvReLUMaxPool2d
+    _linear = LinearReLU
 
     def forward(self, input: Tensor) -> Tensor:
         """Map images (N, in_channels, 32, 32), or one unbatched, to logits (N, num_classes)."""
@@ -103,41 +132,3 @@ def chain_of(*layers: nn.Module | None) -> tuple[list[Tensor | None], Links] | N
 
 
 _KINDS = ConvReLUMaxPool2d, ConvReLUMaxPool2d, LinearReLU, LinearReLU, nn.Linear
-
-
-class StockLeNet(nn.Module):
-    """The same network in plain ``torch.nn``. Tests, benchmarks and the demo compare `LeNet` with it.
-
-    Args:
-        num_classes: number of outputs.
-        in_channels: channels of the input images.
-        device: where the parameters live.
-        dtype: the parameters' type.
-
-    Examples:
-        >>> import fastlenet
-        >>> fastlenet.StockLeNet().load_state_dict(fastlenet.LeNet().state_dict())
-        <All keys matched successfully>
-    """
-
-    def __init__(
-        self,
-        num_classes: int = 10,
-        in_channels: int = 1,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 6, 5, device=device, dtype=dtype)
-        self.conv2 = nn.Conv2d(6, 16, 5, device=device, dtype=dtype)
-        self.fc1 = nn.Linear(16 * 5 * 5, 120, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(120, 84, device=device, dtype=dtype)
-        self.fc3 = nn.Linear(84, num_classes, device=device, dtype=dtype)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map images (N, in_channels, 32, 32), or one unbatched, to logits (N, num_classes)."""
-        features = F.max_pool2d(F.relu(self.conv1(input)), 2)
-        features = F.max_pool2d(F.relu(self.conv2(features)), 2)
-        hidden = F.relu(self.fc1(features.flatten(-3)))
-        return self.fc3(F.relu(self.fc2(hidden)))

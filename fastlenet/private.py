@@ -11,11 +11,10 @@ import contextlib
 import importlib
 import logging
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -191,27 +190,8 @@ def most_captures() -> float:
     return float(_find("torch.compiler", "config.recompile_limit", math.inf))
 
 
-class _QuietCapture(logging.Filter):
-    """Drops errors that PyTorch logs while a function captures.
-
-    Operators on stand-ins for tensors log their error before they raise it. What is captured runs afterwards as it is
-    and raises its own error.
-    """
-
-    codes: ClassVar[set[Any]] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        frame = sys._getframe()
-        while frame is not None and frame.f_code not in self.codes:
-            frame = frame.f_back  # type: ignore[assignment]
-        return frame is None
-
-
-def quiet_capture(function: Any) -> None:
-    """Let PyTorch log no errors of operators while this function captures."""
-    if not _QuietCapture.codes:
-        logging.getLogger("torch._subclasses.fake_tensor").addFilter(_QuietCapture())
-    _QuietCapture.codes.add(function.__code__)
+capture_log = logging.getLogger("torch._subclasses.fake_tensor")
+"""Here operators on stand-ins for tensors log an error before they raise it, while a function is captured."""
 
 
 def guard_hooks() -> None:

@@ -10,6 +10,7 @@ fall back on them, and exported graphs are decomposed into them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Links, Pair, memory_format
+from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Links, memory_format
 from fastlenet.private import unfold_and_multiply
 
 Grads = tuple[Tensor | None, ...]
@@ -40,36 +41,47 @@ the largest error was 0.8 to 1.6 of oneDNN's in the output, and 0.1 to 1 of it i
 """
 
 
-def _convolution_by_product(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int
-) -> Tensor:
-    return unfold_and_multiply(input, weight, weight.shape[2:], bias, stride, padding)
-
-
-def faster_by_product(images: Sequence[int], weight: Tensor, geometry: ConvPoolGeometry) -> bool:
-    """Whether a convolution of images of this shape is few matrix products, faster so; for plain float32 on a CPU."""
-    if len(images) != 4 or weight.dtype != torch.float32 or not weight.is_contiguous():
+@functools.lru_cache(maxsize=512)
+def _faster_by_product(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    weight_strides: tuple[int, ...],
+    geometry: ConvPoolGeometry,
+) -> bool:
+    """Whether a convolution is few matrix products, faster so, and both operands have the plain layout."""
+    if len(shape) != 4 or not 0 < shape[0] <= FEW_IMAGES or geometry.groups != 1 or geometry.dilation != (1, 1):
         return False
-    if memory_format(weight) == torch.channels_last:  # which a kernel of one pixel is, too
-        return False
-    if geometry.groups != 1 or geometry.dilation != (1, 1) or not 0 < images[0] <= FEW_IMAGES:
-        return False
-    filters, *terms = weight.shape
-    rows, columns = geometry.conv_size((images[2], images[3]), (terms[1], terms[2]))
+    for sizes, steps in ((shape, strides), (weight_shape, weight_strides)):
+        tensor = torch.empty_strided(sizes, steps, device="meta")
+        # A kernel of one pixel is in both layouts.
+        if not tensor.is_contiguous() or memory_format(tensor) == torch.channels_last:
+            return False
+    filters, *terms = weight_shape
+    rows, columns = geometry.conv_size((shape[2], shape[3]), (terms[1], terms[2]))
     depth = math.prod(terms)
-    return 0 < depth <= SHORT_SUM and 0 < images[0] * filters * depth * rows * columns <= FEW_PRODUCTS
+    return 0 < depth <= SHORT_SUM and 0 < shape[0] * filters * depth * rows * columns <= FEW_PRODUCTS
 
 
 def conv2d_relu_max_pool2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, by_product: bool = False
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry, quick: bool = False
 ) -> Tensor:
-    """Return the pooled output for a batched or an unbatched input; `by_product`: see `faster_by_product`.
+    """Return the pooled output for a batched or an unbatched input.
+
+    With `quick` the convolution may be matrix products if that is faster: for plain tensors on a CPU.
 
     relu comes after the pool, where there are fewer values. Results and gradients are the same: no gradient passes if
     the largest cell is not above 0. relu is a threshold here, which saves its input and not its output, so the output
     may be modified in place, as that of max_pool2d.
     """
-    conv = (_convolution_by_product if by_product else torch.conv2d)(input, weight, bias, *geometry[:4])
+    if (
+        quick
+        and weight.dtype == torch.float32
+        and _faster_by_product(input.shape, input.stride(), weight.shape, weight.stride(), geometry)
+    ):
+        conv = unfold_and_multiply(input, weight, weight.shape[2:], bias, geometry.stride, geometry.padding)
+    else:
+        conv = torch.conv2d(input, weight, bias, *geometry[:4])
     if geometry.window_may_be_empty:  # stock's output is -inf there, and relu must not change it
         return _pool_with_empty_windows(F.relu(conv), geometry)
     return torch.threshold(torch.max_pool2d(conv, *geometry[4:]), 0, 0)

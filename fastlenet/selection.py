@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from fastlenet import library, ops
 from fastlenet.errors import KernelError
 from fastlenet.kernels import configurations
-from fastlenet.ops.registration import Operator, implement
+from fastlenet.ops.registration import Operator, count_flops, implement
 from fastlenet.private import (
     dispatch_modes,
     forward_mode,
@@ -80,7 +80,7 @@ def backend(input: Tensor | None = None) -> str:
         'aten'
     """
     if input is not None:
-        return choose_by_type(input).forward
+        return choose_by_type(input).implementation
     if _chosen is not None:
         return _chosen
     if not _variables.get(_VARIABLE):
@@ -150,10 +150,9 @@ class Call(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The implementations of a call's forward and backward, and the reason that `explain` and the log give."""
+    """The implementation of a call, forward and backward, and the reason that `explain` and the log give."""
 
-    forward: str
-    backward: str
+    implementation: str
     reason: str
 
 
@@ -245,7 +244,7 @@ def _walk(call: Call) -> Choice:
         if rejection is not None and rejection.error is not None:
             what = f"fastlenet: backend {setting!r} is forced, but {rejection.reason}"
             raise rejection.error(f"{what}; choose backend 'auto' to run this elsewhere")
-        return Choice(setting, setting, f"backend {setting!r} is forced")
+        return Choice(setting, f"backend {setting!r} is forced")
     reasons = []
     for name in ORDER.get(device, ("aten",)):
         rejection = REJECTS[name](call)
@@ -253,10 +252,10 @@ def _walk(call: Call) -> Choice:
             break
         reasons.append(rejection.reason)
     if name != "aten":
-        return Choice(name, name, _REASONS[name])
+        return Choice(name, _REASONS[name])
     if device != "cuda":
         reasons.insert(0, f"the input is on {device}, which Triton does not drive")
-    return Choice("aten", "aten", "; ".join(reasons))
+    return Choice("aten", "; ".join(reasons))
 
 
 # --- what is known of a kind of call --------------------------------------------------------------------------------
@@ -285,7 +284,7 @@ class Known:
     Attributes:
         choice: what runs it.
         form: the form that it takes.
-        compose: computes a plain call by stock's operators: in another order than elsewhere where that is faster.
+        compose: computes a plain call by stock's operators.
         forward: the implementation's forward; on a GPU it follows the launches that its first call recorded.
         backward: likewise, for any gradient of the output.
         forced: whether the user's setting left no choice.
@@ -298,23 +297,24 @@ class Known:
         assert operator is not None
         auto = backend() == "auto"
         self.forced, self.logged = not auto, False
-        by_library = library.inside(operator.name, settings, tensors) if auto and choice.forward == "triton" else None
+        by_library = (
+            library.inside(operator.name, settings, tensors) if auto and choice.implementation == "triton" else None
+        )
         if by_library is not None:
             choice = choice._replace(reason=f"{choice.reason}; a library multiplies its matrices: {by_library}")
-        self.forward, self.backward = operator.implementation(choice.forward, by_library is not None)
-        composed = choice.forward == "aten"
+        self.forward, self.backward = operator.implementation(choice.implementation, by_library is not None)
+        composed = choice.implementation == "aten"
         # Where kernels take parts of a call, but not the whole call.
         apart = (
             composed
             and auto
-            and any(_walk(Call(*part, differentiable)).forward != "aten" for part in operator.parts(settings, *tensors))
+            and any(
+                _walk(Call(*part, differentiable)).implementation != "aten"
+                for part in operator.parts(settings, *tensors)
+            )
         )
-        self.compose = operator.composition
-        if composed and auto and not apart and call.main.device.type == "cpu":
-            small = operator.small_composition(settings, *tensors)
-            if small is not None:
-                self.compose = small
-                choice = choice._replace(reason=f"{choice.reason}; its convolutions are matrix products")
+        plain = composed and auto and not apart and call.main.device.type == "cpu"
+        self.compose = operator.quick if plain else operator.composition
         self.choice, self.form = choice, Form(composed, apart, differentiable)
 
     def give_up(self) -> None:
@@ -405,7 +405,7 @@ def _learn(key: Any, call: Call) -> Known:
     assert call.operator is not None
     call.operator.check(call.settings, *call.tensors)
     if any(tensor is not None and tensor.is_neg() for tensor in call.tensors):
-        known = Known(call, Choice("aten", "aten", "a tensor is a lazy negative, which kernels cannot read"))
+        known = Known(call, Choice("aten", "a tensor is a lazy negative, which kernels cannot read"))
     else:
         with torch.cuda.device_of(call.main):
             known = Known(call, _walk(call))
@@ -435,17 +435,17 @@ def choose_by_type(input: Tensor) -> Choice:
 def run(operator: Operator, settings: Any, *tensors: Any) -> Tensor:
     """Compute a call as the entry of its kind says."""
     known = find(operator, settings, tensors) if unwatched() else None
-    if known is None:
-        form, compose = _watched(operator, settings, tensors), operator.composition
-    else:
-        form, compose = known.form, known.compose
-        if form.composed:
-            _log(known, operator, tensors)
+    form = _watched(operator, settings, tensors) if known is None else known.form
     if form.composed:
+        if known is not None:
+            _log(known, operator, tensors)
+        compose: Callable[..., Tensor] = operator.composition if known is None else known.compose
         return compose(settings, *tensors, run=run) if form.apart else compose(settings, *tensors)
-    fused = operator.fused if known is None or not profiler_enabled() else _profiled(operator)
     try:
-        return fused(settings, known, form.differentiable, *tensors)
+        if known is not None and profiler_enabled():  # which names stock operators likewise
+            with torch.profiler.record_function(f"{ops.NAMESPACE}::{operator.name}"):
+                return operator.fused(settings, known, form.differentiable, *tensors)
+        return operator.fused(settings, known, form.differentiable, *tensors)
     except KernelError:
         if known is None:
             raise
@@ -466,7 +466,6 @@ def unwatched() -> bool:
 
 def _watched(operator: Operator, settings: Any, tensors: Sequence[Any]) -> Form:
     """Tell how to compute a call that is traced, mapped or replaced, or that has operands other than plain tensors."""
-    operator.check(settings, *tensors)
     compiling = torch.compiler.is_compiling()
     required = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if transforms_active() or (not compiling and forward_mode()):
@@ -478,20 +477,11 @@ def _watched(operator: Operator, settings: Any, tensors: Sequence[Any]) -> Form:
         # recorded whole. PyTorch's check of a trace runs without gradients, so the mode must not decide.
         apart = not required and not operator.traceable
         return Form(composed=required or apart, apart=apart, differentiable=False)
+    operator.check(settings, *tensors)
     batched = any(tensor is not None and is_batched(tensor) for tensor in tensors)
-    if batched or choose(operator, settings, tensors).forward == "aten":
+    if batched or choose(operator, settings, tensors).implementation == "aten":
         return COMPOSED
     return Form(composed=False, apart=False, differentiable=required and torch.is_grad_enabled())
-
-
-def _profiled(operator: Operator) -> Callable[..., Tensor]:
-    """Name the operator's kernels for a profiler, which names stock operators likewise."""
-
-    def fused(*args: Any) -> Tensor:
-        with torch.profiler.record_function(f"{ops.NAMESPACE}::{operator.name}"):
-            return operator.fused(*args)
-
-    return fused
 
 
 def _log(known: Known, operator: Operator, tensors: Sequence[Any]) -> None:
@@ -514,7 +504,7 @@ def _run_registered(operator: Operator, registered: Any, *args: Any) -> Any:
     known = find(operator, settings, tensors, differentiable)
     if known is None:
         call = Call(operator, settings, tensors, differentiable)
-        known = Known(call, Choice("aten", "aten", "an operand is not a plain tensor"))
+        known = Known(call, Choice("aten", "an operand is not a plain tensor"))
     if known.form.composed:
         _log(known, operator, tensors)
     try:
@@ -526,6 +516,7 @@ def _run_registered(operator: Operator, registered: Any, *args: Any) -> Any:
 
 def register(operator: Operator) -> None:
     """Register for each operator a function that chooses and runs an implementation when a graph calls it."""
+    count_flops(operator)
     for name, registered in operator.registered().items():
         implement(name, functools.partial(_run_registered, operator, registered))
 

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from fastlenet.errors import InputError, MissingPackageError
 
+DEVICE_HELP = "where to run: 'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ..."
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 

@@ -23,6 +23,10 @@ def stock_conv(input, weight, bias=None, *, pool_size=2, pool_stride=None, pool_
     return F.max_pool2d(conv, pool_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
 
 
+def quantized(*size):
+    return torch.quantize_per_tensor(randn(size), 0.1, 0, torch.qint8)
+
+
 def conv(function, input=(2, 3, 8, 8), weight=(4, 3, 3, 3), bias=(4,), **options):
     """Call `function` with random tensors of these sizes; anything else stands for itself."""
     made = [randn(value) if isinstance(value, tuple) else value for value in (input, weight, bias)]
@@ -34,7 +38,7 @@ CONV = {
     "input of 2 dimensions": ({"input": (3, 3)}, "input.*[3, 3]"),
     "input of 5 dimensions": ({"input": (1, 1, 3, 8, 8)}, "input.*[1, 1, 3, 8, 8]"),
     "input of wrong channels": ({"input": (2, 5, 8, 8)}, "weight of size [4, 3, 3, 3].*input[2, 5, 8, 8].*3 channels"),
-    "unbatched, wrong channels": ({"input": (5, 8, 8)}, "input[5, 8, 8].*3 channels"),
+    "unbatched, wrong channels": ({"input": (5, 8, 8)}, "3 channels.*input of size [5, 8, 8]"),
     "weight of 3 dimensions": ({"weight": (4, 3, 3)}, "weight.*[4, 3, 3]"),
     "weight without output channels": ({"weight": (0, 3, 3, 3), "bias": (0,)}, "weight.*[0, 3, 3, 3]"),
     "bias of wrong length": ({"bias": (5,)}, "bias.*4 elements.*[5]"),
@@ -44,31 +48,31 @@ CONV = {
     "input no tensor": ({"input": None}, "'input' must be Tensor, not NoneType"),
     "weight no tensor": ({"weight": [1.0]}, "'weight' must be Tensor, not list"),
     "bias no tensor": ({"bias": 1.0}, "'bias' must be Tensor, not float"),
-    "stride 0": ({"stride": 0}, "stride.*at least 1.*0"),
-    "stride negative": ({"stride": (1, -1)}, "stride.*at least 1.*-1"),
+    "stride 0": ({"stride": 0}, "non-positive stride.*stride=(0, 0)"),
+    "stride negative": ({"stride": (1, -1)}, "non-positive stride.*stride=(1, -1)"),
     "stride of three": ({"stride": (1, 1, 1)}, "stride.*(1, 1, 1)"),
     "stride a string": ({"stride": "a"}, "'stride'.*'a'"),
     "stride a float": ({"stride": 1.5}, "'stride'.*1.5"),
-    "padding negative": ({"padding": -1}, "padding.*at least 0.*-1"),
+    "padding negative": ({"padding": -1}, "negative padding.*padding=(-1, -1)"),
     "padding of an unknown name": ({"padding": "full"}, "padding.*'full'"),
     "padding same with stride": ({"padding": "same", "stride": 2}, "padding='same'.*stride=(2, 2)"),
-    "dilation 0": ({"dilation": 0}, "dilation.*at least 1.*0"),
-    "groups 0": ({"groups": 0}, "groups.*at least 1.*0"),
+    "dilation 0": ({"dilation": 0}, "non-positive dilation.*dilation=(0, 0)"),
+    "groups 0": ({"groups": 0}, "non-positive groups.*groups=0"),
     "groups that do not divide the channels": ({"groups": 2}, "groups=2.*6 channels.*3"),
     "groups that do not divide the output": (
         {"input": (2, 6, 8, 8), "weight": (3, 3, 3, 3), "bias": (3,), "groups": 2}, "groups=2.*weight.*[3, 3, 3, 3]"
     ),
     "groups a float": ({"groups": 1.0}, "'groups' must be int, not float"),
-    "kernel larger than input": ({"input": (2, 3, 2, 2)}, "kernel.*2 x 2.*3 x 3"),
+    "kernel larger than input": ({"input": (2, 3, 2, 2)}, "2 x 2.*3 x 3.*input of size [2, 3, 2, 2]"),
     "empty height": ({"input": (2, 3, 0, 8), "padding": 2}, "input of size [2, 3, 0, 8]"),
-    "pool_size 0": ({"pool_size": 0}, "pool_size.*at least 1.*0"),
+    "pool_size 0": ({"pool_size": 0}, "not be zero.*pool_size=(0, 0)"),
     "pool_size of three": ({"pool_size": (1, 2, 3)}, "pool_size.*(1, 2, 3)"),
     "pool_size a float": ({"pool_size": 2.5}, "'pool_size'.*2.5"),
-    "pool_size too large": ({"pool_size": 9}, "pool_size=(9, 9).*4 x 6 x 6"),
-    "pool_stride 0": ({"pool_stride": 0}, "pool_stride.*at least 1.*0"),
-    "pool_padding too large": ({"pool_padding": 2}, "pool_padding=(2, 2).*pool_size=(2, 2)"),
-    "pool_padding negative": ({"pool_padding": -1}, "pool_padding.*at least 0.*-1"),
-    "pool_dilation 0": ({"pool_dilation": 0}, "pool_dilation.*at least 1.*0"),
+    "pool_size too large": ({"pool_size": 9}, "4x6x6.*too small.*pool_size=(9, 9)"),
+    "pool_stride 0": ({"pool_stride": 0}, "stride should not be zero.*pool_stride=(0, 0)"),
+    "pool_padding too large": ({"pool_padding": 2}, "half of.*kernel size.*pool_size=(2, 2).*pool_padding=(2, 2)"),
+    "pool_padding negative": ({"pool_padding": -1}, "non-negative.*pool_padding=(-1, -1)"),
+    "pool_dilation 0": ({"pool_dilation": 0}, "greater than zero.*pool_dilation=(0, 0)"),
     "stride a bool": ({"stride": True}, "'stride'.*True"),
     "stride an array of floats": ({"stride": np.ones(2)}, "'stride'.*1."),
     "stride a pair of a float": ({"stride": (1.0, 2)}, "'stride'.*(1.0, 2)"),
@@ -76,15 +80,18 @@ CONV = {
     "padding a float": ({"padding": 1.5}, "'padding'.*1.5"),
     "padding of three": ({"padding": (1, 1, 1)}, "padding.*(1, 1, 1)"),
     "dilation a string": ({"dilation": "x"}, "'dilation'.*'x'"),
-    "dilation negative": ({"dilation": -1}, "dilation.*at least 1.*-1"),
+    "dilation negative": ({"dilation": -1}, "greater than zero.*dilation=(-1, -1)"),
     "groups a string": ({"groups": "2"}, "'groups' must be int, not str"),
     "groups a bool": ({"groups": True}, "'groups' must be int, not bool"),
-    "groups negative": ({"groups": -1}, "groups.*at least 1.*-1"),
+    "groups negative": ({"groups": -1}, "non-positive groups.*groups=-1"),
     "weight without height": ({"weight": (4, 3, 0, 3)}, "weight of size [4, 3, 0, 3]"),
     "no channels": ({"input": (2, 0, 8, 8), "weight": (4, 0, 3, 3)}, "input of size [2, 0, 8, 8].*[4, 0, 3, 3]"),
     "empty batch of wrong channels": ({"input": (0, 5, 8, 8)}, "input[0, 5, 8, 8].*3 channels"),
     "complex numbers": (
         {"input": randn(2, 3, 8, 8) + 0j, "weight": randn(4, 3, 3, 3) + 0j, "bias": None}, "complex.*input.*complex64"
+    ),
+    "quantized numbers": (
+        {"input": quantized(2, 3, 8, 8), "weight": quantized(4, 3, 3, 3), "bias": None}, "quantized.*input.*qint8"
     ),
     "pool_size None": ({"pool_size": None}, "'pool_size'.*None"),
     "pool_size empty": ({"pool_size": ()}, "pool_size=()"),
@@ -93,9 +100,9 @@ CONV = {
     "pool_stride a NumPy float": ({"pool_stride": np.float64(2)}, "'pool_stride'.*2.0"),
     "pool_padding named": ({"pool_padding": "same"}, "'pool_padding'.*'same'"),
     "pool_padding too large in one dimension": (
-        {"pool_size": (1, 3), "pool_padding": 1}, "pool_padding=(1, 1).*pool_size=(1, 3)"
+        {"pool_size": (1, 3), "pool_padding": 1}, "half of.*kernel size.*pool_size=(1, 3).*pool_padding=(1, 1)"
     ),
-    "pool_dilation too large": ({"pool_dilation": 9}, "pool_size=(2, 2).*4 x 6 x 6"),
+    "pool_dilation too large": ({"pool_dilation": 9}, "4x6x6.*too small.*pool_dilation=(9, 9)"),
     "ceil_mode an int": ({"ceil_mode": 0.0}, "'ceil_mode' must be bool, not float"),
     "ceil_mode no bool": ({"ceil_mode": "x"}, "'ceil_mode' must be bool, not str"),
 }
@@ -120,12 +127,18 @@ def test_conv2d_relu_max_pool2d(name):
 
 
 LINEAR = {
-    "features do not fit": (((5, 6), (3, 7), (3,)), "input of 7 features.*[3, 7].*[5, 6]"),
-    "bias of wrong length": (((5, 7), (3, 7), (4,)), "bias.*[5, 3].*[4]"),
-    "bias of wrong length, 3 dimensions": (((2, 5, 7), (3, 7), (4,)), "bias.*[2, 5, 3].*[4]"),
+    "features do not fit": (
+        ((5, 6), (3, 7), (3,)),
+        "cannot be multiplied.*input of size [5, 6].*weight of size [3, 7]",
+    ),
+    "bias of wrong length": (((5, 7), (3, 7), (4,)), "[5, 3].*[4].*bias of size [4]"),
+    "bias of wrong length, 3 dimensions": (
+        ((2, 5, 7), (3, 7), (4,)),
+        "must match.*input of size [2, 5, 7].*bias of size [4]",
+    ),
     "weight of 1 dimension with bias": (((5, 7), (7,), (3,)), "weight.*[7]"),
     "weight of 3 dimensions": (((5, 7), (2, 3, 7), None), "weight.*[2, 3, 7]"),
-    "input a scalar": (((), (3, 7), (3,)), "input.*1 dimension"),
+    "input a scalar": (((), (3, 7), (3,)), "at least 1D.*input of size []"),
     "input of another dtype": ((randn(5, 7).double(), (3, 7), (3,)), "input.*weight.*dtype.*float64.*float32"),
     "bias of another dtype": (((5, 7), (3, 7), randn(3).double()), "input.*bias.*dtype.*float32.*float64"),
     "input no tensor": ((None, (3, 7), (3,)), "'input' must be Tensor, not NoneType"),
@@ -142,9 +155,13 @@ def test_linear_relu(name):
 ADDMM = {
     "mat1 of 1 dimension": (((3,), (7,), (7, 3)), {}, "mat1.*matrix.*[7]"),
     "mat2 of 3 dimensions": (((3,), (5, 7), (1, 7, 3)), {}, "mat2.*matrix.*[1, 7, 3]"),
-    "inner sizes do not fit": (((3,), (5, 7), (6, 3)), {}, "mat1 is [5, 7].*mat2 is [6, 3]"),
-    "input does not broadcast": (((4,), (5, 7), (7, 3)), {}, "input.*[5, 3].*[4]"),
-    "input of 3 dimensions": (((1, 5, 3), (5, 7), (7, 3)), {}, "input.*[5, 3].*[1, 5, 3]"),
+    "inner sizes do not fit": (
+        ((3,), (5, 7), (6, 3)),
+        {},
+        "cannot be multiplied.*mat1 of size [5, 7].*mat2 of size [6, 3]",
+    ),
+    "input does not broadcast": (((4,), (5, 7), (7, 3)), {}, "[5, 3].*[4].*input of size [4]"),
+    "input of 3 dimensions": (((1, 5, 3), (5, 7), (7, 3)), {}, "[5, 3].*input of size [1, 5, 3]"),
     "mat2 of another dtype": (((3,), (5, 7), randn(7, 3).double()), {}, "mat1.*mat2.*dtype.*float32.*float64"),
     "input of another dtype": ((randn(3).double(), (5, 7), (7, 3)), {}, "mat1.*input.*dtype.*float32.*float64"),
     "input no tensor": ((None, (5, 7), (7, 3)), {}, "'input' must be Tensor, not NoneType"),

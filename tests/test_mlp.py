@@ -85,7 +85,7 @@ MASKS = [[True] * 7, *([index == chosen for index in range(7)] for chosen in ran
 @pytest.mark.wide
 def test_opcheck():
     input, *parameters = tensors(torch.float32, requires_grad=False)
-    operators, spec = torch.ops.fastlenet, "linear_relu;linear_relu;linear"
+    operators, spec = torch.ops.fastlenet, "['linear_relu', 'linear_relu', 'linear']"
     for save in (True, False):
         torch.library.opcheck(operators.chain.default, (input, parameters, spec, save))
     output, saved = operators.chain(input, parameters, spec, True)
@@ -139,14 +139,14 @@ def test_autocast_as_stock():
 @pytest.mark.parametrize(
     ("index", "shape", "message"),
     [
-        (0, (5, 7), r"weight1 of size \(out_features, 7\), as input has 7 features.*\[4, 6\]"),
-        (1, (6,), r"expected weight1 of size"),
-        (2, (3,), r"bias1 of size \(4,\), as weight1 has 4 rows.*\[3\]"),
-        (3, (3, 5), r"weight2 of size \(out_features, 4\), as weight1 has 4 features.*\[3, 5\]"),
-        (4, (1, 3), r"bias2 of size \(3,\)"),
-        (5, (2, 4), r"weight3 of size \(out_features, 3\)"),
-        (6, (), r"bias3 of size \(2,\)"),
-        (0, (), r"at least 1 dimension, but got a scalar"),
+        (0, (5, 7), r"cannot be multiplied.*input of size \[5, 7\], weight1 of size \[4, 6\]"),
+        (1, (6,), r"expected weight1 to be a matrix.*weight1 of size \[6\]"),
+        (2, (3,), r"bias1 to have a number for each of its rows.*weight1 of size \[4, 6\] and bias1 of size \[3\]"),
+        (3, (3, 5), r"cannot be multiplied.*weight2 of size \[3, 5\]"),
+        (4, (1, 3), r"bias2 to have a number for each.*bias2 of size \[1, 3\]"),
+        (5, (2, 4), r"cannot be multiplied.*weight3 of size \[2, 4\]"),
+        (6, (), r"bias3 to have a number for each"),
+        (0, (), r"at least 1D.*input of size \[\]"),
     ],
 )
 def test_shapes_that_do_not_fit(index, shape, message):

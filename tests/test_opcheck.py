@@ -11,6 +11,7 @@ import itertools
 
 import pytest
 import torch
+from fastlenet.kernels.geometry import ConvPoolGeometry
 from harness.cases import (
     ADDMM_CASES,
     BIG_WINDOW,
@@ -27,6 +28,7 @@ from harness.fuzz import assume, examples, given, settings
 from torch.library import opcheck
 
 import fastlenet  # noqa: F401  (registers the operators)
+from fastlenet.ops.chain import spec_of
 
 OPERATORS = torch.ops.fastlenet
 ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -69,14 +71,15 @@ def test_addmm(case, generator):
     check_addmm(case, case.random(torch.float32, generator), ALL, masks=[[case.addend is not None, True, True]])
 
 
-LENET = "1 1 0 0 1 1 1 2 2 2 2 0 0 1 1 0"
+LENET = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
 
 
 @pytest.mark.parametrize("checks", [ALL, QUICK], ids=["all", "every mask"])
-@pytest.mark.parametrize("spec", [f"{LENET};{LENET}", f"{LENET};linear_relu", f"{LENET};linear_relu;linear"])
-def test_chain(spec, checks):
-    shapes = [(3, 2, 3, 3), (4, 3, 3, 3)] if spec.count(LENET) == 2 else [(3, 2, 3, 3), (5, 108), (2, 5)]
-    shapes = shapes[: len(spec.split(";"))]
+@pytest.mark.parametrize("links", [(LENET, LENET), (LENET, "linear_relu"), (LENET, "linear_relu", "linear")], ids=str)
+def test_chain(links, checks):
+    spec = spec_of(links)
+    shapes = [(3, 2, 3, 3), (4, 3, 3, 3)] if links.count(LENET) == 2 else [(3, 2, 3, 3), (5, 108), (2, 5)]
+    shapes = shapes[: len(links)]
     parameters = [torch.randn(size) for shape in shapes for size in (shape, shape[:1])]
     parameters[1] = None
     input = torch.randn(2, 2, 14, 14)

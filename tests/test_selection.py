@@ -104,7 +104,7 @@ def test_explain_says_what_runs(monkeypatch, gpu):
     (site,) = fastlenet.explain(layer).sites
     assert site.implementation == "cpu"
     choice = selection.choose(CONV, PLAIN, (images, layer.weight, layer.bias))
-    assert (choice.forward, choice.reason) == (site.implementation, site.reason)
+    assert (choice.implementation, choice.reason) == (site.implementation, site.reason)
     assert asked
 
 
@@ -114,8 +114,8 @@ def test_a_convolution_goes_one_way_forward_and_backward(depth, columns, gpu):
     operands = OnAGpu(2, depth, 16, 16), OnAGpu(columns, depth, 3, 3), None
     with precision("cudnn.conv", "tf32"):
         choice = decide(CONV, PLAIN, *operands)
-        assert choice.forward == choice.backward == ("triton" if depth * 9 < 768 else "aten")
-        assert decide(CONV, PLAIN, *operands, differentiable=False).forward == "triton"
+        assert choice.implementation == ("triton" if depth * 9 < 768 else "aten")
+        assert decide(CONV, PLAIN, *operands, differentiable=False).implementation == "triton"
 
 
 def test_an_operator_launches_its_own_kernels():
@@ -147,25 +147,25 @@ def test_what_goes_wrong_in_a_linear_layer_is_told(monkeypatch):
 
 def test_order(gpu, cpu_kernels):
     float64 = torch.float64
-    assert decide(CONV, PLAIN, OnAGpu(2, 1, 8, 8), OnAGpu(4, 1, 3, 3), None).forward == "triton"
-    assert decide(CONV, PLAIN, OnAGpu(2, 1, 8, 8, dtype=float64), OnAGpu(4, 1, 3, 3), None).forward == "aten"
-    assert decide(CONV, PLAIN, torch.empty(2, 1, 8, 8), torch.empty(4, 1, 3, 3), None).forward == "cpu"
-    assert decide(CONV, PLAIN, *(torch.empty(2, 1, n, n, device="meta") for n in (8, 3)), None).forward == "aten"
+    assert decide(CONV, PLAIN, OnAGpu(2, 1, 8, 8), OnAGpu(4, 1, 3, 3), None).implementation == "triton"
+    assert decide(CONV, PLAIN, OnAGpu(2, 1, 8, 8, dtype=float64), OnAGpu(4, 1, 3, 3), None).implementation == "aten"
+    assert decide(CONV, PLAIN, torch.empty(2, 1, 8, 8), torch.empty(4, 1, 3, 3), None).implementation == "cpu"
+    assert decide(CONV, PLAIN, *(torch.empty(2, 1, n, n, device="meta") for n in (8, 3)), None).implementation == "aten"
     cpu_kernels.reason = "too small"
     choice = decide(CONV, PLAIN, torch.empty(2, 1, 8, 8), torch.empty(4, 1, 3, 3), None)
-    assert choice.forward == "aten"
+    assert choice.implementation == "aten"
     assert "; too small" in choice.reason
 
 
 def test_a_library_that_is_faster_is_a_reason_only_where_triton_is_not_forced(gpu):
     deep = OnAGpu(2, 512, 16, 16), OnAGpu(512, 512, 3, 3), None
     choice = decide(CONV, PLAIN, *deep)
-    assert choice.forward == "aten"
+    assert choice.implementation == "aten"
     assert "the library is expected to be faster" in choice.reason
     with fastlenet.use_backend("triton"):
-        assert decide(CONV, PLAIN, *deep) == ("triton", "triton", "backend 'triton' is forced")
+        assert decide(CONV, PLAIN, *deep) == ("triton", "backend 'triton' is forced")
     with fastlenet.use_backend("aten"):
-        assert decide(CONV, PLAIN, *deep) == ("aten", "aten", "backend 'aten' is forced")
+        assert decide(CONV, PLAIN, *deep) == ("aten", "backend 'aten' is forced")
 
 
 def test_a_forced_cpu_backend_runs_or_says_why_not(tensors, cpu_kernels):
@@ -301,7 +301,7 @@ def test_another_number_of_threads_is_noticed():
     try:
         for threads in (1, 8, 1):
             torch.set_num_threads(threads)
-            found.append(selection.choose(CONV, PLAIN, tensors).forward)
+            found.append(selection.choose(CONV, PLAIN, tensors).implementation)
     finally:
         torch.set_num_threads(before)
     assert found == ["cpu", "aten", "cpu"]

@@ -71,7 +71,9 @@ class Fused:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal waiting
-            if not compiling() and waiting:
+            if compiling():
+                return plain(*args, **kwargs)
+            if waiting:
                 waiting = _has_lazy(model)  # not before: a model that is being copied has no parameters yet
                 if waiting:
                     # Dynamo would draw the weights while it captures, and would then set the random generator back.
@@ -79,10 +81,14 @@ class Fused:
             # Dynamo does not guard hooks on all modules, applies function modes twice, and torch.jit.trace refuses it.
             if not active[recording()] or hooked() or private.intercepted() or tracing() is not None:
                 return plain(*args, **kwargs)
+            # An error while capturing is the model's own, which it raises below when it runs as it is.
+            private.capture_log.disabled = True
             try:
                 return compiled(*args, **kwargs)
             except compiler_error as error:
                 reason = first_line(error)
+            finally:
+                private.capture_log.disabled = False
             # Dynamo also reports the model's own errors, such as a wrong shape, as errors of Dynamo.
             result = plain(*args, **kwargs)
             active[recording()] = False
@@ -91,7 +97,6 @@ class Fused:
             logger.warning("fuse leaves %s as it is in %s: %s", type(model).__name__, mode, self.refused[mode])
             return result
 
-        private.quiet_capture(call)
         return call
 
     def limit(self) -> str | None:

@@ -90,8 +90,8 @@ def implementation(call: Call) -> tuple[str, str]:
             choice = selection.choose(operator_, call.settings, tensors, call.differentiable)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         return "none", str(error)
-    fused = call.operator == NORM and choice.forward != "aten"
-    return choice.forward, choice.reason + ("; the convolution before it is stock's" if fused else "")
+    fused = call.operator == NORM and choice.implementation != "aten"
+    return choice.implementation, choice.reason + ("; the convolution before it is stock's" if fused else "")
 
 
 class Norm(NamedTuple):

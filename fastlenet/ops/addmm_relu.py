@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,14 +11,12 @@ from torch import Tensor
 
 from fastlenet import checks, reference
 from fastlenet.ops.registration import (
-    Guard,
     Operator,
     Registered,
-    composed_backward,
     define,
+    gradients,
     keep,
     kept,
-    no_autocast,
     operators,
     or_empty,
     shaped,
@@ -46,39 +45,15 @@ def _backward_fake(
     return or_empty(mat1, grads)
 
 
-def flops(mat1: Sequence[int], mat2: Sequence[int]) -> int:
-    """Count FLOPs as for stock's matrix product: two for each product."""
-    return 2 * mat1[0] * mat1[1] * mat2[1]
-
-
-def _flops(input: Any, mat1: Any, mat2: Any, *_: Any, **__: Any) -> int:
-    return flops(mat1, mat2)
-
-
-def _backward_flops(grad_output: Any, output: Any, mat1: Any, mat2: Any, *args: Any, **_: Any) -> int:
-    _need_input, need_mat1, need_mat2 = args[-1]
-    return (need_mat1 + need_mat2) * flops(mat1, mat2)
-
-
-define(f"{_NAME}(Tensor? input, Tensor mat1, Tensor mat2, Scalar beta, Scalar alpha) -> Tensor", _fake, _flops)
+define(f"{_NAME}(Tensor? input, Tensor mat1, Tensor mat2, Scalar beta, Scalar alpha) -> Tensor", _fake)
 define(
     f"{_NAME}_backward(Tensor grad_output, Tensor output, Tensor mat1, Tensor mat2, SymInt[] input_size,"
     " Scalar beta, Scalar alpha, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_mat1, Tensor grad_mat2)",
     _backward_fake,
-    _backward_flops,
 )
 
 
 # --- autograd -------------------------------------------------------------------------------------------------------
-
-
-# Each matrix is read for the other's gradient alone.
-_GUARDS = {
-    (False, False): Guard((), (0, 1)),
-    (False, True): Guard((0,), (1,)),
-    (True, False): Guard((1,), (0,)),
-    (True, True): Guard((0, 1), ()),
-}
 
 
 class AddmmReLUFunction(torch.autograd.Function):
@@ -101,7 +76,9 @@ class AddmmReLUFunction(torch.autograd.Function):
         if known is None:
             ctx.save_for_backward(mat1, mat2, output)
         else:
-            keep(ctx, (mat1, mat2), _GUARDS[ctx.needs_input_grad[1:3]], output)
+            # Each matrix is read for the other's gradient alone.
+            _, need_mat1, need_mat2, *_ = ctx.needs_input_grad
+            keep(ctx, (mat1, mat2), (need_mat2, need_mat1), output)
         ctx.rest = () if input is None else tuple(input.shape), beta, alpha
         ctx.known = known
         return output
@@ -114,15 +91,15 @@ class AddmmReLUFunction(torch.autograd.Function):
         if output.dim() != 2:
             size = mat1.shape[0], mat2.shape[1]
             output, grad_output = output.reshape(size), grad_output.reshape(size)
-        args = grad_output, output, mat1, mat2, *ctx.rest, needs
-        if composed_backward(grad_output):
+        args = mat1, mat2, *ctx.rest, needs
+        grads = gradients(
+            ctx.known,
+            grad_output,
+            lambda: ctx.known.backward(grad_output, output, *args),
+            lambda: reference.requested(operators.addmm_relu_backward(grad_output, output, *args), needs),
             # The mask itself is not differentiated.
-            with no_autocast(mat1.device.type):
-                grads = reference.addmm_relu_backward(grad_output, output.detach(), *args[2:])
-        elif ctx.known is None:
-            grads = reference.requested(operators.addmm_relu_backward(*args), needs)
-        else:
-            grads = ctx.known.backward(*args)
+            lambda: reference.addmm_relu_backward(grad_output, output.detach(), *args),
+        )
         return *grads, None, None, None, None
 
 
@@ -136,7 +113,13 @@ class _Addmm(Operator):
     def check(self, settings: tuple[float, float], *tensors: Any) -> None:
         input, mat1, mat2 = tensors
         checks.same_type(_NAME, ("mat1", mat1), mat2=mat2, input=input)
-        checks.matrices(_NAME, input, mat1, mat2)
+
+        def small(input: Tensor | None, mat1: Tensor, mat2: Tensor) -> None:
+            torch.mm(mat1[:0], mat2)
+            if input is not None:
+                input.expand(mat1.shape[0], mat2.shape[1])
+
+        checks.by_stock(_NAME, small, functools.partial(self.composition, settings), input=input, mat1=mat1, mat2=mat2)
 
     def composition(self, settings: tuple[float, float], *tensors: Any, run: Any = None) -> Tensor:
         input, mat1, mat2 = tensors
@@ -188,7 +171,13 @@ class _Linear(_Addmm):
     def check(self, settings: Any, *tensors: Any) -> None:
         input, weight, bias = tensors
         checks.same_type("linear_relu", ("input", input), weight=weight, bias=bias)
-        checks.linear_shapes("linear_relu", input, weight, bias)
+
+        def small(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+            torch.mm(input.reshape(-1, input.shape[-1])[:0], weight.t())
+            if bias is not None:
+                bias.expand(*input.shape[:-1], weight.shape[0])
+
+        checks.by_stock("linear_relu", small, reference.linear_relu, input=input, weight=weight, bias=bias)
 
     def composition(self, settings: Any, *tensors: Any, run: Any = None) -> Tensor:
         return reference.linear_relu(*tensors)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from fastlenet import reference
-from fastlenet.errors import KernelError
 from fastlenet.kernels.geometry import ConvPoolGeometry
-from fastlenet.ops.registration import Operator, composed_backward, no_autocast
+from fastlenet.ops.registration import Operator, gradients
 
 
 class Settings(NamedTuple):
@@ -63,20 +62,21 @@ class BatchNormReLUMaxPool2dFunction(torch.autograd.Function):
         """Return the gradients of those inputs that need one."""
         input, weight, argmax, factors = ctx.saved_tensors
         needs = [ctx.needs_input_grad[place] for place in (0, 3, 4)]
-        grads: reference.Grads | None = None
-        if not composed_backward(grad_output):
-            try:
-                grads = ctx.known.backward(grad_output, input, argmax, factors, ctx.geometry, needs)
-            except KernelError:
-                ctx.known.give_up()
-        if grads is None:
+
+        def composed() -> reference.Grads:
             channels = input.shape[1]
             winners, (minus_mean, inverse) = argmax[..., :channels].permute(0, 3, 1, 2), factors[:2, :channels]
-            with no_autocast(input.device.type):
-                grads = reference.batch_norm_relu_max_pool2d_backward(
-                    grad_output, input, weight, winners, -minus_mean, inverse, ctx.geometry, needs
-                )
-        grad_input, grad_weight, grad_bias = grads
+            return reference.batch_norm_relu_max_pool2d_backward(
+                grad_output, input, weight, winners, -minus_mean, inverse, ctx.geometry, needs
+            )
+
+        grad_input, grad_weight, grad_bias = gradients(
+            ctx.known,
+            grad_output,
+            lambda: ctx.known.backward(grad_output, input, argmax, factors, ctx.geometry, needs),
+            composed,  # No graph has the operator.
+            composed,
+        )
         return grad_input, None, None, grad_weight, grad_bias, None, None
 
 

@@ -6,6 +6,7 @@ Each sample is flattened before the first linear map.
 
 from __future__ import annotations
 
+import ast
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,19 +16,19 @@ import torch
 from torch import Tensor
 
 from fastlenet import checks, reference
-from fastlenet.errors import KernelError
-from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Links, memory_format
+from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry, Links
 from fastlenet.ops import addmm_relu as linear
 from fastlenet.ops import conv2d_relu_max_pool2d as conv
 from fastlenet.ops.registration import (
-    Guard,
+    HELD,
+    SAVED,
+    VIEW,
     Operator,
     Registered,
-    composed_backward,
     define,
+    gradients,
     keep,
     kept,
-    no_autocast,
     operators,
     or_empty,
     shaped,
@@ -40,25 +41,14 @@ _NAME = "chain"
 
 
 def spec_of(links: Links) -> str:
-    """Write links as the registered operator takes them, such as ``"1 1 0 0 1 1 1 2 2 2 2 0 0 1 1 0;linear_relu"``."""
-    return ";".join(link if isinstance(link, str) else _numbers(link) for link in links)
-
-
-def _numbers(geometry: ConvPoolGeometry) -> str:
-    fields = (field if isinstance(field, tuple) else (field,) for field in geometry)
-    return " ".join(str(int(number)) for field in fields for number in field)
+    """Write links as the registered operator takes them: the text of a list of tuples and names."""
+    return str([link if isinstance(link, str) else tuple(link) for link in links])
 
 
 @functools.lru_cache(maxsize=512)
 def links_of(spec: str) -> Links:
     """Read the links from the text that `spec_of` wrote."""
-    return tuple(link if link in (LINEAR, LINEAR_RELU) else _geometry(link) for link in spec.split(";"))
-
-
-def _geometry(numbers: str) -> ConvPoolGeometry:
-    a, b, c, d, e, f, groups, *pool, ceil_mode = map(int, numbers.split())
-    sizes = (tuple(pool[i : i + 2]) for i in range(0, 8, 2))
-    return ConvPoolGeometry((a, b), (c, d), (e, f), groups, *sizes, bool(ceil_mode))
+    return tuple(link if isinstance(link, str) else ConvPoolGeometry(*link) for link in ast.literal_eval(spec))
 
 
 def _fake(input: Tensor, parameters: Sequence[Tensor | None], spec: str, save: bool) -> tuple[Tensor, list[Tensor]]:
@@ -86,39 +76,14 @@ def _backward_fake(grad_output: Tensor, output: Tensor, input: Tensor, parameter
     ]
 
 
-def _costs(input: Sequence[int], parameters: Sequence[Any], spec: str) -> Iterator[tuple[int, int]]:
-    """Yield each link's FLOPs, forward, and its groups: stock counts a weight's gradient as if there were none."""
-    for link, weight in zip(links_of(spec), parameters[::2], strict=True):
-        if isinstance(link, ConvPoolGeometry):
-            yield conv.flops(input, weight, link), link.groups
-            size = link.conv_size((input[2], input[3]), (weight[2], weight[3]))
-            input = input[0], weight[0], *link.pooled_size(size)
-        else:
-            yield linear.flops((input[0], math.prod(input[1:])), weight[::-1]), 1
-            input = input[0], weight[0]
-
-
-def _flops(input: Any, parameters: Any, spec: str, *_: Any, **__: Any) -> int:
-    return sum(forward for forward, _ in _costs(input, parameters, spec))
-
-
-def _backward_flops(
-    grad_output: Any, output: Any, input: Any, parameters: Any, saved: Any, spec: str, mask: Any, **_: Any
-) -> int:
-    costs = enumerate(_costs(input, parameters, spec))
-    return sum((any(mask[: 2 * i + 1]) + mask[2 * i + 1] * groups) * forward for i, (forward, groups) in costs)
-
-
 define(
     f"{_NAME}(Tensor input, Tensor?[] parameters, str spec, bool save) -> (Tensor output, Tensor[] saved)",
     _fake,
-    _flops,
 )
 define(
     f"{_NAME}_backward(Tensor grad_output, Tensor output, Tensor input, Tensor?[] parameters, Tensor[] saved, str spec,"
     " bool[] output_mask) -> Tensor[]",
     _backward_fake,
-    _backward_flops,
 )
 
 
@@ -145,78 +110,56 @@ class ChainFunction(torch.autograd.Function):
         if known is None:
             ctx.save_for_backward(input, *parameters, *others)
         else:
-            operands = input, *parameters
-            guard, views = _guarded(links, ctx.needs_input_grad[3:])
-            keep(ctx, operands, guard, *others)
-            # Stock's linear maps save a view: they keep their values if `weight.data` becomes another tensor.
-            ctx.views = [(place, operands[place].data) for place in views]  # type: ignore[union-attr]
+            keep(ctx, (input, *parameters), _ways(links, ctx.needs_input_grad[3:]), *others)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of those operands that need one."""
         links, needs = ctx.links, ctx.needs_input_grad[3:]
-        composed = composed_backward(grad_output)
-        tensors = ctx.saved_tensors if ctx.known is None else _kept(ctx, composed)
         count = 1 + 2 * len(links)
-        input, *parameters = tensors[:count]
+        tensors = ctx.saved_tensors if ctx.known is None else kept(ctx)
+        (input, *parameters), saved, output = tensors[:count], tensors[count:], None
         size = input.shape[0], *grad_output.shape[-3 if isinstance(links[-1], ConvPoolGeometry) else -1 :]
         grad_output = grad_output if grad_output.shape == size else grad_output.reshape(size)
-        saved, output = tensors[count:], None
         if links[-1] == LINEAR_RELU:
             *saved, output = saved
             output = output.reshape(size)
-        grads: Sequence[Tensor | None] | None = None
-        if composed:
-            pass
-        elif ctx.known is None:
+
+        def recorded() -> reference.Grads:
             like = grad_output if output is None else output  # its values are not read then
             args = grad_output, like, input, parameters, list(saved), spec_of(links), needs
-            grads = reference.requested(operators.chain_backward(*args), needs)
-        else:
-            try:
-                grads = ctx.known.backward(grad_output, output, input, parameters, saved, links, needs)
-            except KernelError:
-                ctx.known.give_up()
-                tensors = _kept(ctx, True)
-        if grads is None:
-            with no_autocast(input.device.type):
-                grads = _composed_grads(grad_output, links, needs, *tensors[:count])
+            return reference.requested(operators.chain_backward(*args), needs)
+
+        def composed() -> reference.Grads:
+            operands = tensors[:count] if ctx.known is None else kept(ctx, composed=True)[:count]
+            return _composed_grads(grad_output, links, needs, *operands)
+
+        grads = gradients(
+            ctx.known,
+            grad_output,
+            lambda: ctx.known.backward(grad_output, output, input, parameters, saved, links, needs),
+            recorded,
+            composed,
+        )
         return None, None, None, *grads
 
 
-def _kept(ctx: Any, composed: bool) -> list[Any]:
-    """Return what the forward kept, with the values that it saw; `composed`: with the graphs behind them instead."""
-    tensors = kept(ctx, composed)
-    for place, view in ctx.views:
-        if not composed:
-            tensors[place] = view
-        elif view.data_ptr() != tensors[place].data_ptr():
-            raise RuntimeError(
-                f"the data of a weight of size {list(view.shape)} became another tensor after the forward, so that its "
-                "derivatives of higher order are not known"
-            )
-    return tensors
-
-
 @functools.lru_cache(maxsize=512)
-def _guarded(links: Links, needs: tuple[bool, ...]) -> tuple[Guard, tuple[int, ...]]:
-    """How to keep the input and the parameters, of which some need a gradient, and the saved weights of linear maps."""
-    saved: list[int] = []
-    views: list[int] = []
-    passed = needs[0]
+def _ways(links: Links, needs: tuple[bool, ...]) -> list[int]:
+    """How to keep the input and the parameters, of which some need a gradient."""
+    ways, passed = [HELD] * len(needs), needs[0]
     for index, link in enumerate(links):
         place = 1 + 2 * index
         passes = passed or needs[place] or needs[place + 1]
         if isinstance(link, ConvPoolGeometry):
-            reads_input = reads_weight = passes
+            reads_input, ways[place] = passes, SAVED if passes else HELD
         else:
-            reads_input, reads_weight = needs[place], passed
-            views += [place] * reads_weight
-        saved += [0] * (reads_input and not index) + [place] * reads_weight
+            reads_input, ways[place] = needs[place], VIEW if passed else HELD
+        if index == 0 and reads_input:
+            ways[0] = SAVED
         passed = passes
-    held = tuple(place for place in range(len(needs)) if place not in saved)
-    return Guard(tuple(saved), held), tuple(views)
+    return ways
 
 
 def _composed_grads(
@@ -251,7 +194,12 @@ class _Operator(Operator):
     traceable = False  # lists of optional tensors are not
 
     def check(self, settings: Links, *tensors: Any) -> None:
-        checks.chain(_NAME, settings, *tensors)
+        input, *parameters = tensors
+        checks.links(_NAME, settings, parameters)
+        named = {f"{('weight', 'bias')[i % 2]}{i // 2 + 1}": tensor for i, tensor in enumerate(parameters)}
+        checks.same_type(_NAME, ("input", input), **named)
+        compose = functools.partial(self.composition, settings)
+        checks.by_stock(_NAME, checks.without_images(compose, settings), compose, settings, input=input, **named)
 
     def composition(self, settings: Links, *tensors: Any, run: Callable[..., Tensor] | None = None) -> Tensor:
         input, *parameters = tensors
@@ -263,30 +211,8 @@ class _Operator(Operator):
 
         return reference.chain(input, parameters, settings, convolve, functools.partial(run, linear.LINEAR_RELU, None))
 
-    def small_composition(self, settings: Links, *tensors: Any) -> Callable[..., Tensor] | None:
-        input, *parameters = tensors
-        if input.dim() != 4 or not input.is_contiguous() or memory_format(input) == torch.channels_last:
-            return None
-        shape, found = tuple(input.shape), []
-        for link, weight in zip(settings, parameters[::2], strict=True):
-            if not isinstance(link, ConvPoolGeometry) or len(shape) != 4:
-                break
-            found.append(reference.faster_by_product(shape, weight, link))
-            conv = link.conv_size((shape[2], shape[3]), (weight.shape[2], weight.shape[3]))
-            shape = (shape[0], weight.shape[0], *link.pooled_size(conv))
-        if not any(found):
-            return None
-
-        def composed_by_products(settings: Links, *tensors: Any) -> Tensor:
-            input, *parameters = tensors
-            products = iter(found)
-
-            def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry) -> Tensor:
-                return reference.conv2d_relu_max_pool2d(input, weight, bias, geometry, next(products))
-
-            return reference.chain(input, parameters, settings, convolve)
-
-        return composed_by_products
+    def quick(self, settings: Links, *tensors: Any) -> Tensor:
+        return self.composition(settings, *tensors, run=lambda operator, *args: operator.quick(*args))
 
     def fused(self, settings: Links, known: Any, differentiable: bool, *tensors: Any) -> Tensor:
         input, *parameters = tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from fastlenet import checks, reference
-from fastlenet.errors import KernelError
 from fastlenet.kernels.geometry import ConvPoolGeometry, memory_format, output_format
 from fastlenet.ops.registration import (
     Operator,
     Registered,
     composed_backward,
     define,
-    no_autocast,
+    gradients,
     operators,
     or_empty,
 )
@@ -59,34 +58,15 @@ def _backward_fake(
     return or_empty(input, grads)
 
 
-def flops(input: Sequence[int], weight: Sequence[int], geometry: ConvPoolGeometry) -> int:
-    """Count FLOPs as for stock's convolution: two for each product."""
-    height, width = geometry.conv_size((input[2], input[3]), (weight[2], weight[3]))
-    return 2 * input[0] * height * width * math.prod(weight)
-
-
-def _flops(input: Any, weight: Any, bias: Any, *args: Any, **_: Any) -> int:
-    return flops(input, weight, ConvPoolGeometry(*args[:-1]))
-
-
-def _backward_flops(grad_output: Any, input: Any, weight: Any, argmax: Any, *args: Any, **_: Any) -> int:
-    *fields, (need_input, need_weight, _need_bias) = args
-    geometry = ConvPoolGeometry(*fields)
-    # Stock counts a convolution's weight gradient as if there were no groups.
-    return (need_input + need_weight * geometry.groups) * flops(input, weight, geometry)
-
-
 define(
     f"{_NAME}(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, bool return_argmax)"
     " -> (Tensor output, Tensor argmax)",
     _fake,
-    _flops,
 )
 define(
     f"{_NAME}_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor argmax, {_GEOMETRY},"
     " bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     _backward_fake,
-    _backward_flops,
 )
 
 
@@ -126,24 +106,17 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
         input, weight, argmax = ctx.saved_tensors
         batched = input.dim() == 4
         operands = (grad_output, input) if batched else (grad_output.unsqueeze(0), input.unsqueeze(0))
-        composed = composed_backward(grad_output)
-        if not composed and ctx.known is None:
-            found = operators.conv2d_relu_max_pool2d_backward(*operands, weight, argmax, *ctx.geometry, needs)
-            grads = reference.requested(found, needs)
-        elif not composed:
-            try:
-                grads = ctx.known.backward(*operands, weight, argmax, ctx.geometry, needs)
-            except KernelError:
-                ctx.known.give_up()
-                composed = True
-        if composed:
-            geometry = ConvPoolGeometry(*ctx.geometry)
-            with no_autocast(input.device.type):
-                grads = reference.conv2d_relu_max_pool2d_backward(*operands, weight, argmax, geometry, needs)
-        grad_input = grads[0]
+        saved, geometry = (*operands, weight, argmax), ctx.geometry
+        grad_input, *grads = gradients(
+            ctx.known,
+            grad_output,
+            lambda: ctx.known.backward(*saved, geometry, needs),
+            lambda: reference.requested(operators.conv2d_relu_max_pool2d_backward(*saved, *geometry, needs), needs),
+            lambda: reference.conv2d_relu_max_pool2d_backward(*saved, ConvPoolGeometry(*geometry), needs),
+        )
         if not batched and grad_input is not None:
-            grad_input = grad_input.squeeze(0) if composed else grad_input.squeeze_(0)
-        return grad_input, *grads[1:], None, None
+            grad_input = grad_input.squeeze(0) if composed_backward(grad_output) else grad_input.squeeze_(0)
+        return grad_input, *grads, None, None
 
 
 # --- what `fastlenet.selection` must know ---------------------------------------------------------------------------
@@ -158,25 +131,18 @@ class _Operator(Operator):
 
     def check(self, settings: ConvPoolGeometry, *tensors: Any) -> None:
         input, weight, bias = tensors
-        batched = input.dim() == 4
-        images = input if batched else input.unsqueeze(0)
         checks.same_type(_NAME, ("input", input), weight=weight, bias=bias)
-        checks.conv_shapes(_NAME, images, weight, bias, settings.groups, batched)
-        checks.geometry(_NAME, settings)
-        checks.pooled_size(_NAME, images, weight, settings)
+        compose = functools.partial(self.composition, settings)
+        small = checks.without_images(compose, (settings,))
+        checks.by_stock(_NAME, small, compose, settings, input=input, weight=weight, bias=bias)
 
     def composition(self, settings: ConvPoolGeometry, *tensors: Any, run: Any = None) -> Tensor:
         input, weight, bias = tensors
         return reference.conv2d_relu_max_pool2d(input, weight, bias, settings)
 
-    def small_composition(self, settings: ConvPoolGeometry, *tensors: Any) -> Callable[..., Tensor] | None:
-        input, weight, _ = tensors
-        plain = input.dim() == 4 and input.is_contiguous() and memory_format(input) == torch.contiguous_format
-        if not plain or not reference.faster_by_product(input.shape, weight, settings):
-            return None
-        return lambda settings, input, weight, bias: reference.conv2d_relu_max_pool2d(
-            input, weight, bias, settings, True
-        )
+    def quick(self, settings: ConvPoolGeometry, *tensors: Any) -> Tensor:
+        input, weight, bias = tensors
+        return reference.conv2d_relu_max_pool2d(input, weight, bias, settings, quick=True)
 
     def fused(self, settings: ConvPoolGeometry, known: Any, differentiable: bool, *tensors: Any) -> Tensor:
         input, weight, bias = tensors

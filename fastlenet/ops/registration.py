@@ -9,6 +9,7 @@ when the node runs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.abc
 import importlib.util
 import sys
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastlenet import private
+from fastlenet.errors import KernelError
 
 # The package's own name, so that a copy under another name registers other operators.
 NAMESPACE = "_".join(__name__.split(".")[:-2])
@@ -68,9 +70,9 @@ class Operator(ABC):
     def composition(self, settings: Any, *tensors: Any, run: Callable[..., Tensor] | None = None) -> Tensor:
         """Compute a call with stock operators, or each of its parts with `run` if that is given."""
 
-    def small_composition(self, settings: Any, *tensors: Any) -> Callable[..., Tensor] | None:
-        """Return what is faster than `composition` for few plain float32 images on a CPU; None if nothing is."""
-        return None
+    def quick(self, settings: Any, *tensors: Any) -> Tensor:
+        """Compute a call of plain tensors on a CPU with stock operators, in the order that is fastest there."""
+        return self.composition(settings, *tensors)
 
     @abstractmethod
     def fused(self, settings: Any, known: Any, differentiable: bool, *tensors: Any) -> Tensor:
@@ -97,19 +99,47 @@ class Operator(ABC):
         return {}
 
 
-def define(schema: str, fake: Callable[..., Any], flops: Callable[..., int]) -> None:
-    """Make an operator known to PyTorch: its schema, its shape function, and its cost to FlopCounterMode.
+def define(schema: str, fake: Callable[..., Any]) -> None:
+    """Make an operator known to PyTorch: its schema, and its shape function.
 
     Args:
         schema: as `torch.library.Library.define` takes it.
         fake: from tensors without memory returns results without memory.
-        flops: from the operands' shapes returns the FLOPs that `torch.utils.flop_counter` counts for stock operators.
     """
-    name = schema.partition("(")[0]
     library.define(schema)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    packet = getattr(operators, name)
-    _when_imported("torch.utils.flop_counter", lambda module: module.register_flop_formula(packet)(flops))
+    torch.library.register_fake(f"{NAMESPACE}::{schema.partition('(')[0]}", fake, lib=library)
+
+
+def count_flops(operator: Operator) -> None:
+    """Let `torch.utils.flop_counter` count as many FLOPs for registered operators as for the composition."""
+    for name, registered in operator.registered().items():
+        backward = name.endswith("_backward")
+        formula = functools.partial(_flops, operator, registered, backward)
+        register = functools.partial(_register_formula, getattr(operators, name), formula)
+        _when_imported("torch.utils.flop_counter", register)
+
+
+def _register_formula(packet: Any, formula: Callable[..., int], module: Any) -> None:
+    module.register_flop_formula(packet, get_raw=True)(formula)
+
+
+def _flops(operator: Operator, registered: Registered, backward: bool, *args: Any, **_: Any) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    settings, operands, _differentiable = registered.call(*args)
+    needs = args[-1] if backward else [False] * len(operands)
+    tensors = [
+        None if tensor is None else torch.empty_like(tensor, device="meta", requires_grad=needed)
+        for tensor, needed in zip(operands, needs, strict=True)
+    ]
+    with torch.overrides.enable_reentrant_dispatch(), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        output = operator.composition(settings, *tensors)
+        forward = counter.get_total_flops()
+        if not backward:
+            return forward
+        wanted = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+        torch.autograd.grad(output, wanted, torch.empty_like(output))
+    return counter.get_total_flops() - forward
 
 
 def _when_imported(name: str, then: Callable[[Any], Any]) -> None:
@@ -182,46 +212,74 @@ def shaped(output: Tensor, shape: Sequence[int], known: Any) -> Tensor:
     return output.squeeze_(0).contiguous() if output.shape[1:] == shape else output.resize_(shape)
 
 
-class Guard(NamedTuple):
-    """Which of a Function's operands are kept in which way, by their places.
+HELD, SAVED, VIEW = range(3)
+"""How a Function keeps an operand.
 
-    Attributes:
-        saved: those that stock's operators save: after a modification the backward raises.
-        held: the others, which the user may modify: kernels do not read their values.
-    """
-
-    saved: tuple[int, ...]
-    held: tuple[int, ...]
+Stock's operators do not save a `HELD` one, so the user may modify it: kernels do not read its values. They do save a
+`SAVED` one: after a modification the backward raises. Of a `VIEW` they save a view, which keeps its values also if the
+operand's `data` becomes another tensor.
+"""
 
 
-def keep(ctx: Any, operands: Sequence[Any], guard: Guard, *others: Tensor) -> None:
-    """Keep operands for a backward that kernels compute, and other tensors."""
-    ctx.save_for_backward(*[operands[place] for place in guard.saved], *others)
-    held = [operands[place] for place in guard.held]
-    versions = [None if tensor is None or tensor.is_inference() else tensor._version for tensor in held]
-    ctx.kept = guard, held, versions
+def keep(ctx: Any, operands: Sequence[Any], ways: Sequence[int], *others: Tensor) -> None:
+    """Keep operands for a backward that kernels compute, each in its way, and other tensors."""
+    saved = [t.detach() if way == VIEW else t for t, way in zip(operands, ways, strict=True) if way]
+    ctx.save_for_backward(*saved, *others)
+    held = [None if way == SAVED else t for t, way in zip(operands, ways, strict=True)]
+    ctx.kept = ways, held, _versions(held)
 
 
 def kept(ctx: Any, composed: bool = False) -> list[Any]:
-    """Return what `keep` was given; `composed`: for plain operators, which read the values of everything.
+    """Return what `keep` was given, with the values that the forward saw.
+
+    With `composed` plain operators go on from the operands themselves, whose values and graphs they all read.
 
     Raises:
         RuntimeError: if they would read what was modified.
     """
-    guard, held, versions = ctx.kept
-    found, count = ctx.saved_tensors, len(guard.saved)
-    tensors = [None] * (count + len(held)) + list(found[count:])
-    for place, tensor in zip(guard.saved, found, strict=False):
-        tensors[place] = tensor
-    for place, tensor in zip(guard.held, held, strict=True):
-        tensors[place] = tensor
-    for tensor, version in zip(held, versions, strict=True) if composed else ():
-        if version is not None and tensor._version != version:
+    ways, held, versions = ctx.kept
+    found = iter(ctx.saved_tensors)
+    seen = [next(found) if way else t for t, way in zip(held, ways, strict=True)]
+    if composed:
+        views = [(t, s) for t, s, way in zip(held, seen, ways, strict=True) if way == VIEW]
+        if versions != _versions(held) or any(t.data_ptr() != s.data_ptr() for t, s in views):
             raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"a tensor of size {list(tensor.shape)}, whose values derivatives of higher order need"
+                "one of the variables needed for gradient computation has been modified by an inplace operation, or "
+                "its data became another tensor: derivatives of higher order compute the forward again"
             )
-    return tensors
+        seen = [s if t is None else t for t, s in zip(held, seen, strict=True)]
+    return [*seen, *found]
+
+
+def _versions(tensors: Sequence[Any]) -> list[int | None]:
+    return [None if t is None or t.is_inference() else t._version for t in tensors]
+
+
+def gradients(
+    known: Any,
+    grad_output: Tensor,
+    kernels: Callable[[], Sequence[Tensor | None]],
+    recorded: Callable[[], Sequence[Tensor | None]],
+    composed: Callable[[], Sequence[Tensor | None]],
+) -> Sequence[Tensor | None]:
+    """Compute a Function's gradients in one of three ways.
+
+    Args:
+        known: the entry of the call; None in a graph.
+        grad_output: the gradient of the output.
+        kernels: computes them by the kernels of the entry.
+        recorded: computes them by the registered operator.
+        composed: computes them by plain operators: if they are themselves differentiated, or a kernel fails.
+    """
+    if not composed_backward(grad_output):
+        if known is None:
+            return recorded()
+        try:
+            return kernels()
+        except KernelError:
+            known.give_up()
+    with no_autocast(grad_output.device.type):
+        return composed()
 
 
 def composed_backward(grad_output: Tensor) -> bool:

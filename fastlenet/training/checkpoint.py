@@ -12,20 +12,19 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastlenet.errors import InputError, import_extra
 from fastlenet.files import atomic_write
+from fastlenet.training.distributed import World
 
 FORMAT = "fastlenet-checkpoint"
 VERSION = 1
-
-_MODEL, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng."
 
 
 class CheckpointError(InputError):
@@ -42,19 +41,17 @@ class Checkpoint:
         config: the run's options, as JSON values.
         history: one record per finished epoch, as JSON values.
         model: the model's `state_dict`, on the CPU.
-        optimizer_state: per-parameter state: for each index, the names and values (tensors, numbers or None).
-        param_groups: the optimizer's parameter groups, as JSON values.
-        rng: generator states by device type, and by rank beyond the first process: uint8 tensors.
+        optimizer: the optimizer's `state_dict`, on the CPU.
+        rng: generator states, as `rng_states` names them.
     """
 
     epoch: int
     step: int
     config: dict[str, Any]
     history: list[dict[str, Any]]
-    model: dict[str, torch.Tensor]
-    optimizer_state: dict[int, dict[str, Any]]
-    param_groups: list[dict[str, Any]]
-    rng: dict[str, torch.Tensor] = field(default_factory=dict)
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    rng: dict[str, Tensor]
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put the stored state into `model` and `optimizer`; both are checked before either is touched.
@@ -67,33 +64,18 @@ class Checkpoint:
             CheckpointError: if the checkpoint does not fit; the message names the first differences.
         """
         check_model(self.model, model.state_dict())
-        groups = optimizer.state_dict()["param_groups"]
-        if [(sorted(group), group["params"]) for group in groups] != [
-            (sorted(group), group["params"]) for group in self.param_groups
-        ]:
+        stored, wanted = (
+            [(sorted(group), group["params"]) for group in state["param_groups"]]
+            for state in (self.optimizer, optimizer.state_dict())
+        )
+        if stored != wanted:
             raise CheckpointError("the checkpoint's optimizer is of another kind or steps other parameters")
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for index, values in self.optimizer_state.items():
-            if not 0 <= index < len(parameters):
-                raise CheckpointError(f"the checkpoint has optimizer state for parameter {index} of {len(parameters)}")
-            for name, value in values.items():
-                # Adam's step count is a single number beside tensors shaped like the parameter.
-                if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[index].shape:
-                    raise CheckpointError(
-                        f"the checkpoint's optimizer state {name} of parameter {index} has shape "
-                        f"{tuple(value.shape)}, expected {tuple(parameters[index].shape)}"
-                    )
         model.load_state_dict(self.model)
-        # JSON has no tuples: give each option (such as Adam's betas) the type the optimizer itself uses.
-        restored = [
-            {key: tuple(value) if isinstance(group[key], tuple) else value for key, value in stored.items()}
-            for group, stored in zip(groups, self.param_groups, strict=True)
-        ]
         # A copy, because the optimizer would go on to step the very tensors it is given.
-        optimizer.load_state_dict({"state": copy.deepcopy(self.optimizer_state), "param_groups": restored})
+        optimizer.load_state_dict(copy.deepcopy(self.optimizer))
 
 
-def check_model(stored: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+def check_model(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Check that a checkpoint's state dict has the names, shapes and dtypes of a model's.
 
     Raises:
@@ -111,28 +93,23 @@ def check_model(stored: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.T
         raise CheckpointError(f"the checkpoint does not fit the model: {', '.join(problems[:3])}{more}")
 
 
-def _describe(tensor: torch.Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Take the states of PyTorch's generators that a run on `device` draws from."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+def rng_states(world: World) -> dict[str, Tensor]:
+    """Collect the states of the generators that the processes of a run draw from, on every process.
+
+    They are named by the type of device, beyond the first process with its rank: ``"cpu"``, ``"cpu.1"``.
+    """
+    own = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(world.device)
+    states = enumerate(world.gather(own))
+    return {_of_rank(name, rank): state for rank, some in states for name, state in some.items()}
 
 
-def merge_rng(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Put the generator states of several processes, in the order of their ranks, under names of their own."""
-    return {_of_rank(name, rank): state for rank, some in enumerate(states) for name, state in some.items()}
-
-
-def _of_rank(name: str, rank: int) -> str:
-    return name if rank == 0 else f"{name}.{rank}"
-
-
-def set_rng_state(states: Mapping[str, torch.Tensor], device: torch.device, rank: int = 0) -> None:
+def set_rng_states(states: Mapping[str, Tensor], world: World) -> None:
     """Put the generator states of a checkpoint back, those of this process.
 
     A run that moved to another kind of device restores what applies there. A process that was not there before keeps
@@ -141,26 +118,26 @@ def set_rng_state(states: Mapping[str, torch.Tensor], device: torch.device, rank
     Raises:
         CheckpointError: if a state is not one that this PyTorch understands.
     """
-    cpu, cuda = states.get(_of_rank("cpu", rank)), states.get(_of_rank("cuda", rank))
+    cpu, cuda = (states.get(_of_rank(name, world.rank)) for name in ("cpu", "cuda"))
     try:
         if cpu is not None:
             torch.set_rng_state(cpu)
-        if cuda is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(cuda, device)
+        if cuda is not None and world.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, world.device)
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"the checkpoint's random generator state does not fit this PyTorch: {error}") from error
+
+
+def _of_rank(name: str, rank: int) -> str:
+    return name if rank == 0 else f"{name}.{rank}"
 
 
 def save(
     path: str | os.PathLike[str],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    *,
-    epoch: int,
-    step: int,
-    config: Mapping[str, Any],
-    history: list[dict[str, Any]],
-    rng: Mapping[str, torch.Tensor],
+    rng: Mapping[str, Tensor],
+    **state: Any,
 ) -> None:
     """Write a checkpoint, atomically: a crash at any moment leaves the previous file whole.
 
@@ -171,27 +148,21 @@ def save(
         MissingPackageError: if safetensors is not installed.
         InputError: if the file cannot be written.
     """
-    tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
-    tensors |= {_RNG + name: tensor for name, tensor in rng.items()}
-    optimizer_state = optimizer.state_dict()
-    plain: dict[str, dict[str, Any]] = {str(index): {} for index in optimizer_state["state"]}
-    for index, values in optimizer_state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{_OPTIMIZER}{index}.{name}"] = value
-            else:
-                plain[str(index)][name] = value
+    kept = optimizer.state_dict()
+    values = {f"{index}.{name}": value for index, own in kept["state"].items() for name, value in own.items()}
+    parts = {"model": model.state_dict(), "rng": rng, "optimizer": values}
     # Clones, because safetensors refuses tensors that share memory (tied weights).
     tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        f"{part}.{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for part, named in parts.items()
+        for name, value in named.items()
+        if isinstance(value, Tensor)
     }
-    state = {
-        "epoch": epoch,
-        "step": step,
-        "config": dict(config),
-        "history": history,
-        "optimizer": {"state": plain, "param_groups": optimizer_state["param_groups"]},
+    plain = {
+        str(index): {name: value for name, value in own.items() if not isinstance(value, Tensor)}
+        for index, own in kept["state"].items()
     }
+    state["optimizer"] = {"state": plain, "param_groups": kept["param_groups"]}
     body = {"format": FORMAT, "version": VERSION, "digest": _digest(state, tensors), "state": state}
     # One metadata entry: safetensors keeps several in no fixed order, and equal runs must give equal files.
     metadata = {FORMAT: json.dumps(body, allow_nan=False)}
@@ -227,29 +198,22 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             raise CheckpointError(f"checkpoint {name} has version {version}; this fastlenet reads version {VERSION}")
         if digest != _digest(state, tensors):
             raise CheckpointError(f"checkpoint {name} is damaged: its content does not match its digest")
-        return _assemble(state, tensors)
+        optimizer = state["optimizer"]
+        parts: dict[str, Any] = {"model": {}, "rng": {}}
+        optimizer["state"] = {int(index): values for index, values in optimizer["state"].items()}
+        for key, tensor in tensors.items():
+            part, _, rest = key.partition(".")
+            if part == "optimizer":
+                index, _, rest = rest.partition(".")
+                optimizer["state"][int(index)][rest] = tensor
+            else:
+                parts[part][rest] = tensor
+        return Checkpoint(**state, **parts)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"checkpoint {name} is damaged: {error!r}") from error
 
 
-def _assemble(state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Checkpoint:
-    def under(prefix: str) -> dict[str, torch.Tensor]:
-        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-    optimizer_state = {int(index): dict(values) for index, values in state["optimizer"]["state"].items()}
-    for key, tensor in under(_OPTIMIZER).items():
-        index, _, name = key.partition(".")
-        optimizer_state[int(index)][name] = tensor
-    return Checkpoint(
-        **{name: state[name] for name in ("epoch", "step", "config", "history")},
-        model=under(_MODEL),
-        optimizer_state=optimizer_state,
-        param_groups=state["optimizer"]["param_groups"],
-        rng=under(_RNG),
-    )
-
-
-def _digest(state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+def _digest(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Hash the whole content: the JSON part and every tensor's name, dtype, shape and bytes."""
     # Through JSON and back, so that tuples and lists, which JSON does not tell apart, hash alike.
     digest = hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=16)

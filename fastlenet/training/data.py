@@ -66,8 +66,8 @@ def load(source: str) -> Dataset:
     """Load the data set that a `--data` option names.
 
     Args:
-        source: ``"sample"``, ``"torchvision"`` (files under ``data/``), ``"torchvision:FOLDER"``, or a folder of IDX
-            files.
+        source: ``"sample"``, ``"torchvision"`` (IDX files that torchvision has put under ``data/``, without a need
+            for it), ``"torchvision:FOLDER"``, or a folder of IDX files.
 
     Raises:
         DataError: if the data cannot be used.
@@ -75,10 +75,17 @@ def load(source: str) -> Dataset:
     """
     if source == "sample":
         return load_sample()
-    kind, _, folder = source.partition(":")
-    if kind == "torchvision":
-        return load_torchvision(folder or "data")
-    return load_idx(source)
+    kind, _, root = source.partition(":")
+    if kind != "torchvision":
+        return load_idx(source)
+    root = root or "data"
+    folder = Path(root) / "MNIST" / "raw"
+    if not folder.is_dir():
+        raise DataError(
+            f"there is no MNIST of torchvision's under {root!r}; to fetch it: "
+            f'python -c "import torchvision; torchvision.datasets.MNIST({root!r}, download=True)"'
+        )
+    return replace(load_idx(folder), name=f"torchvision's MNIST in {root}")
 
 
 def load_sample() -> Dataset:
@@ -135,21 +142,6 @@ def load_idx(folder: str | Path) -> Dataset:
             raise DataError(f"{labels_path}: found label {int(labels.max())}, expected 0 to {NUM_CLASSES - 1}")
         splits.append((images, labels))
     return _dataset(splits[0], splits[1], name=f"IDX files in {folder}")
-
-
-def load_torchvision(root: str | Path = "data") -> Dataset:
-    """Load MNIST from the IDX files that torchvision has put under `root`; torchvision itself is not needed.
-
-    Raises:
-        DataError: if the files are not there or damaged.
-    """
-    folder = Path(root) / "MNIST" / "raw"
-    if not folder.is_dir():
-        raise DataError(
-            f"there is no MNIST of torchvision's under {str(root)!r}; to fetch it: "
-            f'python -c "import torchvision; torchvision.datasets.MNIST({str(root)!r}, download=True)"'
-        )
-    return replace(load_idx(folder), name=f"torchvision's MNIST in {root}")
 
 
 def _find(folder: Path, name: str) -> Path:

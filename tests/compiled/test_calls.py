@@ -73,7 +73,7 @@ def test_a_chain_whose_matrices_a_library_multiplies_has_a_plan_too(gpu, launche
             fastlenet.ops.CHAIN, (PLAIN, PLAIN, "linear_relu", "linear_relu", "linear"),
             (torch.zeros(16, 1, 32, 32), *network.parameters()),
         )  # fmt: skip
-        assert choice.forward == "triton"
+        assert choice.implementation == "triton"
         assert "a library multiplies its matrices: exact float32" in choice.reason
     assert logits.shape == (16, 10)
 

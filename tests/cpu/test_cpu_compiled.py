@@ -237,7 +237,7 @@ def test_a_kernel_that_cannot_be_had_leaves_the_call_to_stock(stage, only, kind,
     choice = selection.choose(
         fastlenet.ops.CONV2D_RELU_MAX_POOL2D, PLAIN, (torch.randn(64, 1, 12, 12), torch.randn(6, 1, 5, 5), None)
     )
-    assert choice.forward == "aten"
+    assert choice.implementation == "aten"
     assert f"could not be compiled or loaded (OSError: {stage} is broken here)" in choice.reason
 
 

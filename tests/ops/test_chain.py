@@ -176,9 +176,9 @@ def test_operands_that_do_not_fit():
     input, parameters, links = made("a network")
     with pytest.raises(TypeError, match=r"argument 'weight2' must be Tensor, not NoneType"):
         chain(input, [*parameters[:2], None, *parameters[3:]], links)
-    with pytest.raises(RuntimeError, match=r"weight3 of size \(out_features, 16\), as input has 16 features"):
+    with pytest.raises(RuntimeError, match=r"cannot be multiplied.*weight3 of size \[6, 17\]"):
         chain(input, [*parameters[:4], torch.randn(6, 17, dtype=torch.float64), *parameters[5:]], links)
-    with pytest.raises(RuntimeError, match=r"bias5 of size \(2,\), as weight5 has 2 rows"):
+    with pytest.raises(RuntimeError, match=r"bias5 to have a number for each.*bias5 of size \[3\]"):
         chain(input, [*parameters[:9], torch.randn(3, dtype=torch.float64)], links)
     with pytest.raises(RuntimeError, match=r"3D \(unbatched\) or 4D"):
         chain(input[0, 0], parameters, links)

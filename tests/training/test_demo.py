@@ -81,10 +81,6 @@ def test_fused_layers_save_less(digits: data.Dataset) -> None:
     assert stock > 3 * fused
 
 
-def test_running_mean() -> None:
-    assert demo.running_mean([2.0, 4.0, 6.0, 8.0], 2) == [2.0, 3.0, 5.0, 7.0]
-
-
 @pytest.mark.wide
 def test_demo_fails_where_the_networks_have_not_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mlxtend")
@@ -101,20 +97,13 @@ def test_demo_fails_where_the_networks_have_not_learned(tmp_path: Path, capsys: 
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_the_picture_of_networks_that_never_differ(digits: data.Dataset) -> None:
-    pytest.importorskip("matplotlib")
-    losses = [2.0, 1.0, 0.5]
-    found = loop.Evaluation(accuracy=1.0, loss=0.1, predictions=digits.test_labels)
-    same = demo.Comparison(
-        losses=(losses, losses),
-        median_seconds=(1.0, 1.0),
-        evaluations=(found, found),
-        saved_bytes=(1.0, 1.0),
-        weight_difference=0.0,
-        agreement=demo.Agreement(3, 0.0, 0.0, 1e-7),
-        steps_per_epoch=3,
-    )
-    assert demo.draw(same, digits).startswith(b"\x89PNG\r\n")
+def test_the_curves_of_networks_that_never_differ() -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    demo.draw_losses(figure.subfigures(), [[4.0, 2.0, 1.0]] * 2, steps_per_epoch=4)
+    upper, lower = figure.axes
+    assert [list(line.get_ydata()) for line in upper.lines] == [[4.0, 3.0, 1.5]] * 2
+    assert lower.get_yscale() == "linear"  # zero has no place on a scale of logarithms
+    assert "exactly zero at 3 of 3 steps" in lower.get_title()
 
 
 @pytest.mark.cheap

@@ -102,13 +102,12 @@ def test_one_process_weighs_nothing() -> None:
 
 
 def test_generators_are_kept_by_rank() -> None:
-    states = [{"cpu": torch.Generator().manual_seed(seed).get_state()} for seed in (1, 2)]
-    stored = checkpoint.merge_rng(states)
-    assert list(stored) == ["cpu", "cpu.1"]
+    stored = {name: torch.Generator().manual_seed(seed).get_state() for name, seed in (("cpu", 1), ("cpu.1", 2))}
     with torch.random.fork_rng():
         for rank, expected in ((0, 1), (1, 2), (5, 9)):
             torch.manual_seed(9)
-            checkpoint.set_rng_state(stored, CPU, rank)  # of a process that was not there, nothing changes
+            # Of a process that was not there, nothing changes.
+            checkpoint.set_rng_states(stored, distributed.World(rank, 6))
             assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(expected)))
 
 

@@ -221,7 +221,7 @@ def test_every_form_of_each_launcher(target, mode):
             _, addend = launchers.addmm(64, 128, mode.dtype, addend=size, masks=[(True, False, False)])
             # In float32 both forms are the same kernel.
             if size == (64, 128) or mode.dtype != torch.float32:
-                assert addend.name == "_mask_grad_kernel"
+                assert addend.name == "_lay_out_kernel"
         check(records)
 
 

@@ -40,9 +40,10 @@ def _agree(name: str, fused: list[torch.Tensor], stock: list[torch.Tensor]) -> N
         torch.testing.assert_close(own, other, msg=lambda text: f"{name}: {text}")
 
 
-def _gradients(operator, *tensors: torch.Tensor) -> list[torch.Tensor]:
+def _gradients(operator, *tensors: torch.Tensor, expanded: bool = True) -> list[torch.Tensor]:
     output = operator(*tensors)
-    return [output, *torch.autograd.grad(output.sum(), tensors)]
+    grad_output = torch.ones((), device=output.device, dtype=output.dtype).expand(output.shape)
+    return [output, *torch.autograd.grad(output, tensors, grad_output if expanded else grad_output.contiguous())]
 
 
 def _on_grid(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -71,8 +72,8 @@ def _linear(dtype: torch.dtype, rows: int, features: int, outputs: int) -> None:
     tensors = [_on_grid(*size, dtype=dtype) for size in ((rows, features), (outputs, features), (outputs,))]
     _agree(
         f"linear_relu {dtype} {rows}x{features}x{outputs}",
-        _gradients(functional.linear_relu, *tensors),
-        _gradients(lambda x, w, b: F.relu(F.linear(x, w, b)), *tensors),
+        _gradients(functional.linear_relu, *tensors, expanded=False),
+        _gradients(lambda x, w, b: F.relu(F.linear(x, w, b)), *tensors, expanded=False),
     )
 
 

@@ -829,9 +829,9 @@ def _backward(
         grad_input = _lay_out(grad, output, n, beta, None if addend == "full" else torch.float32)
     if not need_mat1 and not need_mat2:
         pass  # column sums alone load any layout
-    elif addend == "full" and beta == 1 and (exact or not _narrow(grad_input)):
+    elif addend == "full" and beta == 1 and (exact or not tiles.narrow(grad_input)):
         grad, masked = grad_input, False
-    elif tiles.masks_once(k * (need_mat1 + need_mat2)) or not (exact or not (_narrow(grad) or _narrow(output))):
+    elif tiles.masks_once(k * (need_mat1 + need_mat2)) or (not exact and (tiles.narrow(grad) or tiles.narrow(output))):
         grad, masked = _lay_out(grad, output, n if exact else _padded(n, output)), False
     if need_mat1:
         grad_mat1 = empty((m, k), mat1)
@@ -896,17 +896,12 @@ def _padded(columns: int, like: Tensor) -> int:
     return cdiv(columns, wide) * wide
 
 
-def _narrow(matrix: Tensor) -> bool:
-    """Whether loads of less than 8 bytes are all that a matrix' layout allows."""
-    return abs(layout(matrix)) * matrix.element_size() < 8
-
-
 def _packed(matrix: Tensor, exact: bool) -> Tensor:
     """Return an operand as matrix units need it: itself, or a copy with padded rows (columns, if those are dense).
 
     Loads of single elements cost more instructions than the product, and spill. A copy costs one pass over the operand.
     """
-    if exact or not _narrow(matrix):
+    if exact or not tiles.narrow(matrix):
         return matrix
     if matrix.stride(0) == 1 and matrix.stride(1) != 1:
         return _packed(matrix.t(), exact).t()

@@ -21,6 +21,7 @@ from .runtime import (
     describable,
     dot_precision,
     interpreted_tile,
+    layout,
     next_power_of_2,
 )
 
@@ -135,10 +136,23 @@ def exact_product(dtype: torch.dtype) -> bool:
     return is_exact(dtype, dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision))
 
 
+_DESCRIBES = "sm_90", "sm_100", "interpreted"
+"""Where the GPU copies tiles on its own, by tensor descriptors."""
+
+
+def narrow(matrix: Tensor) -> bool:
+    """Whether a matrix' layout is too narrow for matrix units: loads of less than 8 bytes.
+
+    In tf32 16 bytes are asked for where there are descriptors: by pointers sm_100 takes 2.6 times its limit.
+    """
+    least = 16 if matrix.dtype == torch.float32 and architecture() in _DESCRIBES else 8
+    return abs(layout(matrix)) * matrix.element_size() < least
+
+
 def describes(left: Tensor, right: Tensor) -> bool:
-    """Whether a product's operands go by tensor descriptors: on GPUs that copy tiles on their own, to matrix units."""
+    """Whether a product's operands go by tensor descriptors, to matrix units."""
     precision = dot_precision(left.dtype, torch.backends.cuda.matmul.fp32_precision)
-    if architecture() not in ("sm_90", "sm_100", "interpreted") or is_exact(left.dtype, precision):
+    if architecture() not in _DESCRIBES or is_exact(left.dtype, precision):
         return False
     return (precision != "tf32" or DESCRIPTORS_ROUND) and describable(left) and describable(right)
 

@@ -109,9 +109,11 @@ def test_machine_code_on_sm_90(shape, dtype, precision):
         assert units, name
         assert all(f"64x{tile['BLOCK_N']}x{depth}" in unit for unit in units), (name, units)
         assert_loads_are_wide(record, narrow)
-        # Beside the main loop only the bias is loaded in less: a lane of a matrix unit's result owns pairs of columns.
+        # Beside the main loop only the bias is loaded in less: a lane of a matrix unit's result owns pairs of columns,
+        # which an odd bias gives one by one.
         less = sum(times for op, times in record.opcodes.items() if op.startswith("LDG.") and ".128" not in op)
-        assert less <= (16 if record.name == "_forward_kernel" else 32 if narrow else 0), (name, record.opcodes)
+        bias = 0 if record.name != "_forward_kernel" else 32 if tile["ADDEND"] == 1 else 16
+        assert less <= (bias or (32 if narrow else 0)), (name, record.opcodes)
         integers = sum(model.classify(i.opcode) == "integer" for i in loop)
         steps = sum(i.base == "HGMMA" for i in loop) * depth * (64 * tile["BLOCK_N"]) / 128
         assert integers <= steps / 8, f"{name}: {integers} integer instructions for {steps:.0f} multiply-adds a thread"

@@ -25,7 +25,10 @@ def main() -> int:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             _conv(dtype, (3, 4, 11, 9), (6, 2, 3, 2), groups=2, padding=1, pool=(3, 2, 1))
             _conv(dtype, (2, 1, 32, 32), (6, 1, 5, 5), groups=1, padding=0, pool=(2, 2, 0))
-            _linear(dtype)
+            for precision in ("ieee", "tf32"):
+                torch.backends.cuda.matmul.fp32_precision = precision
+                for sizes in _LINEAR:
+                    _linear(dtype, *sizes)
     torch.cuda.synchronize()
     print("smoke: ok")
     return 0
@@ -37,9 +40,10 @@ def _agree(name: str, fused: list[torch.Tensor], stock: list[torch.Tensor]) -> N
         torch.testing.assert_close(own, other, msg=lambda text: f"{name}: {text}")
 
 
-def _gradients(operator, *tensors: torch.Tensor) -> list[torch.Tensor]:
+def _gradients(operator, *tensors: torch.Tensor, expanded: bool = True) -> list[torch.Tensor]:
     output = operator(*tensors)
-    return [output, *torch.autograd.grad(output.sum(), tensors)]
+    grad_output = torch.ones((), device=output.device, dtype=output.dtype).expand(output.shape)
+    return [output, *torch.autograd.grad(output, tensors, grad_output if expanded else grad_output.contiguous())]
 
 
 def _on_grid(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -59,12 +63,17 @@ def _conv(dtype: torch.dtype, shape, kernel, groups: int, padding: int, pool: tu
     _agree(f"conv2d_relu_max_pool2d {dtype}", fused, stock)
 
 
-def _linear(dtype: torch.dtype) -> None:
-    tensors = [_on_grid(*size, dtype=dtype) for size in ((65, 33), (17, 33), (17,))]
+# Odd sizes are copied to padded rows, multiples of eight go by tensor descriptors, and the last is masked once and
+# stores its gradient by a descriptor.
+_LINEAR = ((65, 33, 17), (130, 120, 88), (64, 2048, 136))
+
+
+def _linear(dtype: torch.dtype, rows: int, features: int, outputs: int) -> None:
+    tensors = [_on_grid(*size, dtype=dtype) for size in ((rows, features), (outputs, features), (outputs,))]
     _agree(
-        f"linear_relu {dtype}",
-        _gradients(functional.linear_relu, *tensors),
-        _gradients(lambda x, w, b: F.relu(F.linear(x, w, b)), *tensors),
+        f"linear_relu {dtype} {rows}x{features}x{outputs}",
+        _gradients(functional.linear_relu, *tensors, expanded=False),
+        _gradients(lambda x, w, b: F.relu(F.linear(x, w, b)), *tensors, expanded=False),
     )
 
 

@@ -4,13 +4,16 @@ output (M, N) = relu(beta * input + alpha * mat1 (M, K) @ mat2 (K, N)). The thre
 Sizes and strides are run-time values, so a new shape compiles nothing.
 
 The backward needs the masked gradient: grad_output where relu was on, and 0 elsewhere. A product loads grad_output and
-output together and masks the gradient in registers. For products with many columns `_mask_grad_kernel` writes the
-masked gradient to memory once instead (`tiles.masks_once`).
+output together and masks the gradient in registers. For products with many columns `_lay_out_kernel` writes the
+masked gradient to memory once instead (`tiles.masks_once`). Matrix units take operands whose rows or columns start at
+multiples of 8 bytes; `_lay_out_kernel` copies others. Where the GPU copies tiles on its own, operands at multiples of
+16 bytes go by tensor descriptors (`tiles.describes`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -20,29 +23,37 @@ from torch import Tensor
 from . import tiles
 from .runtime import (
     INTERPRETED,
+    Box,
     Sum,
     bound,
+    box,
+    boxed_dot,
     cdiv,
     contiguous,
+    describable,
     dot,
     empty,
+    in_registers,
     index_type,
     launch,
     layout,
     load,
+    load_box,
     pointers,
     relu,
     split_reduction,
     store,
+    store_box,
     sum_partials,
 )
 
 # Never specialised on: neither a size of 1 nor a multiple of 16 compiles a kernel anew. What a layout promises about
 # alignment is told by the constants `LEFT`, `RIGHT` and so on, which have few values.
 _GENERAL = [
-    *("m", "n", "k", "depth_per_part", "tiles", "parts"),
+    *("m", "n", "k", "width", "depth_per_part", "tiles", "parts"),
     *(f"{tensor}_stride_{axis}" for tensor in ("input", "mat1", "mat2", "grad", "result") for axis in "mnk"),
     *(f"{tensor}_ptr" for tensor in ("input", "mat1", "mat2", "output", "grad", "result", "column_sums")),
+    *("grad_box", "mat1_box", "output_box"),
 ]
 
 
@@ -67,8 +78,8 @@ def _product(
     left_ptr,
     output_ptr,
     right_ptr,
-    row,
-    column,
+    first_row,
+    first_column,
     first,
     last,
     m,
@@ -92,7 +103,7 @@ def _product(
 ):
     """Return one tile of left (m, k) @ right (k, n), summed over the depths `first` to `last` in float32.
 
-    Tile: the rows `row` x the columns `column`, BLOCK_K depths at a time.
+    Tile: BLOCK_M rows from `first_row` on x BLOCK_N columns from `first_column` on, BLOCK_K depths at a time.
 
     Shapes and strides: left (m, k) and right (k, n), any strides; LEFT, OUTPUT and RIGHT are what `runtime.layout` says
     of them. If MASKED, left is a gradient, output has its shape, and left counts as 0 where output <= 0.
@@ -100,6 +111,8 @@ def _product(
     The masked operand is always the left one, because matrix units can take the left operand from registers. The right
     operand goes from memory to shared memory, and matrix units read it there.
     """
+    row = first_row + tl.arange(0, BLOCK_M)
+    column = first_column + tl.arange(0, BLOCK_N)
     if LEFT > 0:
         left_stride_k = 1
     if RIGHT < 0:
@@ -126,11 +139,89 @@ def _product(
     return product
 
 
-@triton.jit(do_not_specialize=_GENERAL)
-def _forward_kernel(
-    input_ptr,
+@triton.jit
+def _boxed_product(
+    left,
+    output,
+    right,
+    first_row,
+    first_column,
+    first,
+    last,
+    LEFT: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Return what `_product` does, of operands by descriptors.
+
+    The GPU copies tiles to shared memory on its own, rounds them to tf32 on the way, and fills up with zeros. Matrix
+    units read them there. Only an operand that is masked, and one of tf32 whose depth is not dense, takes the way
+    through registers.
+    """
+    row, column = first_row.to(tl.int32), first_column.to(tl.int32)
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, last, BLOCK_K):
+        depth = tl.cast(start, tl.int32)
+        left_tile = load_box(left, row, depth, LEFT)
+        if MASKED:
+            left_tile = tl.where(load_box(output, row, depth, OUTPUT) <= 0, 0.0, left_tile).to(left_tile.dtype)
+        elif LEFT < 0 and PRECISION == "tf32":
+            # Otherwise shared memory takes it again, depth first.
+            left_tile = in_registers(left_tile)
+        right_tile = load_box(right, depth, column, RIGHT)
+        product = boxed_dot(left_tile, right_tile, product, PRECISION)
+    return product
+
+
+@triton.jit
+def _forward_product(
     mat1_ptr,
     mat2_ptr,
+    first_row,
+    first_column,
+    first,
+    last,
+    m,
+    n,
+    k,
+    mat1_stride_m,
+    mat1_stride_k,
+    mat2_stride_k,
+    mat2_stride_n,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BOXED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Return one tile of mat1 @ mat2, summed over the depths `first` to `last`: nothing is masked."""
+    if BOXED:
+        product = _boxed_product(
+            mat1_ptr, mat1_ptr, mat2_ptr, first_row, first_column, first, last,
+            LEFT, LEFT, RIGHT, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        product = _product(
+            mat1_ptr, mat1_ptr, mat2_ptr, first_row, first_column, first, last, m, n, k,
+            mat1_stride_m, mat1_stride_k, mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
+            LEFT, LEFT, RIGHT, False, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    return product
+
+
+@triton.jit(do_not_specialize=_GENERAL)
+def _forward_kernel(
+    mat1_ptr,
+    mat2_ptr,
+    input_ptr,
     output_ptr,
     m,
     n,
@@ -149,6 +240,7 @@ def _forward_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     RESULT: tl.constexpr,
+    BOXED: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -170,22 +262,21 @@ def _forward_kernel(
     Cost per row (one image): 2 * K * N FLOP; reads K elements of mat1 once per tile of columns, writes N elements. All
     rows share mat2.
     """
-    row, column = _position(m, n, INDEX, BLOCK_M, BLOCK_N, GROUP)
-    row += tl.arange(0, BLOCK_M)
-    column += tl.arange(0, BLOCK_N)
+    first_row, first_column = _position(m, n, INDEX, BLOCK_M, BLOCK_N, GROUP)
+    row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     if CHUNK == 0:
-        total = _product(
-            mat1_ptr, mat1_ptr, mat2_ptr, row, column, 0, k, m, n, k,
-            mat1_stride_m, mat1_stride_k, mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
-            LEFT, LEFT, RIGHT, False, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+        total = _forward_product(
+            mat1_ptr, mat2_ptr, first_row, first_column, 0, k, m, n, k,
+            mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
+            LEFT, RIGHT, BOXED, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for first in range(0, k, CHUNK):
-            total += _product(
-                mat1_ptr, mat1_ptr, mat2_ptr, row, column, first, tl.minimum(first + CHUNK, k), m, n, k,
-                mat1_stride_m, mat1_stride_k, mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
-                LEFT, LEFT, RIGHT, False, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+            total += _forward_product(
+                mat1_ptr, mat2_ptr, first_row, first_column, first, tl.minimum(first + CHUNK, k), m, n, k,
+                mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
+                LEFT, RIGHT, BOXED, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     _finish(
         input_ptr, output_ptr, total, row, column, m, n, input_stride_m, input_stride_n, beta, alpha,
@@ -209,6 +300,7 @@ def _forward_parts_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     RESULT: tl.constexpr,
+    BOXED: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -229,15 +321,14 @@ def _forward_parts_kernel(
     Saves: nothing. Cost per row: 2 * K * N FLOP; reads K elements of mat1 once per tile of columns, writes N float32
     for each chunk.
     """
-    row, column = _position(m, n, INDEX, BLOCK_M, BLOCK_N, GROUP)
-    row += tl.arange(0, BLOCK_M)
-    column += tl.arange(0, BLOCK_N)
+    first_row, first_column = _position(m, n, INDEX, BLOCK_M, BLOCK_N, GROUP)
+    row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     part = tl.program_id(1).to(INDEX)
     first = part * CHUNK
-    total = _product(
-        mat1_ptr, mat1_ptr, mat2_ptr, row, column, first, tl.minimum(first + CHUNK, k), m, n, k,
-        mat1_stride_m, mat1_stride_k, mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
-        LEFT, LEFT, RIGHT, False, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+    total = _forward_product(
+        mat1_ptr, mat2_ptr, first_row, first_column, first, tl.minimum(first + CHUNK, k), m, n, k,
+        mat1_stride_m, mat1_stride_k, mat2_stride_k, mat2_stride_n,
+        LEFT, RIGHT, BOXED, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     mask = (row < m)[:, None] & (column < bound(n, RESULT))[None, :]
     tl.store(pointers(result_ptr + part * m * n, row, column, n, 1, RESULT), total, mask=mask)
@@ -329,8 +420,8 @@ def _finish(
 @triton.jit(do_not_specialize=_GENERAL)
 def _grad_mat1_kernel(
     grad_ptr,
-    output_ptr,
     mat2_ptr,
+    output_ptr,
     result_ptr,
     m,
     n,
@@ -345,6 +436,7 @@ def _grad_mat1_kernel(
     OUTPUT: tl.constexpr,
     RIGHT: tl.constexpr,
     RESULT: tl.constexpr,
+    BOXED: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -364,23 +456,30 @@ def _grad_mat1_kernel(
     Saves: nothing. Cost per row: 2 * N * K FLOP; reads 2 * N elements (N if not MASKED) once per tile of columns,
     writes K elements.
     """
-    row, column = _position(m, k, INDEX, BLOCK_M, BLOCK_N, GROUP)
-    row += tl.arange(0, BLOCK_M)
-    column += tl.arange(0, BLOCK_N)
-    product = _product(
-        grad_ptr, output_ptr, mat2_ptr, row, column, 0, n, m, k, n,
-        grad_stride_m, grad_stride_n, n, 1, mat2_stride_n, mat2_stride_k,
-        LEFT, OUTPUT, RIGHT, MASKED, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    first_row, first_column = _position(m, k, INDEX, BLOCK_M, BLOCK_N, GROUP)
+    row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+    if BOXED:
+        product = _boxed_product(
+            grad_ptr, output_ptr, mat2_ptr, first_row, first_column, 0, n,
+            LEFT, OUTPUT, RIGHT, MASKED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        product = _product(
+            grad_ptr, output_ptr, mat2_ptr, first_row, first_column, 0, n, m, k, n,
+            grad_stride_m, grad_stride_n, n, 1, mat2_stride_n, mat2_stride_k,
+            LEFT, OUTPUT, RIGHT, MASKED, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     mask = (row < m)[:, None] & (column < bound(k, RESULT))[None, :]
     store(pointers(result_ptr, row, column, k, 1, RESULT), product * alpha, mask)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
 def _grad_mat2_kernel(
+    grad_box,
+    mat1_box,
+    output_box,
     grad_ptr,
     output_ptr,
-    mat1_ptr,
     result_ptr,
     column_sums_ptr,
     m,
@@ -401,6 +500,8 @@ def _grad_mat2_kernel(
     OUTPUT: tl.constexpr,
     RIGHT: tl.constexpr,
     RESULT: tl.constexpr,
+    BOXED: tl.constexpr,
+    BOXED_RESULT: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -430,17 +531,25 @@ def _grad_mat2_kernel(
     first = part * depth_per_part
     last = tl.minimum(first + depth_per_part, m)
     if tl.program_id(0) < tiles:
-        row, column = _position(n, k, INDEX, BLOCK_M, BLOCK_N, GROUP)
-        row += tl.arange(0, BLOCK_M)
-        column += tl.arange(0, BLOCK_N)
-        product = _product(
-            grad_ptr, output_ptr, mat1_ptr, row, column, first, last, n, k, m,
-            grad_stride_n, grad_stride_m, 1, n, mat1_stride_m, mat1_stride_k,
-            LEFT, OUTPUT, RIGHT, MASKED, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        mask = (row < bound(n, -RESULT))[:, None] & (column < bound(k, RESULT))[None, :]
-        result = pointers(result_ptr + part * n * k, row, column, result_stride_n, result_stride_k, RESULT)
-        store(result, product * alpha, mask)
+        first_row, first_column = _position(n, k, INDEX, BLOCK_M, BLOCK_N, GROUP)
+        row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+        if BOXED:
+            product = _boxed_product(
+                grad_box, output_box, mat1_box, first_row, first_column, first, last,
+                LEFT, OUTPUT, RIGHT, MASKED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            product = _product(
+                grad_box, output_box, mat1_box, first_row, first_column, first, last, n, k, m,
+                grad_stride_n, grad_stride_m, 1, n, mat1_stride_m, mat1_stride_k,
+                LEFT, OUTPUT, RIGHT, MASKED, PRECISION, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        if BOXED_RESULT:
+            store_box(result_ptr, first_row, first_column, product * alpha, RESULT)
+        else:
+            mask = (row < bound(n, -RESULT))[:, None] & (column < bound(k, RESULT))[None, :]
+            result = pointers(result_ptr + part * n * k, row, column, result_stride_n, result_stride_k, RESULT)
+            store(result, product * alpha, mask)
     else:
         # In tf32 matrix units would sum rounded gradients.
         block = tl.program_id(0) - tiles
@@ -507,38 +616,43 @@ def _masked_grad(
 
 
 @triton.jit(do_not_specialize=_GENERAL)
-def _mask_grad_kernel(
+def _lay_out_kernel(
     grad_ptr,
     output_ptr,
     result_ptr,
     m,
     n,
+    width,
     grad_stride_m,
     grad_stride_n,
     factor,
+    MASKED: tl.constexpr,
     GRAD: tl.constexpr,
     OUTPUT: tl.constexpr,
+    RESULT: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Mask grad_output where relu was off.
+    """Copy a matrix to dense rows, and mask it where relu was off if MASKED.
 
-    Maths: result = factor * grad_output where output > 0 or NaN, else 0. With factor beta this is the gradient of an
-    input of the output's size. With factor 1 it is the gradient that both products take if `tiles.masks_once` says so.
+    Maths: result = factor * grad, if MASKED with 0 where output <= 0. With factor beta a masked grad_output is the
+    gradient of an input of the output's size. With factor 1 it is the gradient that both products take if
+    `tiles.masks_once` says so.
 
     Tile: BLOCK_M rows x BLOCK_N columns.
 
-    Shapes and strides: grad_output (M, N), any strides (0 too); output and result (M, N) contiguous.
+    Shapes and strides: grad (M, N), any strides (0 too); output (M, N) contiguous, not read if not MASKED; result
+    (M, width) contiguous, 0 from column N on.
 
-    Saves: nothing. Cost per row: reads 2 * N elements, writes N.
+    Saves: nothing. Cost per row: reads 2 * N elements (N if not MASKED), writes width.
     """
-    across = (n + BLOCK_N - 1) // BLOCK_N
+    across = (width + BLOCK_N - 1) // BLOCK_N
     row = (tl.program_id(0) // across).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = (tl.program_id(0) % across).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
-    grad = _masked_grad(grad_ptr, output_ptr, row, column, m, n, grad_stride_m, grad_stride_n, True, GRAD, OUTPUT)
-    mask = (row < m)[:, None] & (column < bound(n, OUTPUT))[None, :]
-    store(pointers(result_ptr, row, column, n, 1, OUTPUT), grad * factor, mask)
+    grad = _masked_grad(grad_ptr, output_ptr, row, column, m, n, grad_stride_m, grad_stride_n, MASKED, GRAD, OUTPUT)
+    mask = (row < m)[:, None] & (column < bound(width, RESULT))[None, :]
+    store(pointers(result_ptr, row, column, width, 1, RESULT), grad * factor, mask)
 
 
 _CHUNK = 2048
@@ -546,6 +660,9 @@ _CHUNK = 2048
 
 _FEW_PROGRAMS = 64
 """Tiles of the forward up to which chunks are summed by programs of their own: half of an H100's multiprocessors."""
+
+_RESULT = 5
+"""Position of the result among the arguments of `_grad_mat2_kernel`."""
 
 _SUM_COLUMNS = 64
 """Columns of which a program sums the gradient, 32 rows at a time."""
@@ -575,10 +692,13 @@ def _forward(mat1: Tensor, mat2: Tensor, input: Tensor | None, factors: tuple[fl
     addend = mat1 if input is None else input.expand(m, n)
     row = addend.stride(0) == 0 or m == 1
     tile = tiles.product(mat1.dtype, None, n, k)
+    exact = tiles.is_exact(mat1.dtype, tile["PRECISION"])
+    mat1, mat2 = _packed(mat1, exact), _packed(mat2, exact)
     chunk = tile["CHUNK"] = _CHUNK if k > _CHUNK else 0
     programs = cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"])
     index = index_type(addend, mat1, mat2, output)
-    operands = {"LEFT": layout(mat1), "RIGHT": layout(mat2), "INDEX": index}
+    boxes = _boxes(mat1, mat2, None, tile)
+    operands = {"LEFT": layout(mat1), "RIGHT": layout(mat2), "BOXED": bool(boxes), "INDEX": index}
     given = mat1 if input is None else input
     how = "none" if input is None else "row" if row and addend.stride(1) == 1 else "full"
     ending = {"INPUT": how, "ADDEND": 0 if input is None else layout(addend), "RESULT": layout(output)}
@@ -587,7 +707,21 @@ def _forward(mat1: Tensor, mat2: Tensor, input: Tensor | None, factors: tuple[fl
         parts = empty((cdiv(k, chunk), m, n), mat1, torch.float32)
         width = layout(parts[0])
         grid = programs, parts.shape[0]
-        launch(_forward_parts_kernel, grid, mat1, mat2, parts, m, n, k, *strides, RESULT=width, **operands, **tile)
+        launch(
+            _forward_parts_kernel,
+            grid,
+            mat1,
+            mat2,
+            parts,
+            m,
+            n,
+            k,
+            *strides,
+            boxes=boxes,
+            RESULT=width,
+            **operands,
+            **tile,
+        )
         elements = {"BLOCK_M": 256, "BLOCK_N": 128} if INTERPRETED else {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 2}
         launch(
             _finish_kernel,
@@ -611,13 +745,14 @@ def _forward(mat1: Tensor, mat2: Tensor, input: Tensor | None, factors: tuple[fl
         launch(
             _forward_kernel,
             (programs,),
-            given,
             mat1,
             mat2,
+            given,
             output,
             *sizes,
             beta,
             alpha,
+            boxes=boxes,
             **ending,
             **operands,
             **tile,
@@ -689,12 +824,15 @@ def _backward(
     grad, output = grad_output, contiguous(output)
     grad_input = grad_mat1 = grad_mat2 = None
     masked = True
+    exact = tiles.exact_product(mat1.dtype)
     if addend in ("full", "broadcast"):
-        grad_input = _mask_grad(grad, output, beta, None if addend == "full" else torch.float32)
-    if addend == "full" and beta == 1:
+        grad_input = _lay_out(grad, output, n, beta, None if addend == "full" else torch.float32)
+    if not need_mat1 and not need_mat2:
+        pass  # column sums alone load any layout
+    elif addend == "full" and beta == 1 and (exact or not tiles.narrow(grad_input)):
         grad, masked = grad_input, False
-    elif tiles.masks_once(k * (need_mat1 + need_mat2)):
-        grad, masked = _mask_grad(grad, output), False
+    elif tiles.masks_once(k * (need_mat1 + need_mat2)) or (not exact and (tiles.narrow(grad) or tiles.narrow(output))):
+        grad, masked = _lay_out(grad, output, n if exact else _padded(n, output)), False
     if need_mat1:
         grad_mat1 = empty((m, k), mat1)
         _grad_mat1(grad, output, mat1, mat2, grad_mat1, masked, alpha)
@@ -708,26 +846,66 @@ def _backward(
     return grad_input, grad_mat1, grad_mat2
 
 
-def _mask_grad(grad_output: Tensor, output: Tensor, factor: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-    m, n = output.shape
-    result = empty((m, n), output, dtype)
+def _boxes(left: Tensor, right: Tensor, output: Tensor | None, tile: dict[str, Any]) -> dict[int, Box]:
+    """Describe a product's operands, the first tensors of its launch; empty where the kernel takes pointers.
+
+    Args:
+        left: (rows, depth).
+        right: (depth, columns).
+        output: of left's shape, to mask it; or None. Its sign matters, so it is not rounded.
+        tile: of the product.
+    """
+    rounded, rows, depth = tile["PRECISION"] == "tf32", tile["BLOCK_M"], tile["BLOCK_K"]
+    if not tiles.describes(left, right) or (output is not None and not describable(output)):
+        return {}
+    found = {0: box(left, rows, depth, rounded), 1: box(right, depth, tile["BLOCK_N"], rounded)}
+    return found if output is None else found | {2: box(output, rows, depth, False)}
+
+
+def _lay_out(
+    matrix: Tensor, output: Tensor | None, width: int, factor: float = 1.0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Copy a matrix to dense rows of `width` elements, masked by `output` if there is one."""
+    m, n = matrix.shape
+    result = empty((m, width), matrix, dtype)
     tile = {"BLOCK_M": 256, "BLOCK_N": 128} if INTERPRETED else {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
     launch(
-        _mask_grad_kernel,
-        (cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"]),),
-        grad_output,
-        output,
+        _lay_out_kernel,
+        (cdiv(m, tile["BLOCK_M"]) * cdiv(width, tile["BLOCK_N"]),),
+        matrix,
+        matrix if output is None else output,
         result,
         m,
         n,
-        *grad_output.stride(),
+        width,
+        *matrix.stride(),
         factor,
-        GRAD=layout(grad_output),
-        OUTPUT=layout(output),
-        INDEX=index_type(grad_output, output, result),
+        MASKED=output is not None,
+        GRAD=layout(matrix),
+        OUTPUT=0 if output is None else layout(output),
+        RESULT=layout(result),
+        INDEX=index_type(matrix, output, result),
         **tile,
     )
     return result
+
+
+def _padded(columns: int, like: Tensor) -> int:
+    """Elements of a row that starts at multiples of 16 bytes, as do all rows after it."""
+    wide = 16 // like.element_size()
+    return cdiv(columns, wide) * wide
+
+
+def _packed(matrix: Tensor, exact: bool) -> Tensor:
+    """Return an operand as matrix units need it: itself, or a copy with padded rows (columns, if those are dense).
+
+    Loads of single elements cost more instructions than the product, and spill. A copy costs one pass over the operand.
+    """
+    if exact or not tiles.narrow(matrix):
+        return matrix
+    if matrix.stride(0) == 1 and matrix.stride(1) != 1:
+        return _packed(matrix.t(), exact).t()
+    return _lay_out(matrix, None, _padded(matrix.shape[1], matrix))
 
 
 def _grad_mat1(
@@ -735,12 +913,14 @@ def _grad_mat1(
 ) -> None:
     (m, k), n = mat1.shape, mat2.shape[1]
     tile = tiles.product(mat1.dtype, m, k, n)
+    mat2 = _packed(mat2, tiles.is_exact(mat1.dtype, tile["PRECISION"]))
+    boxes = _boxes(grad, mat2.t(), output if masked else None, tile)
     launch(
         _grad_mat1_kernel,
         (cdiv(m, tile["BLOCK_M"]) * cdiv(k, tile["BLOCK_N"]),),
         grad,
-        output,
         mat2,
+        output,
         grad_mat1,
         m,
         n,
@@ -748,6 +928,8 @@ def _grad_mat1(
         *grad.stride(),
         *mat2.stride(),
         alpha,
+        boxes=boxes,
+        BOXED=bool(boxes),
         MASKED=masked,
         LEFT=layout(grad),
         OUTPUT=layout(output),
@@ -785,12 +967,21 @@ def _grad_mat2(
         if grad_bias is not None:
             column_sums = empty((parts, n), mat1, torch.float32)
     width = layout(sums[0] if sums.dim() == 3 else sums)
+    mat1 = _packed(mat1, tiles.is_exact(mat1.dtype, tile["PRECISION"]))
+    boxes = _boxes(grad.t(), mat1, output.t() if masked else None, tile)
+    boxed = bool(boxes)
+    boxed_result = boxed and parts == 1 and grad_mat2 is not None and describable(grad_mat2)
+    if boxed_result:
+        result = sums if transposed else sums.t()
+        boxes[_RESULT] = box(result, tile["BLOCK_M"], tile["BLOCK_N"], False)
     launch(
         _grad_mat2_kernel,
         (programs + sum_tiles, parts),
         grad,
-        output,
         mat1,
+        output,
+        grad,
+        output,
         sums,
         column_sums,
         m,
@@ -802,6 +993,9 @@ def _grad_mat2(
         depth_per_part,
         programs,
         *factors,
+        boxes=boxes,
+        BOXED=boxed,
+        BOXED_RESULT=boxed_result,
         MASKED=masked,
         LEFT=-layout(grad),
         OUTPUT=-layout(output),

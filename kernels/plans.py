@@ -12,6 +12,7 @@ element of one of these. A launcher that does anything else with tensors runs ea
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -100,10 +101,17 @@ class Recording:
         self._made.append((tensor, made))
         self._complete &= tensor.data_ptr() % 16 == 0
 
-    def launched(self, kernel: Any, compiled: Any, grid: tuple[int, int, int], args: Any, rest: Any) -> None:
+    def launched(
+        self, kernel: Any, compiled: Any, grid: tuple[int, int, int], args: Any, rest: Any, boxes: runtime.Boxes
+    ) -> None:
         """Note a launch: of a compiled kernel with `args`, tensors first, and the `rest` of its arguments."""
         binary = compiled.function, compiled.packed_metadata, None, None, None
-        self._note(kernel, compiled.run, grid, binary, args, rest)
+        run = compiled.run
+        if boxes:
+            before = len((*grid, "stream", *binary))
+            # A descriptor holds an address, so each call makes its own.
+            run = functools.partial(_described, run, {before + place: box for place, box in boxes.items()})
+        self._note(kernel, run, grid, binary, args, rest)
 
     def called(self, function: Callable[..., Tensor], args: Any, result: Tensor) -> None:
         """Note a library's call of `args`, tensors first, and its result."""
@@ -244,6 +252,11 @@ def key_of(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         else:
             key.append(arg)
     return tuple(key)
+
+
+def _described(run: Callable[..., Any], boxes: runtime.Boxes, *args: Any) -> None:
+    """Start a compiled kernel with descriptors in the place of some of its arguments."""
+    run(*runtime.describe(args, boxes))
 
 
 def _follow(plan: Plan, driver: Any, launcher: Callable[..., Any], args: tuple[Any, ...]) -> Any:

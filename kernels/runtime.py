@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run in Triton's interpreter in this process (``TRITON_INTERPRET=1``)."""
@@ -123,10 +125,58 @@ def architecture() -> str:
     return "interpreted" if INTERPRETED.value else _of_device()[1]
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+class Box(NamedTuple):
+    """How a kernel sees a matrix through a tensor descriptor, by which the GPU copies tiles on its own (TMA).
+
+    Attributes:
+        shape: of the matrix, whose rows are dense: a matrix with dense columns is described transposed.
+        strides: of the same; the last is 1.
+        block: shape of a tile.
+        rounded: whether float32 is rounded to the nearest tf32 on its way.
+    """
+
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    block: tuple[int, int]
+    rounded: bool
+
+
+Boxes = Mapping[int, Box]
+"""Those of a launch's tensors that the kernel takes as descriptors, by position."""
+
+DESCRIPTORS_ROUND = "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__
+"""Whether this version of Triton lets descriptors round to tf32: from 3.7 on."""
+
+
+def describable(matrix: Tensor) -> bool:
+    """Whether there may be a descriptor of a matrix: dense rows or columns that start at multiples of 16 bytes."""
+    length = matrix.shape[1] if matrix.stride(1) == 1 else matrix.shape[0]
+    return abs(layout(matrix)) * matrix.element_size() == 16 and max(matrix.stride()) >= length > 0 < matrix.numel()
+
+
+def box(matrix: Tensor, rows: int, columns: int, rounded: bool) -> Box:
+    """Describe a matrix that is `describable`, in tiles of `rows` x `columns`."""
+    if matrix.stride(1) != 1:
+        matrix, rows, columns = matrix.t(), columns, rows
+    height, width = matrix.shape
+    return Box((height, width), (matrix.stride(0), 1), (rows, columns), rounded)
+
+
+def describe(args: tuple[Any, ...], boxes: Boxes) -> tuple[Any, ...]:
+    """Put descriptors in the place of the tensors that have a box."""
+    found = list(args)
+    for position, (shape, strides, block, rounded) in boxes.items():
+        options = {"round_f32_to_tf32": True} if rounded else {}
+        found[position] = TensorDescriptor(found[position], [*shape], [*strides], [*block], **options)
+    return tuple(found)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, boxes: Boxes = MappingProxyType({}), **constants: Any
+) -> None:
     """Launch `kernel` on the device of its first argument, a tensor; it need not be the current device.
 
-    An empty grid launches nothing.
+    An empty grid launches nothing. The kernel takes a tensor with a box as a descriptor.
 
     Triton binds and specialises some 25 arguments at every launch, which takes as long as a small kernel runs several
     times over. Here it does so once for each `_key`; a launch with a known key starts the compiled kernel itself.
@@ -135,15 +185,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         return
     if INTERPRETED.value:
         with torch.cuda.device_of(args[0]):
-            kernel[grid](*args, **constants)
+            kernel[grid](*describe(args, boxes), **constants)
         return
     found = of_driver()
     device, wanted = found.driver.get_current_device(), args[0].get_device()
     if wanted in (device, -1):  # -1: on the CPU, where only a driver without a device launches
-        _launch_on(found, device, kernel, grid, args, constants)
+        _launch_on(found, device, kernel, grid, args, boxes, constants)
     else:
         with torch.cuda.device_of(args[0]):
-            _launch_on(found, wanted, kernel, grid, args, constants)
+            _launch_on(found, wanted, kernel, grid, args, boxes, constants)
 
 
 _MOST_KEYS = 4096
@@ -156,10 +206,11 @@ def _launch_on(
     kernel: Any,
     grid: tuple[int, ...],
     args: tuple[Any, ...],
+    boxes: Boxes,
     constants: dict[str, Any],
 ) -> None:
     """Launch on `device`, which is the current one."""
-    key = None if _watched(kernel) else _key(kernel, device, args, constants)
+    key = None if _watched(kernel) else _key(kernel, device, args, boxes, constants)
     known = None if key is None else found.kernels.get(key)
     recording, wide_grid = _of_thread.recording, (*grid, 1, 1)[:3]
     if known is not None:
@@ -168,13 +219,13 @@ def _launch_on(
         stream = found.driver.get_current_stream(device)
         compiled.run(
             *(*wide_grid, stream, compiled.function, compiled.packed_metadata, None, None, None),
-            *args,
+            *describe(args, boxes),
             *rest,
         )
         if recording is not None:
-            recording.launched(kernel, compiled, wide_grid, args, rest)
+            recording.launched(kernel, compiled, wide_grid, args, rest, boxes)
         return
-    compiled = kernel[grid](*args, **constants)
+    compiled = kernel[grid](*describe(args, boxes), **constants)
     # AMD's backend also specialises on the size of a tensor's memory, which the key does not tell.
     if key is None or not isinstance(compiled, triton.compiler.CompiledKernel) or target().backend != "cuda":
         if recording is not None:
@@ -189,7 +240,7 @@ def _launch_on(
     rest = tuple(bound.arguments.values())[len(args) :]
     found.kernels[key] = compiled, rest
     if recording is not None:
-        recording.launched(kernel, compiled, wide_grid, args, rest)
+        recording.launched(kernel, compiled, wide_grid, args, rest, boxes)
 
 
 def _watched(kernel: Any) -> bool:
@@ -210,7 +261,9 @@ def unobserved() -> bool:
     )
 
 
-def _key(kernel: Any, device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...] | None:
+def _key(
+    kernel: Any, device: int, args: tuple[Any, ...], boxes: Boxes, constants: dict[str, Any]
+) -> tuple[Any, ...] | None:
     """Return what decides which compiled kernel a launch takes, or None where that is not known.
 
     The key tells apart at least what Triton tells apart, so that equal keys have one kernel. It holds each tensor's
@@ -228,6 +281,7 @@ def _key(kernel: Any, device: int, args: tuple[Any, ...], constants: dict[str, A
             key.append(float)
         else:
             return None
+    key += [(position, box.block) for position, box in boxes.items()]
     # True equals 1, and both equal 1.0.
     return *key, *constants, *constants.values(), *map(type, constants.values())
 
@@ -349,9 +403,12 @@ def pointers(ptr, row, column, row_stride, column_stride, LAYOUT: tl.constexpr):
 
 @triton.jit
 def bound(size, LAYOUT: tl.constexpr):
-    """Return `size` as a multiple of the LAYOUT elements of a load, which it is: a mask must not split a load."""
+    """Return `size` as a multiple of the LAYOUT elements of a load: a mask must not split a load.
+
+    A size that is no multiple is that of a padded copy, whose padding may be read.
+    """
     if LAYOUT > 1:
-        size = size // LAYOUT * LAYOUT
+        size = (size + LAYOUT - 1) // LAYOUT * LAYOUT
     return size
 
 
@@ -381,13 +438,17 @@ def tf32(values, PRECISION: tl.constexpr):
     """Round float32 `values` to the nearest tf32 where products are of tf32; others stay as they are.
 
     A matrix unit cuts 13 bits off, a bias towards 0 and twice the error. Added up, two rounded operands keep a product
-    within 2**-10 of itself. NVIDIA's GPUs from sm_80 on have an instruction that rounds halves away from 0, which the
-    integers here do as well, elsewhere and in the interpreter. The interpreter's tl.dot multiplies whole numbers, so
-    the bits are cut off here.
+    within 2**-10 of itself. From sm_90 on one instruction rounds, halves to even, as descriptors do. On sm_80 the
+    assembler makes three of it, which round halves away from 0; so do the integers here, elsewhere and in the
+    interpreter. The interpreter's tl.dot multiplies whole numbers, so the bits are cut off here.
     """
     if PRECISION == "tf32":
         if INTERPRETED:
             values = _tf32_by_integers(values)
+        elif cuda_capability_geq(9):
+            values = tl.inline_asm_elementwise(
+                "cvt.rn.tf32.f32 $0, $1;", "=r,r", [values], dtype=tl.float32, is_pure=True, pack=1
+            )
         elif cuda_capability_geq(8):
             values = tl.inline_asm_elementwise(
                 "cvt.rna.tf32.f32 $0, $1;", "=r,r", [values], dtype=tl.float32, is_pure=True, pack=1
@@ -415,13 +476,58 @@ def dot(left, right, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def load_box(box, row, column, LAYOUT: tl.constexpr):
+    """Load a tile of an operand by its descriptor, from [row, column] of the matrix on; 0 beyond its end.
+
+    The sign of LAYOUT, as of `layout`, tells whether rows or columns are dense.
+    """
+    values = box.load([row, column]) if LAYOUT > 0 else box.load([column, row]).T
+    if INTERPRETED:
+        values = values.to(tl.float32)
+    return values
+
+
+@triton.jit
+def boxed_dot(left, right, total, PRECISION: tl.constexpr):
+    """Return total + left @ right, of operands by descriptors, which round to tf32 but in the interpreter."""
+    if INTERPRETED:
+        left, right = tf32(left, PRECISION), tf32(right, PRECISION)
+    return tl.dot(left, right, total, input_precision=PRECISION)
+
+
+@triton.jit
+def in_registers(values):
+    """Keep a float32 operand in registers on its way to a matrix unit; the assembler drops the copy."""
+    if not INTERPRETED:
+        values = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=tl.float32, is_pure=True, pack=1)
+    return values
+
+
+@triton.jit
+def store_box(box, row, column, values, LAYOUT: tl.constexpr):
+    """Store a tile of float32 by a result's descriptor, at [row, column] of the matrix and as far as it goes."""
+    values = rounded(values, box.dtype)
+    row, column = row.to(tl.int32), column.to(tl.int32)
+    if LAYOUT > 0:
+        box.store([row, column], values)
+    else:
+        box.store([column, row], values.T)
+
+
+@triton.jit
+def rounded(values, DTYPE: tl.constexpr):
+    """Round float32 `values` to a type, to nearest even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300  (a type is no constant here)
+        values = _bfloat16_bits(values).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        values = values.to(DTYPE)
+    return values
+
+
+@triton.jit
 def store(pointers, values, mask):
     """Store float32 `values`, rounded to nearest even."""
-    if INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
-        rounded = _bfloat16_bits(values).to(tl.uint16)
-        tl.store(pointers, rounded.to(tl.bfloat16, bitcast=True), mask=mask)
-    else:
-        tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+    tl.store(pointers, rounded(values, pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -10,9 +10,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .configurations import architecture
-from .runtime import INTERPRETED, all_registers, cdiv, dot_precision, interpreted_tile, next_power_of_2
+from .runtime import (
+    DESCRIPTORS_ROUND,
+    INTERPRETED,
+    all_registers,
+    cdiv,
+    describable,
+    dot_precision,
+    interpreted_tile,
+    layout,
+    next_power_of_2,
+)
 
 # --- the general convolution -----------------------------------------------------------------------------------------
 
@@ -120,6 +131,32 @@ def masks_once(columns: int) -> bool:
     return columns >= _MASK_ONCE_FROM.get(architecture(), _MASK_ONCE_FROM_ELSEWHERE)
 
 
+def exact_product(dtype: torch.dtype) -> bool:
+    """Whether matrices are multiplied in exact float32, on FMA units."""
+    return is_exact(dtype, dot_precision(dtype, torch.backends.cuda.matmul.fp32_precision))
+
+
+_DESCRIBES = "sm_90", "sm_100", "interpreted"
+"""Where the GPU copies tiles on its own, by tensor descriptors."""
+
+
+def narrow(matrix: Tensor) -> bool:
+    """Whether a matrix' layout is too narrow for matrix units: loads of less than 8 bytes.
+
+    In tf32 16 bytes are asked for where there are descriptors: by pointers sm_100 takes 2.6 times its limit.
+    """
+    least = 16 if matrix.dtype == torch.float32 and architecture() in _DESCRIBES else 8
+    return abs(layout(matrix)) * matrix.element_size() < least
+
+
+def describes(left: Tensor, right: Tensor) -> bool:
+    """Whether a product's operands go by tensor descriptors, to matrix units."""
+    precision = dot_precision(left.dtype, torch.backends.cuda.matmul.fp32_precision)
+    if architecture() not in _DESCRIBES or is_exact(left.dtype, precision):
+        return False
+    return (precision != "tf32" or DESCRIPTORS_ROUND) and describable(left) and describable(right)
+
+
 def product(dtype: torch.dtype, rows: int | None, columns: int, depth: int, *, masks: bool = False) -> dict[str, Any]:
     """Choose the tile and precision of a product of `rows` x `columns` with inner dimension `depth`.
 
@@ -166,6 +203,15 @@ def product(dtype: torch.dtype, rows: int | None, columns: int, depth: int, *, m
 def is_exact(dtype: torch.dtype, precision: str) -> bool:
     """Whether products run on the FMA units: they keep both operands in registers, and spill in wide tiles."""
     return dtype == torch.float32 and precision == "ieee"
+
+
+def head_forward(dtype: torch.dtype, p: int, q: int, aligned: bool, boxed: bool) -> dict[str, Any]:
+    """Choose precision and tile of the forward; `boxed`: whether the first layer's operands go by descriptors."""
+    tile = head_layers(dtype, p, q, aligned)
+    if boxed and not INTERPRETED:
+        # The GPU copies as many steps ahead as shared memory holds: at LeNet's 400 features four of seven, or all.
+        tile |= {"BLOCK_K": 64, "num_stages": 4 if dtype == torch.float32 else 7}
+    return tile
 
 
 def head_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.driver import driver as triton_driver
 from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = [
     "TARGETS",
@@ -382,6 +383,11 @@ def _arguments(given: Iterable[tuple[str, Any, Any]]) -> Iterator[Argument]:
             yield from _arguments((f"{name}[{i}]", *pair) for i, pair in enumerate(zip(kind, value, strict=True)))
         elif kind == "constexpr":
             continue
+        elif isinstance(value, TensorDescriptor):
+            yield from _arguments([(name, kind, value.base)])
+            # As Triton's launcher appends them, which a kernel that copies by the descriptor itself does not read.
+            sizes = *(("i32", size) for size in value.shape), *(("i64", stride) for stride in value.strides)
+            yield from (Argument(f"{name}.{place}", *size) for place, size in enumerate(sizes))
         elif isinstance(value, torch.Tensor):
             storage = value.untyped_storage()
             place = (storage.data_ptr(), storage.nbytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -87,7 +88,7 @@ def rounded(value: float) -> float:
 
 def _shape(launch: Launch) -> str:
     """Name the tensors of a launch with their sizes; numbered neighbours of equal size share one entry."""
-    sizes = [(a.name.removesuffix("_ptr"), a.shape) for a in launch.arguments if a.shape is not None]
+    sizes = [(re.sub("_(ptr|box)$", "", a.name), a.shape) for a in launch.arguments if a.shape is not None]
     told = []
     for (name, shape), group in itertools.groupby(sizes, lambda found: (found[0].rstrip("0123456789"), found[1])):
         names = [each for each, _ in group]

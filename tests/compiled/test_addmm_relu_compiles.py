@@ -5,7 +5,7 @@ Launchers run on CPU tensors through the fake driver. Times are modelled by `ben
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 
 import networkx
 import pytest
@@ -24,6 +24,7 @@ SHAPES = {
     "784 to 512": (8192, 784, 512),
     "4096 to 4096": (512, 4096, 4096),
     "LeNet fc2": (16384, 120, 84),
+    "odd": (1000, 1001, 999),
 }
 PRODUCTS = {"_forward_kernel", "_grad_mat1_kernel", "_grad_mat2_kernel"}
 MATRIX_UNITS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
@@ -72,63 +73,80 @@ def main_loop(record):
     return best
 
 
+def assert_near_limit(record, call):
+    cost = model.cost(record, call)
+    limit = max(cost.times["tensor"], cost.times["memory"])
+    # Kernels of some microseconds that only add up a few numbers are bound by neither.
+    assert cost.ns <= max(1.3 * limit, 1000), f"{record}\n{cost}"
+
+
+def assert_loads_are_wide(record, narrow):
+    """Operands come by descriptors, or by asynchronous copies of 16 bytes, or of 8 where `narrow`."""
+    loads = {i.opcode for i in main_loop(record) if i.base in ("LDGSTS", "LDG")}
+    if record.constexprs["BOXED"]:
+        assert not loads, (record, loads)
+        assert any(op.startswith("UTMALDG") for op in record.opcodes), record
+    else:
+        assert loads, record
+        assert all("LDGSTS" in op and (op.endswith(".128") or (narrow and op.endswith(".64"))) for op in loads), loads
+
+
 @every_shape
 @modes
 def test_machine_code_on_sm_90(shape, dtype, precision):
-    """Wgmma over a tile's whole width, asynchronous copies, few integer instructions, near the model's limits."""
+    """Wgmma over a tile's whole width, descriptors, few integer instructions, near the model's limits."""
     launches = launch("sm_90", shape, dtype, precision)
     products = [(record, call) for record, call in launches if record.name in PRODUCTS]
     assert {record.name for record, _ in products} == PRODUCTS
-    # A row of 84 numbers of 16 bits starts at multiples of 8 bytes.
-    narrow = dtype == torch.bfloat16 and any(size % 8 for size in shape)
+    # A row of 84 numbers of 16 bits starts at multiples of 8 bytes; odd rows are padded.
+    narrow = dtype == torch.bfloat16 and any(size % 8 == 4 for size in shape)
     for record, _ in products:
         name, tile = str(record), record.constexprs
-        assert record.num_stages >= 3, name
+        assert narrow or tile["BOXED"], name
         loop = main_loop(record)
         units = {i.opcode for i in loop if i.base == "HGMMA"}
         depth = 16 if dtype == torch.bfloat16 else 8
         assert units, name
         assert all(f"64x{tile['BLOCK_N']}x{depth}" in unit for unit in units), (name, units)
-        copies = Counter(i.opcode for i in loop if i.base in ("LDGSTS", "LDG"))
-        assert copies, name
-        for copy in copies:
-            assert "LDGSTS" in copy, (name, copies)
-            assert copy.endswith(".128") or (narrow and copy.endswith(".64")), (name, copies)
-        # Beside the main loop only the bias is loaded in less: a lane of a matrix unit's result owns pairs of columns.
+        assert_loads_are_wide(record, narrow)
+        # Beside the main loop only the bias is loaded in less: a lane of a matrix unit's result owns pairs of columns,
+        # which an odd bias gives one by one.
         less = sum(times for op, times in record.opcodes.items() if op.startswith("LDG.") and ".128" not in op)
-        assert less <= (16 if record.name == "_forward_kernel" else 32 if narrow else 0), (name, record.opcodes)
+        bias = 0 if record.name != "_forward_kernel" else 32 if tile["ADDEND"] == 1 else 16
+        assert less <= (bias or (32 if narrow else 0)), (name, record.opcodes)
         integers = sum(model.classify(i.opcode) == "integer" for i in loop)
         steps = sum(i.base == "HGMMA" for i in loop) * depth * (64 * tile["BLOCK_N"]) / 128
         assert integers <= steps / 8, f"{name}: {integers} integer instructions for {steps:.0f} multiply-adds a thread"
     for record, call in launches:
-        cost = model.cost(record, call)
-        limit = max(cost.times["tensor"], cost.times["memory"])
-        # Kernels of some microseconds that only add up a few numbers are bound by neither.
-        assert cost.ns <= max(1.3 * limit, 1000), f"{record}\n{cost}"
+        assert_near_limit(record, call)
 
 
-@pytest.mark.parametrize("shape", [SHAPES["784 to 512"], SHAPES["LeNet fc2"]], ids=["784 to 512", "LeNet fc2"])
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+OTHERS = [
+    *(("sm_80", shape) for shape in ("784 to 512", "LeNet fc2", "odd")),
+    *(("sm_100", shape) for shape in ("784 to 512", "4096 to 4096", "LeNet fc2", "odd")),
+    *(("gfx942", shape) for shape in ("784 to 512", "LeNet fc2", "odd")),
+]
+
+
+@pytest.mark.parametrize(("target", "shape"), OTHERS, ids=[" ".join(pair) for pair in OTHERS])
 @modes
 def test_other_architectures(target, shape, dtype, precision):
-    """No spills, matrix units, and loads as wide as rows allow; on sm_80 near the model's limits too."""
+    """No spills, matrix units, loads as wide as rows allow, and near the model's limits where there is a model."""
+    shape = SHAPES[shape]
     launches = launch(target, shape, dtype, precision)
     assert {record.name for record, _ in launches} >= PRODUCTS
+    narrow = dtype == torch.bfloat16 and any(size % 8 == 4 for size in shape)
     for record, call in launches:
+        # On sm_100 the sum of an odd number of columns is bound by issue, as the design notes say.
+        if target in model.DEVICES and record.name != "_sum_partials_kernel":
+            assert_near_limit(record, call)
         if record.name not in PRODUCTS:
             continue
-        if target not in MATRIX_UNITS:
-            if dtype == torch.bfloat16:
-                assert record.count(r"v_mfma_f32_\w+bf16") > 0, record
-            continue
-        loop = main_loop(record)
-        copies = {i.opcode for i in loop if i.base in ("LDGSTS", "LDG")}
-        narrow = dtype == torch.bfloat16 and any(size % 8 for size in shape)
-        assert all("LDGSTS" in op and (op.endswith(".128") or (narrow and op.endswith(".64"))) for op in copies), copies
-        assert copies, record
-        if target == "sm_80":
-            cost = model.cost(record, call)
-            assert cost.ns <= 1.3 * max(cost.times["tensor"], cost.times["memory"]), f"{record}\n{cost}"
+        if target in MATRIX_UNITS:
+            assert_loads_are_wide(record, narrow)
+            assert target == "sm_80" or narrow or record.constexprs["BOXED"], record
+        elif dtype == torch.bfloat16:
+            assert record.count(r"v_mfma_f32_\w+bf16") > 0, record
 
 
 @pytest.mark.parametrize("rows", [1, 64])
@@ -146,9 +164,19 @@ def test_few_rows_take_more_programs(rows):
     assert any(i.base == "HGMMA" for i in main_loop(record))
 
 
-def test_tf32_operands_are_rounded_by_the_gpu():
-    """`cvt.rna` on NVIDIA's targets, integers on gfx942, where no instruction rounds to tf32."""
-    for target, rounds in (("sm_90", True), ("gfx942", False)):
-        for record, _ in launch(target, (64, 128, 128), torch.float32, "tf32", wanted=(False, True, False)):
-            if record.name in PRODUCTS:
-                assert (record.count(r"cvt\.rna\.tf32") > 0) == rounds, record
+ROUNDS = [
+    ("sm_90", 128, "by descriptors"),
+    ("sm_90", 126, "by descriptors"),
+    ("sm_80", 128, r"cvt\.rna\.tf32"),
+    ("gfx942", 128, "by integers"),
+]
+
+
+@pytest.mark.parametrize(("target", "size", "how"), ROUNDS, ids=[f"{target} {size}" for target, size, _ in ROUNDS])
+def test_tf32_operands_are_rounded_by_the_gpu(target, size, how):
+    """By descriptors from sm_90 on, of padded copies too; by `cvt.rna` on sm_80, and by integers on gfx942."""
+    for record, _ in launch(target, (64, size, size), torch.float32, "tf32", wanted=(False, True, False)):
+        if record.name in PRODUCTS:
+            assert record.constexprs["BOXED"] == (how == "by descriptors"), record
+            found = set(re.findall(r"cvt\.\w+\.tf32", record.assembly))
+            assert found == ({how.replace("\\", "")} if "cvt" in how else set()), record

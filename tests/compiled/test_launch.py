@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import triton
+from fastlenet.kernels import addmm_relu, runtime, tiles
 from fastlenet.kernels.runtime import launch
 from harness import toy
 from harness.fake_driver import compiling_for
+from harness.operators import fp32_precision
 from triton.runtime.jit import JITFunction
 
 
@@ -125,3 +127,43 @@ def test_whoever_watches_launches_gets_them_from_triton(bound):
             toy.add_kernel.pre_run_hooks.clear()
     assert len(before) == 1
     assert [len(record.calls) for record in records] == [7]
+
+
+MATRICES = {
+    "rows of 16 bytes": (lambda base: base[:320].view(8, 40), True),
+    "columns of 16 bytes": (lambda base: base[:320].view(8, 40).t(), True),
+    "rows of 12 bytes": (lambda base: base[:24].view(8, 3), False),
+    "unaligned": (lambda base: base[1:321].view(8, 40), False),
+    "padded rows": (lambda base: base[:320].view(8, 40)[:, :36], True),
+    "one row": (lambda base: base[:40].view(1, 40), True),
+    "expanded rows": (lambda base: base[:40].expand(8, 40), False),
+    "rows that overlap": (lambda base: base.as_strided((8, 40), (4, 1)), False),
+    "every second column": (lambda base: base[:640].view(8, 80)[:, ::2], False),
+    "empty": (lambda base: base[:0].view(0, 40), False),
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_which_matrices_have_descriptors(name):
+    """As cuTensorMapEncodeTiled takes them, and with strides that a row does not outgrow."""
+    make, expected = MATRICES[name]
+    matrix = make(torch.zeros(1024))
+    assert matrix.data_ptr() % 4 == 0
+    assert runtime.describable(matrix) == expected
+    if expected:
+        found = runtime.box(matrix, 4, 20, False)
+        dense_rows = matrix.stride(1) == 1
+        assert found.block == ((4, 20) if dense_rows else (20, 4))
+        assert found.shape == tuple(matrix.shape if dense_rows else matrix.t().shape)
+        assert found.strides[1] == 1
+        assert found.strides[0] * 4 % 16 == 0
+
+
+def test_the_sign_that_masks_is_not_rounded():
+    """Rounded to tf32 the least positive numbers are 0, and their gradients would be too."""
+    with compiling_for("sm_90"), fp32_precision("tf32"):
+        tile = tiles.product(torch.float32, 64, 64, 64)
+        boxes = addmm_relu._boxes(torch.zeros(64, 64), torch.zeros(64, 64), torch.zeros(64, 64), tile)
+        assert {place: box.rounded for place, box in boxes.items()} == {0: True, 1: True, 2: False}
+    with compiling_for("sm_80"), fp32_precision("tf32"):
+        assert addmm_relu._boxes(torch.zeros(64, 64), torch.zeros(64, 64), None, tile) == {}

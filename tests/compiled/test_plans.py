@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 import triton
+from fastlenet.kernels import addmm_relu as linear
 from fastlenet.kernels import configurations, plans, rules, runtime
 from fastlenet.kernels import conv2d_relu_max_pool2d as conv
 from fastlenet.kernels import mlp as head
@@ -60,7 +61,21 @@ def head_step(input, *parameters, mask=(True,) * 7):
     return grad, output, *hidden, *run(head.mlp_backward, grad, input, *hidden, *parameters[::2], mask)
 
 
+def product_tensors(sizes=(32, 48, 64), dtype=torch.float32):
+    rows, inner, outer = sizes
+    return [torch.zeros(shape, dtype=dtype) for shape in ((outer,), (rows, inner), (inner, outer))]
+
+
+def product_step(bias, input, mat2):
+    factors = (1.0, 1.0)
+    (output,) = run(linear._forward, input, mat2, bias, factors)
+    grad = torch.zeros_like(output)
+    return grad, output, *run(linear._backward, input, mat2, grad, output, factors, ("row", True, True), None)
+
+
 CALLS = {
+    "product": lambda dtype: (product_tensors(dtype=dtype), product_step),
+    "product of odd sizes": lambda dtype: (product_tensors((33, 17, 9), dtype), product_step),
     "conv1": lambda dtype: (conv_tensors(dtype=dtype), conv_step),
     "conv2": lambda dtype: (conv_tensors(channels=6, size=14, features=16, dtype=dtype), conv_step),
     "no gradient of the input": lambda dtype: (

@@ -143,12 +143,25 @@ def test_drawn_layouts_reach_every_variant(dtype, addmm, launches, device, shipp
     for name, constants in launches:
         for operand in {"LEFT", "RIGHT"} & constants.keys():
             widths[name, operand].add(constants[operand])
-    # Loads of 16 bytes along both axes, of single elements, and any strides.
     wide = 16 // dtype.itemsize
     assert len(widths) == 6
     for (name, operand), seen in widths.items():
-        assert {wide, -wide, 0} <= seen, (name, operand, seen)
-        assert {1, -1} & seen, (name, operand, seen)
+        # Loads of 16 bytes along both axes.
+        assert {wide, -wide} <= seen, (name, operand, seen)
+        if dtype == torch.float32:
+            # Single elements, and any strides: FMA units take every layout.
+            assert 0 in seen, (name, operand, seen)
+            assert {1, -1} & seen, (name, operand, seen)
+        else:
+            assert min(abs(width) for width in seen) >= wide // 2, (name, operand, seen)
+    boxed = {(name, constants["BOXED"]) for name, constants in launches if "BOXED" in constants}
+    if dtype == torch.float32:
+        assert {how for _, how in boxed} == {False}
+    else:
+        # Matrix units take operands by descriptors and by pointers, copies of others, and a result by its descriptor.
+        assert len(boxed) == 6
+        assert {c["GRAD"] for name, c in launches if name == "_lay_out_kernel" and not c["MASKED"]} >= {0, 1}
+        assert any(constants.get("BOXED_RESULT") for _, constants in launches)
 
 
 def drawn_layouts(seed, dtype, addmm, device):
@@ -208,9 +221,10 @@ def test_masked_once_for_both_products(case, dtype, addmm, launches, device, mon
     launches.clear()
     monkeypatch.setattr(tiles, "_MASK_ONCE_FROM_ELSEWHERE", 1)
     once = addmm.random(case, tensors)
-    masked = {c["MASKED"] for name, c in launches if "MASKED" in c}
-    assert masked == {False}
-    assert Counter(name for name, _ in launches)["_mask_grad_kernel"] == 1
+    masked = Counter((name, c["MASKED"]) for name, c in launches if "MASKED" in c)
+    assert masked["_grad_mat1_kernel", True] == masked["_grad_mat2_kernel", True] == 0
+    # The gradient of an input of the output's size is masked too; its odd rows serve exact float32 alone.
+    assert masked["_lay_out_kernel", True] == 1 + (case is FULL and dtype != torch.float32)
     result = run(ADDMM.fused, tensors, case.keywords, grad)
     for name in NAMES:
         assert_bitwise_equal(result.grads[name], by_tiles.grads[name], name=name)
@@ -250,7 +264,7 @@ def test_only_requested_gradients_are_computed(case, wanted, launches, monkeypat
     bias = "input" in wanted and case is SMALL
     expected = {"_forward_kernel": 1, "_grad_mat1_kernel": int("mat1" in wanted)}
     expected |= {"_grad_mat2_kernel": int("mat2" in wanted or bias)}
-    expected |= {"_mask_grad_kernel": int("input" in wanted and not bias)}
+    expected |= {"_lay_out_kernel": int("input" in wanted and not bias)}
     assert Counter(name for name, _ in launches) == Counter(expected)
     # A tile of mat2's gradient has a program, 64 columns of the bias's have one.
     found = [grid for name, grid in grids if name == "_grad_mat2_kernel"]

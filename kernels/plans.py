@@ -82,6 +82,7 @@ class Recording:
         self._operands = list(args)
         self._made: list[tuple[Tensor, tuple[Any, Any, Any]]] = []
         self._computed: list[Tensor] = []
+        self._as_tensors: list[Tensor] = []  # not only their addresses are read
         self._steps: list[tuple[Any, Callable[..., Any], Any, Any, list[Tensor], tuple[Any, ...]]] = []
         given = [id(arg) for arg in args if isinstance(arg, Tensor)]
         # If one tensor is two operands, it is not known which of them a kernel is meant to get.
@@ -111,17 +112,18 @@ class Recording:
             before = len((*grid, "stream", *binary))
             # A descriptor holds an address, so each call makes its own.
             run = functools.partial(_described, run, {before + place: box for place, box in boxes.items()})
-        self._note(kernel, run, grid, binary, args, rest)
+        self._note(kernel, run, grid, binary, args, rest, as_tensors=bool(boxes))
 
     def called(self, function: Callable[..., Tensor], args: Any, result: Tensor) -> None:
         """Note a library's call of `args`, tensors first, and its result."""
-        self._note(None, function, (), (), args, ())
+        self._note(None, function, (), (), args, (), as_tensors=True)
         self._computed.append(result)
 
-    def _note(self, kernel: Any, run: Any, grid: Any, binary: Any, args: Any, rest: Any) -> None:
+    def _note(self, kernel: Any, run: Any, grid: Any, binary: Any, args: Any, rest: Any, *, as_tensors: bool) -> None:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         self._complete &= bool(tensors) and not any(isinstance(arg, Tensor) for arg in args[len(tensors) :])
         self._steps.append((kernel, run, grid, binary, tensors, (*args[len(tensors) :], *rest)))
+        self._as_tensors += tensors if as_tensors else []
 
     def went_past(self) -> None:
         """Note that something was launched of which the compiled kernel is not known."""
@@ -143,11 +145,9 @@ class Recording:
             ]
             return found[0] if len(found) == 1 and tensor.numel() else None
 
-        steps, by_library = [], []
+        steps = []
         for kernel, run, grid, binary, tensors, rest in self._steps:
             places = [place(tensor) for tensor in tensors]
-            if kernel is None:
-                by_library.append(places)
             # A library reads shapes too, which a view has of its own.
             exact = kernel is not None or all(any(t is other for other in known) for t in tensors)
             if not self._complete or None in places or not exact:
@@ -162,7 +162,7 @@ class Recording:
         if not self._complete or -1 in returned:
             return None
         # An allocation takes longer than the address of a part of another one.
-        seen, workspace, memory = set(returned).union(*by_library), 0, []
+        seen, workspace, memory = {*returned, *map(place, self._as_tensors)}, 0, []
         for index, (tensor, made) in enumerate(self._made, len(self._operands)):
             if made[1] is not None and index not in seen:
                 made = None, None, workspace

@@ -8,8 +8,11 @@ H100.
   float32. So few products leave matrix units waiting: an H100 took 65 us for LeNet's first layer on FMA units and 106
   on matrix units, though the model had it the other way round. Stride, padding and pool may be any whose cells fit in
   registers.
-- **General kernels**, on matrix units, compute the rest: from 32 channels on their steps are full. They take 0.36 to
-  0.47 of the floor forward and 0.34 to 0.66 for the weight's gradient.
+- **The forward of 32 channels and more** computes blocks of cells on matrix units (`block_dot`): 0.16 to 0.55 of the
+  floor, where the general kernel took 0.36 to 1. That loads a pixel again for every cell, and computes cells again for
+  every window that overlaps.
+- **General kernels**, on matrix units, compute the rest: from 32 channels on their steps are full. They take 0.34 to
+  0.66 of the floor for the weight's gradient.
 - **The input's gradient of 32 to 64 channels** is spread over cells and multiplied (`spread_dot`): 0.2 to 0.6 of the
   floor, where the general kernel took 0.3 to 3.6. It looks at windows again for every tap, four times as often where
   they overlap. With one tap that is once, and costs less than the workspace. Up to 31 channels `patch_fma` takes 1.2 to
@@ -75,6 +78,8 @@ def choose(
     overlaps = pool_h > step_h or pool_w > step_w
     if direction != "forward" and not exact and _spreads(direction, channels, taps, overlaps, architecture):
         return Rule("spread_dot", {})
+    if direction == "forward" and not exact and channels > MOST_CHANNELS:
+        return Rule("block_dot", {})
     if channels > (MOST_EXACT if exact else MOST_CHANNELS):
         return None
     if direction == "forward":

@@ -39,18 +39,9 @@ from ..runtime import (
     store,
     sum_partials,
 )
+from .shared import better, block_cells, covers, sizes_of, within
 
-
-@triton.jit
-def _block(POOL: tl.constexpr, POOL_STRIDE: tl.constexpr):
-    """Cells of a block along one axis."""
-    return POOL if POOL < POOL_STRIDE else POOL_STRIDE
-
-
-@triton.jit
-def _below(position, limit):
-    """Whether 0 <= position < limit, by one comparison."""
-    return position.to(tl.uint32) < limit.to(tl.uint32)
+__all__ = ["covers", "forward", "grad_input", "grad_weight"]
 
 
 @triton.jit
@@ -70,7 +61,7 @@ def _inside(position, limit, K: tl.constexpr, FROM: tl.constexpr, TO: tl.constex
     elif K >= FROM:  # noqa: RET505  (Triton compiles what follows a return)
         return position < limit - K
     else:
-        return _below(position + K, limit)
+        return within(position + K, limit)
 
 
 @triton.jit
@@ -154,16 +145,6 @@ def _pixels(
 
 _CODES = tl.constexpr(2.0**23)
 """A float32 argmax is this number plus the cell. One is then the mantissa's last bit, so the bits end in the cell."""
-
-
-@triton.jit
-def _better(best, value, argmax, code, RETURN_ARGMAX: tl.constexpr):
-    """Let `value`, which comes later in scan order, win over `best` if it is larger or NaN."""
-    if RETURN_ARGMAX:
-        wins = (value > best) | (value != value)
-        return tl.where(wins, value, best), tl.where(wins, code, argmax)
-    else:  # noqa: RET505  (Triton compiles what follows a return)
-        return tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL), argmax
 
 
 @triton.jit
@@ -283,10 +264,10 @@ def _forward_kernel(
     Cost per image: 2 * BH * BW * PH * PW * O * C * KH * KW FLOP, (PH + RH) * (PW + RW) for overlapping windows; reads
     the input once per tile of channels, writes O * PH * PW outputs and as many bytes of argmax.
     """
-    BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
-    BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
-    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H if POOL_H > POOL_STRIDE_H else 0
-    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W if POOL_W > POOL_STRIDE_W else 0
+    BH: tl.constexpr = block_cells(POOL_H, POOL_STRIDE_H)
+    BW: tl.constexpr = block_cells(POOL_W, POOL_STRIDE_W)
+    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H
+    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W
     WIDTH: tl.constexpr = (BW - 1) * STRIDE_W + KERNEL_W
     PERIOD_H: tl.constexpr = POOL_STRIDE_H * STRIDE_H
     PERIOD_W: tl.constexpr = POOL_STRIDE_W * STRIDE_W
@@ -389,7 +370,7 @@ def _forward_kernel(
                                     starts,
                                     (r + h) * line,
                                     x,
-                                    _below(y + (r + h), limit_h),
+                                    within(y + (r + h), limit_h),
                                     limit_w,
                                     WIDTH,
                                     STEP,
@@ -425,7 +406,7 @@ def _forward_kernel(
             for o in tl.static_range(CHANNELS):
                 for b in tl.static_range(BH):
                     for a in tl.static_range(BW):
-                        there = _below(cell_y + b, conv_h) & _below(cell_x + a, conv_w)
+                        there = within(cell_y + b, conv_h) & within(cell_x + a, conv_w)
                         clipped = clipped + (tl.where(there, conv[(o * BH + b) * BW + a], float("-inf")),)
             conv = clipped
         done = mask & (row + step - RH < pooled_h)
@@ -447,12 +428,12 @@ def _forward_kernel(
                         if b == 0 and w == 0:
                             best = value
                         else:
-                            best, argmax = _better(best, value, argmax, _CODES + (b * POOL_W + w), RETURN_ARGMAX)
+                            best, argmax = better(best, value, argmax, _CODES + (b * POOL_W + w), RETURN_ARGMAX)
                     elif w == 0:
                         row_best = value
                         row_argmax = tl.full((BLOCK,), _CODES, tl.float32)
                     else:
-                        row_best, row_argmax = _better(row_best, value, row_argmax, _CODES + w, RETURN_ARGMAX)
+                        row_best, row_argmax = better(row_best, value, row_argmax, _CODES + w, RETURN_ARGMAX)
                 if RH > 0:
                     merged = ()
                     for k in tl.static_range(RH):
@@ -460,14 +441,14 @@ def _forward_kernel(
                         old, code = windows[2 * k], windows[2 * k + 1]
                         if (RH - k) * BH + b < POOL_H:
                             offset_code = 1.0 * (((RH - k) * BH + b) * POOL_W)
-                            old, code = _better(old, row_best, code, row_argmax + offset_code, RETURN_ARGMAX)
+                            old, code = better(old, row_best, code, row_argmax + offset_code, RETURN_ARGMAX)
                         merged = merged + (old, code)
                     windows = merged
                     if b == 0:
                         best = row_best
                         argmax = row_argmax
                     else:
-                        best, argmax = _better(best, row_best, argmax, row_argmax + 1.0 * (b * POOL_W), RETURN_ARGMAX)
+                        best, argmax = better(best, row_best, argmax, row_argmax + 1.0 * (b * POOL_W), RETURN_ARGMAX)
             if RH > 0:
                 _finish(
                     output_ptr + here + o * plane,
@@ -605,7 +586,7 @@ def _multiply(
         for h in tl.static_range(HEIGHT):
             inside = there
             if TAP_ROWS < KERNEL_H and (ROWS_FROM > 0 or ROWS_TO < HEIGHT - TAP_ROWS + KERNEL_H):
-                inside = there & _below(y + h, height)
+                inside = there & within(y + h, height)
             elif TAP_ROWS == KERNEL_H and (h < ROWS_FROM or h >= ROWS_TO):
                 inside = there & _inside(y, height, h, ROWS_FROM, ROWS_TO, PERIOD_H)
             patch = patch + (
@@ -632,7 +613,7 @@ def _multiply(
                         pixel = patch[b * STRIDE_H + r][a * STRIDE_W + q]
                         if CLIPPED:
                             # A cell that is not there must not meet an infinity.
-                            pixel = tl.where(_below(cell_y + b, conv_h) & _below(cell_x + a, conv_w), pixel, 0.0)
+                            pixel = tl.where(within(cell_y + b, conv_h) & within(cell_x + a, conv_w), pixel, 0.0)
                         seen = seen + (pixel,)
             for o in tl.static_range(CHANNELS):
                 for q in tl.static_range(KERNEL_W):
@@ -767,10 +748,10 @@ def _grad_weight_kernel(
     Saves: nothing. Cost per image: as the forward; reads the input once per tile of output channels, gradients and
     argmax once per tile of input channels.
     """
-    BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
-    BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
-    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H if POOL_H > POOL_STRIDE_H else 0
-    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W if POOL_W > POOL_STRIDE_W else 0
+    BH: tl.constexpr = block_cells(POOL_H, POOL_STRIDE_H)
+    BW: tl.constexpr = block_cells(POOL_W, POOL_STRIDE_W)
+    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H
+    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W
     PERIOD_H: tl.constexpr = POOL_STRIDE_H * STRIDE_H
     PERIOD_W: tl.constexpr = POOL_STRIDE_W * STRIDE_W
     STEP: tl.constexpr = IN_CHANNELS if LAST else 1
@@ -1034,10 +1015,10 @@ def _sliding_grad_weight_kernel(
     RH + 1 rows of blocks that its window reaches. A program is one warp. The grid's second and third axes count the
     parts.
     """
-    BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
-    BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
-    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H if POOL_H > POOL_STRIDE_H else 0
-    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W if POOL_W > POOL_STRIDE_W else 0
+    BH: tl.constexpr = block_cells(POOL_H, POOL_STRIDE_H)
+    BW: tl.constexpr = block_cells(POOL_W, POOL_STRIDE_W)
+    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H
+    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W
     PERIOD_H: tl.constexpr = POOL_STRIDE_H * STRIDE_H
     PERIOD_W: tl.constexpr = POOL_STRIDE_W * STRIDE_W
     STEP: tl.constexpr = IN_CHANNELS if LAST else 1
@@ -1299,10 +1280,10 @@ def _grad_input_kernel(
     Saves: nothing. Cost per image: 2 * BH * BW * (PH + RH) * (PW + RW) * O * C * KH * KW FLOP; reads gradients and
     argmax once per tile of channels, writes C * H * W elements.
     """
-    BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
-    BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
-    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H if POOL_H > POOL_STRIDE_H else 0
-    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W if POOL_W > POOL_STRIDE_W else 0
+    BH: tl.constexpr = block_cells(POOL_H, POOL_STRIDE_H)
+    BW: tl.constexpr = block_cells(POOL_W, POOL_STRIDE_W)
+    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H
+    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W
     SPAN_H: tl.constexpr = (BH - 1) * STRIDE_H + KERNEL_H
     SPAN_W: tl.constexpr = (BW - 1) * STRIDE_W + KERNEL_W
     QH: tl.constexpr = POOL_STRIDE_H * STRIDE_H
@@ -1363,7 +1344,7 @@ def _grad_input_kernel(
             for b in tl.static_range(BH):
                 for a in tl.static_range(BW):
                     cell_y = j * 0 + (t * POOL_STRIDE_H - POOL_PADDING_H + b)
-                    cells_there = cells_there + (_below(cell_y, conv_h) & _below(cell_x + a, conv_w),)
+                    cells_there = cells_there + (within(cell_y, conv_h) & within(cell_x + a, conv_w),)
         for _channel in range(tl.where(t < pooled_h + RH, OUT_CHANNELS, 0)):
             cells, _own = _cells(
                 grad_ptr + offset,
@@ -1436,23 +1417,17 @@ def _store_row(starts, line, x, there, width, values, COUNT: tl.constexpr, STEP:
     pointers = starts + line if PAIRS < 0 else starts + line * 2
     LEAD: tl.constexpr = 0 if PAIRS < 0 else PAIRS
     for i in tl.static_range(COUNT if PAIRS < 0 else PAIRS):
-        store(pointers + (i * STEP - LEAD), values[i], there & _below(x + i, width))
+        store(pointers + (i * STEP - LEAD), values[i], there & within(x + i, width))
     if PAIRS >= 0:
         pairs = pointers[:, None] + tl.arange(0, 2)[None, :]
         for i in tl.static_range((COUNT - PAIRS) // 2):
-            mask = there & _below(x + (PAIRS + 2 * i), width)
+            mask = there & within(x + (PAIRS + 2 * i), width)
             store(pairs + 2 * i, tl.join(values[PAIRS + 2 * i], values[PAIRS + 2 * i + 1]), mask[:, None])
         if (COUNT - PAIRS) % 2 == 1:
-            store(pointers + (COUNT - 1 - PAIRS), values[COUNT - 1], there & _below(x + (COUNT - 1), width))
+            store(pointers + (COUNT - 1 - PAIRS), values[COUNT - 1], there & within(x + (COUNT - 1), width))
 
 
 # --- launching -------------------------------------------------------------------------------------------------------
-
-
-def covers(geometry: ConvPoolGeometry, input: Tensor, weight: Tensor) -> bool:
-    """Whether these kernels can compute this convolution and pool."""
-    plain = geometry.dilation == geometry.pool_dilation == (1, 1) and geometry.groups == 1
-    return plain and geometry.window_size <= 254 and min(geometry.output_shape(input, weight)) > 0
 
 
 def _registers(limit: int) -> dict[str, int]:
@@ -1468,7 +1443,7 @@ class _Axis:
         self.pool, self.pool_stride = geometry.pool_size[axis], geometry.pool_stride[axis]
         self.pool_padding, self.pooled = geometry.pool_padding[axis], pooled
         self.cells = min(self.pool, self.pool_stride)
-        self.reach = (self.pool - 1) // self.pool_stride if self.pool > self.pool_stride else 0
+        self.reach = (self.pool - 1) // self.pool_stride
         self.span = (self.cells - 1) * self.stride + kernel
         self.origin = self.pool_padding * self.stride + self.padding
         self.step = self.pool_stride * self.stride
@@ -1496,14 +1471,7 @@ def _constants(
     # Pairs of a row's neighbours, where both rows and blocks begin at even addresses, or all blocks at odd ones.
     even = not last and input.data_ptr() % 16 == 0 and input.shape[3] % 2 == 0 and axes[1].step % 2 == 0
     return {
-        "IN_CHANNELS": weight.shape[1],
-        "OUT_CHANNELS": weight.shape[0],
-        **dict(zip(("KERNEL_H", "KERNEL_W"), weight.shape[2:], strict=True)),
-        **dict(zip(("STRIDE_H", "STRIDE_W"), geometry.stride, strict=True)),
-        **dict(zip(("PADDING_H", "PADDING_W"), geometry.padding, strict=True)),
-        **dict(zip(("POOL_H", "POOL_W"), geometry.pool_size, strict=True)),
-        **dict(zip(("POOL_STRIDE_H", "POOL_STRIDE_W"), geometry.pool_stride, strict=True)),
-        **dict(zip(("POOL_PADDING_H", "POOL_PADDING_W"), geometry.pool_padding, strict=True)),
+        **sizes_of(_forward_kernel, geometry, weight),  # the other kernels take the same
         "FIXED_H": input.shape[2] if fixed else 0,
         "FIXED_W": input.shape[3] if fixed else 0,
         "FIXED_POOLED_H": axes[0].pooled if fixed else 0,

@@ -241,18 +241,20 @@ def _forward_kernel(
 
 
 def _tile(dtype: torch.dtype, channels: int, out_channels: int, geometry: ConvPoolGeometry) -> dict[str, int]:
-    """Choose the tile: as many blocks as registers hold; accumulators are their cells, and windows that wait."""
-    deepest = 32 if dtype == torch.float32 else 64
+    """Choose the tile: as many output channels as registers hold accumulators of, for cells and windows that wait."""
+    on = architecture()
+    deepest = 32 if dtype == torch.float32 or on == "sm_80" else 64
     block_k = next(k for k in (64, 32, 16) if k <= deepest and cdiv(channels, 16) * 16 % k == 0)
     block_n = min(64, max(16, next_power_of_2(out_channels)))
     if INTERPRETED:
         return {"BLOCK_M": 256, "BLOCK_N": block_n, "BLOCK_K": block_k}
     down, right = (min(sizes) for sizes in zip(geometry.pool_size, geometry.pool_stride, strict=True))
-    waiting = 2 * ((geometry.pool_size[0] - 1) // geometry.pool_stride[0])
-    while block_n > 32 and (down * right + waiting) * 64 * block_n > 32768:
+    reach = (geometry.pool_size[0] - 1) // geometry.pool_stride[0]
+    if on == "sm_80" and reach > 1:  # operands pass through registers too
+        block_n = 16
+    while block_n > 16 and (down * right + 2 * reach) * block_n > 288:
         block_n //= 2
-    large = (down * right + waiting) * 128 * block_n <= 32768 and architecture().startswith("sm_")
-    block_m = 128 if large else 64
+    block_m = 128 if on.startswith("sm_") else 64
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 1}
 
 

@@ -65,6 +65,22 @@ def _inside(position, limit, K: tl.constexpr, FROM: tl.constexpr, TO: tl.constex
 
 
 @triton.jit
+def _cell_there(
+    cell_y, cell_x, conv_h, conv_w, B: tl.constexpr, A: tl.constexpr, CELLS_H: tl.constexpr, CELLS_W: tl.constexpr
+):
+    """Which blocks, whose first cell is (cell_y, cell_x), have their cell (B, A).
+
+    All have those with B < CELLS_H and A < CELLS_W. Others may lie beyond the convolution, or in the pool's padding.
+    """
+    if A < CELLS_W:
+        return within(cell_y + B, conv_h)
+    elif B < CELLS_H:  # noqa: RET505  (Triton compiles what follows a return)
+        return within(cell_x + A, conv_w)
+    else:
+        return within(cell_y + B, conv_h) & within(cell_x + A, conv_w)
+
+
+@triton.jit
 def _load_pixels(
     pointers,
     x,
@@ -230,7 +246,8 @@ def _forward_kernel(
     ROWS_TO: tl.constexpr,
     COLUMNS_FROM: tl.constexpr,
     COLUMNS_TO: tl.constexpr,
-    CLIPPED: tl.constexpr,
+    CELLS_H: tl.constexpr,
+    CELLS_W: tl.constexpr,
     PAIRS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RETURN_ARGMAX: tl.constexpr,
@@ -398,7 +415,7 @@ def _forward_kernel(
             offset += 1 if LAST else height * line
             taps += KERNEL_H * KERNEL_W
 
-        if CLIPPED:
+        if CELLS_H < BH or CELLS_W < BW:
             conv_h = (limit_h + (2 * PADDING_H - KERNEL_H)) // STRIDE_H + 1
             conv_w = (limit_w + (2 * PADDING_W - KERNEL_W)) // STRIDE_W + 1
             cell_x = column * POOL_STRIDE_W - POOL_PADDING_W
@@ -406,8 +423,11 @@ def _forward_kernel(
             for o in tl.static_range(CHANNELS):
                 for b in tl.static_range(BH):
                     for a in tl.static_range(BW):
-                        there = within(cell_y + b, conv_h) & within(cell_x + a, conv_w)
-                        clipped = clipped + (tl.where(there, conv[(o * BH + b) * BW + a], float("-inf")),)
+                        value = conv[(o * BH + b) * BW + a]
+                        if b >= CELLS_H or a >= CELLS_W:
+                            has_cell = _cell_there(cell_y, cell_x, conv_h, conv_w, b, a, CELLS_H, CELLS_W)
+                            value = tl.where(has_cell, value, float("-inf"))
+                        clipped = clipped + (value,)
             conv = clipped
         done = mask & (row + step - RH < pooled_h)
         if RH > 0:
@@ -560,7 +580,8 @@ def _multiply(
     ROWS_TO: tl.constexpr,
     COLUMNS_FROM: tl.constexpr,
     COLUMNS_TO: tl.constexpr,
-    CLIPPED: tl.constexpr,
+    CELLS_H: tl.constexpr,
+    CELLS_W: tl.constexpr,
     PAIRS: tl.constexpr,
     CHANNELS: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -606,20 +627,18 @@ def _multiply(
                 ),
             )
         for r in tl.static_range(TAP_ROWS):
-            seen = ()
-            for b in tl.static_range(BH):
-                for a in tl.static_range(BW):
-                    for q in tl.static_range(KERNEL_W):
-                        pixel = patch[b * STRIDE_H + r][a * STRIDE_W + q]
-                        if CLIPPED:
-                            # A cell that is not there must not meet an infinity.
-                            pixel = tl.where(within(cell_y + b, conv_h) & within(cell_x + a, conv_w), pixel, 0.0)
-                        seen = seen + (pixel,)
             for o in tl.static_range(CHANNELS):
                 for q in tl.static_range(KERNEL_W):
                     total = weight_sums[((c * TAP_ROWS + r) * CHANNELS + o) * KERNEL_W + q]
-                    for k in tl.static_range(BH * BW):
-                        total = tl.fma(cells[o * BH * BW + k], seen[k * KERNEL_W + q], total)
+                    for b in tl.static_range(BH):
+                        for a in tl.static_range(BW):
+                            pixel = patch[b * STRIDE_H + r][a * STRIDE_W + q]
+                            added = tl.fma(cells[(o * BH + b) * BW + a], pixel, total)
+                            if b >= CELLS_H or a >= CELLS_W:
+                                # A cell that is not there must not meet an infinity: one instruction adds, or does not.
+                                has_cell = _cell_there(cell_y, cell_x, conv_h, conv_w, b, a, CELLS_H, CELLS_W)
+                                added = tl.where(has_cell, added, total)
+                            total = added
                     done = done + (total,)
     return done
 
@@ -720,7 +739,8 @@ def _grad_weight_kernel(
     ROWS_TO: tl.constexpr,
     COLUMNS_FROM: tl.constexpr,
     COLUMNS_TO: tl.constexpr,
-    CLIPPED: tl.constexpr,
+    CELLS_H: tl.constexpr,
+    CELLS_W: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
     WARPS: tl.constexpr,
@@ -867,7 +887,8 @@ def _grad_weight_kernel(
             ROWS_TO,
             COLUMNS_FROM,
             COLUMNS_TO,
-            CLIPPED,
+            CELLS_H,
+            CELLS_W,
             PAIRS,
             CHANNELS,
             INPUTS,
@@ -998,7 +1019,8 @@ def _sliding_grad_weight_kernel(
     ROWS_TO: tl.constexpr,
     COLUMNS_FROM: tl.constexpr,
     COLUMNS_TO: tl.constexpr,
-    CLIPPED: tl.constexpr,
+    CELLS_H: tl.constexpr,
+    CELLS_W: tl.constexpr,
     PAIRS: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -1009,7 +1031,8 @@ def _sliding_grad_weight_kernel(
 
     Tile: a lane owns a column of blocks and slides down `chunk` rows of it, image after image. So a window is loaded
     once for all blocks of a column. A window's gradients for the blocks below its own wait in registers. A chunk that
-    is not an image's first also reads the RH rows of windows above it, which reach into it, without products.
+    is not an image's first also reads the RH rows of windows above it, which reach into it, without products. If RH is
+    1, chunks count rows of windows. The last one then adds the products of those cells below that windows look at.
 
     Shapes, strides, sums and cost are as of `_grad_weight_kernel`, but a gradient and its argmax are read once for the
     RH + 1 rows of blocks that its window reaches. A program is one warp. The grid's second and third axes count the
@@ -1032,6 +1055,7 @@ def _sliding_grad_weight_kernel(
     with_bias = tl.program_id(0) % in_tiles == 0
     part = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
     begin = tl.program_id(2) * chunk
+    rows = pooled_h if RH == 1 else pooled_h + RH
     columns = pooled_w + RW
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     step = tl.num_programs(1) * BLOCK // columns
@@ -1089,67 +1113,76 @@ def _sliding_grad_weight_kernel(
                 RW,
                 CHANNELS,
             )
-        for t in range(begin, tl.minimum(begin + chunk, pooled_h + RH)):
-            cells, waiting, bias_sums = _shares(
-                grad_ptr + offset,
-                argmax_ptr + offset,
-                t * row_step,
-                there & (t < pooled_h),
-                j,
-                pooled_w,
-                waiting,
-                bias_sums,
-                column_step,
-                out_plane,
-                POOL_H,
-                POOL_W,
-                BH,
-                BW,
-                RH,
-                RW,
-                CHANNELS,
-            )
-            cell_y = t * POOL_STRIDE_H - POOL_PADDING_H
-            y = cell_y * STRIDE_H - PADDING_H
-            tops = ()
-            starts = ()
-            for c in tl.static_range(INPUTS):
-                tops = tops + (y * line + c * plane,)
-                starts = starts + (corners,)
-            weight_sums = _multiply(
-                weight_sums,
-                cells,
-                starts,
-                tops,
-                x,
-                y,
-                there,
-                cell_x,
-                cell_y,
-                limit_h,
-                limit_w,
-                conv_h,
-                conv_w,
-                line,
-                KERNEL_H,
-                KERNEL_W,
-                STRIDE_H,
-                STRIDE_W,
-                BH,
-                BW,
-                STEP,
-                PERIOD_H,
-                PERIOD_W,
-                ROWS_FROM,
-                ROWS_TO,
-                COLUMNS_FROM,
-                COLUMNS_TO,
-                CLIPPED,
-                PAIRS,
-                CHANNELS,
-                INPUTS,
-                KERNEL_H,
-            )
+        end = tl.minimum(begin + chunk, rows)
+        # The row of blocks below the last windows, if it is one, has only the cells that wait for it.
+        for below in tl.static_range(1 if RH != 1 else 2):
+            for t in range(end if below else begin, tl.where(end == rows, end + below, end)):
+                if below:
+                    cells = ()
+                    for o in tl.static_range(CHANNELS):
+                        cells = cells + waiting[o * BH * BW : (o * BH + POOL_H - BH) * BW]
+                else:
+                    cells, waiting, bias_sums = _shares(
+                        grad_ptr + offset,
+                        argmax_ptr + offset,
+                        t * row_step,
+                        there if RH == 1 else there & (t < pooled_h),
+                        j,
+                        pooled_w,
+                        waiting,
+                        bias_sums,
+                        column_step,
+                        out_plane,
+                        POOL_H,
+                        POOL_W,
+                        BH,
+                        BW,
+                        RH,
+                        RW,
+                        CHANNELS,
+                    )
+                cell_y = t * POOL_STRIDE_H - POOL_PADDING_H
+                y = cell_y * STRIDE_H - PADDING_H
+                tops = ()
+                starts = ()
+                for c in tl.static_range(INPUTS):
+                    tops = tops + (y * line + c * plane,)
+                    starts = starts + (corners,)
+                weight_sums = _multiply(
+                    weight_sums,
+                    cells,
+                    starts,
+                    tops,
+                    x,
+                    y,
+                    there,
+                    cell_x,
+                    cell_y,
+                    limit_h,
+                    limit_w,
+                    conv_h,
+                    conv_w,
+                    line,
+                    KERNEL_H,
+                    KERNEL_W,
+                    STRIDE_H,
+                    STRIDE_W,
+                    POOL_H - BH if below else BH,
+                    BW,
+                    STEP,
+                    PERIOD_H,
+                    PERIOD_W,
+                    ROWS_FROM,
+                    ROWS_TO,
+                    COLUMNS_FROM,
+                    COLUMNS_TO,
+                    CELLS_H,
+                    CELLS_W,
+                    PAIRS,
+                    CHANNELS,
+                    INPUTS,
+                    KERNEL_H,
+                )
 
     _store_parts(
         partials_ptr,
@@ -1185,8 +1218,12 @@ def _spread(
     STRIDE_W: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
-    there,
-    CLIPPED: tl.constexpr,
+    cell_y,
+    cell_x,
+    conv_h,
+    conv_w,
+    CELLS_H: tl.constexpr,
+    CELLS_W: tl.constexpr,
 ):
     """Add a block's cells times the weights to the pixels under them, for CHANNELS input channels.
 
@@ -1195,8 +1232,8 @@ def _spread(
     sums: of each channel's ((BH - 1) * stride + KH) x ((BW - 1) * stride + KW) pixels.
     cells: gradients of the block's cells.
     weights: pointer to the first channel's taps.
-    there: of each cell which lanes have it; looked at if CLIPPED. A cell that is not there has no gradient, but
-        must not meet an infinite weight.
+    cell_y, cell_x, conv_h, conv_w: as of `_cell_there`. A cell that is not there has no gradient, but must not meet an
+        infinite weight.
     """
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     SPAN_H: tl.constexpr = (BH - 1) * STRIDE_H + KERNEL_H
@@ -1216,7 +1253,10 @@ def _spread(
                             if w >= a * STRIDE_W and w < a * STRIDE_W + KERNEL_W:
                                 tap = kernel[(h - b * STRIDE_H) * KERNEL_W + (w - a * STRIDE_W)]
                                 new = tl.fma(cells[b * BW + a], tap, total)
-                                total = tl.where(there[b * BW + a], new, total) if CLIPPED else new
+                                if b >= CELLS_H or a >= CELLS_W:
+                                    has_cell = _cell_there(cell_y, cell_x, conv_h, conv_w, b, a, CELLS_H, CELLS_W)
+                                    new = tl.where(has_cell, new, total)
+                                total = new
                 done = done + (total,)
     return done
 
@@ -1252,7 +1292,8 @@ def _grad_input_kernel(
     FIXED_POOLED_H: tl.constexpr,
     FIXED_POOLED_W: tl.constexpr,
     LAST: tl.constexpr,
-    CLIPPED: tl.constexpr,
+    CELLS_H: tl.constexpr,
+    CELLS_W: tl.constexpr,
     PAIRS: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -1339,12 +1380,6 @@ def _grad_input_kernel(
                 sums = sums + (tl.zeros((BLOCK,), tl.float32),)
         offset = window + t * row_step
         weights = weight_ptr + first * TAPS
-        cells_there = ()
-        if CLIPPED:
-            for b in tl.static_range(BH):
-                for a in tl.static_range(BW):
-                    cell_y = j * 0 + (t * POOL_STRIDE_H - POOL_PADDING_H + b)
-                    cells_there = cells_there + (within(cell_y, conv_h) & within(cell_x + a, conv_w),)
         for _channel in range(tl.where(t < pooled_h + RH, OUT_CHANNELS, 0)):
             cells, _own = _cells(
                 grad_ptr + offset,
@@ -1374,8 +1409,12 @@ def _grad_input_kernel(
                 STRIDE_W,
                 BH,
                 BW,
-                cells_there,
-                CLIPPED,
+                j * 0 + (t * POOL_STRIDE_H - POOL_PADDING_H),
+                cell_x,
+                conv_h,
+                conv_w,
+                CELLS_H,
+                CELLS_W,
             )
             offset += out_plane
             weights += IN_CHANNELS * TAPS
@@ -1449,8 +1488,8 @@ class _Axis:
         self.step = self.pool_stride * self.stride
         last = (pooled + self.reach - 1) * self.pool_stride + self.cells - self.pool_padding
         conv = (size + 2 * self.padding - kernel) // self.stride + 1
-        self.clipped = self.pool_padding > 0 or last > conv
-        """Whether a block has cells that the convolution has not."""
+        self.there = 0 if self.pool_padding > 0 else max(0, min(self.cells, self.cells - last + conv))
+        """How many cells, from the first on, all blocks have: 0 where the first may lie in the pool's padding."""
         self.inside = self.origin, min(self.span, size + self.origin - (pooled + self.reach - 1) * self.step)
         """FROM and TO of `_inside`."""
 
@@ -1477,7 +1516,8 @@ def _constants(
         "FIXED_POOLED_H": axes[0].pooled if fixed else 0,
         "FIXED_POOLED_W": axes[1].pooled if fixed else 0,
         "LAST": last,
-        "CLIPPED": axes[0].clipped or axes[1].clipped,
+        "CELLS_H": axes[0].there,
+        "CELLS_W": axes[1].there,
         "PAIRS": axes[1].origin % 2 if even else -1,
     }
 
@@ -1639,6 +1679,7 @@ def grad_weight(
         # As few programs as take the same number of rounds; columns are cut where there are not enough of them.
         parts = max(cdiv(columns, block), min(cdiv(images * columns, block), programs))
         parts = cdiv(cdiv(images, cdiv(images, parts * block // columns)) * columns, block)
+        rows -= 1 if height.reach == 1 else 0
         chunk = cdiv(rows, max(1, min(rows // 4, programs // parts)))
         grid = tiles, parts, cdiv(rows, chunk)
         partials = empty((parts * grid[2], weight.numel() + out_channels), input, torch.float32)

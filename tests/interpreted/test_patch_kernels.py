@@ -407,6 +407,15 @@ def test_blocks_and_a_workspace_of_many_channels(mode, case, conv, device, launc
     by_blocks_and_workspace(launches)
 
 
+def test_general_gradients_of_cells_that_several_windows_chose(conv, device, launches, monkeypatch):
+    """Each window's gradient is rounded to tf32 before the sum: errors are as large as theirs, not as the sum's."""
+    monkeypatch.setattr(rules, "choose", lambda *_: None)
+    with fp32_precision("tf32"):
+        conv.random(TWO_STEPS, TWO_STEPS.random(torch.float32, device=device))
+    found = [name for name, _ in launches]
+    assert found == ["_forward_kernel", "_grad_input_kernel", "_grad_weight_kernel", "_sum_partials_kernel"]
+
+
 @pytest.mark.parametrize("images", [0, 1, 70])
 def test_blocks_and_a_workspace_of_any_number_of_images(images, conv, device, spreading):
     case = conv_case("images", (images, *RULED[5].input[1:]), RULED[5].weight, **RULED[5].keywords)

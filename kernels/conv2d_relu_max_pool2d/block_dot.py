@@ -252,9 +252,11 @@ def _tile(dtype: torch.dtype, channels: int, out_channels: int, geometry: ConvPo
     reach = (geometry.pool_size[0] - 1) // geometry.pool_stride[0]
     if on == "sm_80" and reach > 1:  # operands pass through registers too
         block_n = 16
-    while block_n > 16 and (down * right + 2 * reach) * block_n > 288:
+    # Accumulators of a block: 128 blocks leave room for 288, and 64 for 576. Only wgmma multiplies 64 rows well.
+    sums = down * right + 2 * reach
+    while block_n > 16 and sums * block_n > (576 if on == "sm_90" else 288):
         block_n //= 2
-    block_m = 128 if on.startswith("sm_") else 64
+    block_m = 128 if on.startswith("sm_") and sums * block_n <= 288 else 64
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 1}
 
 

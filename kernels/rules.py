@@ -8,7 +8,7 @@ H100.
   float32. So few products leave matrix units waiting: an H100 took 65 us for LeNet's first layer on FMA units and 106
   on matrix units, though the model had it the other way round. Stride, padding and pool may be any whose cells fit in
   registers.
-- **The forward of 32 channels and more** computes blocks of cells on matrix units (`block_dot`): 0.16 to 0.55 of the
+- **The forward of 32 channels and more** computes blocks of cells on matrix units (`block_dot`): 0.12 to 0.55 of the
   floor, where the general kernel took 0.36 to 1. That loads a pixel again for every cell, and computes cells again for
   every window that overlaps.
 - **General kernels**, on matrix units, compute the rest: from 32 channels on their steps are full. They take 0.34 to
@@ -90,7 +90,8 @@ def choose(
         )
     ]
     if direction == "forward":
-        return _forward(cells, taps, spans, kernel[0], out_channels, overlaps, geometry.padding != (0, 0))
+        padded = geometry.padding != (0, 0)
+        return _forward(cells, taps, spans, kernel[0], out_channels, overlaps, padded, architecture)
     if direction == "grad_weight":
         if not architecture.startswith("sm_"):
             return None
@@ -117,7 +118,14 @@ def _even(number: int, most: int) -> int:
 
 
 def _forward(
-    cells: int, taps: int, spans: list[int], kernel_h: int, out_channels: int, overlaps: bool, padded: bool
+    cells: int,
+    taps: int,
+    spans: list[int],
+    kernel_h: int,
+    out_channels: int,
+    overlaps: bool,
+    padded: bool,
+    architecture: str,
 ) -> Rule:
     # Two lanes a thread: so many accumulators for each channel.
     channels = _even(out_channels, min(8, 72 // (2 * cells)))
@@ -126,7 +134,9 @@ def _forward(
     options = {"CHANNELS": channels, "UNROLL": int(unrolled)}
     # Rows of pixels that wait for later kernel rows take registers, and so do masks of padded rows of odd length.
     waiting = spans[0] - kernel_h + 1 if unrolled else 0
-    if 2 * (cells * channels + waiting * spans[1]) > 160 or (overlaps and padded and taps >= 25):
+    if 2 * (cells * channels + waiting * spans[1]) > 160 or (
+        overlaps and padded and taps >= 25 and architecture != "sm_100"
+    ):
         return Rule("patch_fma", options | {"maxnreg": 255})
     # Rows that wait for the next take more registers; with 168 eight channels spill.
     return Rule("patch_fma", options | ({"maxnreg": 200} if overlaps else {}))
@@ -151,9 +161,10 @@ def _grad_weight(
         inputs = _even(in_channels, max(1, min(4, 75 // taps)))
         channels = _even(out_channels, max(1, min(8, 36 // cells, (150 if taps <= 25 else 100) // (taps * inputs))))
         options = {"CHANNELS": channels, "INPUTS": inputs, "TAP_ROWS": rows, "maxnreg": 255}
-        # Rows of windows that wait for the blocks below take registers, which large tiles do not have; sm_100, which
-        # takes registers in pairs, has fewer.
-        slides = overlaps and taps * inputs * channels <= (100 if architecture == "sm_100" else 144)
+        # Cells that wait for the windows below take registers, which large tiles do not have, less so if they load from
+        # three input channels; sm_100, which takes registers in pairs, has fewer.
+        most = {"sm_90": 150 if inputs < 3 else 144, "sm_100": 100}.get(architecture, 144)
+        slides = overlaps and taps * inputs * channels <= most
         return Rule("patch_fma", options | ({"SLIDE": 1} if slides else {}))
     channels = _even(out_channels, max(1, min(8, 100 // taps)))
     options = {"CHANNELS": channels, "INPUTS": 1, "TAP_ROWS": rows}

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from ..geometry import ConvPoolGeometry
 from ..joint import Job, Later, launch_job
@@ -423,11 +424,9 @@ def _forward_kernel(
             for o in tl.static_range(CHANNELS):
                 for b in tl.static_range(BH):
                     for a in tl.static_range(BW):
-                        value = conv[(o * BH + b) * BW + a]
-                        if b >= CELLS_H or a >= CELLS_W:
-                            has_cell = _cell_there(cell_y, cell_x, conv_h, conv_w, b, a, CELLS_H, CELLS_W)
-                            value = tl.where(has_cell, value, float("-inf"))
-                        clipped = clipped + (value,)
+                        # All alike: sm_100 multiplies pairs of cells, and would move one that alone is selected.
+                        there = within(cell_y + b, conv_h) & within(cell_x + a, conv_w)
+                        clipped = clipped + (tl.where(there, conv[(o * BH + b) * BW + a], float("-inf")),)
             conv = clipped
         done = mask & (row + step - RH < pooled_h)
         if RH > 0:
@@ -633,12 +632,17 @@ def _multiply(
                     for b in tl.static_range(BH):
                         for a in tl.static_range(BW):
                             pixel = patch[b * STRIDE_H + r][a * STRIDE_W + q]
-                            added = tl.fma(cells[(o * BH + b) * BW + a], pixel, total)
+                            cell = cells[(o * BH + b) * BW + a]
                             if b >= CELLS_H or a >= CELLS_W:
-                                # A cell that is not there must not meet an infinity: one instruction adds, or does not.
+                                # A cell that is not there must not meet an infinity. One instruction adds, or does not;
+                                # but where two are added by one instruction, a selected 0 keeps it.
                                 has_cell = _cell_there(cell_y, cell_x, conv_h, conv_w, b, a, CELLS_H, CELLS_W)
-                                added = tl.where(has_cell, added, total)
-                            total = added
+                                if not INTERPRETED and cuda_capability_geq(10):
+                                    total = tl.fma(cell, tl.where(has_cell, pixel, 0.0), total)
+                                else:
+                                    total = tl.where(has_cell, tl.fma(cell, pixel, total), total)
+                            else:
+                                total = tl.fma(cell, pixel, total)
                     done = done + (total,)
     return done
 

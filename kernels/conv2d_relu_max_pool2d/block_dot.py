@@ -250,7 +250,7 @@ def _tile(dtype: torch.dtype, channels: int, out_channels: int, geometry: ConvPo
         return {"BLOCK_M": 256, "BLOCK_N": block_n, "BLOCK_K": block_k}
     down, right = (min(sizes) for sizes in zip(geometry.pool_size, geometry.pool_stride, strict=True))
     reach = (geometry.pool_size[0] - 1) // geometry.pool_stride[0]
-    if on == "sm_80" and reach > 1:  # operands pass through registers too
+    if on in ("sm_80", "sm_100") and reach > 1:  # rows of more windows wait
         block_n = 16
     # Accumulators of a block: 128 blocks leave room for 288, and 64 for 576. Only wgmma multiplies 64 rows well.
     sums = down * right + 2 * reach

@@ -8,8 +8,11 @@ H100.
   float32. So few products leave matrix units waiting: an H100 took 65 us for LeNet's first layer on FMA units and 106
   on matrix units, though the model had it the other way round. Stride, padding and pool may be any whose cells fit in
   registers.
-- **General kernels**, on matrix units, compute the rest: from 32 channels on their steps are full. They take 0.36 to
-  0.47 of the floor forward and 0.34 to 0.66 for the weight's gradient.
+- **The forward of 32 channels and more** computes blocks of cells on matrix units (`block_dot`): 0.12 to 0.55 of the
+  floor, where the general kernel took 0.36 to 1. That loads a pixel again for every cell, and computes cells again for
+  every window that overlaps.
+- **General kernels**, on matrix units, compute the rest: from 32 channels on their steps are full. They take 0.34 to
+  0.66 of the floor for the weight's gradient.
 - **The input's gradient of 32 to 64 channels** is spread over cells and multiplied (`spread_dot`): 0.2 to 0.6 of the
   floor, where the general kernel took 0.3 to 3.6. It looks at windows again for every tap, four times as often where
   they overlap. With one tap that is once, and costs less than the workspace. Up to 31 channels `patch_fma` takes 1.2 to
@@ -75,21 +78,25 @@ def choose(
     overlaps = pool_h > step_h or pool_w > step_w
     if direction != "forward" and not exact and _spreads(direction, channels, taps, overlaps, architecture):
         return Rule("spread_dot", {})
+    if direction == "forward" and not exact and channels > MOST_CHANNELS:
+        return Rule("block_dot", {})
     if channels > (MOST_EXACT if exact else MOST_CHANNELS):
         return None
-    if direction == "forward":
-        return _forward(cells, taps, out_channels, overlaps, geometry.padding != (0, 0))
-    if direction == "grad_weight":
-        if not architecture.startswith("sm_"):
-            return None
-        return _grad_weight(cells, kernel, channels, out_channels, overlaps, architecture)
+    # Pixels of a block's patch, down and right.
     spans = [
         (min(pool, step) - 1) * stride + length
         for pool, step, stride, length in zip(
             geometry.pool_size, geometry.pool_stride, geometry.stride, kernel, strict=True
         )
     ]
-    return _grad_input(spans[0] * spans[1], channels)
+    if direction == "forward":
+        padded = geometry.padding != (0, 0)
+        return _forward(cells, taps, spans, kernel[0], out_channels, overlaps, padded, architecture)
+    if direction == "grad_weight":
+        if not architecture.startswith("sm_"):
+            return None
+        return _grad_weight(cells, kernel, spans, channels, out_channels, overlaps, architecture)
+    return _grad_input(spans[0] * spans[1], channels, overlaps)
 
 
 def _spreads(direction: str, channels: int, taps: int, overlaps: bool, architecture: str) -> bool:
@@ -110,41 +117,66 @@ def _even(number: int, most: int) -> int:
     return min(range(1, most + 1), key=lambda n: (-(-number // n) * n * (1 + 0.5 / n), -n))
 
 
-def _forward(cells: int, taps: int, out_channels: int, overlaps: bool, padded: bool) -> Rule:
+def _forward(
+    cells: int,
+    taps: int,
+    spans: list[int],
+    kernel_h: int,
+    out_channels: int,
+    overlaps: bool,
+    padded: bool,
+    architecture: str,
+) -> Rule:
     # Two lanes a thread: so many accumulators for each channel.
     channels = _even(out_channels, min(8, 72 // (2 * cells)))
     # Masks of large padded kernels take the registers that rows of pixels need.
     unrolled = taps * channels * cells <= 1000 and (overlaps or not padded or taps < 25)
     options = {"CHANNELS": channels, "UNROLL": int(unrolled)}
+    # Rows of pixels that wait for later kernel rows take registers, and so do masks of padded rows of odd length.
+    waiting = spans[0] - kernel_h + 1 if unrolled else 0
+    if 2 * (cells * channels + waiting * spans[1]) > 160 or (
+        overlaps and padded and taps >= 25 and architecture != "sm_100"
+    ):
+        return Rule("patch_fma", options | {"maxnreg": 255})
     # Rows that wait for the next take more registers; with 168 eight channels spill.
     return Rule("patch_fma", options | ({"maxnreg": 200} if overlaps else {}))
 
 
 def _grad_weight(
-    cells: int, kernel: tuple[int, int], in_channels: int, out_channels: int, overlaps: bool, architecture: str
+    cells: int,
+    kernel: tuple[int, int],
+    spans: list[int],
+    in_channels: int,
+    out_channels: int,
+    overlaps: bool,
+    architecture: str,
 ) -> Rule:
     taps, rows = kernel[0] * kernel[1], kernel[0]
     if taps > 100:
         taps, rows = kernel[1], 1
-    if overlaps or (in_channels > 1 and taps <= 16):
+    pixels = (spans[0] - kernel[0] + rows) * spans[1]  # which wait for their products, as the gradients of cells do
+    if overlaps or (in_channels > 1 and taps <= 16 and pixels <= 81):
         # Spreading a gradient over its cells costs most where windows overlap or taps are few: many products share it.
         # Larger kernels keep more pixels beside their accumulators.
         inputs = _even(in_channels, max(1, min(4, 75 // taps)))
-        channels = _even(out_channels, max(1, min(8, (150 if taps <= 25 else 100) // (taps * inputs))))
+        channels = _even(out_channels, max(1, min(8, 36 // cells, (150 if taps <= 25 else 100) // (taps * inputs))))
         options = {"CHANNELS": channels, "INPUTS": inputs, "TAP_ROWS": rows, "maxnreg": 255}
-        # Rows of windows that wait for the blocks below take registers, which large tiles do not have; sm_100, which
-        # takes registers in pairs, has fewer.
-        slides = overlaps and taps * inputs * channels <= (100 if architecture == "sm_100" else 144)
+        # Cells that wait for the windows below take registers, which large tiles do not have, less so if they load from
+        # three input channels; sm_100, which takes registers in pairs, has fewer.
+        most = {"sm_90": 150 if inputs < 3 else 144, "sm_100": 100}.get(architecture, 144)
+        slides = overlaps and taps * inputs * channels <= most
         return Rule("patch_fma", options | ({"SLIDE": 1} if slides else {}))
     channels = _even(out_channels, max(1, min(8, 100 // taps)))
     options = {"CHANNELS": channels, "INPUTS": 1, "TAP_ROWS": rows}
-    # More pixels wait for their products.
+    if taps * channels + cells * channels + pixels > 185:
+        return Rule("patch_fma", options | {"maxnreg": 255})
     return Rule("patch_fma", options | ({"maxnreg": 200} if taps > 25 or cells > 4 else {}))
 
 
-def _grad_input(span: int, channels: int) -> Rule | None:
+def _grad_input(span: int, channels: int, overlaps: bool) -> Rule | None:
     if span > 160:
         return None
     positions = 2 if span <= 72 else 1
     options = {"CHANNELS": _even(channels, max(1, 96 // (span * positions))), "POSITIONS": positions}
-    return Rule("patch_fma", options | ({"maxnreg": 200} if span * positions > 100 else {}))
+    sums = span * positions
+    return Rule("patch_fma", options | ({"maxnreg": 255 if sums > 120 and overlaps else 200} if sums > 100 else {}))

@@ -871,7 +871,7 @@ def _translate(instruction: Instruction) -> _Effect | None:
         code = [
             "try:",
             f"    {left} = {', '.join(code for _, code in assignments)}",
-            "except TypeError:",
+            "except _UNKNOWN:",
             f"    {unknown}",
         ]
     if instruction.guard:

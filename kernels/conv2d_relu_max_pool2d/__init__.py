@@ -1,10 +1,11 @@
 """conv2d + relu + max-pool in one kernel, and its gradients.
 
-One operator, five variants, a file each:
+One operator, six variants, a file each, and `shared`, which has what several of them use:
 
 - `general`: every geometry that PyTorch allows, sizes at run time.
 - `patch_fma`: few channels, on the FMA units, exactly; any stride, padding and small pool.
 - `patch_dot`: non-overlapping 2x2 pools on matrix units (tf32, float16, bfloat16), image sizes compiled in.
+- `block_dot`: the forward of many channels on matrix units; any stride, padding and small pool.
 - `spread_dot`: the input's gradient of many channels on matrix units, by a workspace.
 - `column_fma`: the input's gradient of small images, exactly, image sizes compiled in.
 
@@ -24,9 +25,10 @@ from .. import configurations, rules
 from ..geometry import ConvPoolGeometry, memory_format
 from ..joint import Later
 from ..runtime import contiguous, dot_precision
-from . import column_fma, general, patch_dot, patch_fma, spread_dot
+from . import block_dot, column_fma, general, patch_dot, patch_fma, spread_dot
 
 VARIANTS = {
+    "block_dot": block_dot,
     "column_fma": column_fma,
     "general": general,
     "patch_dot": patch_dot,

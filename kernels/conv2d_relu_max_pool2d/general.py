@@ -38,6 +38,7 @@ from ..runtime import (
     sum_partials,
     tf32,
 )
+from .shared import within
 
 # The kernels take these arguments after their pointers, in this order. Triton does not specialise on them: a size of 1,
 # or one that is a multiple of 16, compiles no new kernel.
@@ -51,12 +52,6 @@ _GEOMETRY = [
 _STRIDES = [f"{tensor}_stride_{axis}" for tensor in ("input", "output", "grad", "argmax") for axis in "nchw"]
 _POINTERS = [f"{tensor}_ptr" for tensor in ("input", "weight", "bias", "output", "argmax", "grad", "partials")]
 _GENERAL = [*_POINTERS, *_GEOMETRY, *_STRIDES, "rows_per_part"]
-
-
-@triton.jit
-def _within(position, size):
-    """Whether 0 <= position < size, by one comparison: a negative number read as unsigned is larger than any size."""
-    return position.to(tl.uint32) < size.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -151,7 +146,7 @@ def _forward_kernel(
     for cell in range(pool_h * pool_w):
         conv_row = top + (cell // pool_w) * pool_dilation_h
         conv_column = left + (cell % pool_w) * pool_dilation_w
-        inside = _within(conv_row, conv_h) & _within(conv_column, conv_w) & row_mask
+        inside = within(conv_row, conv_h) & within(conv_column, conv_w) & row_mask
         first_h = conv_row * stride_h - padding_h
         first_w = conv_column * stride_w - padding_w
         conv = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -159,7 +154,7 @@ def _forward_kernel(
             for tap in range(taps):
                 h = first_h + tap // kernel_w * dilation_h
                 w = first_w + tap % kernel_w * dilation_w
-                on_input = inside & _within(h, input_h) & _within(w, input_w)
+                on_input = inside & within(h, input_h) & within(w, input_w)
                 pixel = input_images + (h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w)
                 for start in range(0, in_channels, BLOCK_K):
                     in_channel = start + tl.arange(0, BLOCK_K)
@@ -176,7 +171,7 @@ def _forward_kernel(
                 # Loaded with the depth last: a thread then divides few of its numbers.
                 h = first_h[:, None] + ((k // kernel_w % kernel_h) * dilation_h)[None, :]
                 w = first_w[:, None] + ((k % kernel_w) * dilation_w)[None, :]
-                mask = inside[:, None] & k_mask[None, :] & _within(h, input_h) & _within(w, input_w)
+                mask = inside[:, None] & k_mask[None, :] & within(h, input_h) & within(w, input_w)
                 offset = ((k // taps).to(INDEX) * input_stride_c)[None, :]
                 offset += h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w
                 patch = tl.trans(load(input_images[:, None] + offset, mask))
@@ -298,7 +293,7 @@ def _grad_input_kernel(
                     from_left = conv_column + pool_padding_w - pooled_column * pool_stride_w
                     cell_row = from_top // pool_dilation_h
                     cell_column = from_left // pool_dilation_w
-                    mask = on_conv & _within(pooled_row, pooled_h) & _within(pooled_column, pooled_w)
+                    mask = on_conv & within(pooled_row, pooled_h) & within(pooled_column, pooled_w)
                     mask &= (cell_row < pool_h) & (cell_column < pool_w)
                     mask &= (cell_row * pool_dilation_h == from_top) & (cell_column * pool_dilation_w == from_left)
                     cell = cell_row * pool_w + cell_column
@@ -401,10 +396,10 @@ def _non_overlapping_grad_input_kernel(
     grad_input = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for down in range((kernel_h - parity_h) // 2 + 1):
         pooled_row = lowest_h - down
-        row_mask = position_mask & _within(pooled_row, pooled_h)
+        row_mask = position_mask & within(pooled_row, pooled_h)
         for right in range((kernel_w - parity_w) // 2 + 1):
             pooled_column = lowest_w - right
-            mask = row_mask & _within(pooled_column, pooled_w)
+            mask = row_mask & within(pooled_column, pooled_w)
             window = image * argmax_stride_n + pooled_row.to(INDEX) * argmax_stride_h
             argmaxes = argmax_ptr + (window + pooled_column.to(INDEX) * argmax_stride_w)
             window = image * grad_stride_n + pooled_row.to(INDEX) * grad_stride_h
@@ -421,7 +416,7 @@ def _non_overlapping_grad_input_kernel(
                 for cell in tl.static_range(4):
                     tap_h = parity_h + 2 * down - cell // 2
                     tap_w = parity_w + 2 * right - cell % 2
-                    if _within(tap_h, kernel_h) & _within(tap_w, kernel_w):
+                    if within(tap_h, kernel_h) & within(tap_w, kernel_w):
                         tap = (out_channel * kernel_h + tap_h) * kernel_w + tap_w
                         weights = weight_ptr + ((tap * in_channels)[None, :] + channel[:, None])
                         weight = tf32(load(weights, channel_mask[:, None] & k_mask[None, :]), PRECISION)
@@ -549,18 +544,18 @@ def _grad_weight_kernel(
             for cell in range(pool_h * pool_w):
                 conv_row = pooled_row * pool_stride_h - pool_padding_h + (cell // pool_w) * pool_dilation_h
                 conv_column = pooled_column * pool_stride_w - pool_padding_w + (cell % pool_w) * pool_dilation_w
-                inside = _within(conv_row, conv_h) & _within(conv_column, conv_w) & row_mask
+                inside = within(conv_row, conv_h) & within(conv_column, conv_w) & row_mask
                 if WIDE:
                     h = tap_h + conv_row * stride_h
                     w = tap_w + conv_column * stride_w
-                    inside &= _within(h, input_h) & _within(w, input_w)
+                    inside &= within(h, input_h) & within(w, input_w)
                     pixel = image * input_stride_n + h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w
                     position = (in_channel * input_stride_c)[:, None] + pixel[None, :]
                     patch = load(input_ptr + position, k_mask[:, None] & inside[None, :])
                 else:
                     h = tap_h[:, None] + (conv_row * stride_h)[None, :]
                     w = tap_w[:, None] + (conv_column * stride_w)[None, :]
-                    on_input = inside[None, :] & k_mask[:, None] & _within(h, input_h) & _within(w, input_w)
+                    on_input = inside[None, :] & k_mask[:, None] & within(h, input_h) & within(w, input_w)
                     position = (in_channel * input_stride_c)[:, None] + (image * input_stride_n)[None, :]
                     position += h.to(INDEX) * input_stride_h + w.to(INDEX) * input_stride_w
                     patch = load(input_ptr + position, on_input)

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from ..geometry import ConvPoolGeometry
 from ..joint import Job, Later, launch_job
@@ -39,18 +40,9 @@ from ..runtime import (
     store,
     sum_partials,
 )
+from .shared import better, block_cells, covers, sizes_of, within
 
-
-@triton.jit
-def _block(POOL: tl.constexpr, POOL_STRIDE: tl.constexpr):
-    """Cells of a block along one axis."""
-    return POOL if POOL < POOL_STRIDE else POOL_STRIDE
-
-
-@triton.jit
-def _below(position, limit):
-    """Whether 0 <= position < limit, by one comparison."""
-    return position.to(tl.uint32) < limit.to(tl.uint32)
+__all__ = ["covers", "forward", "grad_input", "grad_weight"]
 
 
 @triton.jit
@@ -70,7 +62,23 @@ def _inside(position, limit, K: tl.constexpr, FROM: tl.constexpr, TO: tl.constex
     elif K >= FROM:  # noqa: RET505  (Triton compiles what follows a return)
         return position < limit - K
     else:
-        return _below(position + K, limit)
+        return within(position + K, limit)
+
+
+@triton.jit
+def _cell_there(
+    cell_y, cell_x, conv_h, conv_w, B: tl.constexpr, A: tl.constexpr, CELLS_H: tl.constexpr, CELLS_W: tl.constexpr
+):
+    """Which blocks, whose first cell is (cell_y, cell_x), have their cell (B, A).
+
+    All have those with B < CELLS_H and A < CELLS_W. Others may lie beyond the convolution, or in the pool's padding.
+    """
+    if A < CELLS_W:
+        return within(cell_y + B, conv_h)
+    elif B < CELLS_H:  # noqa: RET505  (Triton compiles what follows a return)
+        return within(cell_x + A, conv_w)
+    else:
+        return within(cell_y + B, conv_h) & within(cell_x + A, conv_w)
 
 
 @triton.jit
@@ -157,16 +165,6 @@ _CODES = tl.constexpr(2.0**23)
 
 
 @triton.jit
-def _better(best, value, argmax, code, RETURN_ARGMAX: tl.constexpr):
-    """Let `value`, which comes later in scan order, win over `best` if it is larger or NaN."""
-    if RETURN_ARGMAX:
-        wins = (value > best) | (value != value)
-        return tl.where(wins, value, best), tl.where(wins, code, argmax)
-    else:  # noqa: RET505  (Triton compiles what follows a return)
-        return tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL), argmax
-
-
-@triton.jit
 def _finish(outputs, argmax_ptrs, best, argmax, mask, RETURN_ARGMAX: tl.constexpr):
     """Store a pooled cell after relu, and its argmax.
 
@@ -249,7 +247,8 @@ def _forward_kernel(
     ROWS_TO: tl.constexpr,
     COLUMNS_FROM: tl.constexpr,
     COLUMNS_TO: tl.constexpr,
-    CLIPPED: tl.constexpr,
+    CELLS_H: tl.constexpr,
+    CELLS_W: tl.constexpr,
     PAIRS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RETURN_ARGMAX: tl.constexpr,
@@ -283,10 +282,10 @@ def _forward_kernel(
     Cost per image: 2 * BH * BW * PH * PW * O * C * KH * KW FLOP, (PH + RH) * (PW + RW) for overlapping windows; reads
     the input once per tile of channels, writes O * PH * PW outputs and as many bytes of argmax.
     """
-    BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
-    BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
-    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H if POOL_H > POOL_STRIDE_H else 0
-    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W if POOL_W > POOL_STRIDE_W else 0
+    BH: tl.constexpr = block_cells(POOL_H, POOL_STRIDE_H)
+    BW: tl.constexpr = block_cells(POOL_W, POOL_STRIDE_W)
+    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H
+    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W
     WIDTH: tl.constexpr = (BW - 1) * STRIDE_W + KERNEL_W
     PERIOD_H: tl.constexpr = POOL_STRIDE_H * STRIDE_H
     PERIOD_W: tl.constexpr = POOL_STRIDE_W * STRIDE_W
@@ -389,7 +388,7 @@ def _forward_kernel(
                                     starts,
                                     (r + h) * line,
                                     x,
-                                    _below(y + (r + h), limit_h),
+                                    within(y + (r + h), limit_h),
                                     limit_w,
                                     WIDTH,
                                     STEP,
@@ -417,7 +416,7 @@ def _forward_kernel(
             offset += 1 if LAST else height * line
             taps += KERNEL_H * KERNEL_W
 
-        if CLIPPED:
+        if CELLS_H < BH or CELLS_W < BW:
             conv_h = (limit_h + (2 * PADDING_H - KERNEL_H)) // STRIDE_H + 1
             conv_w = (limit_w + (2 * PADDING_W - KERNEL_W)) // STRIDE_W + 1
             cell_x = column * POOL_STRIDE_W - POOL_PADDING_W
@@ -425,7 +424,8 @@ def _forward_kernel(
             for o in tl.static_range(CHANNELS):
                 for b in tl.static_range(BH):
                     for a in tl.static_range(BW):
-                        there = _below(cell_y + b, conv_h) & _below(cell_x + a, conv_w)
+                        # All alike: sm_100 multiplies pairs of cells, and would move one that alone is selected.
+                        there = within(cell_y + b, conv_h) & within(cell_x + a, conv_w)
                         clipped = clipped + (tl.where(there, conv[(o * BH + b) * BW + a], float("-inf")),)
             conv = clipped
         done = mask & (row + step - RH < pooled_h)
@@ -447,12 +447,12 @@ def _forward_kernel(
                         if b == 0 and w == 0:
                             best = value
                         else:
-                            best, argmax = _better(best, value, argmax, _CODES + (b * POOL_W + w), RETURN_ARGMAX)
+                            best, argmax = better(best, value, argmax, _CODES + (b * POOL_W + w), RETURN_ARGMAX)
                     elif w == 0:
                         row_best = value
                         row_argmax = tl.full((BLOCK,), _CODES, tl.float32)
                     else:
-                        row_best, row_argmax = _better(row_best, value, row_argmax, _CODES + w, RETURN_ARGMAX)
+                        row_best, row_argmax = better(row_best, value, row_argmax, _CODES + w, RETURN_ARGMAX)
                 if RH > 0:
                     merged = ()
                     for k in tl.static_range(RH):
@@ -460,14 +460,14 @@ def _forward_kernel(
                         old, code = windows[2 * k], windows[2 * k + 1]
                         if (RH - k) * BH + b < POOL_H:
                             offset_code = 1.0 * (((RH - k) * BH + b) * POOL_W)
-                            old, code = _better(old, row_best, code, row_argmax + offset_code, RETURN_ARGMAX)
+                            old, code = better(old, row_best, code, row_argmax + offset_code, RETURN_ARGMAX)
                         merged = merged + (old, code)
                     windows = merged
                     if b == 0:
                         best = row_best
                         argmax = row_argmax
                     else:
-                        best, argmax = _better(best, row_best, argmax, row_argmax + 1.0 * (b * POOL_W), RETURN_ARGMAX)
+                        best, argmax = better(best, row_best, argmax, row_argmax + 1.0 * (b * POOL_W), RETURN_ARGMAX)
             if RH > 0:
                 _finish(
                     output_ptr + here + o * plane,
@@ -579,7 +579,8 @@ def _multiply(
     ROWS_TO: tl.constexpr,
     COLUMNS_FROM: tl.constexpr,
     COLUMNS_TO: tl.constexpr,
-    CLIPPED: tl.constexpr,
+    CELLS_H: tl.constexpr,
+    CELLS_W: tl.constexpr,
     PAIRS: tl.constexpr,
     CHANNELS: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -605,7 +606,7 @@ def _multiply(
         for h in tl.static_range(HEIGHT):
             inside = there
             if TAP_ROWS < KERNEL_H and (ROWS_FROM > 0 or ROWS_TO < HEIGHT - TAP_ROWS + KERNEL_H):
-                inside = there & _below(y + h, height)
+                inside = there & within(y + h, height)
             elif TAP_ROWS == KERNEL_H and (h < ROWS_FROM or h >= ROWS_TO):
                 inside = there & _inside(y, height, h, ROWS_FROM, ROWS_TO, PERIOD_H)
             patch = patch + (
@@ -625,20 +626,23 @@ def _multiply(
                 ),
             )
         for r in tl.static_range(TAP_ROWS):
-            seen = ()
-            for b in tl.static_range(BH):
-                for a in tl.static_range(BW):
-                    for q in tl.static_range(KERNEL_W):
-                        pixel = patch[b * STRIDE_H + r][a * STRIDE_W + q]
-                        if CLIPPED:
-                            # A cell that is not there must not meet an infinity.
-                            pixel = tl.where(_below(cell_y + b, conv_h) & _below(cell_x + a, conv_w), pixel, 0.0)
-                        seen = seen + (pixel,)
             for o in tl.static_range(CHANNELS):
                 for q in tl.static_range(KERNEL_W):
                     total = weight_sums[((c * TAP_ROWS + r) * CHANNELS + o) * KERNEL_W + q]
-                    for k in tl.static_range(BH * BW):
-                        total = tl.fma(cells[o * BH * BW + k], seen[k * KERNEL_W + q], total)
+                    for b in tl.static_range(BH):
+                        for a in tl.static_range(BW):
+                            pixel = patch[b * STRIDE_H + r][a * STRIDE_W + q]
+                            cell = cells[(o * BH + b) * BW + a]
+                            if b >= CELLS_H or a >= CELLS_W:
+                                # A cell that is not there must not meet an infinity. One instruction adds, or does not;
+                                # but where two are added by one instruction, a selected 0 keeps it.
+                                has_cell = _cell_there(cell_y, cell_x, conv_h, conv_w, b, a, CELLS_H, CELLS_W)
+                                if not INTERPRETED and cuda_capability_geq(10):
+                                    total = tl.fma(cell, tl.where(has_cell, pixel, 0.0), total)
+                                else:
+                                    total = tl.where(has_cell, tl.fma(cell, pixel, total), total)
+                            else:
+                                total = tl.fma(cell, pixel, total)
                     done = done + (total,)
     return done
 
@@ -739,7 +743,8 @@ def _grad_weight_kernel(
     ROWS_TO: tl.constexpr,
     COLUMNS_FROM: tl.constexpr,
     COLUMNS_TO: tl.constexpr,
-    CLIPPED: tl.constexpr,
+    CELLS_H: tl.constexpr,
+    CELLS_W: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
     WARPS: tl.constexpr,
@@ -767,10 +772,10 @@ def _grad_weight_kernel(
     Saves: nothing. Cost per image: as the forward; reads the input once per tile of output channels, gradients and
     argmax once per tile of input channels.
     """
-    BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
-    BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
-    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H if POOL_H > POOL_STRIDE_H else 0
-    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W if POOL_W > POOL_STRIDE_W else 0
+    BH: tl.constexpr = block_cells(POOL_H, POOL_STRIDE_H)
+    BW: tl.constexpr = block_cells(POOL_W, POOL_STRIDE_W)
+    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H
+    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W
     PERIOD_H: tl.constexpr = POOL_STRIDE_H * STRIDE_H
     PERIOD_W: tl.constexpr = POOL_STRIDE_W * STRIDE_W
     STEP: tl.constexpr = IN_CHANNELS if LAST else 1
@@ -886,7 +891,8 @@ def _grad_weight_kernel(
             ROWS_TO,
             COLUMNS_FROM,
             COLUMNS_TO,
-            CLIPPED,
+            CELLS_H,
+            CELLS_W,
             PAIRS,
             CHANNELS,
             INPUTS,
@@ -1017,7 +1023,8 @@ def _sliding_grad_weight_kernel(
     ROWS_TO: tl.constexpr,
     COLUMNS_FROM: tl.constexpr,
     COLUMNS_TO: tl.constexpr,
-    CLIPPED: tl.constexpr,
+    CELLS_H: tl.constexpr,
+    CELLS_W: tl.constexpr,
     PAIRS: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -1028,16 +1035,17 @@ def _sliding_grad_weight_kernel(
 
     Tile: a lane owns a column of blocks and slides down `chunk` rows of it, image after image. So a window is loaded
     once for all blocks of a column. A window's gradients for the blocks below its own wait in registers. A chunk that
-    is not an image's first also reads the RH rows of windows above it, which reach into it, without products.
+    is not an image's first also reads the RH rows of windows above it, which reach into it, without products. If RH is
+    1, chunks count rows of windows. The last one then adds the products of those cells below that windows look at.
 
     Shapes, strides, sums and cost are as of `_grad_weight_kernel`, but a gradient and its argmax are read once for the
     RH + 1 rows of blocks that its window reaches. A program is one warp. The grid's second and third axes count the
     parts.
     """
-    BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
-    BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
-    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H if POOL_H > POOL_STRIDE_H else 0
-    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W if POOL_W > POOL_STRIDE_W else 0
+    BH: tl.constexpr = block_cells(POOL_H, POOL_STRIDE_H)
+    BW: tl.constexpr = block_cells(POOL_W, POOL_STRIDE_W)
+    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H
+    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W
     PERIOD_H: tl.constexpr = POOL_STRIDE_H * STRIDE_H
     PERIOD_W: tl.constexpr = POOL_STRIDE_W * STRIDE_W
     STEP: tl.constexpr = IN_CHANNELS if LAST else 1
@@ -1051,6 +1059,7 @@ def _sliding_grad_weight_kernel(
     with_bias = tl.program_id(0) % in_tiles == 0
     part = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
     begin = tl.program_id(2) * chunk
+    rows = pooled_h if RH == 1 else pooled_h + RH
     columns = pooled_w + RW
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     step = tl.num_programs(1) * BLOCK // columns
@@ -1108,67 +1117,76 @@ def _sliding_grad_weight_kernel(
                 RW,
                 CHANNELS,
             )
-        for t in range(begin, tl.minimum(begin + chunk, pooled_h + RH)):
-            cells, waiting, bias_sums = _shares(
-                grad_ptr + offset,
-                argmax_ptr + offset,
-                t * row_step,
-                there & (t < pooled_h),
-                j,
-                pooled_w,
-                waiting,
-                bias_sums,
-                column_step,
-                out_plane,
-                POOL_H,
-                POOL_W,
-                BH,
-                BW,
-                RH,
-                RW,
-                CHANNELS,
-            )
-            cell_y = t * POOL_STRIDE_H - POOL_PADDING_H
-            y = cell_y * STRIDE_H - PADDING_H
-            tops = ()
-            starts = ()
-            for c in tl.static_range(INPUTS):
-                tops = tops + (y * line + c * plane,)
-                starts = starts + (corners,)
-            weight_sums = _multiply(
-                weight_sums,
-                cells,
-                starts,
-                tops,
-                x,
-                y,
-                there,
-                cell_x,
-                cell_y,
-                limit_h,
-                limit_w,
-                conv_h,
-                conv_w,
-                line,
-                KERNEL_H,
-                KERNEL_W,
-                STRIDE_H,
-                STRIDE_W,
-                BH,
-                BW,
-                STEP,
-                PERIOD_H,
-                PERIOD_W,
-                ROWS_FROM,
-                ROWS_TO,
-                COLUMNS_FROM,
-                COLUMNS_TO,
-                CLIPPED,
-                PAIRS,
-                CHANNELS,
-                INPUTS,
-                KERNEL_H,
-            )
+        end = tl.minimum(begin + chunk, rows)
+        # The row of blocks below the last windows, if it is one, has only the cells that wait for it.
+        for below in tl.static_range(1 if RH != 1 else 2):
+            for t in range(end if below else begin, tl.where(end == rows, end + below, end)):
+                if below:
+                    cells = ()
+                    for o in tl.static_range(CHANNELS):
+                        cells = cells + waiting[o * BH * BW : (o * BH + POOL_H - BH) * BW]
+                else:
+                    cells, waiting, bias_sums = _shares(
+                        grad_ptr + offset,
+                        argmax_ptr + offset,
+                        t * row_step,
+                        there if RH == 1 else there & (t < pooled_h),
+                        j,
+                        pooled_w,
+                        waiting,
+                        bias_sums,
+                        column_step,
+                        out_plane,
+                        POOL_H,
+                        POOL_W,
+                        BH,
+                        BW,
+                        RH,
+                        RW,
+                        CHANNELS,
+                    )
+                cell_y = t * POOL_STRIDE_H - POOL_PADDING_H
+                y = cell_y * STRIDE_H - PADDING_H
+                tops = ()
+                starts = ()
+                for c in tl.static_range(INPUTS):
+                    tops = tops + (y * line + c * plane,)
+                    starts = starts + (corners,)
+                weight_sums = _multiply(
+                    weight_sums,
+                    cells,
+                    starts,
+                    tops,
+                    x,
+                    y,
+                    there,
+                    cell_x,
+                    cell_y,
+                    limit_h,
+                    limit_w,
+                    conv_h,
+                    conv_w,
+                    line,
+                    KERNEL_H,
+                    KERNEL_W,
+                    STRIDE_H,
+                    STRIDE_W,
+                    POOL_H - BH if below else BH,
+                    BW,
+                    STEP,
+                    PERIOD_H,
+                    PERIOD_W,
+                    ROWS_FROM,
+                    ROWS_TO,
+                    COLUMNS_FROM,
+                    COLUMNS_TO,
+                    CELLS_H,
+                    CELLS_W,
+                    PAIRS,
+                    CHANNELS,
+                    INPUTS,
+                    KERNEL_H,
+                )
 
     _store_parts(
         partials_ptr,
@@ -1204,8 +1222,12 @@ def _spread(
     STRIDE_W: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
-    there,
-    CLIPPED: tl.constexpr,
+    cell_y,
+    cell_x,
+    conv_h,
+    conv_w,
+    CELLS_H: tl.constexpr,
+    CELLS_W: tl.constexpr,
 ):
     """Add a block's cells times the weights to the pixels under them, for CHANNELS input channels.
 
@@ -1214,8 +1236,8 @@ def _spread(
     sums: of each channel's ((BH - 1) * stride + KH) x ((BW - 1) * stride + KW) pixels.
     cells: gradients of the block's cells.
     weights: pointer to the first channel's taps.
-    there: of each cell which lanes have it; looked at if CLIPPED. A cell that is not there has no gradient, but
-        must not meet an infinite weight.
+    cell_y, cell_x, conv_h, conv_w: as of `_cell_there`. A cell that is not there has no gradient, but must not meet an
+        infinite weight.
     """
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     SPAN_H: tl.constexpr = (BH - 1) * STRIDE_H + KERNEL_H
@@ -1235,7 +1257,10 @@ def _spread(
                             if w >= a * STRIDE_W and w < a * STRIDE_W + KERNEL_W:
                                 tap = kernel[(h - b * STRIDE_H) * KERNEL_W + (w - a * STRIDE_W)]
                                 new = tl.fma(cells[b * BW + a], tap, total)
-                                total = tl.where(there[b * BW + a], new, total) if CLIPPED else new
+                                if b >= CELLS_H or a >= CELLS_W:
+                                    has_cell = _cell_there(cell_y, cell_x, conv_h, conv_w, b, a, CELLS_H, CELLS_W)
+                                    new = tl.where(has_cell, new, total)
+                                total = new
                 done = done + (total,)
     return done
 
@@ -1271,7 +1296,8 @@ def _grad_input_kernel(
     FIXED_POOLED_H: tl.constexpr,
     FIXED_POOLED_W: tl.constexpr,
     LAST: tl.constexpr,
-    CLIPPED: tl.constexpr,
+    CELLS_H: tl.constexpr,
+    CELLS_W: tl.constexpr,
     PAIRS: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -1299,10 +1325,10 @@ def _grad_input_kernel(
     Saves: nothing. Cost per image: 2 * BH * BW * (PH + RH) * (PW + RW) * O * C * KH * KW FLOP; reads gradients and
     argmax once per tile of channels, writes C * H * W elements.
     """
-    BH: tl.constexpr = _block(POOL_H, POOL_STRIDE_H)
-    BW: tl.constexpr = _block(POOL_W, POOL_STRIDE_W)
-    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H if POOL_H > POOL_STRIDE_H else 0
-    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W if POOL_W > POOL_STRIDE_W else 0
+    BH: tl.constexpr = block_cells(POOL_H, POOL_STRIDE_H)
+    BW: tl.constexpr = block_cells(POOL_W, POOL_STRIDE_W)
+    RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H
+    RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W
     SPAN_H: tl.constexpr = (BH - 1) * STRIDE_H + KERNEL_H
     SPAN_W: tl.constexpr = (BW - 1) * STRIDE_W + KERNEL_W
     QH: tl.constexpr = POOL_STRIDE_H * STRIDE_H
@@ -1358,12 +1384,6 @@ def _grad_input_kernel(
                 sums = sums + (tl.zeros((BLOCK,), tl.float32),)
         offset = window + t * row_step
         weights = weight_ptr + first * TAPS
-        cells_there = ()
-        if CLIPPED:
-            for b in tl.static_range(BH):
-                for a in tl.static_range(BW):
-                    cell_y = j * 0 + (t * POOL_STRIDE_H - POOL_PADDING_H + b)
-                    cells_there = cells_there + (_below(cell_y, conv_h) & _below(cell_x + a, conv_w),)
         for _channel in range(tl.where(t < pooled_h + RH, OUT_CHANNELS, 0)):
             cells, _own = _cells(
                 grad_ptr + offset,
@@ -1393,8 +1413,12 @@ def _grad_input_kernel(
                 STRIDE_W,
                 BH,
                 BW,
-                cells_there,
-                CLIPPED,
+                j * 0 + (t * POOL_STRIDE_H - POOL_PADDING_H),
+                cell_x,
+                conv_h,
+                conv_w,
+                CELLS_H,
+                CELLS_W,
             )
             offset += out_plane
             weights += IN_CHANNELS * TAPS
@@ -1436,23 +1460,17 @@ def _store_row(starts, line, x, there, width, values, COUNT: tl.constexpr, STEP:
     pointers = starts + line if PAIRS < 0 else starts + line * 2
     LEAD: tl.constexpr = 0 if PAIRS < 0 else PAIRS
     for i in tl.static_range(COUNT if PAIRS < 0 else PAIRS):
-        store(pointers + (i * STEP - LEAD), values[i], there & _below(x + i, width))
+        store(pointers + (i * STEP - LEAD), values[i], there & within(x + i, width))
     if PAIRS >= 0:
         pairs = pointers[:, None] + tl.arange(0, 2)[None, :]
         for i in tl.static_range((COUNT - PAIRS) // 2):
-            mask = there & _below(x + (PAIRS + 2 * i), width)
+            mask = there & within(x + (PAIRS + 2 * i), width)
             store(pairs + 2 * i, tl.join(values[PAIRS + 2 * i], values[PAIRS + 2 * i + 1]), mask[:, None])
         if (COUNT - PAIRS) % 2 == 1:
-            store(pointers + (COUNT - 1 - PAIRS), values[COUNT - 1], there & _below(x + (COUNT - 1), width))
+            store(pointers + (COUNT - 1 - PAIRS), values[COUNT - 1], there & within(x + (COUNT - 1), width))
 
 
 # --- launching -------------------------------------------------------------------------------------------------------
-
-
-def covers(geometry: ConvPoolGeometry, input: Tensor, weight: Tensor) -> bool:
-    """Whether these kernels can compute this convolution and pool."""
-    plain = geometry.dilation == geometry.pool_dilation == (1, 1) and geometry.groups == 1
-    return plain and geometry.window_size <= 254 and min(geometry.output_shape(input, weight)) > 0
 
 
 def _registers(limit: int) -> dict[str, int]:
@@ -1468,14 +1486,14 @@ class _Axis:
         self.pool, self.pool_stride = geometry.pool_size[axis], geometry.pool_stride[axis]
         self.pool_padding, self.pooled = geometry.pool_padding[axis], pooled
         self.cells = min(self.pool, self.pool_stride)
-        self.reach = (self.pool - 1) // self.pool_stride if self.pool > self.pool_stride else 0
+        self.reach = (self.pool - 1) // self.pool_stride
         self.span = (self.cells - 1) * self.stride + kernel
         self.origin = self.pool_padding * self.stride + self.padding
         self.step = self.pool_stride * self.stride
         last = (pooled + self.reach - 1) * self.pool_stride + self.cells - self.pool_padding
         conv = (size + 2 * self.padding - kernel) // self.stride + 1
-        self.clipped = self.pool_padding > 0 or last > conv
-        """Whether a block has cells that the convolution has not."""
+        self.there = 0 if self.pool_padding > 0 else max(0, min(self.cells, self.cells - last + conv))
+        """How many cells, from the first on, all blocks have: 0 where the first may lie in the pool's padding."""
         self.inside = self.origin, min(self.span, size + self.origin - (pooled + self.reach - 1) * self.step)
         """FROM and TO of `_inside`."""
 
@@ -1496,20 +1514,14 @@ def _constants(
     # Pairs of a row's neighbours, where both rows and blocks begin at even addresses, or all blocks at odd ones.
     even = not last and input.data_ptr() % 16 == 0 and input.shape[3] % 2 == 0 and axes[1].step % 2 == 0
     return {
-        "IN_CHANNELS": weight.shape[1],
-        "OUT_CHANNELS": weight.shape[0],
-        **dict(zip(("KERNEL_H", "KERNEL_W"), weight.shape[2:], strict=True)),
-        **dict(zip(("STRIDE_H", "STRIDE_W"), geometry.stride, strict=True)),
-        **dict(zip(("PADDING_H", "PADDING_W"), geometry.padding, strict=True)),
-        **dict(zip(("POOL_H", "POOL_W"), geometry.pool_size, strict=True)),
-        **dict(zip(("POOL_STRIDE_H", "POOL_STRIDE_W"), geometry.pool_stride, strict=True)),
-        **dict(zip(("POOL_PADDING_H", "POOL_PADDING_W"), geometry.pool_padding, strict=True)),
+        **sizes_of(_forward_kernel, geometry, weight),  # the other kernels take the same
         "FIXED_H": input.shape[2] if fixed else 0,
         "FIXED_W": input.shape[3] if fixed else 0,
         "FIXED_POOLED_H": axes[0].pooled if fixed else 0,
         "FIXED_POOLED_W": axes[1].pooled if fixed else 0,
         "LAST": last,
-        "CLIPPED": axes[0].clipped or axes[1].clipped,
+        "CELLS_H": axes[0].there,
+        "CELLS_W": axes[1].there,
         "PAIRS": axes[1].origin % 2 if even else -1,
     }
 
@@ -1671,6 +1683,7 @@ def grad_weight(
         # As few programs as take the same number of rounds; columns are cut where there are not enough of them.
         parts = max(cdiv(columns, block), min(cdiv(images * columns, block), programs))
         parts = cdiv(cdiv(images, cdiv(images, parts * block // columns)) * columns, block)
+        rows -= 1 if height.reach == 1 else 0
         chunk = cdiv(rows, max(1, min(rows // 4, programs // parts)))
         grid = tiles, parts, cdiv(rows, chunk)
         partials = empty((parts * grid[2], weight.numel() + out_channels), input, torch.float32)

@@ -13,7 +13,6 @@ blocks further down and right a window reaches. BR = PH + RH and BC = PW + RW bl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import triton
@@ -28,7 +27,6 @@ from ..runtime import (
     all_registers,
     architecture,
     cdiv,
-    dot_precision,
     empty,
     index_type,
     launch,
@@ -39,12 +37,9 @@ from ..runtime import (
     sum_partials,
     tf32,
 )
+from .shared import covers, pack, precision_of, sizes_of, within
 
-
-@triton.jit
-def _within(position, size):
-    """Whether 0 <= position < size: as unsigned numbers, one comparison tells."""
-    return position.to(tl.uint32) < size.to(tl.uint32)
+__all__ = ["covers", "grad_input", "grad_weight"]
 
 
 @triton.jit(do_not_specialize=["blocks", "programs", "pooled_h", "pooled_w"])
@@ -111,7 +106,7 @@ def _spread_kernel(
             cells = cells + (tl.zeros((CHANNELS, BLOCK), tl.float32),)
         for k in tl.static_range(RH, -1, -1):
             for w in tl.static_range(RW, -1, -1):
-                mask = there & _within(i - k, pooled_h) & _within(j - w, pooled_w)
+                mask = there & within(i - k, pooled_h) & within(j - w, pooled_w)
                 both = mask[None, :] & (channel < OUT_CHANNELS)[:, None]
                 found = offsets - (k * pooled_w + w) * step
                 argmax = tl.load(argmax_ptr + found, mask=both, other=NO_WINNER).to(tl.int32)
@@ -137,12 +132,19 @@ def _spread_kernel(
                 )
     elif tl.program_id(1) == 0:
         entry = (number - programs) * ENTRIES + tl.arange(0, ENTRIES)
-        out_channel = entry % OUT_PADDED
-        in_channel = entry // OUT_PADDED % IN_PADDED
-        tap = entry // (OUT_PADDED * IN_PADDED)
-        mask = (out_channel < OUT_CHANNELS) & (in_channel < IN_CHANNELS) & (tap < TAPS)
-        values = load(weight_ptr + ((out_channel * IN_CHANNELS + in_channel) * TAPS + tap), mask)
-        store(packed_ptr + entry, tf32(values, PRECISION), tap < TAPS)
+        pack(
+            weight_ptr,
+            packed_ptr,
+            entry,
+            IN_CHANNELS,
+            OUT_CHANNELS,
+            TAPS,
+            IN_CHANNELS * TAPS,
+            IN_PADDED,
+            OUT_PADDED,
+            TAPS,
+            PRECISION,
+        )
 
 
 @triton.jit(do_not_specialize=["rows", "input_h", "input_w", "cells_h", "cells_w"])
@@ -215,7 +217,7 @@ def _product_kernel(
         chunk = step % CHUNKS * BLOCK_K
         up = step // CHUNKS // taps_w
         left = step // CHUNKS % taps_w
-        mask = there & _within(y - up, cells_h) & _within(x - left, cells_w)
+        mask = there & within(y - up, cells_h) & within(x - left, cells_w)
         grad = load(cells - ((up * cells_w + left) * OUT_PADDED - chunk), mask[:, None])
         tap = (up * STRIDE_H + remainder_h) * KERNEL_W + (left * STRIDE_W + remainder_w)
         weight = load(weights + (tap * (IN_PADDED * OUT_PADDED) + chunk))
@@ -304,11 +306,11 @@ def _weight_product_kernel(
         grad = tf32(grad, PRECISION)
         h = y * STRIDE_H + (tap_h - PADDING_H)
         w = x * STRIDE_W + (tap_w - PADDING_W)
-        inside = there & _within(y, conv_h) & _within(x, conv_w) & _within(h, input_h)
+        inside = there & within(y, conv_h) & within(x, conv_w) & within(h, input_h)
         pixels = channels + (image * (IN_CHANNELS * input_h * input_w) + (h * input_w + w) * step)[None, :]
         done = ()
         for t in tl.static_range(TAPS):
-            mask = inside & _within(w + t, input_w)
+            mask = inside & within(w + t, input_w)
             patch = load(pixels + t * step, mask[None, :] & (in_channel < IN_CHANNELS)[:, None])
             done = done + (tl.dot(tf32(patch, PRECISION), grad, sums[t], input_precision=PRECISION),)
         sums = done
@@ -322,12 +324,6 @@ def _weight_product_kernel(
         tl.store(entries + t, sums[t], mask=known & (tap_w + t < KERNEL_W))
     if with_bias:
         tl.store(parts + (WEIGHTS + out_channel), tl.sum(bias_sums, axis=0), mask=out_channel < OUT_CHANNELS)
-
-
-def covers(geometry: ConvPoolGeometry, input: Tensor, weight: Tensor) -> bool:
-    """Whether these kernels can compute this convolution and pool."""
-    plain = geometry.dilation == geometry.pool_dilation == (1, 1) and geometry.groups == 1
-    return plain and geometry.window_size <= 254 and min(geometry.output_shape(input, weight)) > 0
 
 
 def _tile(dtype: torch.dtype, channels: int, out_channels: int) -> dict[str, int]:
@@ -353,7 +349,7 @@ def _spread(
     in_padded: int,
 ) -> tuple[Tensor, Tensor, tl.dtype]:
     """Launch the first kernel: the cells' gradients, the weight of `in_padded` input channels (0: none), and INDEX."""
-    (out_channels, channels), out_padded = weight.shape[:2], _padded(weight.shape[0])
+    out_padded = _padded(weight.shape[0])
     taps = weight[0, 0].numel()
     blocks: Sequence[int] = [
         pooled + (pool - 1) // step
@@ -372,13 +368,9 @@ def _spread(
         (programs + cdiv(taps * in_padded * out_padded, entries), cdiv(out_padded, wide)),
         *(grad_output, argmax, weight, spread, packed),
         *(count, programs, *argmax.shape[2:]),
-        IN_CHANNELS=channels,
-        OUT_CHANNELS=out_channels,
+        **sizes_of(_spread_kernel, geometry, weight),
         IN_PADDED=max(1, in_padded),
         OUT_PADDED=out_padded,
-        TAPS=taps,
-        **dict(zip(("POOL_H", "POOL_W"), geometry.pool_size, strict=True)),
-        **dict(zip(("POOL_STRIDE_H", "POOL_STRIDE_W"), geometry.pool_stride, strict=True)),
         LAST=last,
         PRECISION=precision,
         INDEX=index,
@@ -395,19 +387,6 @@ def _padded(out_channels: int) -> int:
     return cdiv(out_channels, 16) * 16
 
 
-def _constants(geometry: ConvPoolGeometry, weight: Tensor, last: bool) -> dict[str, Any]:
-    """List what both products take as constants."""
-    return {
-        "IN_CHANNELS": weight.shape[1],
-        "OUT_PADDED": _padded(weight.shape[0]),
-        **dict(zip(("KERNEL_H", "KERNEL_W"), weight.shape[2:], strict=True)),
-        **dict(zip(("STRIDE_H", "STRIDE_W"), geometry.stride, strict=True)),
-        **dict(zip(("PADDING_H", "PADDING_W"), geometry.padding, strict=True)),
-        **dict(zip(("POOL_PADDING_H", "POOL_PADDING_W"), geometry.pool_padding, strict=True)),
-        "LAST": last,
-    }
-
-
 def grad_input(
     grad_output: Tensor,
     input: Tensor,
@@ -420,7 +399,7 @@ def grad_input(
     """Launch the gradient of the input; all tensors dense, images and gradients in one layout."""
     result = empty(input.shape, input, memory_format=torch.channels_last if last else torch.contiguous_format)
     images, channels, height, width = input.shape
-    precision = dot_precision(input.dtype, torch.backends.cudnn.conv.fp32_precision)
+    precision = precision_of(input.dtype)
     tile = _tile(input.dtype, channels, weight.shape[0]) | options
     in_padded = cdiv(channels, tile["BLOCK_N"]) * tile["BLOCK_N"]
     spread, packed, index = _spread(grad_output, argmax, weight, geometry, last, precision, in_padded)
@@ -431,8 +410,10 @@ def grad_input(
         (cdiv(rows, tile["BLOCK_M"]) * stride_h * stride_w, in_padded // tile["BLOCK_N"]),
         *(spread, packed, result),
         *(rows, height, width, *spread.shape[1:3]),
-        **_constants(geometry, weight, last),
+        **sizes_of(_product_kernel, geometry, weight),
         IN_PADDED=in_padded,
+        OUT_PADDED=spread.shape[3],
+        LAST=last,
         PRECISION=precision,
         INDEX=tl.int64 if tl.int64 in (index, index_type(result)) else tl.int32,
         **tile,
@@ -480,11 +461,11 @@ def grad_weight(
         *(spread, input, partials),
         *(rows, *input.shape[2:], *spread.shape[1:3]),
         *(*geometry.conv_size((input.shape[2], input.shape[3]), kernel), rows_per_part),
-        **_constants(geometry, weight, last),
-        OUT_CHANNELS=out_channels,
-        PRECISION=dot_precision(input.dtype, torch.backends.cudnn.conv.fp32_precision),
+        **(sizes_of(_weight_product_kernel, geometry, weight) | tile),
+        OUT_PADDED=spread.shape[3],
+        LAST=last,
+        PRECISION=precision_of(input.dtype),
         INDEX=tl.int64 if tl.int64 in (index, index_type(input, partials)) else tl.int32,
-        **tile,
         **({} if INTERPRETED else all_registers()),
     )
     sum_partials((partials, (result, bias), 1.0), later=None if later is None else later.sums)

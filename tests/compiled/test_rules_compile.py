@@ -83,24 +83,28 @@ def test_weight_gradients_under_overlapping_windows_spill_nothing(target, case):
         assert {record.name for record in records} == {wanted, "_sum_partials_kernel"}
 
 
-SPREAD = {
+MANY = {
     "overlapping windows": conv_case("", (8192, 32, 16, 16), (32, 32, 5, 5), padding=2, pool_size=3, pool_stride=2),
     "full tiles": conv_case("", (8192, 64, 8, 8), (64, 64, 3, 3), padding=1, pool_size=3, pool_stride=2),
     "windows of nine cells": conv_case("", (8192, 48, 12, 12), (40, 48, 3, 3), padding=1, pool_size=3),
     "stride": conv_case("", (8192, 64, 14, 14), (64, 64, 3, 3), stride=2, padding=1),
+    "windows a cell apart": conv_case("", (8192, 32, 16, 16), (32, 32, 3, 3), padding=1, pool_size=3, pool_stride=1),
     "addresses of 64 bits": conv_case("", (700_000, 64, 8, 8), (64, 64, 3, 3), padding=1, pool_size=3, pool_stride=2),
 }
 
 
 @every_target
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
-@pytest.mark.parametrize("case", SPREAD.values(), ids=SPREAD)
-def test_gradients_by_a_workspace_spill_nothing(target, precision, case):
+@pytest.mark.parametrize("case", MANY.values(), ids=MANY)
+def test_blocks_and_gradients_by_a_workspace_spill_nothing(target, precision, case):
     dtype = launches.PRECISIONS[precision]
     input, weight = torch.empty(case.input, dtype=dtype), torch.empty(case.weight, dtype=dtype)
     grad = torch.empty(case.geometry.output_shape(input, weight), dtype=dtype)
     argmax = torch.empty(grad.shape, dtype=torch.uint8)
     with launches.compiling_fastlenet(target, precision) as records:
+        conv.conv2d_relu_max_pool2d(input, weight, torch.empty(case.weight[0], dtype=dtype), case.geometry, True)
+        assert [record.name for record in records] == ["_pack_kernel", "_forward_kernel"]
+        assert records[1].module.endswith("block_dot")
         conv.conv2d_relu_max_pool2d_backward(grad, input, weight, argmax, case.geometry, (True, True, True))
         assert_shipped_without_spills(records)
         names = {record.name for record in records if record.module.endswith("spread_dot")}

@@ -233,6 +233,23 @@ def test_a_loop_that_ends_by_data_has_no_count(x):
         launch("sm_90", _data_loop_kernel, x, x.int(), x, BLOCK=BLOCK)
 
 
+_SPILLS = """
+        /*0000*/                   LDG.E R2, [R2] ;
+        /*0010*/                   STL [R2], R3 ;
+        /*0020*/                   LDL R4, [R1+0x8] ;
+        /*0030*/                   ISETP.NE.AND P0, PT, R4, RZ, PT ;
+        /*0040*/               @P0 EXIT ;
+        /*0050*/                   MOV R5, R4 ;
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_after_a_store_to_an_unknown_place_a_reload_is_unknown():
+    """A branch on it is one on data, which is followed."""
+    trace = sass.parse(_SPILLS).trace({}, {})
+    assert sum(trace.rare.values()) == 1
+
+
 @every_arch
 def test_a_fallback_for_rare_data_is_listed_and_not_counted(arch, x):
     record, execution = launch(arch, _fallback_kernel, x, x, 100, BLOCK=BLOCK)

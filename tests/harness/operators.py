@@ -294,12 +294,16 @@ def judge_conv(
     chosen = torch.where(passes, chosen, 0.0).to(dtype)
     assert_as_accurate(chosen, stock, reference, magnitude=magnitude, name="cell that the argmax names", **options)
 
-    routed = torch.zeros_like(conv).flatten(-2)
-    routed.scatter_add_(-1, cell.flatten(-2), torch.where(passes, grad_output.double(), 0.0).flatten(-2))
-    routed = routed.view_as(conv)
-    _, stocks = conv_and_gradients(tensors, routed)
-    _, references = conv_and_gradients(exact, routed)
-    _, magnitudes = conv_and_gradients(absolute, routed.abs())
+    def routed(grad_output: Tensor) -> Tensor:
+        cells = torch.zeros_like(conv).flatten(-2)
+        cells.scatter_add_(-1, cell.flatten(-2), torch.where(passes, grad_output, 0.0).flatten(-2))
+        return cells.view_as(conv)
+
+    grad = grad_output.double()
+    _, stocks = conv_and_gradients(tensors, routed(grad))
+    _, references = conv_and_gradients(exact, routed(grad))
+    # Several windows may choose one cell. Each of their gradients is a term of the sum, also where they cancel out.
+    _, magnitudes = conv_and_gradients(absolute, routed(grad.abs()))
     for name in wanted:
         # Where an empty batch reaches a gradient it is a sum of nothing.
         assert_as_accurate(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fastlenet.kernels import addmm_relu, joint, plans, runtime, tiles
-from fastlenet.kernels.conv2d_relu_max_pool2d import column_fma, general, patch_dot, patch_fma, spread_dot
+from fastlenet.kernels.conv2d_relu_max_pool2d import block_dot, column_fma, general, patch_dot, patch_fma, spread_dot
 from harness import modes
 from harness.bounds import sanitized
 from harness.contract import Case, trial_of
@@ -76,7 +76,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, unplanned: None) -> list[tuple[str
             log.append((kernel.fn.__name__, constants))
         launch(kernel, grid, *args, **constants)
 
-    for module in (runtime, joint, general, column_fma, patch_dot, patch_fma, spread_dot, addmm_relu):
+    for module in (runtime, joint, block_dot, general, column_fma, patch_dot, patch_fma, spread_dot, addmm_relu):
         monkeypatch.setattr(module, "launch", logged)
     return log
 

@@ -271,6 +271,10 @@ def test_nan_and_infinities_by_the_rule(name, value, conv, device):
 
 
 def test_a_sample_does_not_depend_on_its_batch_by_the_rule(device):
+    samples_do_not_depend_on_their_batch(device)
+
+
+def samples_do_not_depend_on_their_batch(device) -> None:
     case = conv_case("batch", (40, 2, 9, 10), (3, 2, 3, 3), padding=1, pool_size=3, pool_stride=2)
     tensors = case.random(torch.float32, device=device)
     images = tensors.pop("input")
@@ -289,7 +293,8 @@ def test_where_the_rule_ends():
         found = rules.choose(direction, geometry, channels, 64, kernel, exact, target)
         return None if found is None else found.variant
 
-    assert [variant("forward", channels, False) for channels in (31, 32)] == ["patch_fma", None]
+    assert [variant("forward", channels, False) for channels in (31, 32)] == ["patch_fma", "block_dot"]
+    assert [variant("forward", 256, exact) for exact in (False, True)] == ["block_dot", None]
     assert [variant("grad_weight", channels, True) for channels in (64, 65)] == ["patch_fma", None]
     assert [variant(name, 3, True, target="gfx942") for name in ("forward", "grad_weight")] == ["patch_fma", None]
     assert [variant("grad_input", channels, True) for channels in (64, 65)] == ["patch_fma", None]
@@ -370,52 +375,78 @@ MATRIX_UNITS = [TF32, HALF, BFLOAT]
 
 @pytest.fixture
 def spreading(monkeypatch):
-    """Let `spread_dot` compute all gradients, and the general kernels the forward."""
-    rule = rules.Rule("spread_dot", {})
-    monkeypatch.setattr(rules, "choose", lambda direction, *_: None if direction == "forward" else rule)
+    """Let `block_dot` compute the forward, and `spread_dot` all gradients, whatever the channels."""
+    blocks, spreads = rules.Rule("block_dot", {}), rules.Rule("spread_dot", {})
+    monkeypatch.setattr(rules, "choose", lambda direction, *_: blocks if direction == "forward" else spreads)
 
 
-def spread(launches) -> None:
-    """Assert that gradients were spread and multiplied."""
-    found = [name for name, _ in launches if "spread" in name or "product" in name]
-    assert found[:4] == ["_spread_kernel", "_product_kernel", "_spread_kernel", "_weight_product_kernel"]
-    assert found == found[:4] * (len(found) // 4)
-    assert not any("grad_" in name for name, _ in launches)
+def by_blocks_and_workspace(launches) -> None:
+    """Assert that the forward computed blocks, and that gradients were spread and multiplied."""
+    gradients = ["_spread_kernel", "_product_kernel", "_spread_kernel", "_weight_product_kernel"]
+    wanted = ["_pack_kernel", "_forward_kernel", *gradients]
+    found = [name for name, _ in launches if name != "_sum_partials_kernel"]
+    assert found == wanted * (len(found) // len(wanted))
+    assert found
 
 
 @pytest.mark.parametrize("mode", MATRIX_UNITS, ids=str)
 @ruled
-def test_gradients_by_a_workspace(mode, case, conv, device, launches, spreading):
+def test_blocks_and_a_workspace(mode, case, conv, device, launches, spreading):
     with fp32_precision(mode.precision):
         conv.exact(case, case.exact(mode.dtype, device=device))
-        spread(launches)
+        by_blocks_and_workspace(launches)
         conv.random(case, case.random(mode.dtype, device=device), allow_zero=True)
 
 
 @pytest.mark.parametrize("mode", [*MATRIX_UNITS, EXACT], ids=str)
 @pytest.mark.parametrize("case", [TWO_STEPS, ONE_TAP_EACH], ids=str)
-def test_a_workspace_of_many_channels(mode, case, conv, device, launches, spreading):
+def test_blocks_and_a_workspace_of_many_channels(mode, case, conv, device, launches, spreading):
     """Also of exact float32, which a table may ask for."""
     with fp32_precision(mode.precision):
         conv.exact(case, case.exact(mode.dtype, device=device))
-    spread(launches)
+    by_blocks_and_workspace(launches)
+
+
+def test_general_gradients_of_cells_that_several_windows_chose(conv, device, launches, monkeypatch):
+    """Each window's gradient is rounded to tf32 before the sum: errors are as large as theirs, not as the sum's."""
+    monkeypatch.setattr(rules, "choose", lambda *_: None)
+    with fp32_precision("tf32"):
+        conv.random(TWO_STEPS, TWO_STEPS.random(torch.float32, device=device))
+    found = [name for name, _ in launches]
+    assert found == ["_forward_kernel", "_grad_input_kernel", "_grad_weight_kernel", "_sum_partials_kernel"]
 
 
 @pytest.mark.parametrize("images", [0, 1, 70])
-def test_a_workspace_of_any_number_of_images(images, conv, device, spreading):
+def test_blocks_and_a_workspace_of_any_number_of_images(images, conv, device, spreading):
     case = conv_case("images", (images, *RULED[5].input[1:]), RULED[5].weight, **RULED[5].keywords)
     conv.exact(case, case.exact(torch.float16, device=device))
 
 
 @pytest.mark.parametrize("kind", kinds_for(torch.empty(1, 1, 1, 1)))
 @pytest.mark.parametrize("name", ["input", "weight", "grad"])
-def test_a_workspace_takes_awkward_layouts(name, kind, conv, device, launches, spreading):
+def test_blocks_and_a_workspace_take_awkward_layouts(name, kind, conv, device, launches, spreading):
     case = conv_case("layouts", (3, 2, 8, 6), (3, 2, 3, 3), padding=1, pool_size=3, pool_stride=2)
     tensors = case.exact(torch.float16, device=device)
     if name != "grad":
         tensors[name] = awkward(tensors[name], kind)
     conv.exact(case, tensors, kind if name == "grad" else "contiguous")
-    spread(launches)
+    by_blocks_and_workspace(launches)
+
+
+def test_a_sample_does_not_depend_on_its_batch_by_blocks(device, spreading, sums_in_order):
+    samples_do_not_depend_on_their_batch(device)
+
+
+@pytest.mark.parametrize("value", SPECIAL, ids=str)
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_nan_and_infinities_by_blocks(name, value, device, launches, spreading):
+    case = conv_case("special", (3, 2, 9, 9), (3, 2, 3, 3), pool_size=3, pool_stride=2)
+    tensors = case.exact(torch.float32, device=device)
+    flat = tensors[name].view(-1)
+    flat[torch.tensor([0, flat.numel() // 2, flat.numel() - 1])] = value
+    with torch.no_grad():
+        assert_same_values(CONV.fused(**tensors, **case.keywords), CONV.stock(**tensors, **case.keywords))
+    assert [name for name, _ in launches] == ["_pack_kernel", "_forward_kernel"]
 
 
 @pytest.mark.parametrize("value", SPECIAL, ids=str)
@@ -449,14 +480,14 @@ def test_a_workspace_and_infinite_weights(value, device, spreading):
 @pytest.mark.wide
 @settings(max_examples=examples(20))
 @given(call=ruled_calls())
-def test_drawn_calls_by_a_workspace(call, conv, device, launches, spreading):
+def test_drawn_calls_by_blocks_and_a_workspace(call, conv, device, launches, spreading):
     launches.clear()
     tensors, kind = call.tensors(device), call.grad_kind(4)
     if call.exact:
         conv.exact(call.case, tensors, kind)
     else:
         conv.random(call.case, tensors, kind, allow_zero=True)
-    spread(launches)
+    by_blocks_and_workspace(launches)
 
 
 # --- layouts -------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class BatchNormReLUMaxPool2dFunction(torch.autograd.Function):
         grads: reference.Grads | None = None
         if not composed_backward(grad_output):
             try:
-                grads = ctx.known.backward(grad_output, input, argmax, factors, ctx.geometry, needs)
+                grads = ctx.known.backward(grad_output.resolve_neg(), input, argmax, factors, ctx.geometry, needs)
             except KernelError:
                 ctx.known.give_up()
         if grads is None:

@@ -161,7 +161,7 @@ class ChainFunction(torch.autograd.Function):
         count = 1 + 2 * len(links)
         input, *parameters = tensors[:count]
         size = input.shape[0], *grad_output.shape[-3 if isinstance(links[-1], ConvPoolGeometry) else -1 :]
-        grad_output = grad_output if grad_output.shape == size else grad_output.reshape(size)
+        grad_output = (grad_output if grad_output.shape == size else grad_output.reshape(size)).resolve_neg()
         saved, output = tensors[count:], None
         if links[-1] == LINEAR_RELU:
             *saved, output = saved

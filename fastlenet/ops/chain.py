@@ -282,7 +282,9 @@ class _Operator(Operator):
             products = iter(found)
 
             def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry) -> Tensor:
-                return reference.conv2d_relu_max_pool2d(input, weight, bias, geometry, next(products))
+                # A weight in channels_last lays out the results behind it likewise.
+                by_product = next(products) and memory_format(input) == torch.contiguous_format
+                return reference.conv2d_relu_max_pool2d(input, weight, bias, geometry, by_product)
 
             return reference.chain(input, parameters, settings, convolve)
 

@@ -307,3 +307,16 @@ def test_lenet_with_a_bias_that_stock_broadcasts(shape):
         network(images).sum().backward()
     torch.testing.assert_close(fused(images), stock_network(images))
     torch.testing.assert_close(fused.fc2.bias.grad, stock_network.fc2.bias.grad)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_few_images_behind_a_weight_in_channels_last(images):
+    """Its results are in channels_last, which matrix products of the convolution behind it do not take."""
+    input, parameters, links = made("two", torch.float32, images)
+    parameters[0] = parameters[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    leaves = [input, *parameters]
+    results = []
+    for function in (chain, stock):
+        output = function(input, parameters, links)
+        results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

@@ -128,6 +128,18 @@ def test_a_graph_made_before_may_be_mapped():
     agree(jacobian(chain), jacobian(stock))
 
 
+@pytest.mark.cheap
+def test_batched_gradients():
+    """`is_grads_batched` maps with tensors of its own kind, which kernels cannot read."""
+    input, parameters, links = made("a network")
+    results = []
+    for function in (chain, stock):
+        output = function(input, parameters, links)
+        basis = torch.eye(output.numel(), dtype=output.dtype).view(-1, *output.shape)
+        results.append(torch.autograd.grad(output, [input, *parameters], basis, is_grads_batched=True))
+    agree(*results)
+
+
 @pytest.mark.parametrize("row", ["two", "a network"])
 def test_an_output_may_be_modified_in_place(row):
     """Where no relu is last, as in stock."""

@@ -88,6 +88,7 @@ class AddmmReLUFunction(torch.autograd.Function):
         """Return the gradients of those inputs that need one."""
         needs = ctx.needs_input_grad[:3]
         mat1, mat2, output = ctx.saved_tensors if ctx.known is None else kept(ctx)
+        grad_output = grad_output.resolve_neg()
         if output.dim() != 2:
             size = mat1.shape[0], mat2.shape[1]
             output, grad_output = output.reshape(size), grad_output.reshape(size)

@@ -73,7 +73,7 @@ class BatchNormReLUMaxPool2dFunction(torch.autograd.Function):
         grad_input, grad_weight, grad_bias = gradients(
             ctx.known,
             grad_output,
-            lambda: ctx.known.backward(grad_output, input, argmax, factors, ctx.geometry, needs),
+            lambda: ctx.known.backward(grad_output.resolve_neg(), input, argmax, factors, ctx.geometry, needs),
             composed,  # No graph has the operator.
             composed,
         )

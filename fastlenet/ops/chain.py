@@ -121,7 +121,7 @@ class ChainFunction(torch.autograd.Function):
         tensors = ctx.saved_tensors if ctx.known is None else kept(ctx)
         (input, *parameters), saved, output = tensors[:count], tensors[count:], None
         size = input.shape[0], *grad_output.shape[-3 if isinstance(links[-1], ConvPoolGeometry) else -1 :]
-        grad_output = grad_output if grad_output.shape == size else grad_output.reshape(size)
+        grad_output = (grad_output if grad_output.shape == size else grad_output.reshape(size)).resolve_neg()
         if links[-1] == LINEAR_RELU:
             *saved, output = saved
             output = output.reshape(size)

@@ -104,7 +104,7 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
         """Return the gradients of those inputs that need one."""
         needs = ctx.needs_input_grad[:3]
         input, weight, argmax = ctx.saved_tensors
-        batched = input.dim() == 4
+        batched, grad_output = input.dim() == 4, grad_output.resolve_neg()
         operands = (grad_output, input) if batched else (grad_output.unsqueeze(0), input.unsqueeze(0))
         saved, geometry = (*operands, weight, argmax), ctx.geometry
         grad_input, *grads = gradients(

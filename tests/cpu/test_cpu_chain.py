@@ -16,6 +16,7 @@ from harness.poison import assert_fully_written, poisoned_outputs
 from harness.strides import awkward
 from torch import Tensor
 
+import fastlenet
 from fastlenet import cpu, ops, selection
 from fastlenet.cpu import few
 
@@ -253,6 +254,22 @@ def test_awkward_layouts(network, which, kind, images):
     else:
         grad_output = laid_out(grad_output)
     judge(network, input, parameters, grad_output)
+
+
+@pytest.mark.parametrize("images", [2, 19])
+def test_a_gradient_that_is_negated_lazily(images):
+    """PyTorch's complex numbers make such tensors: their memory holds the other sign."""
+    network = NETWORKS["LeNet"]
+    input, parameters = network.tensors(images)
+    leaves = [tensor.requires_grad_() for tensor in (input, *parameters) if tensor is not None]
+    with fastlenet.use_backend("cpu"):
+        output = fastlenet.functional.chain(input, parameters, network.links)
+    upstream = torch.randn(output.shape)
+    negated, plain = (
+        torch.autograd.grad(output, leaves, grad, retain_graph=True) for grad in (torch._neg_view(upstream), -upstream)
+    )
+    for actual, expected in zip(negated, plain, strict=True):
+        assert_bitwise_equal(actual, expected)
 
 
 @pytest.mark.parametrize("filters", [(1, 6), (4, 1), (6, 3)], ids=str)

@@ -33,6 +33,7 @@ from harness.poison import assert_fully_written, poisoned_outputs
 from harness.strides import awkward
 from torch import Tensor
 
+import fastlenet
 from fastlenet import cpu, reference
 from fastlenet.cpu import few
 
@@ -195,6 +196,40 @@ def test_drawn_convolutions(call):
                 TRIAL.exact(call.case, call.tensors(), kind)
             else:
                 TRIAL.random(call.case, call.tensors(), kind, allow_zero=True)
+
+
+@pytest.mark.parametrize("images", [2, 19])
+def test_a_gradient_that_is_negated_lazily(images):
+    """PyTorch's complex numbers make such tensors: their memory holds the other sign."""
+    layer = fastlenet.ConvReLUMaxPool2d(2, 4, 3)
+    with fastlenet.use_backend("cpu"):
+        output = layer(torch.randn(images, 2, 8, 9))
+    upstream = torch.randn(output.shape)
+    negated, plain = (
+        torch.autograd.grad(output, layer.weight, grad, retain_graph=True)
+        for grad in (torch._neg_view(upstream), -upstream)
+    )
+    assert_bitwise_equal(negated[0], plain[0])
+
+
+@pytest.mark.parametrize("images", [2, 19])
+def test_hooks_on_saved_tensors_may_change_strides(images):
+    layer = fastlenet.ConvReLUMaxPool2d(2, 4, 3, padding=1)
+
+    def relaid(tensor: Tensor) -> Tensor:
+        argmax = tensor.dtype == torch.uint8  # the others would lay out the gradients likewise
+        return tensor.contiguous(memory_format=torch.channels_last) if argmax else tensor
+
+    def grads() -> tuple[Tensor, ...]:
+        input = torch.randn(images, 2, 8, 9, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with fastlenet.use_backend("cpu"):
+            output = layer(input)
+        return torch.autograd.grad(output.square().sum(), (input, layer.weight))
+
+    with torch.autograd.graph.saved_tensors_hooks(relaid, lambda tensor: tensor):
+        hooked = grads()
+    for actual, expected in zip(hooked, grads(), strict=True):
+        assert_same_values(actual, expected)
 
 
 def test_images_that_lie_apart():

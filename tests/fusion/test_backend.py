@@ -121,6 +121,24 @@ def statistics_change_in_between(model, images):
     return F.max_pool2d(F.relu(model.norm(maps)), 2)
 
 
+def statistics_change_by_an_operator(model, images):
+    maps, mean = model.conv(images), model.norm.running_mean
+    mean += 1
+    return F.max_pool2d(F.relu(model.norm(maps)), 2)
+
+
+def statistics_change_by_an_index(model, images):
+    maps = model.conv(images)
+    model.norm.running_var[1:] = 2
+    return F.max_pool2d(F.relu(model.norm(maps)), 2)
+
+
+def statistics_are_an_output(model, images):
+    maps, mean = model.conv(images), model.norm.running_mean
+    torch.add(mean, 1, out=mean)
+    return F.max_pool2d(F.relu(model.norm(maps)), 2)
+
+
 def gradients_switched_in_between(model, images):
     maps = model.conv(images)
     with torch.no_grad():
@@ -153,6 +171,13 @@ REFUSED = {
     "indices": (lambda: Body(indices), "returns indices"),
     "relu_after_padded_dilated_pool": (lambda: Body(late), "both padding and dilation"),
     "statistics_change": (lambda: Body(statistics_change_in_between, training=False), "may change an operand"),
+    "statistics_change_by_an_operator": (
+        lambda: Body(statistics_change_by_an_operator, training=False), "may change an operand",
+    ),
+    "statistics_change_by_an_index": (
+        lambda: Body(statistics_change_by_an_index, training=False), "may change an operand",
+    ),
+    "statistics_are_an_output": (lambda: Body(statistics_are_an_output, training=False), "may change an operand"),
     "gradients_switched": (lambda: Body(gradients_switched_in_between), "may switch gradients or autocast"),
     "autocast": (lambda: Body(autocast_in_between), "may switch gradients or autocast"),
     "autocast_ends": (lambda: Body(autocast_ends_in_between), "may switch gradients or autocast"),

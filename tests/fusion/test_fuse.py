@@ -911,6 +911,17 @@ def test_folded_batch_norm_is_as_accurate_as_stock(name, dtype, ran):
     assert_as_accurate(fused(images), stem(images), exact(images.double()), dtype=dtype)
 
 
+def test_a_small_variance_in_16_bits_is_told_from_zero():
+    """The sum of variance and eps underflows in float16; stock's BatchNorm adds them in float32."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, eps=1e-8), nn.ReLU(), nn.MaxPool2d(2)).eval()
+    model[1].running_var.zero_()
+    model, images = model.half().requires_grad_(False), torch.rand(2, 1, 8, 8).half()
+    exact = copy.deepcopy(model).double()
+    assert_as_accurate(
+        fastlenet.fuse(model)(images), model(images), exact(images.double()), dtype=torch.float16, name="output"
+    )
+
+
 def test_autocast_casts_as_in_the_stock_model():
     model = CASES["vgg11_bn"]().eval()
     fused, images = fastlenet.fuse(model), images_of("vgg11_bn")
@@ -1051,6 +1062,8 @@ def test_nothing_is_fused_where_the_whole_does_not_win(mode, monkeypatch, ran):
     assert (fused._compiled_call_impl is None) == (mode == "both")
     at_another_size = fastlenet.explain(fused.train(), torch.randn(7, 1, 32, 32))
     assert {site.reason for site in at_another_size.sites if site.mode != "inference"} == reasons
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert ran(twin, images_of("tutorial")) == (0, 0)
 
 
 def test_a_model_that_computes_something_else_is_not_fused(monkeypatch, ran):

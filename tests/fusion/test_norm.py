@@ -84,6 +84,7 @@ FORMS = {
     "without_weight": lambda: Net(affine=False),
     "without_statistics": lambda: Net(track_running_stats=False),
     "another_momentum": lambda: Net(momentum=0.7, eps=0.1),
+    "no_momentum": lambda: Net(momentum=0.0),
     "overlap": lambda: Net(pool={"kernel_size": 3, "stride": (2, 1), "padding": 1, "ceil_mode": True}),
     "dilation": lambda: Net(pool={"kernel_size": (2, 3), "stride": 1, "dilation": (2, 1)}),
     "gaps": lambda: Net(pool={"kernel_size": 1, "stride": 3}),

@@ -207,6 +207,14 @@ def test_empty_batch(trial, place):
 
 
 @over("plain")
+def test_a_gradient_that_is_negated_lazily(case, trial, place):
+    """PyTorch's complex numbers make such tensors: their memory holds the other sign."""
+    tensors = case.exact(torch.float32, device=place)
+    memory = exact_grid(trial(case).stock(**tensors, **case.keywords).shape, torch.float32, terms=case.terms)
+    trial(case).equal(case, tensors, torch._neg_view(memory.to(place)))
+
+
+@over("plain")
 def test_bitwise_reproducible_from_run_to_run(case, dtype, trial, place):
     tensors = case.random(dtype, device=place)
     grad = upstream(trial(case).stock(**tensors, **case.keywords))

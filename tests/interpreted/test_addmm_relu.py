@@ -14,6 +14,7 @@ from harness.cases import ADDMM_CASES, SHIPPED_ADDMM, AddmmCase, dtypes, wide_an
 from harness.contract import (  # noqa: F401
     Contract,
     pytest_generate_tests,
+    test_a_gradient_that_is_negated_lazily,
     test_addresses_beyond_two_to_the_31,
     test_addresses_in_32_bits_would_be_caught,
     test_as_accurate_as_stock,

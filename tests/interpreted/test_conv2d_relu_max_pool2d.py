@@ -13,6 +13,7 @@ from harness.cases import BIG_WINDOW, CONV_CASES, SHIPPED_CONV, conv_case, dtype
 from harness.contract import (  # noqa: F401
     Contract,
     pytest_generate_tests,
+    test_a_gradient_that_is_negated_lazily,
     test_a_window_without_a_cell,
     test_addresses_beyond_two_to_the_31,
     test_addresses_in_32_bits_would_be_caught,

@@ -128,6 +128,18 @@ def test_a_graph_made_before_may_be_mapped():
     agree(jacobian(chain), jacobian(stock))
 
 
+@pytest.mark.cheap
+def test_batched_gradients():
+    """`is_grads_batched` maps with tensors of its own kind, which kernels cannot read."""
+    input, parameters, links = made("a network")
+    results = []
+    for function in (chain, stock):
+        output = function(input, parameters, links)
+        basis = torch.eye(output.numel(), dtype=output.dtype).view(-1, *output.shape)
+        results.append(torch.autograd.grad(output, [input, *parameters], basis, is_grads_batched=True))
+    agree(*results)
+
+
 @pytest.mark.parametrize("row", ["two", "a network"])
 def test_an_output_may_be_modified_in_place(row):
     """Where no relu is last, as in stock."""
@@ -283,13 +295,13 @@ def test_derivatives_of_higher_order_notice_a_modified_bias(either):
         torch.autograd.grad(output.sum(), input, create_graph=True)
 
 
-@rows
-def test_data_that_becomes_another_tensor_after_the_forward(row):
+@pytest.mark.cheap
+def test_data_that_becomes_another_tensor_after_the_forward():
     """Gradients are stock's, whose linear maps use the data that the forward saw."""
-    for changed in range(len(made(row)[1])):
+    for changed in range(len(made("a network")[1])):
         results = []
         for function in (chain, stock):
-            input, parameters, links = made(row)
+            input, parameters, links = made("a network")
             output = function(input, parameters, links)
             parameters[changed].data = torch.ones_like(parameters[changed])
             results.append(torch.autograd.grad(output.sum(), [input, *parameters]))
@@ -307,3 +319,16 @@ def test_lenet_with_a_bias_that_stock_broadcasts(shape):
         network(images).sum().backward()
     torch.testing.assert_close(fused(images), stock_network(images))
     torch.testing.assert_close(fused.fc2.bias.grad, stock_network.fc2.bias.grad)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_few_images_behind_a_weight_in_channels_last(images):
+    """Its results are in channels_last, which matrix products of the convolution behind it do not take."""
+    input, parameters, links = made("two", torch.float32, images)
+    parameters[0] = parameters[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    leaves = [input, *parameters]
+    results = []
+    for function in (chain, stock):
+        output = function(input, parameters, links)
+        results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

@@ -44,6 +44,28 @@ def test_damaged_checkpoints_are_refused(saved: Path) -> None:
     assert checkpoint.load(saved).epoch == 1
 
 
+def test_tensors_of_other_names_or_shapes_are_refused(saved: Path) -> None:
+    """Their bytes are the same."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(saved)
+    weight, bias = tensors["model.fc1.weight"], tensors["model.fc1.bias"]
+    first, second = tensors["model.conv1.bias"], tensors["model.conv2.bias"]
+    for changed in (
+        {"model.fc1.weight": weight.reshape(weight.shape[::-1])},
+        {"model.fc1.bias": bias.view(torch.int32)},
+        {"model.conv1.bias": second, "model.conv2.bias": first},
+    ):
+        save_file(tensors | changed, saved, metadata)
+        with pytest.raises(checkpoint.CheckpointError, match="its content does not match its digest"):
+            checkpoint.load(saved)
+    save_file(tensors, saved, metadata)
+    assert checkpoint.load(saved).epoch == 1
+
+
 def test_foreign_files_are_refused(tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import save_file
 

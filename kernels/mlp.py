@@ -22,9 +22,6 @@ from torch import Tensor
 from . import tiles
 from .joint import Job, Later, launch_job
 from .runtime import (
-    Box,
-    box,
-    boxed_dot,
     cdiv,
     contiguous,
     dot,
@@ -32,7 +29,6 @@ from .runtime import (
     index_type,
     launch,
     load,
-    load_box,
     operand,
     relu,
     split_reduction,
@@ -45,7 +41,7 @@ _GENERAL = [
     *("grad_stride_m", "grad_stride_r"),
     *(f"{tensor}_ptr" for tensor in ("input", "weight1", "bias1", "weight2", "bias2", "weight3", "bias3", "output")),
     *(f"{tensor}_ptr" for tensor in ("hidden1", "hidden2", "grad", "grad1", "grad2", "result", "row_sums")),
-    *("weight_sums_ptr", "input_box", "weight1_box"),
+    "weight_sums_ptr",
 ]
 
 
@@ -94,8 +90,8 @@ def _hidden(product, bias_ptr, row, column, rows, columns):
 
 @triton.jit(do_not_specialize=_GENERAL)
 def _forward_kernel(
-    input_box,
-    weight1_box,
+    input_ptr,
+    weight1_ptr,
     bias1_ptr,
     weight2_ptr,
     bias2_ptr,
@@ -111,7 +107,6 @@ def _forward_kernel(
     r,
     SAVE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    BOXED: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -129,15 +124,13 @@ def _forward_kernel(
     Saves: hidden1 and hidden2 if SAVE, whose signs are relu's masks; else nothing.
 
     Cost per row ("image"): 2 * (K * P + P * Q + Q * R) FLOP; reads K elements, writes R, and P + Q if SAVE; the weights
-    are read once per program. If BOXED, input and weight1 are descriptors, so that the GPU copies their tiles, several
-    steps ahead, to the shared memory in which matrix units read them.
+    are read once per program.
     """
     row = tl.arange(0, BLOCK_M)
     first_row = tl.program_id(0).to(INDEX) * BLOCK_M
     if INDEX == tl.int64:  # noqa: SIM300  (a type is no constant here)
         # Only a tile's beginning takes 64 bits, which every lane would need registers for.
-        if not BOXED:
-            input_box += first_row * k
+        input_ptr += first_row * k
         output_ptr += first_row * r
         hidden1_ptr += first_row * p
         hidden2_ptr += first_row * q
@@ -151,19 +144,14 @@ def _forward_kernel(
         column1 = first + tl.arange(0, BLOCK_P)
         product = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
         for start in range(0, k, BLOCK_K):
-            if BOXED:
-                left = load_box(input_box, tl.program_id(0) * BLOCK_M, start, 1)
-                right = load_box(weight1_box, start, first, -1)
-                product = boxed_dot(left, right, product, PRECISION)
-            else:
-                depth = start + tl.arange(0, BLOCK_K)
-                left = _load(input_box, row, depth, m, k, ALIGNED)
-                right = _load(weight1_box, column1, depth, p, k, ALIGNED, True)
-                product = dot(left, right, product, PRECISION)
+            depth = start + tl.arange(0, BLOCK_K)
+            left = _load(input_ptr, row, depth, m, k, ALIGNED)
+            right = _load(weight1_ptr, column1, depth, p, k, ALIGNED, True)
+            product = dot(left, right, product, PRECISION)
         hidden = _hidden(product, bias1_ptr, row, column1, m, p)
         if SAVE:
             _store(hidden1_ptr, row, column1, m, p, hidden, ALIGNED)
-        hidden = operand(hidden, weight2_ptr)
+        hidden = operand(hidden, input_ptr)
         for i in tl.static_range(SLICES_Q):
             right = _load(weight2_ptr, i * BLOCK_Q + tl.arange(0, BLOCK_Q), column1, q, p, ALIGNED, True)
             total = dot(hidden, right, sums[i], PRECISION)
@@ -173,7 +161,7 @@ def _forward_kernel(
         hidden = _hidden(sums[i], bias2_ptr, row, column2, m, q)
         if SAVE:
             _store(hidden2_ptr, row, column2, m, q, hidden, ALIGNED)
-        sums = sums[:i] + (operand(hidden, weight2_ptr),) + sums[i + 1 :]
+        sums = sums[:i] + (operand(hidden, input_ptr),) + sums[i + 1 :]
     for first in tl.range(0, r, BLOCK_R, num_stages=1, disable_licm=True):
         columns3 = first + tl.arange(0, BLOCK_R)
         product3 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -578,16 +566,10 @@ def mlp(
     operands = [contiguous(t) for t in (input, weight1, bias1, weight2, bias2, weight3, bias3)]
     output = empty((m, r), input)
     aligned = _aligned(operands[0], operands[1], operands[3], operands[5])
-    boxed = tiles.describes(operands[0], operands[1])
-    tile = tiles.head_forward(input.dtype, p, q, aligned, boxed)
+    tile = tiles.head_layers(input.dtype, p, q, aligned)
     exact = tiles.is_exact(input.dtype, tile["PRECISION"])
     hidden1 = empty((m, p), input) if return_hidden or exact else None
     hidden2 = empty((m, q), input) if return_hidden else None
-    boxes: dict[int, Box] = {}
-    if boxed:
-        rounded, depth = tile["PRECISION"] == "tf32", tile["BLOCK_K"]
-        boxes[0] = box(operands[0], tile["BLOCK_M"], depth, rounded)
-        boxes[1] = box(operands[1], tile["BLOCK_P"], depth, rounded)
     launch(
         _exact_forward_kernel if exact else _forward_kernel,
         (cdiv(m, tile["BLOCK_M"]),),
@@ -600,10 +582,8 @@ def mlp(
         p,
         q,
         r,
-        boxes=boxes,
         SAVE=return_hidden,
         ALIGNED=aligned,
-        **({} if exact else {"BOXED": boxed}),
         INDEX=index_type(operands[0], output, hidden1, hidden2),
         **tile,
     )

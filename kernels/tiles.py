@@ -205,15 +205,6 @@ def is_exact(dtype: torch.dtype, precision: str) -> bool:
     return dtype == torch.float32 and precision == "ieee"
 
 
-def head_forward(dtype: torch.dtype, p: int, q: int, aligned: bool, boxed: bool) -> dict[str, Any]:
-    """Choose precision and tile of the forward; `boxed`: whether the first layer's operands go by descriptors."""
-    tile = head_layers(dtype, p, q, aligned)
-    if boxed and not INTERPRETED:
-        # The GPU copies as many steps ahead as shared memory holds: at LeNet's 400 features four of seven, or all.
-        tile |= {"BLOCK_K": 64, "num_stages": 4 if dtype == torch.float32 else 7}
-    return tile
-
-
 def head_layers(dtype: torch.dtype, p: int, q: int, aligned: bool) -> dict[str, Any]:
     """Choose precision and tile of the kernels that take rows through the layers; it never depends on the rows.
 

@@ -7,10 +7,12 @@ torch.Size([2, 6, 14, 14])
 """
 
 import importlib.util
+import os
 
 # In a checkout the kernels lie beside the package; only an installation puts them where Python finds them.
 if importlib.util.find_spec(f"{__name__}.kernels") is None:
-    raise ImportError(f"{__name__} is not installed: run 'pip install -e .' in the checkout that holds {__path__[0]}")
+    _folder = os.path.abspath(__path__[0])
+    raise ImportError(f"{__name__} is not installed: run 'pip install -e .' in the checkout that holds {_folder}")
 
 from fastlenet import functional, graphs, private
 from fastlenet._version import __version__

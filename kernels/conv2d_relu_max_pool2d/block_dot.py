@@ -35,7 +35,7 @@ from ..runtime import (
     store,
     tf32,
 )
-from .shared import better, block_cells, covers, pack, precision_of, sizes_of, within
+from .shared import better, covers, pack, precision_of, sizes_of, within
 
 __all__ = ["covers", "forward"]
 
@@ -133,8 +133,9 @@ def _forward_kernel(
     Cost per image: 2 * BH * BW * (PH + RH) * (PW + RW) * O * C * KH * KW FLOP; reads each pixel once for every block
     under whose patch it lies, mostly from cache, writes O * PH * PW outputs and as many bytes of argmax.
     """
-    BH: tl.constexpr = block_cells(POOL_H, POOL_STRIDE_H)
-    BW: tl.constexpr = block_cells(POOL_W, POOL_STRIDE_W)
+    # A block's cells: a window's up to the first of the next one. (In Triton 3.6 no function returns a constant.)
+    BH: tl.constexpr = POOL_H if POOL_H < POOL_STRIDE_H else POOL_STRIDE_H
+    BW: tl.constexpr = POOL_W if POOL_W < POOL_STRIDE_W else POOL_STRIDE_W
     RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H
     RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W
     SPAN_H: tl.constexpr = (BH - 1) * STRIDE_H + KERNEL_H

@@ -40,7 +40,7 @@ from ..runtime import (
     store,
     sum_partials,
 )
-from .shared import better, block_cells, covers, sizes_of, within
+from .shared import better, covers, sizes_of, within
 
 __all__ = ["covers", "forward", "grad_input", "grad_weight"]
 
@@ -282,8 +282,9 @@ def _forward_kernel(
     Cost per image: 2 * BH * BW * PH * PW * O * C * KH * KW FLOP, (PH + RH) * (PW + RW) for overlapping windows; reads
     the input once per tile of channels, writes O * PH * PW outputs and as many bytes of argmax.
     """
-    BH: tl.constexpr = block_cells(POOL_H, POOL_STRIDE_H)
-    BW: tl.constexpr = block_cells(POOL_W, POOL_STRIDE_W)
+    # A block's cells: a window's up to the first of the next one. (In Triton 3.6 no function returns a constant.)
+    BH: tl.constexpr = POOL_H if POOL_H < POOL_STRIDE_H else POOL_STRIDE_H
+    BW: tl.constexpr = POOL_W if POOL_W < POOL_STRIDE_W else POOL_STRIDE_W
     RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H
     RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W
     WIDTH: tl.constexpr = (BW - 1) * STRIDE_W + KERNEL_W
@@ -772,8 +773,8 @@ def _grad_weight_kernel(
     Saves: nothing. Cost per image: as the forward; reads the input once per tile of output channels, gradients and
     argmax once per tile of input channels.
     """
-    BH: tl.constexpr = block_cells(POOL_H, POOL_STRIDE_H)
-    BW: tl.constexpr = block_cells(POOL_W, POOL_STRIDE_W)
+    BH: tl.constexpr = POOL_H if POOL_H < POOL_STRIDE_H else POOL_STRIDE_H
+    BW: tl.constexpr = POOL_W if POOL_W < POOL_STRIDE_W else POOL_STRIDE_W
     RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H
     RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W
     PERIOD_H: tl.constexpr = POOL_STRIDE_H * STRIDE_H
@@ -1042,8 +1043,8 @@ def _sliding_grad_weight_kernel(
     RH + 1 rows of blocks that its window reaches. A program is one warp. The grid's second and third axes count the
     parts.
     """
-    BH: tl.constexpr = block_cells(POOL_H, POOL_STRIDE_H)
-    BW: tl.constexpr = block_cells(POOL_W, POOL_STRIDE_W)
+    BH: tl.constexpr = POOL_H if POOL_H < POOL_STRIDE_H else POOL_STRIDE_H
+    BW: tl.constexpr = POOL_W if POOL_W < POOL_STRIDE_W else POOL_STRIDE_W
     RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H
     RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W
     PERIOD_H: tl.constexpr = POOL_STRIDE_H * STRIDE_H
@@ -1325,8 +1326,8 @@ def _grad_input_kernel(
     Saves: nothing. Cost per image: 2 * BH * BW * (PH + RH) * (PW + RW) * O * C * KH * KW FLOP; reads gradients and
     argmax once per tile of channels, writes C * H * W elements.
     """
-    BH: tl.constexpr = block_cells(POOL_H, POOL_STRIDE_H)
-    BW: tl.constexpr = block_cells(POOL_W, POOL_STRIDE_W)
+    BH: tl.constexpr = POOL_H if POOL_H < POOL_STRIDE_H else POOL_STRIDE_H
+    BW: tl.constexpr = POOL_W if POOL_W < POOL_STRIDE_W else POOL_STRIDE_W
     RH: tl.constexpr = (POOL_H - 1) // POOL_STRIDE_H
     RW: tl.constexpr = (POOL_W - 1) // POOL_STRIDE_W
     SPAN_H: tl.constexpr = (BH - 1) * STRIDE_H + KERNEL_H

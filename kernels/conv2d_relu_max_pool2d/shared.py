@@ -20,12 +20,6 @@ def within(position, size):
 
 
 @triton.jit
-def block_cells(POOL: tl.constexpr, POOL_STRIDE: tl.constexpr):
-    """Cells of a block along one axis: a window's, up to the first cell of the next window."""
-    return POOL if POOL < POOL_STRIDE else POOL_STRIDE
-
-
-@triton.jit
 def better(best, value, argmax, code, RETURN_ARGMAX: tl.constexpr):
     """Let `value`, which comes later in scan order, win over `best` if it is larger or NaN."""
     if RETURN_ARGMAX:

@@ -159,6 +159,7 @@ def test_which_matrices_have_descriptors(name):
         assert found.strides[0] * 4 % 16 == 0
 
 
+@pytest.mark.skipif(not runtime.DESCRIPTORS_ROUND, reason="descriptors round from Triton 3.7 on")
 def test_the_sign_that_masks_is_not_rounded():
     """Rounded to tf32 the least positive numbers are 0, and their gradients would be too."""
     with compiling_for("sm_90"), fp32_precision("tf32"):

@@ -120,7 +120,7 @@ def told(launches, tensors):
     others: dict[int, str] = {}
 
     def of(argument):
-        if not argument.type.startswith("*"):
+        if not argument.type.startswith(("*", "tensordesc")):
             return argument.name, argument.type, argument.value
         place = places.get((argument.value, argument.shape, argument.strides))
         met = others.setdefault(argument.value, f"other memory {len(others)}") if place is None else place

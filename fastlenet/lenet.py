@@ -64,8 +64,8 @@ class StockLeNet(nn.Module):
 class LeNet(StockLeNet):
     """LeNet for 32x32 images, built of fused layers that run as one chain: on a GPU as three kernels.
 
-    The layers run one by one under torch.export. They also do if one of them has hooks or parametrizations or was
-    replaced.
+    The layers run one by one under torch.export, and under torch.compile in PyTorch 2.11. They also do if one of them
+    has hooks or parametrizations or was replaced.
 
     The state_dict is interchangeable with that of `StockLeNet` in both directions. With the same seed both start from
     the same weights.

@@ -52,6 +52,8 @@ def captured(network):
 
 def test_lenet_is_a_chain_unless_a_layer_was_changed(networks):
     """One operator runs faster than five, and a hook must see its layer."""
+    if torch.compile(lambda: torch.compiler.is_exporting(), backend="eager")():
+        pytest.skip("this PyTorch takes compiling for exporting, so that the layers run one by one (2.11)")
     fused, _ = networks
     with torch.no_grad():
         assert captured(fused) == ["fastlenet.chain"]

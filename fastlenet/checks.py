@@ -117,7 +117,8 @@ def by_stock(
             small(*standing)
             return
         try:
-            whole(*standing)
+            # Stock's answer may depend on strides, which the stand-ins do not have.
+            whole(*operands.values())
         except Exception as error:
             reason = next(iter(str(error).splitlines()), "")
             given = [f"{name} of size {list(tensor.shape)}" for name, tensor in operands.items() if tensor is not None]

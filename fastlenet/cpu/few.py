@@ -232,10 +232,10 @@ def _forward(
     conv = scratch.at(max((layer.plan.record[record.CONV_BYTES] for layer in layers if layer.plan), default=0))
     source = At(program.INPUT, 0, 4 * torch.Size(image).numel())
     output = At(program.OUTPUT, 0, 4 * torch.Size(shape).numel())
-    first, plans = links[0], []
-    if isinstance(first, ConvPoolGeometry) and first.padding != (0, 0):
+    opening, plans = links[0], []
+    if isinstance(opening, ConvPoolGeometry) and opening.padding != (0, 0):
         padded = at(4 * torch.Size(layers[0].source).numel())
-        each.append(step("image", "pad", source, *image, *first.padding, padded))
+        each.append(step("image", "pad", source, *image, *opening.padding, padded))
         source = padded
     for i, layer in enumerate(layers):
         weight, bias, *_, missing = program.parameters_of(i)

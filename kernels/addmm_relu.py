@@ -12,7 +12,7 @@ multiples of 8 bytes; `_lay_out_kernel` copies others. Where the GPU copies tile
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -668,7 +668,15 @@ _SUM_COLUMNS = 64
 """Columns of which a program sums the gradient, 32 rows at a time."""
 
 
-def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
+def addmm_relu(
+    input: Tensor | None,
+    mat1: Tensor,
+    mat2: Tensor,
+    beta: float,
+    alpha: float,
+    *,
+    launcher: Callable[..., Any] | None = None,
+) -> Tensor:
     """Launch the forward.
 
     Args:
@@ -677,14 +685,17 @@ def addmm_relu(input: Tensor | None, mat1: Tensor, mat2: Tensor, beta: float, al
         mat2: (K, N), any strides.
         beta: factor of `input`.
         alpha: factor of the product.
+        launcher: `launch_forward`, or one that follows its plans.
 
     Returns:
         relu(beta * input + alpha * (mat1 @ mat2)), (M, N) contiguous.
     """
-    return _forward(mat1, mat2, None if beta == 0 else input, (float(beta), float(alpha)))[0]
+    run = launch_forward if launcher is None else launcher
+    return run(mat1, mat2, None if beta == 0 else input, (float(beta), float(alpha)))[0]
 
 
-def _forward(mat1: Tensor, mat2: Tensor, input: Tensor | None, factors: tuple[float, float]) -> tuple[Tensor]:
+def launch_forward(mat1: Tensor, mat2: Tensor, input: Tensor | None, factors: tuple[float, float]) -> tuple[Tensor]:
+    """Launch the forward; all that a plan must tell apart, and nothing else, is an argument."""
     (m, k), n = mat1.shape, mat2.shape[1]
     beta, alpha = factors
     output = empty((m, n), mat1)
@@ -770,6 +781,8 @@ def addmm_relu_backward(
     alpha: float,
     output_mask: Sequence[bool],
     later: list[Sum] | None = None,
+    *,
+    launcher: Callable[..., Any] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch those kernels of the backward that `output_mask` asks for.
 
@@ -783,6 +796,7 @@ def addmm_relu_backward(
         alpha: the forward's.
         output_mask: whether to compute grad_input, grad_mat1 and grad_mat2.
         later: as in `sum_partials`; what is noted there makes grad_mat2 and a bias' gradient whole.
+        launcher: `launch_backward`, or one that follows its plans.
 
     Returns:
         The three gradients, grad_mat2 in mat2's order of dimensions; None where not asked for.
@@ -793,7 +807,8 @@ def addmm_relu_backward(
     # A sum over a broadcast dimension is left to PyTorch, in float32.
     addend = "none" if not need_input else "row" if is_bias else "full" if size == tuple(output.shape) else "broadcast"
     factors, wanted = (float(beta), float(alpha)), (addend, bool(need_mat1), bool(need_mat2))
-    grad_input, grad_mat1, grad_mat2 = _backward(mat1, mat2, grad_output, output, factors, wanted, later)
+    run = launch_backward if launcher is None else launcher
+    grad_input, grad_mat1, grad_mat2 = run(mat1, mat2, grad_output, output, factors, wanted, later)
     if grad_mat2 is not None and _columns_first(mat2):
         grad_mat2 = grad_mat2.t()
     if grad_input is not None and addend == "row":
@@ -808,7 +823,7 @@ def _columns_first(mat2: Tensor) -> bool:
     return mat2.stride(0) == 1 and mat2.stride(1) != 1
 
 
-def _backward(
+def launch_backward(
     mat1: Tensor,
     mat2: Tensor,
     grad_output: Tensor,

@@ -138,8 +138,13 @@ class _Addmm(Operator):
     def implementation(self, name: str, library: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
         if name == "triton":
             from fastlenet.kernels import addmm_relu as launchers
+            from fastlenet.kernels.plans import Kinds
 
-            return launchers.addmm_relu, launchers.addmm_relu_backward
+            forward, backward = Kinds(launchers.launch_forward), Kinds(launchers.launch_backward)
+            return (
+                functools.partial(launchers.addmm_relu, launcher=forward),
+                functools.partial(launchers.addmm_relu_backward, launcher=backward),
+            )
         return reference.addmm_relu, reference.addmm_relu_backward
 
     def registered(self) -> dict[str, Registered]:

@@ -111,6 +111,22 @@ def calls():
     }
 
 
+def linear_calls():
+    """Likewise for a linear map."""
+    input, weight, bias = torch.zeros(32, 64), torch.zeros(48, 64), torch.zeros(48)
+    return {
+        "plain": (input, weight, bias),
+        "unaligned": (torch.zeros(input.numel() + 1)[1:].view(input.shape), weight, bias),
+        "unaligned weight": (input, torch.zeros(weight.numel() + 1)[1:].view(weight.shape), bias),
+        "every second row": (torch.zeros(64, 64)[::2], weight, bias),
+        "column by column": (input, torch.zeros(64, 48).t(), bias),
+        "two leading dimensions": (torch.zeros(4, 2, 64), weight, bias),
+        "copied to rows": (torch.zeros(2, 4, 64).transpose(0, 1), weight, bias),
+        "no bias": (input, weight, None),
+        "float16": (input.half(), weight.half(), bias.half()),
+    }
+
+
 class Memory:
     """A workspace, of which a plan passes an address alone; it is equal to a tensor of any form."""
 
@@ -136,17 +152,18 @@ def told(log):
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
-@pytest.mark.parametrize("operator", ["layer", "chain"])
-def test_no_call_follows_the_plan_of_another_kind(operator, backward, gpu, launched, monkeypatch):
+@pytest.mark.parametrize("operator", ["layer", "chain", "linear"])
+def test_no_call_follows_the_plan_of_another_kind(operator, backward, gpu, launched, reasoned, monkeypatch):
     """An unaligned view after an aligned call of the same shape, for one, must not run a kernel of 16-byte loads."""
-    run = {
-        "layer": lambda *tensors: functional.conv2d_relu_max_pool2d(*tensors),
-        "chain": lambda input, *parameters: functional.chain(input, parameters, (PLAIN,)),
+    run, kinds = {
+        "layer": (lambda *tensors: functional.conv2d_relu_max_pool2d(*tensors), calls),
+        "chain": (lambda input, *parameters: functional.chain(input, parameters, (PLAIN,)), calls),
+        "linear": (lambda *tensors: functional.linear_relu(*tensors), linear_calls),
     }[operator]
 
     def all_calls():
         found = {}
-        for name, tensors in calls().items():
+        for name, tensors in kinds().items():
             launched.clear()
             leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
             output = run(*leaves)
@@ -159,10 +176,13 @@ def test_no_call_follows_the_plan_of_another_kind(operator, backward, gpu, launc
         with monkeypatch.context() as patch:
             patch.setattr(plans, "ENABLED", False)
             expected = all_calls()
-        # A weight's alignment shows nowhere in these kernels; an input's leads to another.
+        # Two kinds launch alike: a convolution's weight may lie anywhere, and rows are rows after they were copied.
         assert len({str(launches) for launches in expected.values()}) == len(expected) - 1
         for _ in range(3):
+            reasoned.clear()
             assert all_calls() == expected
+        if operator == "linear":
+            assert reasoned == [], "a later call of each kind follows its plan"
 
 
 def backward_calls():

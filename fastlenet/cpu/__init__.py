@@ -9,6 +9,7 @@ from .chain import chain, chain_backward, chain_covers, chain_rejects
 from .compiled import unavailable
 from .conv2d_relu_max_pool2d import conv2d_relu_max_pool2d, conv2d_relu_max_pool2d_backward, covers, rejects
 from .folding import fold, fold_covers
+from .layout import lay_out, lay_out_covers
 
 __all__ = [
     "batch_norm_relu_max_pool2d",
@@ -23,6 +24,8 @@ __all__ = [
     "covers",
     "fold",
     "fold_covers",
+    "lay_out",
+    "lay_out_covers",
     "rejects",
     "unavailable",
 ]

@@ -10,6 +10,7 @@ numbers for each channel in between. Neither the normalised batch nor its gradie
 ``sums``      each image's sums of the gradient, and of the gradient times ``x - mean``, at those cells
 ``slopes``    from these the gradients of weight and bias, and the factors of the input's gradient
 ``grad``      ``slope * (x - mean) + level``, and at those cells ``scale * gradient`` besides
+``lay_out``   from the plain layout to channels_last, or back, for a convolution that runs in the plain layout
 ``fold``      in eval mode: weight and bias of the convolution that equals one with BatchNorm behind it
 ============  ==========================================================================================
 
@@ -25,7 +26,7 @@ from typing import Any
 
 from numba import float32, float64
 
-from . import folding
+from . import folding, layout
 from .batch_norm_relu_max_pool2d import (
     ARGMAX,
     BIAS,
@@ -80,6 +81,7 @@ from .lanes import (
     store_bytes_first,
     store_lanes,
     take,
+    transpose,
     where_equal,
     where_not_equal,
     winner,
@@ -333,6 +335,33 @@ def grad() -> Any:
             task = take(job)
 
     return grad
+
+
+def lay_out() -> Any:
+    """Return the kernel that transposes each image's matrix of channels and pixels."""
+
+    @kernel(1)
+    def lay_out(job):
+        """Transpose 16 channels and 16 pixels at a time; the last 16 of either overlap those before if need be.
+
+        Pixels follow each other, so that one side is read or written as 16 streams.
+        """
+        channels, pixels, last = field(job, layout.CHANNELS), field(job, layout.PIXELS), field(job, layout.LAST)
+        blocks = (channels + LANES - 1) // LANES
+        task = take(job)
+        while task < field(job, layout.TASKS):
+            image, channel = 4 * channels * pixels * (task // blocks), min(LANES * (task % blocks), channels - LANES)
+            source, target = field(job, layout.SOURCE) + image, field(job, layout.TARGET) + image
+            for start in range(0, pixels, LANES):
+                pixel = min(start, pixels - LANES)
+                plain, other = 4 * (pixels * channel + pixel), 4 * (channels * pixel + channel)
+                if last:
+                    transpose(source + plain, 4 * pixels, LANES - 1, target + other, 4 * channels, LANES)
+                else:
+                    transpose(source + other, 4 * channels, LANES - 1, target + plain, 4 * pixels, LANES)
+            task = take(job)
+
+    return lay_out
 
 
 def fold() -> Any:

@@ -560,6 +560,29 @@ def _folded(
     return (weight * factor.view(-1, 1, 1, 1)).to(dtype), offset.to(dtype)
 
 
+def lay_out(input: Tensor, layout: torch.memory_format) -> Tensor:
+    """Return ``input.to(memory_format=layout)``, by a compiled kernel if it is faster; the gradient likewise."""
+    if selection.backend() in ("auto", "cpu") and selection.unwatched() and cpu.lay_out_covers(input, layout):
+        with contextlib.suppress(KernelError):
+            laid_out: Tensor = _LayOut.apply(input, layout)
+            return laid_out
+    # `contiguous` would keep the strides of a single channel, by which a convolution tells layouts apart.
+    return input.to(memory_format=layout)
+
+
+class _LayOut(torch.autograd.Function):
+    """A change of layout by `cpu.lay_out`, whose gradient is laid out likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, layout: torch.memory_format) -> Tensor:
+        ctx.before = torch.contiguous_format if layout is torch.channels_last else torch.channels_last
+        return cpu.lay_out(input, layout)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return lay_out(grad_output, ctx.before), None
+
+
 def batch_norm_relu_max_pool2d(
     momentum: float, eps: float, geometry: ConvPoolGeometry, *tensors: Tensor | None
 ) -> Tensor:
@@ -639,12 +662,13 @@ def _norm_call(graph: fx.Graph, match: Match, nodes: list[fx.Node], copy: Callab
 
 
 def _relaid(graph: fx.Graph, node: fx.Node, layout: torch.memory_format) -> fx.Node:
-    # `contiguous` would keep the strides of a single channel, by which a convolution tells layouts apart.
-    return graph.call_method("to", (node,), {"memory_format": layout})
+    return graph.call_function(lay_out, (node, layout))
 
 
 def _as_computed(node: fx.Node) -> fx.Node:
     """The node whose result this one only lays out anew."""
-    relaid = node.target == "to" and dict(node.kwargs) == {"memory_format": torch.contiguous_format}
-    (source,) = node.args if relaid and len(node.args) == 1 else (node,)
-    return source if isinstance(source, fx.Node) else node
+    if node.target is lay_out and node.args[1] is torch.contiguous_format:
+        (source, _) = node.args
+        assert isinstance(source, fx.Node)
+        return source
+    return node

@@ -1,13 +1,15 @@
 """``python -m bench.slowest``: random legal calls, and those that are slowest compared with stock PyTorch.
 
 Calls are drawn from the whole range of the operators: any kernel, stride, padding, dilation, groups, window, layout,
-type and batch. Each is timed, forward and backward, in turns with stock's own composition. A call may take at most
-`FACTOR` times stock's time plus `SLACK_US`. A call that takes more is timed again, for longer, before it counts. The
-command prints the worst calls, which can become tests, and exits with 1 if one takes too long.
+type and batch; and chains of up to three convolutions and three linear maps. Each is timed, forward and backward, in
+turns with stock's own composition. A call may take at most `FACTOR` times stock's time plus `SLACK_US`. A call that
+takes more is timed again, for longer, before it counts. The command prints the worst calls, which can become tests, and
+exits with 1 if one takes too long.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import sys
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fastlenet.kernels.geometry import LINEAR, LINEAR_RELU, ConvPoolGeometry
 from torch import Tensor
 
 from fastlenet import functional
@@ -25,6 +28,8 @@ from fastlenet.terminal import Parser
 FACTOR, SLACK_US = 1.5, 50.0
 MOST_PRODUCTS = 3e8
 """The most multiply-adds of a random call. Larger calls would only take longer to time."""
+CHAINS = 0.4
+"""The part of the random calls that are chains."""
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -57,6 +62,65 @@ class ConvCall(NamedTuple):
         size, stride, padding, dilation = (self.pool[name] for name in ("size", "stride", "padding", "dilation"))
         conv = F.relu(F.conv2d(input, weight, bias, **self.conv))
         return F.max_pool2d(conv, size, stride, padding, dilation, self.pool["ceil_mode"])
+
+
+class ChainCall(NamedTuple):
+    """A drawn chain: the shape of its input, and of each weight, pools of 2x2 behind 3x3 or 5x5 kernels."""
+
+    input: tuple[int, ...]
+    weights: list[tuple[int, ...]]
+    grad: bool
+
+    def tensors(self) -> list[Tensor]:
+        """The input, and a weight and a bias of each link, of random numbers."""
+        found = [torch.randn(self.input)]
+        for shape in self.weights:
+            found += [torch.randn(shape) / math.prod(shape[1:]) ** 0.5, torch.randn(shape[0])]
+        return [tensor.requires_grad_(self.grad and i > 0) for i, tensor in enumerate(found)]
+
+    def fused(self, *tensors: Tensor) -> Tensor:
+        """The call by fastlenet."""
+        last = len(self.weights) - 1
+        links = [_PLAIN if len(w) == 4 else LINEAR if i == last else LINEAR_RELU for i, w in enumerate(self.weights)]
+        return functional.chain(tensors[0], tensors[1:], tuple(links))
+
+    def stock(self, *tensors: Tensor) -> Tensor:
+        """Run the call with stock PyTorch's operators."""
+        output = tensors[0]
+        for i, weight in enumerate(self.weights):
+            operands = tensors[1 + 2 * i : 3 + 2 * i]
+            if len(weight) == 4:
+                output = F.max_pool2d(F.relu(F.conv2d(output, *operands, padding=1)), 2)
+            else:
+                output = F.linear(output if output.dim() == 2 else output.flatten(1), *operands)
+                output = output if i == len(self.weights) - 1 else F.relu(output)
+        return output
+
+
+_PLAIN = ConvPoolGeometry((1, 1), (1, 1), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
+
+
+def draw_chain(rng: random.Random) -> ChainCall:
+    """Draw a chain of at least two links."""
+    while True:
+        images, products = rng.choice([1, 2, 4, 7, 8, 16, 17, 32, 64, 256, 512]), 0
+        sizes = [rng.choice([1, 3, 16]), *[rng.choice([14, 20, 28, 32])] * 2]
+        input, weights = (images, *sizes), list[tuple[int, ...]]()
+        for _ in range(rng.choice([0, 1, 2, 2, 3])):
+            filters, kernel = rng.choice([3, 6, 16, 20, 32, 64]), rng.choice([3, 3, 5])
+            weights.append((filters, sizes[0], kernel, kernel))
+            conv = sizes[1] + 3 - kernel
+            products += images * math.prod(weights[-1]) * conv**2
+            sizes = [filters, conv // 2, conv // 2]
+        if not weights:
+            sizes, input = [math.prod(sizes)], (images, math.prod(sizes))
+        width = math.prod(sizes)
+        for _ in range(rng.choice([0, 1, 2, 2, 3])):
+            weights.append((rng.choice([10, 64, 120, 512, 1024]), width))
+            products += images * math.prod(weights[-1])
+            width = weights[-1][0]
+        if len(weights) > 1 and min(sizes) > 0 and products <= MOST_PRODUCTS:
+            return ChainCall(input, weights, rng.random() < 0.6)
 
 
 def draw(rng: random.Random) -> ConvCall:
@@ -117,7 +181,7 @@ def draw(rng: random.Random) -> ConvCall:
         )
 
 
-def compare(call: ConvCall, seconds: float) -> tuple[float, float]:
+def compare(call: ConvCall | ChainCall, seconds: float) -> tuple[float, float]:
     """Time a call and stock's, in turns, for about `seconds`: medians in microseconds, fastlenet's first."""
     steps = [_step(function, call.tensors()) for function in (call.fused, call.stock)]
     for step in steps:
@@ -137,7 +201,8 @@ def _step(function: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[]
 
     def step() -> None:
         output = function(*tensors)
-        torch.autograd.grad(output, leaves, torch.ones_like(output))
+        if leaves:
+            torch.autograd.grad(output, leaves, torch.ones_like(output))
 
     return step
 
@@ -152,9 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.05, metavar="SECONDS", help=seconds)
     options = parser.parse_args(argv)
     rng = random.Random(options.seed)
-    found: list[tuple[float, float, float, ConvCall]] = []
+    found: list[tuple[float, float, float, ConvCall | ChainCall]] = []
     for _ in range(options.draws):
-        call = draw(rng)
+        call = draw_chain(rng) if rng.random() < CHAINS else draw(rng)
         fused, stock = compare(call, options.seconds)
         for _ in range(2):  # a short disturbance of the machine must not count
             if fused > FACTOR * stock + SLACK_US:

@@ -17,6 +17,11 @@ from .program import Link
 LITTLE_BLOCK = 1 << 24
 """FLOP of a block of 16 images up to which half-filled lanes suffice."""
 
+LARGE_MATRIX = 1 << 18
+"""Elements of a weight that 16 images at a time read and sum up more slowly than a library multiplies whole batches."""
+SMALL_MATRIX = 1 << 16
+"""Elements of a weight whose gradients one thread sums up image by image at least as fast, for a few images."""
+
 
 def chain_covers(input: Tensor, parameters: Sequence[Tensor | None], links: Sequence[Link]) -> str | None:
     """Why the kernels cannot compute a chain; None if they can."""
@@ -54,7 +59,14 @@ def chain_rejects(
             pixels = conv[0] * conv[1]
             shape = [weight.shape[0], *place.pooled_size(conv)]
         flop.append(2 * weight.numel() * pixels)
-    if few.takes(images, links):
+    matrices = [weight.numel() for weight in weights if weight.dim() == 2]
+    if len(matrices) == len(weights):
+        return "on a CPU PyTorch's own linear layers are as fast"
+    largest, few_images = max(matrices, default=0), few.takes(images, links)
+    summed = largest * images if save and largest >= SMALL_MATRIX else 0
+    if (summed if few_images else largest) >= LARGE_MATRIX:
+        return f"PyTorch's own linear layers are faster at a weight of {largest:,} elements"
+    if few_images:
         return few.rejects(images, weights, flop, save)
     wanted = (0.2 if save else 0.0) if LANES * sum(flop) <= LITTLE_BLOCK else 0.45 if save else 0.2
     if images and threads.fill(images, LANES) < wanted:

@@ -205,6 +205,10 @@ class _Operator(Operator):
         input, *parameters = tensors
         if run is None:
             return reference.chain(input, parameters, settings)
+        if inner := _convolutions(settings):
+            count = 2 * len(inner)
+            input = run(self, inner, input, *parameters[:count]).flatten(-3)
+            parameters, settings = parameters[count:], settings[len(inner) :]
 
         def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvPoolGeometry) -> Tensor:
             return run(conv.CONV2D_RELU_MAX_POOL2D, geometry, input, weight, bias)
@@ -257,6 +261,8 @@ class _Operator(Operator):
 
     def parts(self, settings: Links, *tensors: Any) -> Iterator[tuple[Operator, Any, tuple[Any, ...]]]:
         input, *parameters = tensors
+        if inner := _convolutions(settings):
+            yield self, inner, (input, *parameters[: 2 * len(inner)])
         for index, link in enumerate(settings):
             weight, bias = parameters[2 * index : 2 * index + 2]
             if isinstance(link, ConvPoolGeometry):
@@ -270,6 +276,12 @@ class _Operator(Operator):
 
     def registered(self) -> dict[str, Registered]:
         return {_NAME: Registered(_call, _run), f"{_NAME}_backward": Registered(_backward_call, _run_backward)}
+
+
+def _convolutions(links: Links) -> Links:
+    """The convolutions in front, if they are a shorter chain: matrices may be all that a kernel does not take."""
+    inner = tuple(link for link in links if isinstance(link, ConvPoolGeometry))
+    return inner if 1 < len(inner) < len(links) else ()
 
 
 def _batched(input: Tensor, links: Links) -> Tensor:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # bench/
 
 import fastlenet
 from bench import slowest
-from bench.slowest import ConvCall
+from bench.slowest import ChainCall, ConvCall
 
 
 def call(input, weight, pool, pool_stride=None, *, dtype=torch.float32, input_grad=False):
@@ -31,6 +31,9 @@ SLOW = {
     "one_image_float16": call((1, 1, 32, 32), (6, 1, 5, 5), (2, 2), dtype=torch.float16),
     "one_image_bfloat16": call((1, 1, 32, 32), (6, 1, 5, 5), (2, 2), dtype=torch.bfloat16),
     "one_image_float64": call((1, 1, 32, 32), (6, 1, 5, 5), (2, 2), dtype=torch.float64),
+    "matrices_alone": ChainCall((4, 1200), [(1024, 1200), (512, 1024)], True),
+    "large_matrix_of_two_images": ChainCall((2, 1, 28, 28), [(32, 1, 3, 3), (512, 6272), (120, 512)], True),
+    "large_matrix": ChainCall((512, 1, 28, 28), [(16, 1, 5, 5), (32, 16, 5, 5), (512, 800), (10, 512)], True),
 }
 
 

@@ -17,7 +17,7 @@ from harness.strides import awkward
 from torch import Tensor
 
 import fastlenet
-from fastlenet import cpu, ops, selection
+from fastlenet import cpu, functional, ops, selection
 from fastlenet.cpu import few
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -152,9 +152,49 @@ def divided(nothing_planned, monkeypatch):
 def test_chains(network, images):
     """At most twice stock's error, for less than a block, one block, and some."""
     input, parameters = network.tensors(images)
-    assert cpu.chain_rejects(torch.empty(512, *network.image), parameters, network.links) is None
+    assert cpu.chain_covers(torch.empty(512, *network.image), parameters, network.links) is None
     grad_output = torch.randn(stock(input, parameters, network.links).shape)
     judge(network, input, parameters, grad_output)
+
+
+@pytest.mark.parametrize(
+    ("weights", "images", "save", "taken"),
+    [
+        ([(64, 100), (10, 64)], 32, False, False),  # matrices alone are PyTorch's
+        ([(6, 1, 5, 5), (120, 1176), (10, 120)], 32, True, True),
+        ([(6, 1, 5, 5), (512, 1176), (10, 512)], 32, False, False),
+        ([(6, 1, 5, 5), (512, 1176), (10, 512)], 2, False, True),  # threads share a large matrix then
+        ([(6, 1, 5, 5), (512, 1176), (10, 512)], 2, True, False),
+        ([(6, 1, 5, 5), (60, 1176), (10, 60)], 2, True, True),
+        ([(6, 1, 5, 5), (60, 1176), (10, 60)], 7, True, False),
+    ],
+)
+def test_large_matrices_are_left_to_pytorch(weights, images, save, taken):
+    """They took up to 15 times as long as stock's; the convolutions in front of them stay a chain."""
+    parameters = [tensor for shape in weights for tensor in (torch.zeros(shape), None)]
+    conv = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
+    links = [conv if len(shape) == 4 else "linear_relu" for shape in weights[:-1]]
+    input = torch.zeros(images, 1, 32, 32) if len(weights[0]) == 4 else torch.zeros(images, weights[0][1])
+    reason = cpu.chain_rejects(input, parameters, (*links, "linear"), save)
+    assert (reason is None) == taken, reason
+    if not taken:
+        assert "PyTorch's own linear layers are" in reason
+
+
+def test_the_convolutions_in_front_of_a_large_matrix_stay_a_chain():
+    """Also where no graph is rewritten: a call of a chain is decided for its convolutions and its matrices apart."""
+    conv = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
+    shapes = (6, 1, 5, 5), (16, 6, 5, 5), (1200, 400), (10, 1200)
+    parameters = [tensor for shape in shapes for tensor in (torch.randn(shape, requires_grad=True), None)]
+    input, links = torch.randn(32, 1, 32, 32), (conv, conv, "linear_relu", "linear")
+    output = functional.chain(input, parameters, links)
+    waiting, names = [output.grad_fn], []
+    for node in waiting:
+        names.append(type(node).__name__)
+        waiting += [before for before, _ in node.next_functions if before is not None]
+    assert "ConvReLUMaxPool2d_ConvReLUMaxPool2dChainBackward" in names
+    exact = stock(input.double(), [None if t is None else t.double() for t in parameters], links)
+    assert_as_accurate(output, stock(input, parameters, links), exact, dtype=torch.float32, name="output")
 
 
 @pytest.mark.parametrize("images", [3, 19])

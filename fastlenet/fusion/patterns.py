@@ -562,16 +562,22 @@ def _folded(
 
 def lay_out(input: Tensor, layout: torch.memory_format) -> Tensor:
     """Return ``input.to(memory_format=layout)``, by a compiled kernel if it is faster; the gradient likewise."""
-    if selection.backend() in ("auto", "cpu") and selection.unwatched() and cpu.lay_out_covers(input, layout):
+    laid_out = _laid_out(input, layout)
+    # `contiguous` would keep the strides of a single channel, by which a convolution tells layouts apart.
+    return input.to(memory_format=layout) if laid_out is None else laid_out
+
+
+def _laid_out(input: Tensor, layout: torch.memory_format) -> Tensor | None:
+    usable = selection.backend() in ("auto", "cpu") and selection.unwatched() and not private.is_batched(input)
+    if usable and cpu.lay_out_covers(input, layout):
         with contextlib.suppress(KernelError):
             laid_out: Tensor = _LayOut.apply(input, layout)
             return laid_out
-    # `contiguous` would keep the strides of a single channel, by which a convolution tells layouts apart.
-    return input.to(memory_format=layout)
+    return None
 
 
 class _LayOut(torch.autograd.Function):
-    """A change of layout by `cpu.lay_out`, whose gradient is laid out likewise."""
+    """A change of layout by `cpu.lay_out`."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, layout: torch.memory_format) -> Tensor:
@@ -580,7 +586,8 @@ class _LayOut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return lay_out(grad_output, ctx.before), None
+        laid_out = _laid_out(grad_output, ctx.before)
+        return grad_output if laid_out is None else laid_out, None
 
 
 def batch_norm_relu_max_pool2d(

@@ -4,6 +4,7 @@ from .batch_norm_relu_max_pool2d import (
     batch_norm_relu_max_pool2d,
     batch_norm_relu_max_pool2d_backward,
     batch_norm_relu_max_pool2d_covers,
+    batch_norm_relu_max_pool2d_rejects,
 )
 from .chain import chain, chain_backward, chain_covers, chain_rejects
 from .compiled import unavailable
@@ -15,6 +16,7 @@ __all__ = [
     "batch_norm_relu_max_pool2d",
     "batch_norm_relu_max_pool2d_backward",
     "batch_norm_relu_max_pool2d_covers",
+    "batch_norm_relu_max_pool2d_rejects",
     "chain",
     "chain_backward",
     "chain_covers",

@@ -54,6 +54,10 @@ SLOPE, LEVEL = range(2)
 """Rows of slopes: the input's gradient has ``slope * (x - mean) + level``."""
 
 
+LITTLE = 1 << 16
+"""Numbers of a batch below which calling the kernels takes as long as PyTorch's own operators."""
+
+
 def batch_norm_relu_max_pool2d_covers(geometry: ConvPoolGeometry, input: Tensor, *others: Tensor | None) -> str | None:
     """Why the kernels cannot compute a call; None if they can."""
     if any(tensor is not None and tensor.dtype != torch.float32 for tensor in (input, *others)):
@@ -63,6 +67,11 @@ def batch_norm_relu_max_pool2d_covers(geometry: ConvPoolGeometry, input: Tensor,
     if input.dim() != 4 or input.numel() <= input.shape[1]:
         return "the compiled kernels normalise batches of more than one number for each channel"
     return None
+
+
+def batch_norm_relu_max_pool2d_rejects(input: Tensor) -> str | None:
+    """Why the kernels are not expected to win; None if they are."""
+    return None if input.numel() >= LITTLE else f"stock operators are as fast for {input.numel():,} numbers"
 
 
 def batch_norm_relu_max_pool2d(

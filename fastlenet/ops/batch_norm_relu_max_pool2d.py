@@ -107,6 +107,11 @@ class _Operator(Operator):
 
         return cpu.batch_norm_relu_max_pool2d_covers(settings.geometry, *tensors)
 
+    def slower(self, settings: Settings, differentiable: bool, *tensors: Any) -> str | None:
+        from fastlenet import cpu
+
+        return cpu.batch_norm_relu_max_pool2d_rejects(tensors[0])
+
     def implementation(self, name: str, library: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
         if name == "cpu":
             from fastlenet import cpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections import Counter
 
 import pytest
@@ -33,9 +34,10 @@ def _single_sites(request, monkeypatch):
 
 
 @pytest.fixture
-def compiled():
-    """The compiled CPU kernels themselves."""
+def compiled(monkeypatch):
+    """The compiled CPU kernels themselves, however small a batch is."""
     pytest.importorskip("numba")
+    monkeypatch.setattr(importlib.import_module("fastlenet.cpu.batch_norm_relu_max_pool2d"), "LITTLE", 0)
     selection.forget()
 
 

@@ -101,8 +101,9 @@ def _train(config: Any, output: Path, checkpoint_file: Path, resume: bool, targe
         kept = checkpoint_file.is_file()
         how = f"; --resume goes on from {checkpoint_file}" if kept else " before the first epoch's end"
         return print_error("fastlenet train", f"interrupted{how}", INTERRUPTED)
+    epochs = len(result.history)
     console.print(
-        f"held-out accuracy {result.evaluation.accuracy:.2%} after {len(result.history)} epochs; "
+        f"held-out accuracy {result.evaluation.accuracy:.2%} after {epochs} epoch{'s' if epochs > 1 else ''}; "
         f"results in {output}, checkpoint {checkpoint_file}"
     )
     code = OK
@@ -170,9 +171,9 @@ def run_in_checkout(command: str, module: str, arguments: Sequence[str]) -> int:
     """`fastlenet bench` and `fastlenet report`: run a module of the `bench` folder, which is not installed."""
     # Looked for as a file: some other package called `bench` may well be installed.
     if not (ROOT / module.replace(".", "/")).with_suffix(".py").is_file():
-        advice = f"needs the bench folder of a source checkout, which {ROOT} is not: run pip install -e . in a clone"
+        advice = "runs in a checkout only, because its folder bench is not installed: run pip install -e . there"
         # With --help this prints the advice and ends.
-        Parser(prog=f"fastlenet {command}", description=f"{COMMANDS[command][1]}; {advice}").parse_known_args(arguments)
+        Parser(prog=f"fastlenet {command}", description=f"{COMMANDS[command][1]}: {advice}").parse_known_args(arguments)
         return print_error(f"fastlenet {command}", advice, BAD_INPUT)
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
@@ -183,10 +184,10 @@ def run_in_checkout(command: str, module: str, arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (run_train, "train LeNet on handwritten digits"),
     "predict": (run_predict, "say which digits pictures show, by a trained network"),
-    "bench": (functools.partial(run_in_checkout, "bench", "bench.run"), "measure speed and memory (source checkout)"),
+    "bench": (functools.partial(run_in_checkout, "bench", "bench.run"), "measure speed and memory (in a checkout)"),
     "report": (
         functools.partial(run_in_checkout, "report", "bench.report"),
-        "make tables from measurements (source checkout)",
+        "make tables from measurements (in a checkout)",
     ),
     "env": (run_env, "print what measurements record about this machine"),
 }

@@ -70,7 +70,8 @@ def conv2d_relu_max_pool2d(
     Examples:
         >>> import torch, fastlenet
         >>> images, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
-        >>> fastlenet.functional.conv2d_relu_max_pool2d(images, weight, padding="same", pool_size=(2, 4)).shape
+        >>> functional = fastlenet.functional
+        >>> functional.conv2d_relu_max_pool2d(images, weight, padding="same", pool_size=(2, 4)).shape
         torch.Size([2, 4, 4, 2])
     """
     name = "conv2d_relu_max_pool2d"
@@ -134,7 +135,8 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
     Examples:
         >>> import torch, fastlenet
-        >>> fastlenet.functional.linear_relu(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 0.0], [0.0, 3.0]]))
+        >>> input, weight = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+        >>> fastlenet.functional.linear_relu(input, weight)
         tensor([[2., 0.]])
     """
     if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
@@ -163,7 +165,8 @@ def addmm_relu(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, al
 
     Examples:
         >>> import torch, fastlenet
-        >>> fastlenet.functional.addmm_relu(torch.tensor([1.0, -9.0]), torch.eye(2), torch.eye(2), alpha=2)
+        >>> input, matrix = torch.tensor([1.0, -9.0]), torch.eye(2)
+        >>> fastlenet.functional.addmm_relu(input, matrix, matrix, alpha=2)
         tensor([[3., 0.],
                 [1., 0.]])
     """
@@ -201,8 +204,9 @@ def mlp(
 
     Examples:
         >>> import torch, fastlenet
-        >>> layers = [torch.nn.Linear(400, 120), torch.nn.Linear(120, 84), torch.nn.Linear(84, 10)]
-        >>> parameters = [parameter for layer in layers for parameter in layer.parameters()]
+        >>> sizes = (400, 120), (120, 84), (84, 10)
+        >>> layers = torch.nn.ModuleList(torch.nn.Linear(*size) for size in sizes)
+        >>> parameters = layers.parameters()
         >>> fastlenet.functional.mlp(torch.randn(64, 400), *parameters).shape
         torch.Size([64, 10])
     """
@@ -240,7 +244,8 @@ def chain(input: Tensor, parameters: Sequence[Tensor | None], links: Links) -> T
     Examples:
         >>> import torch, fastlenet
         >>> parameters = [torch.randn(4, 6), None, torch.randn(2, 4), torch.randn(2)]
-        >>> fastlenet.functional.chain(torch.randn(5, 6), parameters, ("linear_relu", "linear")).shape
+        >>> links = "linear_relu", "linear"
+        >>> fastlenet.functional.chain(torch.randn(5, 6), parameters, links).shape
         torch.Size([5, 2])
     """
     checks.tensors("chain", ("input", input))

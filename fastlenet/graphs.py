@@ -65,7 +65,8 @@ class GraphedTrainStep:
         >>> model, loss = fastlenet.LeNet(), torch.nn.functional.cross_entropy
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         >>> images, labels = torch.randn(8, 1, 32, 32), torch.randint(10, (8,))
-        >>> step = fastlenet.graphs.GraphedTrainStep(model, loss, optimizer, (images, labels))
+        >>> batch = images, labels
+        >>> step = fastlenet.graphs.GraphedTrainStep(model, loss, optimizer, batch)
         >>> losses = [step(images, labels) for _ in range(3)]
         >>> step.graphed  # these tensors are on the CPU
         False

@@ -46,7 +46,8 @@ class ConvReLUMaxPool2d(nn.Conv2d):
 
     Examples:
         >>> import torch, fastlenet
-        >>> layer = fastlenet.ConvReLUMaxPool2d(3, 8, 3, padding=1, pool_size=3, pool_stride=2)
+        >>> pool = {"pool_size": 3, "pool_stride": 2}
+        >>> layer = fastlenet.ConvReLUMaxPool2d(3, 8, 3, padding=1, **pool)
         >>> layer(torch.randn(4, 3, 28, 28)).shape
         torch.Size([4, 8, 13, 13])
         >>> torch.nn.Conv2d(3, 8, 3, padding=1).load_state_dict(layer.state_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -30,10 +31,15 @@ def print_error(program: str, problem: Exception | str, code: int) -> int:
 def exit_code(program: str, command: Callable[[], int]) -> int:
     """Run a command and return its exit code; bad input gets one line, and so does an interruption."""
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
     except SystemExit as stop:  # argparse's way to end after --help or an error
         return int(stop.code or OK)
     except (InputError, MissingPackageError) as error:
         return print_error(program, error, BAD_INPUT)
+    except BrokenPipeError:  # a reader such as `head` has seen enough; what Python still holds goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except KeyboardInterrupt:
         return print_error(program, "interrupted", INTERRUPTED)

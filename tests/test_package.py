@@ -109,7 +109,7 @@ print(fastlenet.__file__, fastlenet.kernels.geometry.__file__)
     assert '"backend"' in run(command, "env", **where)
     refused = subprocess.run([command, "bench"], capture_output=True, text=True, check=False, **where)
     assert refused.returncode == 2
-    assert "needs the bench folder of a source checkout" in refused.stderr
+    assert "runs in a checkout only" in refused.stderr
 
 
 def test_the_workflow_runs_what_ci_runs():

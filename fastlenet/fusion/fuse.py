@@ -195,7 +195,8 @@ def fuse(model: nn.Module, example_input: Any = None, *, inplace: bool = False) 
 
     Examples:
         >>> import torch, fastlenet
-        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 6, 5), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
+        >>> layers = torch.nn.Conv2d(1, 6, 5), torch.nn.ReLU(), torch.nn.MaxPool2d(2)
+        >>> net = torch.nn.Sequential(*layers)
         >>> fused = fastlenet.fuse(net)
         >>> fused(torch.ones(64, 1, 32, 32)).shape
         torch.Size([64, 6, 14, 14])

@@ -132,7 +132,7 @@ def _shades(path: Path) -> torch.Tensor:
             with pillow.open(path, formats=("PNG", "JPEG")) as image:
                 return _grey(operations.exif_transpose(image))
         except pillow.UnidentifiedImageError as error:
-            raise DataError(f"{path}: no PNG, JPEG or IDX file") from error
+            raise DataError(f"{path}: not a PNG, JPEG or IDX file") from error
         except Exception as error:  # Damaged files make Pillow's decoders raise errors of a dozen types.
             raise DataError(f"{path}: cannot be decoded ({error})") from error
 

@@ -27,6 +27,7 @@ def test_train_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(lines) == 3, "a log gets a line an epoch and no progress bars"
     assert lines[1].startswith("epoch 2/2  lr 0.0018  loss ")
     assert "held-out accuracy" in lines[2]
+    assert " after 2 epochs; " in lines[2]
     config = json.loads((out / "metrics.json").read_text())["config"]
     assert config == {
         "data": str(folder),
@@ -170,9 +171,9 @@ def test_checkout_commands(
 ) -> None:
     monkeypatch.setattr(command_line, "ROOT", tmp_path)
     assert run_command(command, "--fast") == 2
-    assert_one_line(capsys, f"fastlenet {command}: error: needs the bench folder of a source checkout")
+    assert_one_line(capsys, f"fastlenet {command}: error: runs in a checkout only")
     assert run_command(command, "--help") == 0
-    assert "run pip install -e . in a clone" in " ".join(capsys.readouterr().out.split())
+    assert "run pip install -e . there" in " ".join(capsys.readouterr().out.split())
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "__init__.py").touch()
     (tmp_path / "bench" / f"{module}.py").write_text(
@@ -189,6 +190,16 @@ def test_checkout_commands(
         # The stand-in must not be taken for the real package by tests that follow.
         for name in ("bench", f"bench.{module}"):
             sys.modules.pop(name, None)
+
+
+@pytest.mark.wide
+def test_a_reader_that_leaves_gets_no_traceback() -> None:
+    command = [sys.executable, "-m", "fastlenet", "env"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, said = process.communicate()
+    assert (process.returncode, said) == (0, "")
 
 
 @pytest.mark.wide

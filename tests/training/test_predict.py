@@ -185,9 +185,9 @@ def test_idx_files(
 
 BAD = {
     "missing.png": (None, "cannot be read (No such file or directory)"),
-    "empty.png": (b"", "no PNG, JPEG or IDX file"),
-    "letter.png": (b"Dear sir or madam", "no PNG, JPEG or IDX file"),
-    "other.gif": ("GIF", "no PNG, JPEG or IDX file"),
+    "empty.png": (b"", "not a PNG, JPEG or IDX file"),
+    "letter.png": (b"Dear sir or madam", "not a PNG, JPEG or IDX file"),
+    "other.gif": ("GIF", "not a PNG, JPEG or IDX file"),
     "half.png": ("PNG", "cannot be decoded"),
     "half.jpg": ("JPEG", "cannot be decoded"),
     "short.idx": (b"\0\0\x08\x03\0\0\0\1\0\0\0\x1c\0\0\0\x1cabc", "truncated"),

@@ -70,8 +70,8 @@ def conv2d_relu_max_pool2d(
     Examples:
         >>> import torch, fastlenet
         >>> images, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
-        >>> functional = fastlenet.functional
-        >>> functional.conv2d_relu_max_pool2d(images, weight, padding="same", pool_size=(2, 4)).shape
+        >>> convolve = fastlenet.functional.conv2d_relu_max_pool2d
+        >>> convolve(images, weight, padding="same", pool_size=(2, 4)).shape
         torch.Size([2, 4, 4, 2])
     """
     name = "conv2d_relu_max_pool2d"
@@ -135,8 +135,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
     Examples:
         >>> import torch, fastlenet
-        >>> input, weight = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 0.0], [0.0, 3.0]])
-        >>> fastlenet.functional.linear_relu(input, weight)
+        >>> fastlenet.functional.linear_relu(torch.tensor([[1.0, -1.0]]), 2 * torch.eye(2))
         tensor([[2., 0.]])
     """
     if not isinstance(input, Tensor) or not isinstance(weight, Tensor):

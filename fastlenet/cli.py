@@ -173,7 +173,7 @@ def run_in_checkout(command: str, module: str, arguments: Sequence[str]) -> int:
     if not (ROOT / module.replace(".", "/")).with_suffix(".py").is_file():
         advice = "runs in a checkout only, because its folder bench is not installed: run pip install -e . there"
         # With --help this prints the advice and ends.
-        Parser(prog=f"fastlenet {command}", description=f"{COMMANDS[command][1]}: {advice}").parse_known_args(arguments)
+        Parser(prog=f"fastlenet {command}", description=f"This command {advice}.").parse_known_args(arguments)
         return print_error(f"fastlenet {command}", advice, BAD_INPUT)
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))

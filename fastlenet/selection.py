@@ -191,17 +191,13 @@ def _unreachable(device: torch.device) -> str | None:
     """Why Triton cannot drive `device`, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if device.type == "cuda" or _everything_driven or (device.type == "cpu" and triton_interpreted()):
+    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+    if device.type == "cuda" or _everything_driven or (device.type == "cpu" and interpreted):
         return None
     return (
         f"Triton does not drive {device.type} tensors: move them to a GPU, or set TRITON_INTERPRET=1 before "
         "importing triton to interpret the kernels on the CPU"
     )
-
-
-def triton_interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on CPU tensors too."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
 def _rejected_by_cpu(call: Call) -> Rejection | None:
@@ -261,21 +257,9 @@ def _walk(call: Call) -> Choice:
 # --- what is known of a kind of call --------------------------------------------------------------------------------
 
 
-class Form(NamedTuple):
-    """The form that a call takes (see `fastlenet.ops.registration`).
-
-    Attributes:
-        composed: whether stock's own operators compute it, with stock's derivatives.
-        apart: whether each of a composed call's parts is decided for itself.
-        differentiable: whether a backward may follow.
-    """
-
-    composed: bool
-    apart: bool
-    differentiable: bool
-
-
-COMPOSED = Form(composed=True, apart=False, differentiable=False)
+Form = tuple[Callable[..., Tensor] | None, bool]
+"""The form that a call takes (see `fastlenet.ops.registration`): its composition or None, and, of other forms, whether
+a backward may follow."""
 
 
 class Known:
@@ -284,13 +268,12 @@ class Known:
     Attributes:
         choice: what runs it.
         form: the form that it takes.
-        compose: computes a plain call by stock's operators.
         forward: the implementation's forward; on a GPU it follows the launches that its first call recorded.
         backward: likewise, for any gradient of the output.
         forced: whether the user's setting left no choice.
     """
 
-    __slots__ = ("backward", "choice", "compose", "forced", "form", "forward", "logged")
+    __slots__ = ("backward", "choice", "forced", "form", "forward", "logged")
 
     def __init__(self, call: Call, choice: Choice) -> None:
         operator, settings, tensors, differentiable = call
@@ -303,19 +286,16 @@ class Known:
         if by_library is not None:
             choice = choice._replace(reason=f"{choice.reason}; a library multiplies its matrices: {by_library}")
         self.forward, self.backward = operator.implementation(choice.implementation, by_library is not None)
-        composed = choice.implementation == "aten"
-        # Where kernels take parts of a call, but not the whole call.
-        apart = (
-            composed
-            and auto
-            and any(
-                _walk(Call(*part, differentiable)).implementation != "aten"
-                for part in operator.parts(settings, *tensors)
-            )
-        )
-        plain = composed and auto and not apart and call.main.device.type == "cpu"
-        self.compose = operator.quick if plain else operator.composition
-        self.choice, self.form = choice, Form(composed, apart, differentiable)
+        compose: Callable[..., Tensor] | None = None
+        if choice.implementation == "aten":
+            compose = operator.composition
+            parts = operator.parts(settings, *tensors) if auto else ()
+            if any(_walk(Call(*part, differentiable)).implementation != "aten" for part in parts):
+                # Kernels take parts of the call, but not the whole call: each part is decided for itself.
+                compose = functools.partial(compose, run=run)
+            elif auto and call.main.device.type == "cpu":
+                compose = operator.quick
+        self.choice, self.form = choice, (compose, differentiable)
 
     def give_up(self) -> None:
         """Decide every kind of call anew after a compiled kernel failed, or raise the error again if it is forced.
@@ -369,6 +349,7 @@ def find(operator: Operator, settings: Any, tensors: Sequence[Any], differentiab
     Raises:
         Exception: stock's error for operands that do not fit, or the error of a forced backend that cannot run.
     """
+    global _table
     precisions = fp32_precision("cuda", "conv"), fp32_precision("cuda", "matmul")
     key: list[Any] = [operator, settings, backend(), precisions, _num_threads()]
     grad_enabled = differentiable is None and _is_grad_enabled()
@@ -387,17 +368,11 @@ def find(operator: Operator, settings: Any, tensors: Sequence[Any], differentiab
     except RuntimeError:  # sparse or batched: without strides or memory
         return None
     key.append(required)
-    if (table := configurations.table()) is not _table:
-        _notice(table)
+    if (table := configurations.table()) is not _table:  # which the library's rule depends on
+        _table = table
+        forget()
     known = _known.get(whole := tuple(key))
     return _learn(whole, Call(operator, settings, tensors, required)) if known is None else known
-
-
-def _notice(table: Any) -> None:
-    """Empty the table if the configurations changed, because the library's rule depends on them."""
-    global _table
-    _table = table
-    forget()
 
 
 def _learn(key: Any, call: Call) -> Known:
@@ -435,17 +410,16 @@ def choose_by_type(input: Tensor) -> Choice:
 def run(operator: Operator, settings: Any, *tensors: Any) -> Tensor:
     """Compute a call as the entry of its kind says."""
     known = find(operator, settings, tensors) if unwatched() else None
-    form = _watched(operator, settings, tensors) if known is None else known.form
-    if form.composed:
+    compose, differentiable = _watched(operator, settings, tensors) if known is None else known.form
+    if compose is not None:
         if known is not None:
             _log(known, operator, tensors)
-        compose: Callable[..., Tensor] = operator.composition if known is None else known.compose
-        return compose(settings, *tensors, run=run) if form.apart else compose(settings, *tensors)
+        return compose(settings, *tensors)
     try:
         if known is not None and profiler_enabled():  # which names stock operators likewise
             with torch.profiler.record_function(f"{ops.NAMESPACE}::{operator.name}"):
-                return operator.fused(settings, known, form.differentiable, *tensors)
-        return operator.fused(settings, known, form.differentiable, *tensors)
+                return operator.fused(settings, known, differentiable, *tensors)
+        return operator.fused(settings, known, differentiable, *tensors)
     except KernelError:
         if known is None:
             raise
@@ -468,20 +442,21 @@ def _watched(operator: Operator, settings: Any, tensors: Sequence[Any]) -> Form:
     """Tell how to compute a call that is traced, mapped or replaced, or that has operands other than plain tensors."""
     compiling = torch.compiler.is_compiling()
     required = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    composed = operator.composition, False
     if transforms_active() or (not compiling and forward_mode()):
-        return COMPOSED
-    if compiling or proxied():
-        return Form(composed=False, apart=False, differentiable=required and torch.is_grad_enabled())
-    if tracing_state() is not None:
-        # A trace records operators below autograd, so stock operators must compute gradients. A call that needs none is
-        # recorded whole. PyTorch's check of a trace runs without gradients, so the mode must not decide.
-        apart = not required and not operator.traceable
-        return Form(composed=required or apart, apart=apart, differentiable=False)
-    operator.check(settings, *tensors)
-    batched = any(tensor is not None and is_batched(tensor) for tensor in tensors)
-    if batched or choose(operator, settings, tensors).implementation == "aten":
-        return COMPOSED
-    return Form(composed=False, apart=False, differentiable=required and torch.is_grad_enabled())
+        return composed
+    if not compiling and not proxied():
+        if tracing_state() is not None:
+            # A trace records operators below autograd, so stock operators must compute gradients. A call that needs
+            # none is recorded whole. PyTorch's check of a trace runs without gradients, so the mode must not decide.
+            if required or operator.traceable:
+                return composed if required else (None, False)
+            return functools.partial(operator.composition, run=run), False
+        operator.check(settings, *tensors)
+        batched = any(tensor is not None and is_batched(tensor) for tensor in tensors)
+        if batched or choose(operator, settings, tensors).implementation == "aten":
+            return composed
+    return None, required and torch.is_grad_enabled()
 
 
 def _log(known: Known, operator: Operator, tensors: Sequence[Any]) -> None:
@@ -505,7 +480,7 @@ def _run_registered(operator: Operator, registered: Any, *args: Any) -> Any:
     if known is None:
         call = Call(operator, settings, tensors, differentiable)
         known = Known(call, Choice("aten", "an operand is not a plain tensor"))
-    if known.form.composed:
+    if known.choice.implementation == "aten":
         _log(known, operator, tensors)
     try:
         return registered.run(known, *args)

@@ -111,16 +111,40 @@ def define(schema: str, fake: Callable[..., Any]) -> None:
 
 
 def count_flops(operator: Operator) -> None:
-    """Let `torch.utils.flop_counter` count as many FLOPs for registered operators as for the composition."""
-    for name, registered in operator.registered().items():
-        backward = name.endswith("_backward")
-        formula = functools.partial(_flops, operator, registered, backward)
-        register = functools.partial(_register_formula, getattr(operators, name), formula)
-        _when_imported("torch.utils.flop_counter", register)
+    """Let `torch.utils.flop_counter` count as many FLOPs for the registered operators as for the composition.
+
+    The formulas are registered once another import loads it. It imports triton, which few programs need.
+    """
+
+    def register(module: Any) -> None:
+        for name, registered in operator.registered().items():
+            formula = functools.partial(_flops, operator, registered, name.endswith("_backward"))
+            module.register_flop_formula(getattr(operators, name), get_raw=True)(formula)
+
+    class Finder(importlib.abc.MetaPathFinder):
+        """Lets the other finders find the module, and registers the formulas after it was executed."""
+
+        def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+            if name != _COUNTER:
+                return None
+            sys.meta_path.remove(self)
+            spec: Any = importlib.util.find_spec(name)
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: Any) -> None:
+                execute(module)
+                register(module)
+
+            spec.loader.exec_module = execute_and_register
+            return spec
+
+    if _COUNTER in sys.modules:
+        register(sys.modules[_COUNTER])
+    else:
+        sys.meta_path.insert(0, Finder())
 
 
-def _register_formula(packet: Any, formula: Callable[..., int], module: Any) -> None:
-    module.register_flop_formula(packet, get_raw=True)(formula)
+_COUNTER = "torch.utils.flop_counter"
 
 
 def _flops(operator: Operator, registered: Registered, backward: bool, *args: Any, **_: Any) -> int:
@@ -140,36 +164,6 @@ def _flops(operator: Operator, registered: Registered, backward: bool, *args: An
         wanted = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
         torch.autograd.grad(output, wanted, torch.empty_like(output))
     return counter.get_total_flops() - forward
-
-
-def _when_imported(name: str, then: Callable[[Any], Any]) -> None:
-    """Call `then` with a module when another import loads it. It imports triton, which few programs need."""
-    if name in sys.modules:
-        then(sys.modules[name])
-    else:
-        sys.meta_path.insert(0, _Finder(name, then))
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """A finder that lets the other finders find a module, and calls a function after the module was executed."""
-
-    def __init__(self, name: str, then: Callable[[Any], Any]) -> None:
-        self.name, self.then = name, then
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_tell(module: Any) -> None:
-                execute(module)
-                self.then(module)
-
-            spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
-        return spec
 
 
 def implement(name: str, function: Callable[..., Any]) -> None:

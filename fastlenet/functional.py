@@ -83,23 +83,20 @@ def conv2d_relu_max_pool2d(
     if isinstance(padding, str):
         input, padding = _named_padding(name, input, weight, padding, stride, dilation)
     operands = autocast(input, weight, bias)
+    # Stock takes an empty tuple or list for None.
+    unset = pool_stride is None or (isinstance(pool_stride, (tuple, list)) and not pool_stride)
     geometry = ConvPoolGeometry(
         stride,
         checks.pair(name, "padding", padding),
         dilation,
         groups,
         pool_size,
-        pool_size if _unset(pool_stride) else checks.pair(name, "pool_stride", pool_stride),
+        pool_size if unset else checks.pair(name, "pool_stride", pool_stride),
         checks.pair(name, "pool_padding", pool_padding),
         checks.pair(name, "pool_dilation", pool_dilation),
         ceil_mode,
     )
     return run(ops.CONV2D_RELU_MAX_POOL2D, geometry, *operands)
-
-
-def _unset(pool_stride: Any) -> bool:
-    """Whether the window's step is its size: stock takes an empty tuple or list for None."""
-    return pool_stride is None or (isinstance(pool_stride, (tuple, list)) and not pool_stride)
 
 
 def _named_padding(

@@ -54,19 +54,13 @@ def _public_precision(backend: str, op: str) -> str:
     return str(switch.fp32_precision)
 
 
-def _public_any_autocast() -> bool:
-    return any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda", "xpu", "mps"))
-
-
-def _public_tracing() -> Any:
-    return torch.jit.is_tracing() or None  # type: ignore[attr-defined]
-
-
 fp32_precision: Callable[[str, str], str] = _find("torch._C", "_get_fp32_precision_getter", _public_precision)
 """The fp32 precision of ``("cuda", "conv")`` or ``("cuda", "matmul")``."""
-any_autocast: Callable[[], bool] = _find("torch._C", "_is_any_autocast_enabled", _public_any_autocast)
+any_autocast: Callable[[], bool] = _find(
+    "torch._C", "_is_any_autocast_enabled", lambda: any(map(torch.is_autocast_enabled, ("cpu", "cuda", "xpu", "mps")))
+)
 """Whether autocast is on for some kind of device."""
-tracing_state: Callable[[], Any] = _find("torch._C", "_get_tracing_state", _public_tracing)
+tracing_state: Callable[[], Any] = _find("torch._C", "_get_tracing_state", lambda: torch.jit.is_tracing() or None)  # type: ignore[attr-defined]
 """What `torch.jit.trace` is at, or None."""
 dispatch_modes: Callable[[], int] = _find("torch._C", "_len_torch_dispatch_stack", lambda: 1)
 """How many modes see every operator. Careful: one may."""

@@ -154,7 +154,9 @@ class Backend:
         record = replace(record, call=call, fused=True)
         if not self.measure:
             return record
-        key = mode, match.name, match.operator, *(value.dtype for value in values), *_sizes(values[0])
+        first = 0 if values[0].dim() == 3 else 1  # the number of images does not count
+        sizes = map(patterns.hint, values[0].shape[first:])
+        key = mode, match.name, match.operator, *(value.dtype for value in values), *sizes
         if key not in self.decisions:
             times = measure(match)
             if times is None:
@@ -246,8 +248,3 @@ def _autocast(match: Match) -> Callable[[Callable[..., Any]], Callable[..., Any]
         return lambda function: function
     device, dtype, enabled, cache = inside[-1].args
     return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)  # type: ignore[arg-type]
-
-
-def _sizes(value: Tensor) -> tuple[int | None, ...]:
-    """A tensor's sizes without the batch."""
-    return tuple(patterns.hint(size) for size in value.shape[1 if value.dim() != 3 else 0 :])

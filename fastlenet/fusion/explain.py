@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -82,12 +83,8 @@ class Explanation:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        columns = {"mode": "mode", "implementation": "runs", "stock": "stock", "fused": "fused"}
-        columns = {
-            name: title
-            for name, title in columns.items()
-            if name == "implementation" or any(getattr(site, name) for site in self.sites)
-        }
+        titles = {"mode": "mode", "implementation": "runs", "stock": "stock", "fused": "fused"}
+        columns = {name: title for name, title in titles.items() if any(getattr(site, name) for site in self.sites)}
         rows = [[getattr(site, name) for name in columns] for site in self.sites]
         widths = [max(map(len, column)) for column in zip(columns.values(), *rows, strict=True)]
 
@@ -149,7 +146,7 @@ def explain(model: nn.Module, example_input: Any = None) -> Explanation:
         if isinstance(layer, (ConvReLUMaxPool2d, LinearReLU))
     }
     example = None if example_input is None else arguments(example_input)
-    seen = {} if example is None else _observe(model, layers, example)
+    seen = _observe(model, layers, example) if layers and example is not None else {}
     sites = [_site_of_layer(name, layer, seen.get(name)) for name, layer in layers.items()]
     sites = _with_networks(sites, model, seen)
     handle, reason = handle_of(model), unusable(model)
@@ -232,20 +229,16 @@ def _observe(
     model: nn.Module, layers: Mapping[str, nn.Module], example: tuple[Any, ...]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Run a copy of the model and return the first input and output of each layer, as empty tensors."""
-    if not layers:
-        return {}
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     trial = copies.apart(model)
 
-    def remember(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            # The output has the dtype that the operator ran in, also under autocast. Empty tensors keep nothing alive.
-            seen.setdefault(name, (torch.empty_like(args[0], dtype=output.dtype), torch.empty_like(output)))
-
-        return hook
+    def remember(name: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        # The output has the dtype that the operator ran in, also under autocast. Empty tensors keep nothing alive.
+        seen.setdefault(name, (torch.empty_like(args[0], dtype=output.dtype), torch.empty_like(output)))
 
     for name in layers:
-        trial.get_submodule("" if name == "(model)" else name).register_forward_hook(remember(name))
+        layer = trial.get_submodule("" if name == "(model)" else name)
+        layer.register_forward_hook(functools.partial(remember, name))
     with undisturbed(example), torch.no_grad():
         trial(*arguments(example))
     return seen

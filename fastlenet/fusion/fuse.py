@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import itertools
 import math
@@ -108,12 +107,6 @@ class Fused:
             f"PyTorch has captured this model {most:.0f} times, its limit, and runs it unfused with other inputs and "
             "in other modes: raise torch.compiler.config.recompile_limit, then call torch.compiler.reset()"
         )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Fused:
-        copied = memo.get(id(self.model()))
-        if copied is None:  # a shallow copy of the model, which is not fused
-            return self
-        return _restored(copied, copy.deepcopy(self.backend), self.modes, self.notes)
 
     def __reduce__(self) -> Any:
         return _restored, (self.model(), self.backend, self.modes, self.notes)

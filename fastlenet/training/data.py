@@ -134,8 +134,6 @@ def load_idx(folder: str | Path) -> Dataset:
     for images_name, labels_name in IDX_FILES:
         images_path, labels_path = _find(folder, images_name), _find(folder, labels_name)
         images, labels = read_idx(images_path, dimensions=3), read_idx(labels_path, dimensions=1)
-        if images.shape[1:] != (SIDE, SIDE):
-            raise DataError(f"{images_path}: images are {images.shape[1]}x{images.shape[2]}, expected {SIDE}x{SIDE}")
         if len(images) != len(labels):
             raise DataError(f"{images_path} holds {len(images)} images but {labels_path} holds {len(labels)} labels")
         if int(labels.max()) >= NUM_CLASSES:
@@ -158,7 +156,7 @@ def read_idx(path: Path, dimensions: int) -> torch.Tensor:
 
     Args:
         path: the file, which may be gzipped.
-        dimensions: how many sizes its header must give.
+        dimensions: how many sizes its header must give: 1 for labels, 3 for images of 28x28 pixels.
 
     Returns:
         A uint8 tensor of the header's sizes.
@@ -186,6 +184,8 @@ def read_idx(path: Path, dimensions: int) -> torch.Tensor:
         raise DataError(f"{path}: {kind}: its header promises {math.prod(sizes):,} bytes of data, it holds {body:,}")
     if body == 0:
         raise DataError(f"{path}: holds no data")
+    if sizes[1:] not in ([], [SIDE, SIDE]):
+        raise DataError(f"{path}: images are {sizes[1]}x{sizes[2]}, expected {SIDE}x{SIDE}")
     # A bytearray, because PyTorch warns about memory that it may not write to.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(sizes)
 

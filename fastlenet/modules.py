@@ -105,7 +105,7 @@ class ConvReLUMaxPool2d(nn.Conv2d):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what `prepared` keeps."""
-        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+        return {name: value for name, value in super().__getstate__().items() if name != "_prepared"}
 
     def extra_repr(self) -> str:
         """Describe the convolution as ``nn.Conv2d`` does, then the pool."""

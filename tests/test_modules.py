@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
+import pickle
 
 import pytest
 import torch
@@ -288,6 +290,17 @@ def test_whole_modules_can_be_allowed_for_weights_only(networks, images):
     with torch.serialization.safe_globals(allowed):
         loaded = torch.load(file, weights_only=True)
     assert torch.equal(loaded(images), networks[0](images))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+@pytest.mark.parametrize("module", [lambda: fastlenet.LeNet(), lambda: fastlenet.ConvReLUMaxPool2d(1, 6, 5)])
+def test_compiled_modules_are_copied_without_their_code(module, copied):
+    """As nn.Module has it: what `Module.compile` made cannot be pickled."""
+    original, images = module(), torch.randn(2, 1, 32, 32)
+    expected = original(images)
+    original.compile(backend="eager")
+    torch.testing.assert_close(original(images), expected)
+    assert torch.equal(copied(original)(images), expected)
 
 
 def test_safetensors_both_ways(networks, images, tmp_path):

@@ -555,13 +555,25 @@ def test_many_images_one_by_one_are_those_of_blocks():
     )
 
 
-def test_links_are_decided_for_the_number_of_images_that_they_get() -> None:
-    """A chain that no kernel takes runs link by link only if a kernel takes one of them."""
-    network = Network((1, 14, 14), (PLAIN, PLAIN, "linear"), ((4, 1, 3, 3), (3, 4, 3, 3), (2, 12)))
-    for images, apart in ((1, False), (64, True)):
+@pytest.mark.parametrize(
+    ("network", "shapes", "apart_at_1"),
+    [
+        (Network((1, 6, 6), (PLAIN, "linear"), ((3, 1, 3, 3), (2, 12))), [(1, 6, 6)], False),
+        # One image of the two convolutions in front is a chain for kernels.
+        (
+            Network((1, 14, 14), (PLAIN, PLAIN, "linear"), ((4, 1, 3, 3), (3, 4, 3, 3), (2, 12))),
+            [(1, 14, 14), (1, 14, 14), (4, 6, 6)],
+            True,
+        ),
+    ],
+    ids=["a convolution", "two convolutions"],
+)
+def test_links_are_decided_for_the_number_of_images_that_they_get(network, shapes, apart_at_1) -> None:
+    """A chain that no kernel takes runs part by part only if a kernel takes one of the parts."""
+    for images, apart in ((1, apart_at_1), (64, True)):
         input, parameters = network.tensors(images)
         parts = ops.CHAIN.parts(network.links, input, *parameters)
-        assert [tuple(tensors[0].shape) for _, _, tensors in parts] == [(images, 1, 14, 14), (images, 4, 6, 6)]
+        assert [tuple(tensors[0].shape) for _, _, tensors in parts] == [(images, *shape) for shape in shapes]
         known = selection.find(ops.CHAIN, network.links, (input, *parameters), differentiable=True)
         assert known is not None
         compose, _ = known.form

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import logging
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
@@ -184,8 +185,13 @@ def most_captures() -> float:
     return float(_find("torch.compiler", "config.recompile_limit", math.inf))
 
 
-capture_log = logging.getLogger("torch._subclasses.fake_tensor")
-"""Here operators on stand-ins for tensors log an error before they raise it, while a function is captured."""
+class _Quiet(threading.local):
+    on = False
+
+
+quiet = _Quiet()
+"""Whether this thread drops the errors that operators on stand-ins for tensors log, before they raise them."""
+logging.getLogger("torch._subclasses.fake_tensor").addFilter(lambda record: not quiet.on)
 
 
 def guard_hooks() -> None:

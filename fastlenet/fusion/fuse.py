@@ -81,13 +81,13 @@ class Fused:
             if not active[recording()] or hooked() or private.intercepted() or tracing() is not None:
                 return plain(*args, **kwargs)
             # An error while capturing is the model's own, which it raises below when it runs as it is.
-            private.capture_log.disabled = True
+            private.quiet.on = True
             try:
                 return compiled(*args, **kwargs)
             except compiler_error as error:
                 reason = first_line(error)
             finally:
-                private.capture_log.disabled = False
+                private.quiet.on = False
             # Dynamo also reports the model's own errors, such as a wrong shape, as errors of Dynamo.
             result = plain(*args, **kwargs)
             active[recording()] = False

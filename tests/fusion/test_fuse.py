@@ -762,6 +762,30 @@ def test_the_models_own_errors_stay_its_own(shape, ran, monkeypatch):
     assert ran(fused, images_of("tutorial")) == (2, 2)
 
 
+@pytest.mark.parametrize("disabled", [True, False])
+def test_pytorchs_log_stays_as_its_user_has_it(disabled, monkeypatch):
+    """During a call too, for what other threads log."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    monkeypatch.setattr(log, "disabled", disabled)
+    logged, seen = [], []
+    monkeypatch.setattr(log, "callHandlers", logged.append)
+
+    def look(*_):
+        seen.append(log.disabled)
+        other = threading.Thread(target=log.error, args=("another thread's",))
+        other.start()
+        other.join()
+
+    images = ROWS.clone().requires_grad_()
+    fused = fastlenet.fuse(Small().fc)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (look(), tensor)[1], lambda tensor: tensor):
+        fused(images)
+    assert seen
+    assert set(seen) == {disabled}
+    assert len(logged) == (0 if disabled else len(seen))
+    assert log.disabled == disabled
+
+
 def test_compiled_graphs_may_be_forgotten():
     model = TutorialNet()
     fused = fastlenet.fuse(model)

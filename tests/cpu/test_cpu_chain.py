@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import threading
 from typing import NamedTuple
@@ -12,13 +13,14 @@ import torch.nn.functional as F
 from fastlenet.kernels.geometry import ConvPoolGeometry
 from harness.judge import assert_as_accurate, assert_bitwise_equal, assert_same_values
 from harness.operators import stock_conv2d_relu_max_pool2d
-from harness.poison import assert_fully_written, poisoned_outputs
+from harness.poison import assert_fully_written, is_poison, poisoned_outputs
 from harness.strides import awkward
 from torch import Tensor
 
 import fastlenet
 from fastlenet import cpu, functional, ops, selection
-from fastlenet.cpu import few
+from fastlenet.cpu import few, program
+from fastlenet.cpu.plan import BYTES
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -225,6 +227,41 @@ def test_another_default_device(images, nothing_planned):
 
 
 @pytest.mark.wide
+@networks
+@pytest.mark.parametrize("images", [1, 3, 19])
+def test_no_step_writes_beside_its_place_in_the_scratch(network, images, divided, monkeypatch):
+    """Not even there where another place would begin that is not in use: all places lie apart here."""
+    gap, made, seen = 64 * BYTES, [], 0
+
+    class Apart(program.Scratch):
+        def __init__(self, links):
+            self.gaps: list[int] = []
+            super().__init__(links)
+            made.append(self)
+
+        def take(self, size):
+            self.gaps += [self.size] if self.size else []
+            self.size += gap if self.size else 0
+            return super().take(size)
+
+    def run(steps, workers, tasks, each, units, rest):
+        nonlocal seen
+        work_off(steps, workers, tasks, each, units, rest)
+        scratch, size = rest[program.SCRATCH - program.IMAGES], rest[program.SCRATCH_BYTES - program.IMAGES]
+        assert size == made[-1].size
+        for place in (scratch + worker * size + start for worker in range(workers) for start in made[-1].gaps):
+            held = torch.frombuffer((ctypes.c_char * gap).from_address(place), dtype=torch.float32)
+            assert is_poison(held).all()
+            seen += 1
+
+    work_off = program.run
+    monkeypatch.setattr(program, "Scratch", Apart)
+    monkeypatch.setattr(program, "run", run)
+    input, parameters = network.tensors(images)
+    compiled(input, parameters, network.links, torch.randn(stock(input, parameters, network.links).shape))
+    assert seen
+
+
 def test_more_blocks_than_parts():
     """The parts of a batch whose sums are kept apart have several blocks each."""
     network = NETWORKS["three layers, one with padding"]

@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -192,6 +192,23 @@ class _Quiet(threading.local):
 quiet = _Quiet()
 """Whether this thread drops the errors that operators on stand-ins for tensors log, before they raise them."""
 logging.getLogger("torch._subclasses.fake_tensor").addFilter(lambda record: not quiet.on)
+
+
+Called = TypeVar("Called", bound=Callable[..., Any])
+_set_strategy: Any = _find("torch._C", "_dynamo.eval_frame.set_code_exec_strategy", None)
+_Strategy: Any = _find("torch._C", "_dynamo.eval_frame._FrameExecStrategy", None)
+_SKIP: Any = _find("torch._C", "_dynamo.eval_frame._FrameAction.SKIP", None)
+
+
+def runs_eagerly(function: Called) -> Called:
+    """Let TorchDynamo capture neither a function nor what it calls, if it is not called by what is captured.
+
+    The autograd engine calls a backward so in the middle of a compiled function. Captured launchers of kernels would
+    free memory whose address they have passed on. Part of a larger capture the function can be all the same.
+    """
+    if None not in (_set_strategy, _Strategy, _SKIP):
+        _set_strategy(function.__code__, _Strategy(_SKIP, _SKIP))
+    return function
 
 
 def guard_hooks() -> None:

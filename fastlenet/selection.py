@@ -34,6 +34,7 @@ from fastlenet.private import (
     is_batched,
     profiler_enabled,
     proxied,
+    runs_eagerly,
     tracing_state,
     transforms_active,
 )
@@ -407,6 +408,7 @@ def choose_by_type(input: Tensor) -> Choice:
 # --- calls ----------------------------------------------------------------------------------------------------------
 
 
+@runs_eagerly
 def run(operator: Operator, settings: Any, *tensors: Any) -> Tensor:
     """Compute a call as the entry of its kind says."""
     known = find(operator, settings, tensors) if unwatched() else None

@@ -127,6 +127,52 @@ def test_a_fused_model_trains_compiled():
     assert not counters["graph_break"]
 
 
+class Normed(nn.Module):
+    """A convolution with BatchNorm, whose gradient its forward may take itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.linear = nn.Conv2d(1, 6, 5), nn.BatchNorm2d(6), nn.Linear(6 * 14 * 14, 10)
+
+    def maps(self, images):
+        return F.max_pool2d(F.relu(self.norm(self.conv(images))), 2)
+
+    def forward(self, images):
+        return self.linear(self.maps(images).flatten(1))
+
+
+class Penalized(Normed):
+    def forward(self, images):
+        images = images.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(F.max_pool2d(F.relu(self.conv(images)), 2).sum(), images)
+        return super().forward(images) + slope.square().mean()
+
+
+@pytest.mark.parametrize("size", [4, 64])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "fastlenet", "fuse"])
+@pytest.mark.parametrize("make", [fastlenet.LeNet, fastlenet.StockLeNet, Normed, Penalized])
+def test_a_backward_inside_a_compiled_function(make, backend, size):
+    """The autograd engine calls kernels then where TorchDynamo would capture their launchers: that crashed."""
+    network = make()
+    exact = copy.deepcopy(network).double()
+    images, labels = torch.randn(size, 1, 32, 32), torch.arange(size) % 10
+    model = fastlenet.fuse(network) if backend == "fuse" else network
+
+    def step(network, images, labels):
+        loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        return loss.detach()
+
+    compiled = torch.compile(step, backend="eager" if backend == "fuse" else backend)
+    for _ in range(3):
+        for each in (network, exact):
+            each.zero_grad()
+        loss = compiled(model, images, labels)
+        torch.testing.assert_close(loss.double(), step(exact, images.double(), labels), rtol=1e-5, atol=1e-5)
+        for parameter, wanted in zip(network.parameters(), exact.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad.double(), wanted.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_a_chain_in_a_graph_runs_the_kernels(cpu_kernels):
     """A graph cannot keep what a CPU's kernels save, so its backward computes the forward again, by the kernels too."""
     stock = fastlenet.StockLeNet().double()

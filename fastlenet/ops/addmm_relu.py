@@ -21,6 +21,7 @@ from fastlenet.ops.registration import (
     or_empty,
     shaped,
 )
+from fastlenet.private import runs_eagerly
 
 _NAME = "addmm_relu"
 
@@ -84,6 +85,7 @@ class AddmmReLUFunction(torch.autograd.Function):
         return output
 
     @staticmethod
+    @runs_eagerly
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of those inputs that need one."""
         needs = ctx.needs_input_grad[:3]

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastlenet import reference
 from fastlenet.kernels.geometry import ConvPoolGeometry
 from fastlenet.ops.registration import Operator, gradients
+from fastlenet.private import runs_eagerly
 
 
 class Settings(NamedTuple):
@@ -58,6 +59,7 @@ class BatchNormReLUMaxPool2dFunction(torch.autograd.Function):
         return output
 
     @staticmethod
+    @runs_eagerly
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of those inputs that need one."""
         input, weight, argmax, factors = ctx.saved_tensors

@@ -33,6 +33,7 @@ from fastlenet.ops.registration import (
     or_empty,
     shaped,
 )
+from fastlenet.private import runs_eagerly
 
 _NAME = "chain"
 
@@ -114,6 +115,7 @@ class ChainFunction(torch.autograd.Function):
         return output
 
     @staticmethod
+    @runs_eagerly
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of those operands that need one."""
         links, needs = ctx.links, ctx.needs_input_grad[3:]

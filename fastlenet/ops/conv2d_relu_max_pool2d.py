@@ -20,6 +20,7 @@ from fastlenet.ops.registration import (
     operators,
     or_empty,
 )
+from fastlenet.private import runs_eagerly
 
 _NAME = "conv2d_relu_max_pool2d"
 _GEOMETRY = (
@@ -100,6 +101,7 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
         return output if input.dim() == 4 else output.squeeze_(0).contiguous()  # plain, as stock's pool has it
 
     @staticmethod
+    @runs_eagerly
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of those inputs that need one."""
         needs = ctx.needs_input_grad[:3]

@@ -174,6 +174,7 @@ def implement(name: str, function: Callable[..., Any]) -> None:
     """
     implementations[name] = function
 
+    @private.runs_eagerly
     def below_autograd(*args: Any) -> Any:
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         with private.below_autograd(), no_autocast(device):

@@ -585,6 +585,7 @@ class _LayOut(torch.autograd.Function):
         return cpu.lay_out(input, layout)
 
     @staticmethod
+    @private.runs_eagerly
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         laid_out = _laid_out(grad_output, ctx.before)
         return grad_output if laid_out is None else laid_out, None

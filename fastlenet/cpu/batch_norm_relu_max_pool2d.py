@@ -103,7 +103,8 @@ def batch_norm_relu_max_pool2d(
     kernels = [address("norm", name) for name in ("moments", "factors", "pool")]
     input, cells = input.contiguous(memory_format=LAST), _cells(input.shape, geometry)
     images, channels, height, width = input.shape
-    output = empty((images, channels, *geometry.pooled_size((height, width))), torch.float32, LAST)
+    layout = LAST if channels > 1 else torch.contiguous_format  # the same memory, and stock's strides
+    output = empty((images, channels, *geometry.pooled_size((height, width))), torch.float32, layout)
     job = _job(input, output, cells)
     argmax = empty((images, *output.shape[2:], job[PADDED]), torch.uint8)
     sums = empty((images, 3, job[PADDED]), torch.float64).zero_()

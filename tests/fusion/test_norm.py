@@ -361,6 +361,15 @@ def test_few_images(shape, compiled):
     torch.testing.assert_close(dict(fused.named_buffers()), dict(model.named_buffers()), equal_nan=True)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_outputs_have_stock_s_strides(channels, layout, compiled):
+    """Also that of the dimension of a single channel."""
+    model = nn.Sequential(nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2))
+    model, images = model.to(memory_format=layout), torch.randn(4, 3, 13, 11).to(memory_format=layout)
+    assert fastlenet.fuse(copy.deepcopy(model))(images).stride() == model(images).stride()
+
+
 def test_less_is_saved_for_the_backward(compiled):
     sizes = []
     for model in (Net(), fastlenet.fuse(Net(), inplace=True)):

@@ -148,11 +148,9 @@ class Penalized(Normed):
         return super().forward(images) + slope.square().mean()
 
 
-@pytest.mark.parametrize("size", [pytest.param(4, marks=pytest.mark.wide), 64])
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.wide), "fastlenet", "fuse"])
-@pytest.mark.parametrize(
-    "make", [fastlenet.LeNet, fastlenet.StockLeNet, Normed, pytest.param(Penalized, marks=pytest.mark.wide)]
-)
+@pytest.mark.parametrize("size", [4, 64])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "fastlenet", "fuse"])
+@pytest.mark.parametrize("make", [fastlenet.LeNet, fastlenet.StockLeNet, Normed, Penalized])
 def test_a_backward_inside_a_compiled_function(make, backend, size):
     """The autograd engine calls kernels then where TorchDynamo would capture their launchers: that crashed."""
     network = make()

@@ -152,7 +152,7 @@ def told(log):
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
-@pytest.mark.parametrize("operator", ["layer", pytest.param("chain", marks=pytest.mark.wide), "linear"])
+@pytest.mark.parametrize("operator", ["layer", "chain", "linear"])
 def test_no_call_follows_the_plan_of_another_kind(operator, backward, gpu, launched, reasoned, monkeypatch):
     """An unaligned view after an aligned call of the same shape, for one, must not run a kernel of 16-byte loads."""
     run, kinds = {

@@ -154,7 +154,9 @@ def divided(nothing_planned, monkeypatch):
 def test_chains(network, images):
     """At most twice stock's error, for less than a block, one block, and some."""
     input, parameters = network.tensors(images)
-    assert cpu.chain_covers(torch.empty(512, *network.image), parameters, network.links) is None
+    many = torch.empty(512, *network.image)
+    assert cpu.chain_covers(many, parameters, network.links) is None
+    assert (cpu.chain_rejects(many, parameters, network.links) is None) == (len(network.image) == 3)
     grad_output = torch.randn(stock(input, parameters, network.links).shape)
     judge(network, input, parameters, grad_output)
 
@@ -174,8 +176,7 @@ def test_chains(network, images):
 def test_large_matrices_are_left_to_pytorch(weights, images, save, taken):
     """They took up to 15 times as long as stock's; the convolutions in front of them stay a chain."""
     parameters = [tensor for shape in weights for tensor in (torch.zeros(shape), None)]
-    conv = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
-    links = [conv if len(shape) == 4 else "linear_relu" for shape in weights[:-1]]
+    links = [PLAIN if len(shape) == 4 else "linear_relu" for shape in weights[:-1]]
     input = torch.zeros(images, 1, 32, 32) if len(weights[0]) == 4 else torch.zeros(images, weights[0][1])
     reason = cpu.chain_rejects(input, parameters, (*links, "linear"), save)
     assert (reason is None) == taken, reason
@@ -185,10 +186,9 @@ def test_large_matrices_are_left_to_pytorch(weights, images, save, taken):
 
 def test_the_convolutions_in_front_of_a_large_matrix_stay_a_chain():
     """Also where no graph is rewritten: a call of a chain is decided for its convolutions and its matrices apart."""
-    conv = ConvPoolGeometry((1, 1), (0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
     shapes = (6, 1, 5, 5), (16, 6, 5, 5), (1200, 400), (10, 1200)
     parameters = [tensor for shape in shapes for tensor in (torch.randn(shape, requires_grad=True), None)]
-    input, links = torch.randn(32, 1, 32, 32), (conv, conv, "linear_relu", "linear")
+    input, links = torch.randn(32, 1, 32, 32), (PLAIN, PLAIN, "linear_relu", "linear")
     output = functional.chain(input, parameters, links)
     waiting, names = [output.grad_fn], []
     for node in waiting:

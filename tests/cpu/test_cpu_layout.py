@@ -47,7 +47,7 @@ def test_pytorch_s_own_result(shape, layout, kernel_calls):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_number_of_threads(threads, monkeypatch):
+def test_any_number_of_threads(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

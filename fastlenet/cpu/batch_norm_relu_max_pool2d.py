@@ -24,6 +24,7 @@ LAST = torch.channels_last
 (
     TAKEN,  # counter: tasks that a worker has taken
     TASKS,
+    VECTORS,  # of channels that a task computes at most
     IMAGES,
     CHANNELS,
     PADDED,  # channels, rounded up to whole vectors
@@ -46,7 +47,7 @@ LAST = torch.channels_last
     ARGMAX,
     GRAD_INPUT,
     SIZE,
-) = range(24)
+) = range(25)
 
 MINUS_MEAN, INVERSE, SCALE, SHIFT = range(4)
 """Rows of factors: the inverse is that of the standard deviation, and the normalised batch ``scale * x + shift``."""
@@ -56,6 +57,10 @@ SLOPE, LEVEL = range(2)
 
 LITTLE = 1 << 16
 """Numbers of a batch below which calling the kernels takes as long as PyTorch's own operators."""
+
+
+_TASK = 4
+"""Vectors of channels in a task. So many side by side are read as one stream; threads share few images by channels."""
 
 
 def batch_norm_relu_max_pool2d_covers(geometry: ConvPoolGeometry, input: Tensor, *others: Tensor | None) -> str | None:
@@ -161,7 +166,8 @@ def _job(input: Tensor, pooled: Tensor, cells: Tensor) -> array[int]:
     job = array("q", bytes(8 * SIZE))
     images, channels, height, width = input.shape
     vectors = -(-channels // LANES)
-    job[TASKS : PADDED + 1] = array("q", [images * vectors, images, channels, LANES * vectors])
+    most = _TASK if images >= 2 * threads.workers(images) else 1
+    job[TASKS : PADDED + 1] = array("q", [images * -(-vectors // most), most, images, channels, LANES * vectors])
     job[PIXELS], (job[WINDOWS], job[CELLS]) = height * width, cells.shape
     job[CELL], job[INPUT], job[POOLED] = cells.data_ptr(), input.data_ptr(), pooled.data_ptr()
     return job

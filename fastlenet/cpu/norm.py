@@ -14,7 +14,7 @@ numbers for each channel in between. Neither the normalised batch nor its gradie
 ``fold``      in eval mode: weight and bias of the convolution that equals one with BatchNorm behind it
 ============  ==========================================================================================
 
-A task is 16 channels of an image, whatever the number of threads, so that sums do not depend on it. Sums of up to
+A task is up to 64 channels of an image. Sums are those of an image, so that they do not depend on the tasks. Sums of up to
 `CHAIN` numbers are float32, and sums of these are float64, as stock's are. Squares are float32 too: numbers whose
 distance from the mean is above 1e19 have an infinite variance.
 """
@@ -54,6 +54,7 @@ from .batch_norm_relu_max_pool2d import (
     SLOPES,
     SUMS,
     TASKS,
+    VECTORS,
     WEIGHT,
     WINDOWS,
 )
@@ -94,10 +95,11 @@ CHAIN = 16
 
 @inlined
 def part(job, task):
-    """Return a task's image, its first channel, and how many channels it has."""
-    vectors = field(job, PADDED) // LANES
-    first = LANES * (task % vectors)
-    return task // vectors, first, min(LANES, field(job, CHANNELS) - first)
+    """Return a task's image, its first channel, and the one after its last."""
+    width = LANES * field(job, VECTORS)
+    groups = (field(job, PADDED) + width - 1) // width
+    first = width * (task % groups)
+    return task // groups, first, min(first + width, field(job, CHANNELS))
 
 
 @inlined
@@ -163,26 +165,29 @@ def moments() -> Any:
         pixels, step = field(job, PIXELS), 4 * field(job, CHANNELS)
         task = take(job)
         while task < field(job, TASKS):
-            image, first, count = part(job, task)
-            source = maps(job, INPUT, PIXELS, image, first)
-            target = sums_of(job, 0, image, first)
+            image, begin, end = part(job, task)
             for start in range(0, pixels, CHAIN):
-                total = zeros(ONE, ONE)
-                for pixel in range(start, min(start + CHAIN, pixels)):
-                    total = add(total, read(source + step * pixel, count))
-                add_doubles(target, total)
-            pivots = factor(job, PIVOTS, image, first)
-            for lane in range(LANES):
-                set_float(pivots + 4 * lane, float32(-double_at(target + 8 * lane) / pixels))
-            minus = load(pivots, ONE)
-            target, squared = sums_of(job, 1, image, first), sums_of(job, 2, image, first)
+                stop = min(start + CHAIN, pixels)
+                for first in range(begin, end, LANES):
+                    source, count = maps(job, INPUT, PIXELS, image, first), min(LANES, end - first)
+                    total = zeros(ONE, ONE)
+                    for pixel in range(start, stop):
+                        total = add(total, read(source + step * pixel, count))
+                    add_doubles(sums_of(job, 0, image, first), total)
+            for channel in range(begin, (end + LANES - 1) // LANES * LANES):
+                total = double_at(sums_of(job, 0, image, channel))
+                set_float(factor(job, PIVOTS, image, channel), float32(-total / pixels))
             for start in range(0, pixels, CHAIN):
-                total, squares = zeros(ONE, ONE), zeros(ONE, ONE)
-                for pixel in range(start, min(start + CHAIN, pixels)):
-                    distance = add(read(source + step * pixel, count), minus)
-                    total, squares = add(total, distance), add_products(squares, distance, distance)
-                add_doubles(target, total)
-                add_doubles(squared, squares)
+                stop = min(start + CHAIN, pixels)
+                for first in range(begin, end, LANES):
+                    source, count = maps(job, INPUT, PIXELS, image, first), min(LANES, end - first)
+                    minus = vector(job, PIVOTS, image, first)
+                    total, squares = zeros(ONE, ONE), zeros(ONE, ONE)
+                    for pixel in range(start, stop):
+                        distance = add(read(source + step * pixel, count), minus)
+                        total, squares = add(total, distance), add_products(squares, distance, distance)
+                    add_doubles(sums_of(job, 1, image, first), total)
+                    add_doubles(sums_of(job, 2, image, first), squares)
             task = take(job)
 
     return moments
@@ -235,22 +240,26 @@ def pool() -> Any:
     @kernel(1)
     def pool(job):
         step, padded, cells, table = 4 * field(job, CHANNELS), field(job, PADDED), field(job, CELLS), field(job, CELL)
+        windows = field(job, WINDOWS)
         task = take(job)
         while task < field(job, TASKS):
-            image, first, count = part(job, task)
-            source = maps(job, INPUT, PIXELS, image, first)
-            output, winners = maps(job, POOLED, WINDOWS, image, first), argmaxes(job, image, first)
-            scale, shift = vector(job, FACTORS, SCALE, first), vector(job, FACTORS, SHIFT, first)
-            for window in range(field(job, WINDOWS)):
-                best, argmax = zeros(ONE, ONE), spread_int(NO_WINNER, ONE)
-                for cell in range(cells):
-                    place = long_at(table + 8 * (window * cells + cell))
-                    if place >= 0:
-                        value = add_products(shift, scale, read(source + place, count))
-                        argmax = winner(argmax, best, value, cell)
-                        best = larger(best, value)
-                write(output + step * window, count, best)
-                store_bytes_first(winners + padded * window, LANES, 1, argmax)
+            image, begin, end = part(job, task)
+            for start in range(0, windows, CHAIN):
+                stop = min(start + CHAIN, windows)
+                for first in range(begin, end, LANES):
+                    source, count = maps(job, INPUT, PIXELS, image, first), min(LANES, end - first)
+                    output, winners = maps(job, POOLED, WINDOWS, image, first), argmaxes(job, image, first)
+                    scale, shift = vector(job, FACTORS, SCALE, first), vector(job, FACTORS, SHIFT, first)
+                    for window in range(start, stop):
+                        best, argmax = zeros(ONE, ONE), spread_int(NO_WINNER, ONE)
+                        for cell in range(cells):
+                            place = long_at(table + 8 * (window * cells + cell))
+                            if place >= 0:
+                                value = add_products(shift, scale, read(source + place, count))
+                                argmax = winner(argmax, best, value, cell)
+                                best = larger(best, value)
+                        write(output + step * window, count, best)
+                        store_bytes_first(winners + padded * window, LANES, 1, argmax)
             task = take(job)
 
     return pool
@@ -265,23 +274,25 @@ def sums() -> Any:
         windows = field(job, WINDOWS)
         task = take(job)
         while task < field(job, TASKS):
-            image, first, count = part(job, task)
-            source = maps(job, INPUT, PIXELS, image, first)
-            output, winners = maps(job, POOLED, WINDOWS, image, first), argmaxes(job, image, first)
-            minus = vector(job, FACTORS, MINUS_MEAN, first)
+            image, begin, end = part(job, task)
             for start in range(0, windows, CHAIN):
-                plain, weighted = zeros(ONE, ONE), zeros(ONE, ONE)
-                for window in range(start, min(start + CHAIN, windows)):
-                    grad = read(output + step * window, count)
-                    argmax = load_bytes(winners + padded * window, ONE)
-                    plain = add(plain, where_not_equal(argmax, NO_WINNER, grad))
-                    for cell in range(cells):
-                        place = long_at(table + 8 * (window * cells + cell))
-                        if place >= 0:
-                            distance = add(read(source + place, count), minus)
-                            weighted = add_products(weighted, where_equal(argmax, cell, grad), distance)
-                add_doubles(sums_of(job, 0, image, first), plain)
-                add_doubles(sums_of(job, 1, image, first), weighted)
+                stop = min(start + CHAIN, windows)
+                for first in range(begin, end, LANES):
+                    source, count = maps(job, INPUT, PIXELS, image, first), min(LANES, end - first)
+                    output, winners = maps(job, POOLED, WINDOWS, image, first), argmaxes(job, image, first)
+                    minus = vector(job, FACTORS, MINUS_MEAN, first)
+                    plain, weighted = zeros(ONE, ONE), zeros(ONE, ONE)
+                    for window in range(start, stop):
+                        grad = read(output + step * window, count)
+                        argmax = load_bytes(winners + padded * window, ONE)
+                        plain = add(plain, where_not_equal(argmax, NO_WINNER, grad))
+                        for cell in range(cells):
+                            place = long_at(table + 8 * (window * cells + cell))
+                            if place >= 0:
+                                distance = add(read(source + place, count), minus)
+                                weighted = add_products(weighted, where_equal(argmax, cell, grad), distance)
+                    add_doubles(sums_of(job, 0, image, first), plain)
+                    add_doubles(sums_of(job, 1, image, first), weighted)
             task = take(job)
 
     return sums
@@ -313,25 +324,37 @@ def grad() -> Any:
 
     @kernel(1)
     def grad(job):
+        """Write the pixels up to the last one of some windows, then add what passes these windows."""
         step, padded, cells, table = 4 * field(job, CHANNELS), field(job, PADDED), field(job, CELLS), field(job, CELL)
+        pixels, windows = field(job, PIXELS), field(job, WINDOWS)
         task = take(job)
         while task < field(job, TASKS):
-            image, first, count = part(job, task)
-            source, target = maps(job, INPUT, PIXELS, image, first), maps(job, GRAD_INPUT, PIXELS, image, first)
-            output, winners = maps(job, POOLED, WINDOWS, image, first), argmaxes(job, image, first)
-            minus, scale = vector(job, FACTORS, MINUS_MEAN, first), vector(job, FACTORS, SCALE, first)
-            slope, level = vector(job, SLOPES, SLOPE, first), vector(job, SLOPES, LEVEL, first)
-            for pixel in range(field(job, PIXELS)):
-                distance = add(read(source + step * pixel, count), minus)
-                write(target + step * pixel, count, add_products(level, slope, distance))
-            for window in range(field(job, WINDOWS)):
-                passing = add_products(zeros(ONE, ONE), scale, read(output + step * window, count))
-                argmax = load_bytes(winners + padded * window, ONE)
-                for cell in range(cells):
-                    place = long_at(table + 8 * (window * cells + cell))
-                    if place >= 0:
-                        spot = target + place
-                        write(spot, count, add(read(spot, count), where_equal(argmax, cell, passing)))
+            image, begin, end = part(job, task)
+            written = 0
+            for start in range(0, windows, CHAIN):
+                stop = min(start + CHAIN, windows)
+                last = -1
+                for entry in range(start * cells, stop * cells):
+                    last = max(last, long_at(table + 8 * entry))
+                until = pixels if stop == windows else max(written, last // step + 1)
+                for first in range(begin, end, LANES):
+                    source, count = maps(job, INPUT, PIXELS, image, first), min(LANES, end - first)
+                    target = maps(job, GRAD_INPUT, PIXELS, image, first)
+                    output, winners = maps(job, POOLED, WINDOWS, image, first), argmaxes(job, image, first)
+                    minus, scale = vector(job, FACTORS, MINUS_MEAN, first), vector(job, FACTORS, SCALE, first)
+                    slope, level = vector(job, SLOPES, SLOPE, first), vector(job, SLOPES, LEVEL, first)
+                    for pixel in range(written, until):
+                        distance = add(read(source + step * pixel, count), minus)
+                        write(target + step * pixel, count, add_products(level, slope, distance))
+                    for window in range(start, stop):
+                        passing = add_products(zeros(ONE, ONE), scale, read(output + step * window, count))
+                        argmax = load_bytes(winners + padded * window, ONE)
+                        for cell in range(cells):
+                            place = long_at(table + 8 * (window * cells + cell))
+                            if place >= 0:
+                                spot = target + place
+                                write(spot, count, add(read(spot, count), where_equal(argmax, cell, passing)))
+                written = until
             task = take(job)
 
     return grad

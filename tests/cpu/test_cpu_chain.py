@@ -184,6 +184,24 @@ def test_large_matrices_are_left_to_pytorch(weights, images, save, taken):
         assert "PyTorch's own linear layers are" in reason
 
 
+@pytest.mark.parametrize(
+    ("weights", "size", "least"),
+    [
+        ([(6, 1, 5, 5), (16, 6, 5, 5)], 32, 8),  # LeNet's: few operations
+        ([(32, 3, 3, 3), (32, 32, 3, 3)], 32, 8),
+        ([(32, 3, 5, 5), (64, 32, 5, 5)], 40, 10),  # many
+        ([(16, 16, 5, 5), (32, 16, 3, 3)], 24, 10),  # many input channels
+    ],
+)
+def test_how_many_images_of_a_block_are_worth_a_call(weights, size, least, monkeypatch):
+    """Eight of 16 lanes, on one of two threads, took up to 1.7 times as long as stock in large networks."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    parameters = [tensor for shape in weights for tensor in (torch.zeros(shape), None)]
+    input, links = torch.zeros(16, weights[0][1], size, size), [PLAIN] * len(weights)
+    taken = [images for images in range(8, 17) if cpu.chain_rejects(input[:images], parameters, links, False) is None]
+    assert taken == list(range(least, 17))
+
+
 def test_the_convolutions_in_front_of_a_large_matrix_stay_a_chain():
     """Also where no graph is rewritten: a call of a chain is decided for its convolutions and its matrices apart."""
     shapes = (6, 1, 5, 5), (16, 6, 5, 5), (1200, 400), (10, 1200)

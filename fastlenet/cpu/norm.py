@@ -14,7 +14,7 @@ numbers for each channel in between. Neither the normalised batch nor its gradie
 ``fold``      in eval mode: weight and bias of the convolution that equals one with BatchNorm behind it
 ============  ==========================================================================================
 
-A task is up to 64 channels of an image. Sums are those of an image, so that they do not depend on the tasks. Sums of up to
+A task is up to 64 channels of an image. Sums are those of an image, so that tasks do not change them. Sums of up to
 `CHAIN` numbers are float32, and sums of these are float64, as stock's are. Squares are float32 too: numbers whose
 distance from the mean is above 1e19 have an infinite variance.
 """

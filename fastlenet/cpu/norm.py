@@ -115,6 +115,13 @@ def argmaxes(job, image, first):
 
 
 @inlined
+def operands(job, image, first, end):
+    """Return the addresses of an image's pixels, pooled pixels and winners, and how many lanes are channels."""
+    source, output = maps(job, INPUT, PIXELS, image, first), maps(job, POOLED, WINDOWS, image, first)
+    return source, output, argmaxes(job, image, first), min(LANES, end - first)
+
+
+@inlined
 def sums_of(job, row, image, first):
     """Return the address of one of an image's three rows of sums."""
     return field(job, SUMS) + 8 * ((3 * image + row) * field(job, PADDED) + first)
@@ -247,8 +254,7 @@ def pool() -> Any:
             for start in range(0, windows, CHAIN):
                 stop = min(start + CHAIN, windows)
                 for first in range(begin, end, LANES):
-                    source, count = maps(job, INPUT, PIXELS, image, first), min(LANES, end - first)
-                    output, winners = maps(job, POOLED, WINDOWS, image, first), argmaxes(job, image, first)
+                    source, output, winners, count = operands(job, image, first, end)
                     scale, shift = vector(job, FACTORS, SCALE, first), vector(job, FACTORS, SHIFT, first)
                     for window in range(start, stop):
                         best, argmax = zeros(ONE, ONE), spread_int(NO_WINNER, ONE)
@@ -278,8 +284,7 @@ def sums() -> Any:
             for start in range(0, windows, CHAIN):
                 stop = min(start + CHAIN, windows)
                 for first in range(begin, end, LANES):
-                    source, count = maps(job, INPUT, PIXELS, image, first), min(LANES, end - first)
-                    output, winners = maps(job, POOLED, WINDOWS, image, first), argmaxes(job, image, first)
+                    source, output, winners, count = operands(job, image, first, end)
                     minus = vector(job, FACTORS, MINUS_MEAN, first)
                     plain, weighted = zeros(ONE, ONE), zeros(ONE, ONE)
                     for window in range(start, stop):
@@ -338,9 +343,8 @@ def grad() -> Any:
                     last = max(last, long_at(table + 8 * entry))
                 until = pixels if stop == windows else max(written, last // step + 1)
                 for first in range(begin, end, LANES):
-                    source, count = maps(job, INPUT, PIXELS, image, first), min(LANES, end - first)
+                    source, output, winners, count = operands(job, image, first, end)
                     target = maps(job, GRAD_INPUT, PIXELS, image, first)
-                    output, winners = maps(job, POOLED, WINDOWS, image, first), argmaxes(job, image, first)
                     minus, scale = vector(job, FACTORS, MINUS_MEAN, first), vector(job, FACTORS, SCALE, first)
                     slope, level = vector(job, SLOPES, SLOPE, first), vector(job, SLOPES, LEVEL, first)
                     for pixel in range(written, until):

@@ -536,7 +536,8 @@ def fold(epsilons: Sequence[float], *tensors: Tensor | None) -> Sequence[Tensor]
     if selection.backend() in ("auto", "cpu") and selection.unwatched() and cpu.fold_covers(tensors):
         with contextlib.suppress(KernelError):
             return cpu.fold(epsilons, tensors)
-    return [tensor for i, eps in enumerate(epsilons) for tensor in _folded(eps, *tensors[6 * i : 6 * i + 6])]
+    each = len(tensors) // len(epsilons)
+    return [tensor for i, eps in enumerate(epsilons) for tensor in _folded(eps, *tensors[each * i : each * (i + 1)])]
 
 
 def _folded(
@@ -581,7 +582,7 @@ class _LayOut(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, layout: torch.memory_format) -> Tensor:
-        ctx.before = torch.contiguous_format if layout is torch.channels_last else torch.channels_last
+        ctx.before = memory_format(input)
         return cpu.lay_out(input, layout)
 
     @staticmethod

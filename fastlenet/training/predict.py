@@ -28,6 +28,8 @@ LARGEST = 280
 ROUNDS = 3
 # An image whose lightest and darkest pixels are nearer than this share of black to white shows nothing.
 LEAST_CONTRAST = 0.1
+# A probability below which the answer is more likely wrong than right.
+LIKELY = 0.5
 SUFFIXES = (".png", ".jpg", ".jpeg")
 _IDX_IMAGES = b"\x00\x00\x08\x03"
 _BATCH = 1000
@@ -233,7 +235,9 @@ def centred(ink: torch.Tensor) -> torch.Tensor:
 def lines(name: str, probabilities: torch.Tensor) -> Iterator[str]:
     """Say what the network takes an image for: the digit and its probability, then a bar for each class."""
     digit = int(probabilities.argmax())
+    doubt = "" if probabilities[digit] >= LIKELY else " (not sure)"
     # A name may hold bytes that are no text, which a terminal refuses.
-    yield f"{name.encode(errors='backslashreplace').decode()}: {digit}, probability {probabilities[digit]:.1%}"
+    name = name.encode(errors="backslashreplace").decode()
+    yield f"{name}: {digit}, probability {probabilities[digit]:.1%}{doubt}"
     for number, share in enumerate(probabilities.tolist()):
         yield f"  {number} {'#' * round(share * _BAR):<{_BAR}} {share:6.1%}"

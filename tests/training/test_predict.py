@@ -89,6 +89,13 @@ def test_what_is_printed(file: Path, digits: tuple, tmp_path: Path, capsys: pyte
         assert line.endswith(f" {share:.1%}")
 
 
+@pytest.mark.parametrize(("share", "doubt"), [(0.49, " (not sure)"), (0.5, "")])
+def test_doubt(share: float, doubt: str) -> None:
+    probabilities = torch.full((10,), (1 - share) / 9, dtype=torch.float64)
+    probabilities[3] = share
+    assert next(predict.lines("digit.png", probabilities)) == f"digit.png: 3, probability {share:.1%}{doubt}"
+
+
 def test_the_network_sees_what_training_showed_it(file: Path) -> None:
     """The same padding and the same normalisation: the same outputs, bit for bit."""
     sample, trained = data.load_sample(), predict.load_trained(file, "cpu")

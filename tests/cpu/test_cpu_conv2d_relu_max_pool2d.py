@@ -443,6 +443,7 @@ def test_backward_after_another_implementations_forward(case, either):
         (17, (16, 112, 112), (6, 16, 5, 3), 2, "lanes"),
         (32, (16, 112, 112), (6, 16, 5, 3), 2, None),
         (512, (64, 14, 14), (64, 64, 3, 3), 2, "in inference: library"),
+        (512, (64, 14, 14), (64, 64, 1, 1), 2, None),
         (512, (128, 14, 14), (256, 128, 3, 3), 2, "library"),
         (16, (8, 32, 32), (16, 8, 15, 15), 2, "in inference: lanes"),
         (9, (1, 32, 32), (6, 1, 5, 5), 1, None),
@@ -481,6 +482,8 @@ def test_what_is_rejected_by_its_layout(channels, declined):
         input = torch.empty(4, channels, 32, 32, memory_format=torch.channels_last)
         found = cpu.rejects(input, torch.empty(16, channels, 3, 3), PLAIN, False)
         assert (found is not None) is declined
+        input = torch.empty(32, 64, 14, 14, memory_format=torch.channels_last)
+        assert cpu.rejects(input, torch.empty(64, 64, 1, 1), PLAIN, False) is not None
     finally:
         torch.set_num_threads(before)
 

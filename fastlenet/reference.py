@@ -68,11 +68,12 @@ def conv2d_relu_max_pool2d(
 ) -> Tensor:
     """Return the pooled output for a batched or an unbatched input.
 
-    With `quick` the convolution may be matrix products if that is faster: for plain tensors on a CPU.
+    With `quick`, for plain tensors on a CPU, the convolution may be matrix products if that is faster. Then relu also
+    comes first where no gradient is asked for, in place: the pool's maxima of numbers below 0 cost up to a fifth more.
 
-    relu comes after the pool, where there are fewer values. Results and gradients are the same: no gradient passes if
-    the largest cell is not above 0. relu is a threshold here, which saves its input and not its output, so the output
-    may be modified in place, as that of max_pool2d.
+    Else relu comes after the pool, where there are fewer values. Results and gradients are the same: no gradient passes
+    if the largest cell is not above 0. relu is a threshold here, which saves its input and not its output, so the
+    output may be modified in place, as that of max_pool2d.
     """
     if (
         quick
@@ -84,6 +85,8 @@ def conv2d_relu_max_pool2d(
         conv = torch.conv2d(input, weight, bias, *geometry[:4])
     if geometry.window_may_be_empty:  # stock's output is -inf there, and relu must not change it
         return _pool_with_empty_windows(F.relu(conv), geometry)
+    if quick and not conv.requires_grad:
+        return torch.max_pool2d(conv.relu_(), *geometry[4:])
     return torch.threshold(torch.max_pool2d(conv, *geometry[4:]), 0, 0)
 
 

@@ -447,6 +447,8 @@ def _watched(operator: Operator, settings: Any, tensors: Sequence[Any]) -> Form:
     composed = operator.composition, False
     if transforms_active() or (not compiling and forward_mode()):
         return composed
+    if (torch.compiler.is_exporting() or tracing_state() is not None) and torch.onnx.is_in_onnx_export():
+        return composed  # ONNX has the parts only
     if not compiling and not proxied():
         if tracing_state() is not None:
             # A trace records operators below autograd, so stock operators must compute gradients. A call that needs

@@ -100,6 +100,9 @@ class Backend:
             raise NotImplementedError("it holds a torch.autograd.Function, whose second derivatives would be lost")
         if self.faithful and any(patterns.writes_to_input(node) for graph in parts[1:] for node in graph.nodes):
             raise NotImplementedError("it holds a checkpoint that modifies a tensor, such as a BatchNorm's counter")
+        if self.inner is None:
+            for node in [node for graph in parts for node in graph.nodes if node.target is function]:
+                _follow_grad_mode(node)
         private.guard_hooks()
         mode = "training" if torch.is_grad_enabled() else "inference"
         kinds = {
@@ -199,6 +202,15 @@ def compile_graph(
     if unknown:
         raise ValueError(f"fastlenet: the options are 'inner' and 'measure', but got {', '.join(map(repr, unknown))}")
     return Backend(**given)(graph_module, example_inputs)
+
+
+def _follow_grad_mode(node: fx.Node) -> None:
+    """Let a Function's backward be differentiated if the engine records it: Dynamo's graph switches that off."""
+    name: Any = node.args[1]
+    backward = getattr(node.graph.owning_module, name.target)
+    for switch in backward.graph.find_nodes(op="call_function", target=private.set_grad_enabled):
+        backward.graph.erase_node(switch)
+    backward.recompile()
 
 
 def _is_covered(call: Call) -> bool:

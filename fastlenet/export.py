@@ -12,13 +12,11 @@ False
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 from fastlenet.ops import ADDMM_RELU, CHAIN, CONV2D_RELU_MAX_POOL2D
-from fastlenet.ops.registration import operators
+from fastlenet.ops.registration import composed, operators
 from fastlenet.private import OpOverload
 
 __all__ = ["decompositions"]
@@ -44,8 +42,6 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """
     found: dict[OpOverload, Callable[..., Any]] = {}
     for operator in (CONV2D_RELU_MAX_POOL2D, ADDMM_RELU, CHAIN):
-        forward, backward = operator.implementation("aten")
-        stock = SimpleNamespace(forward=forward, backward=backward)
         for name, registered in operator.registered().items():
-            found[getattr(operators, name).default] = functools.partial(registered.run, stock)
+            found[getattr(operators, name).default] = composed(operator, registered)
     return found

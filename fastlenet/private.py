@@ -146,6 +146,9 @@ enter_autocast: Any = _find("torch.amp.autocast_mode", "_enter_autocast", object
 exit_autocast: Any = _find("torch.amp.autocast_mode", "_exit_autocast", object())
 """What a graph calls where an autocast region begins and ends."""
 
+set_grad_enabled: Any = _find("torch._C", "_set_grad_enabled", object())
+"""What a graph calls where gradients are switched on or off."""
+
 
 def dynamo_error() -> Any:
     """The class of TorchDynamo's own errors."""

@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from fastlenet import library, ops
 from fastlenet.errors import KernelError
 from fastlenet.kernels import configurations
-from fastlenet.ops.registration import Operator, count_flops, implement
+from fastlenet.ops.registration import Operator, composed, count_flops, differentiate_again, implement
 from fastlenet.private import (
     dispatch_modes,
     forward_mode,
@@ -447,6 +447,8 @@ def _watched(operator: Operator, settings: Any, tensors: Sequence[Any]) -> Form:
     composed = operator.composition, False
     if transforms_active() or (not compiling and forward_mode()):
         return composed
+    if (torch.compiler.is_exporting() or tracing_state() is not None) and torch.onnx.is_in_onnx_export():
+        return composed  # ONNX has the parts only
     if not compiling and not proxied():
         if tracing_state() is not None:
             # A trace records operators below autograd, so stock operators must compute gradients. A call that needs
@@ -496,6 +498,8 @@ def register(operator: Operator) -> None:
     count_flops(operator)
     for name, registered in operator.registered().items():
         implement(name, functools.partial(_run_registered, operator, registered))
+        if name.endswith("_backward"):
+            differentiate_again(name, composed(operator, registered))
 
 
 for _operator in (ops.CONV2D_RELU_MAX_POOL2D, ops.ADDMM_RELU, ops.CHAIN):

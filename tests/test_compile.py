@@ -173,6 +173,30 @@ def test_a_backward_inside_a_compiled_function(make, backend, size):
             torch.testing.assert_close(parameter.grad.double(), wanted.grad, rtol=1e-3, atol=1e-5)
 
 
+def layers():
+    convolution = fastlenet.ConvReLUMaxPool2d(1, 3, 3, pool_size=3)
+    return nn.Sequential(convolution, nn.Flatten(-3), fastlenet.LinearReLU(300, 4), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("unbatched", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [fastlenet.LeNet, layers])
+def test_second_derivatives_under_the_backend(make, dtype, unbatched):
+    """TorchDynamo's graph of a Function switches gradients off in the backward: a penalty on them was lost."""
+    torch.manual_seed(0)
+    network = make().to(dtype)
+    images = torch.randn((1, 32, 32) if unbatched else (5, 1, 32, 32), dtype=dtype)
+
+    def penalty(call):
+        given = images.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(call(given).logsumexp(-1).sum(), given, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), [given, *network.parameters()], allow_unused=True)
+
+    actual, expected = penalty(torch.compile(network, backend="fastlenet")), penalty(network)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_chain_in_a_graph_runs_the_kernels(cpu_kernels):
     """A graph cannot keep what a CPU's kernels save, so its backward computes the forward again, by the kernels too."""
     stock = fastlenet.StockLeNet().double()

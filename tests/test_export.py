@@ -233,6 +233,22 @@ def test_onnx_with_a_dynamic_batch(plain, networks, tmp_path):
         torch.testing.assert_close(torch.from_numpy(outputs), networks[1](images))
 
 
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.filterwarnings("ignore")  # PyTorch advises against its older exporter
+def test_onnx_of_the_layers_themselves(dynamo, trainable, tmp_path):
+    """ONNX has no fused operators, and needs no decompositions for them."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    layers = fastlenet.ConvReLUMaxPool2d(1, 3, 3, pool_size=3, pool_stride=2), torch.nn.Flatten()
+    model = torch.nn.Sequential(*layers, fastlenet.LinearReLU(27, 4)).requires_grad_(trainable).eval()
+    images = torch.randn(5, 1, 10, 10)
+    torch.onnx.export(model, (images,), tmp_path / "layers.onnx", dynamo=dynamo, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "layers.onnx", providers=["CPUExecutionProvider"])
+    [outputs] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(outputs), model(images).detach())
+
+
 @pytest.mark.wide
 def test_aot_inductor_package_runs_our_operators(tmp_path):
     """Compiled ahead of time, and loaded where only fastlenet's operators are, which it calls; for several batches."""

@@ -56,7 +56,9 @@ def fold(epsilons: Sequence[float], tensors: Sequence[Tensor | None]) -> list[Te
         weight, *others = tensors[EACH * i : EACH * i + EACH]
         assert weight is not None
         filters = weight.shape[0]
-        new = empty(weight.shape, torch.float32), empty((filters,), torch.float32)
+        # With the weight's strides, by which a convolution lays out its result: those of a size of 1 may be any.
+        new_weight = empty(weight.shape, torch.float32).as_strided(weight.shape, weight.stride())
+        new = new_weight, empty((filters,), torch.float32)
         folded += new
         (bits,) = struct.unpack("q", struct.pack("d", eps))
         row = 4 * weight.numel() // filters if filters else 0

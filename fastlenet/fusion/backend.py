@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from fastlenet import private, timing
 from fastlenet.fusion import patterns
 from fastlenet.fusion.patterns import Call, Match
+from fastlenet.ops import NAMESPACE
 
 INNER = (None, "inductor")
 
@@ -100,6 +101,9 @@ class Backend:
             raise NotImplementedError("it holds a torch.autograd.Function, whose second derivatives would be lost")
         if self.faithful and any(patterns.writes_to_input(node) for graph in parts[1:] for node in graph.nodes):
             raise NotImplementedError("it holds a checkpoint that modifies a tensor, such as a BatchNorm's counter")
+        if self.inner is None:
+            for node in [node for graph in parts for node in graph.nodes if node.target is function]:
+                _follow_grad_mode(node)
         private.guard_hooks()
         mode = "training" if torch.is_grad_enabled() else "inference"
         kinds = {
@@ -199,6 +203,20 @@ def compile_graph(
     if unknown:
         raise ValueError(f"fastlenet: the options are 'inner' and 'measure', but got {', '.join(map(repr, unknown))}")
     return Backend(**given)(graph_module, example_inputs)
+
+
+def _follow_grad_mode(node: fx.Node) -> None:
+    """Let the backward of a fused operator be differentiated if the engine records it: Dynamo's graph forbids it.
+
+    Functions of others may forbid it themselves, so they stay as they are.
+    """
+    name: Any = node.args[1]
+    backward = getattr(node.graph.owning_module, name.target)
+    if not any(str(call.target).startswith(f"{NAMESPACE}.") for call in backward.graph.nodes):
+        return
+    for switch in backward.graph.find_nodes(op="call_function", target=private.set_grad_enabled):
+        backward.graph.erase_node(switch)
+    backward.recompile()
 
 
 def _is_covered(call: Call) -> bool:

@@ -562,34 +562,39 @@ def _folded(
 
 
 def lay_out(input: Tensor, layout: torch.memory_format) -> Tensor:
-    """Return ``input.to(memory_format=layout)``, by a compiled kernel if it is faster; the gradient likewise."""
-    laid_out = _laid_out(input, layout)
-    # `contiguous` would keep the strides of a single channel, by which a convolution tells layouts apart.
-    return input.to(memory_format=layout) if laid_out is None else laid_out
+    """Return ``input.to(memory_format=layout)``, by a compiled kernel if it is faster.
+
+    The gradient has the input's layout, as that of a stock convolution has: the gradient of ``to`` would keep another.
+    Where no kernel may run, the input stays as it is, and stock operators find the layout that they expect.
+    """
+    if selection.backend() not in ("auto", "cpu") or not selection.unwatched() or private.is_batched(input):
+        return input
+    if input.requires_grad and torch.is_grad_enabled() and memory_format(input) != layout:
+        laid_out: Tensor = _LayOut.apply(input, layout)
+        return laid_out
+    return _laid_out(input, layout)
 
 
-def _laid_out(input: Tensor, layout: torch.memory_format) -> Tensor | None:
-    usable = selection.backend() in ("auto", "cpu") and selection.unwatched() and not private.is_batched(input)
-    if usable and cpu.lay_out_covers(input, layout):
+def _laid_out(input: Tensor, layout: torch.memory_format) -> Tensor:
+    if cpu.lay_out_covers(input, layout):
         with contextlib.suppress(KernelError):
-            laid_out: Tensor = _LayOut.apply(input, layout)
-            return laid_out
-    return None
+            return cpu.lay_out(input, layout)
+    # `contiguous` would keep the strides of a single channel, by which a convolution tells layouts apart.
+    return input.to(memory_format=layout)
 
 
 class _LayOut(torch.autograd.Function):
-    """A change of layout by `cpu.lay_out`."""
+    """A change of layout, and back in the backward."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, layout: torch.memory_format) -> Tensor:
         ctx.before = memory_format(input)
-        return cpu.lay_out(input, layout)
+        return _laid_out(input, layout)
 
     @staticmethod
     @private.runs_eagerly
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        laid_out = _laid_out(grad_output, ctx.before)
-        return grad_output if laid_out is None else laid_out, None
+        return lay_out(grad_output, ctx.before), None
 
 
 def batch_norm_relu_max_pool2d(
@@ -653,7 +658,8 @@ def _norm_call(graph: fx.Graph, match: Match, nodes: list[fx.Node], copy: Callab
     Each new node stands where the stock one stood that reads the same tensors.
     """
     convolution, norm, *_ = nodes
-    operands = [copy(operand) for operand in match.operands[:2] if match.options["relaid"]]
+    plain = memory_format(_value(match.nodes[0])) == torch.contiguous_format  # else it runs in channels_last by itself
+    operands = [copy(operand) for operand in match.operands[:2] if plain and match.options["relaid"]]
     with graph.inserting_before(convolution):
         relaid = {operand: _relaid(graph, _as_computed(operand), torch.channels_last) for operand in operands}
     convolution.args = fx.node.map_arg(convolution.args, lambda node: relaid.get(node, node))

@@ -320,7 +320,7 @@ def _run_backward(
     output_mask: Sequence[bool],
 ) -> list[Tensor]:
     links = links_of(spec)
-    if _recomputes(input):
+    if _recomputes(input) or torch.is_grad_enabled():  # a second derivative goes through what the forward saved
         output, saved = known.forward(input, parameters, links, True)
     return list(
         or_empty(input, known.backward(grad_output, output, input, parameters, saved, links, tuple(output_mask)))

@@ -15,6 +15,7 @@ import importlib.util
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -181,6 +182,30 @@ def implement(name: str, function: Callable[..., Any]) -> None:
             return function(*args)
 
     library.impl(name, below_autograd, "CompositeExplicitAutograd")
+
+
+def composed(operator: Operator, registered: Registered) -> Callable[..., Any]:
+    """Return a function of a registered operator's arguments that computes it by plain ATen operators."""
+    forward, backward = operator.implementation("aten")
+    return functools.partial(registered.run, SimpleNamespace(forward=forward, backward=backward))
+
+
+def differentiate_again(name: str, function: Callable[..., Any]) -> None:
+    """Let `function` compute a registered backward that is itself differentiated.
+
+    TorchDynamo's graph of a Function calls the backward as a registered operator. It has no derivatives of its own, so
+    that second derivatives would be lost without a word.
+    """
+
+    @private.runs_eagerly
+    def above_autograd(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(getattr(leaf, "requires_grad", False) for leaf in private.tree_leaves(args)):
+            with no_autocast(args[0].device.type):
+                return function(*args)
+        with private.below_autograd():
+            return getattr(operators, name)(*args)
+
+    library.impl(name, above_autograd, "Autograd")
 
 
 def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from harness.judge import assert_as_accurate
 from harness.poison import assert_fully_written, poisoned_outputs
+from torch import nn
 
 import fastlenet
 from fastlenet import cpu
@@ -66,6 +67,18 @@ def test_numbers_that_have_no_root_or_end(place, value, kernel_calls):
     for one, other in zip(fold((0.0,), *tensors), exact((0.0,), tensors)[0], strict=True):
         torch.testing.assert_close(one, other, equal_nan=True)
     assert kernel_calls
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 3, 3), (6, 4, 1, 1)], ids=str)
+def test_both_layouts_at_once(shape, kernel_calls):
+    """Of one channel, or one pixel. A weight in channels_last makes stock's result channels_last too."""
+    convolution, norm = nn.Conv2d(*shape[1::-1], shape[2:]), nn.BatchNorm2d(shape[0])
+    model = nn.Sequential(convolution, norm, nn.ReLU(), nn.MaxPool2d(2)).eval().to(memory_format=torch.channels_last)
+    images = torch.randn(5, shape[1], 9, 8)
+    with torch.no_grad():
+        actual, expected = fastlenet.fuse(model)(images), model(images)
+    assert kernel_calls
+    assert actual.stride() == expected.stride()
 
 
 def test_no_filter_at_all():

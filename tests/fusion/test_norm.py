@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from functools import partial
 
@@ -361,13 +362,22 @@ def test_few_images(shape, compiled):
     torch.testing.assert_close(dict(fused.named_buffers()), dict(model.named_buffers()), equal_nan=True)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("channels", [1, 5])
-def test_outputs_have_stock_s_strides(channels, layout, compiled):
-    """Also that of the dimension of a single channel."""
-    model = nn.Sequential(nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2))
-    model, images = model.to(memory_format=layout), torch.randn(4, 3, 13, 11).to(memory_format=layout)
-    assert fastlenet.fuse(copy.deepcopy(model))(images).stride() == model(images).stride()
+@pytest.mark.parametrize("layouts", itertools.product([torch.contiguous_format, torch.channels_last], repeat=2))
+@pytest.mark.parametrize(("inputs", "channels"), [(3, 1), (3, 5), (1, 5)])
+def test_outputs_and_gradients_have_stock_s_strides(inputs, channels, layouts, compiled):
+    """Also those of the dimension of a single channel. A gradient of a plain weight can be viewed as a vector."""
+    convolution, norm = nn.Conv2d(inputs, channels, 3), nn.BatchNorm2d(channels, track_running_stats=False)
+    model = nn.Sequential(convolution, norm, nn.ReLU(), nn.MaxPool2d(2))
+    model, images = model.to(memory_format=layouts[0]), IMAGES[:, :inputs].to(memory_format=layouts[1])
+    fused = fastlenet.fuse(copy.deepcopy(model), inplace=True)
+    for name, value in outcome(fused, images).items():
+        assert value.stride() == outcome(model, images)[name].stride(), name
+
+    def loss(weight, net):
+        return torch.func.functional_call(net, {"0.weight": weight}, images).sum()
+
+    gradients = [torch.func.grad(loss)(model[0].weight.detach(), net) for net in (model, fused)]
+    assert gradients[0].stride() == gradients[1].stride()
 
 
 def test_less_is_saved_for_the_backward(compiled):

@@ -529,7 +529,8 @@ def grad_weight(
         missing.append(sum(1 << n for n in range(min(pool, step)) if n < before or after + n >= conv[axis]))
     tile = _weight_tile(out_channels, kernel, cells, any(missing)) | options
     tiles = cdiv(channels, tile["BLOCK_M"]) * cdiv(kernel[0], tile["TAP_ROWS"]) * cdiv(out_channels, tile["BLOCK_N"])
-    parts, rows_per_part = split_reduction(rows, tile["BLOCK_K"], tiles)
+    # At least eight steps a part: writing and adding up the parts of a few images takes longer than their products.
+    parts, rows_per_part = split_reduction(rows, 2 * tile["BLOCK_K"], tiles)
     result, bias = empty(weight.shape, weight), empty((out_channels,), weight)
     partials = empty((parts, weight.numel() + out_channels), input, torch.float32)
     launch(

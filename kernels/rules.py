@@ -11,9 +11,9 @@ H100.
 - **The forward of 32 channels and more** computes blocks of cells on matrix units (`block_dot`): 0.12 to 0.55 of the
   floor, where the general kernel took 0.36 to 1. That loads a pixel again for every cell, and computes cells again for
   every window that overlaps.
-- **The weight's gradient of 32 channels and more** multiplies blocks of cells too (`block_dot`): 0.11 to 0.77 of the
-  floor, where the general kernel took 0.3 to 2.0. On sm_90 kernels up to 7 columns wide take it. Elsewhere the sums of
-  larger kernels and windows do not fit: there it computes up to 5 columns and 4 cells, if no cell is missing.
+- **The weight's gradient of 32 channels and more** multiplies blocks of cells too (`block_dot`): 0.11 to 0.84 of the
+  floor in most shapes, where the general kernel took 0.3 to 2.0. On sm_90 it computes kernels up to 7 columns wide.
+  Elsewhere the sums of larger kernels and windows do not fit: there up to 5 columns and 4 cells, if none is missing.
 - **General kernels**, on matrix units, compute the rest: from 32 channels on their steps are full.
 - **The input's gradient of 32 to 64 channels** is spread over cells and multiplied (`spread_dot`): 0.2 to 0.6 of the
   floor, where the general kernel took 0.3 to 3.6. It looks at windows again for every tap, four times as often where
@@ -45,6 +45,9 @@ class Rule(NamedTuple):
 
 MOST_CHANNELS, MOST_EXACT = 31, 64
 """Input channels up to which FMA units are taken, by matrix units' types and by exact float32."""
+
+UNROLL_WITH_ARGMAX = 2
+"""The forward's option UNROLL: 0 for a loop over kernel rows, 1 for none, this for none if argmax is returned."""
 
 _SPREAD_FROM, _SPREAD_TO = 16, 64
 """Input channels from and up to which `spread_dot` may compute a gradient."""
@@ -141,9 +144,11 @@ def _forward(
     options = {"CHANNELS": channels, "UNROLL": int(unrolled)}
     # Rows of pixels that wait for later kernel rows take registers, and so do masks of padded rows of odd length.
     waiting = spans[0] - kernel_h + 1 if unrolled else 0
-    if 2 * (cells * channels + waiting * spans[1]) > 160 or (
-        overlaps and padded and taps >= 25 and architecture != "sm_100"
-    ):
+    masked = overlaps and padded and taps >= 25 and architecture != "sm_100"
+    if masked and unrolled:
+        # Without argmax the compiler lets more loads wait than there are registers.
+        options["UNROLL"] = UNROLL_WITH_ARGMAX
+    if 2 * (cells * channels + waiting * spans[1]) > 160 or masked:
         return Rule("patch_fma", options | {"maxnreg": 255})
     # Rows that wait for the next take more registers; with 168 eight channels spill.
     return Rule("patch_fma", options | ({"maxnreg": 200} if overlaps else {}))

@@ -234,6 +234,16 @@ def test_the_rule_at_any_number_of_images(images, case, conv, device):
     conv.exact(case, case.exact(torch.float32, device=device))
 
 
+def test_inference_loops_over_rows_of_large_padded_kernels_and_gives_the_same_bits(device, launches):
+    """Where registers hold all rows only beside an argmax."""
+    case = conv_case("inference", (2, 2, 9, 8), (3, 2, 5, 5), padding=2, pool_size=3, pool_stride=2)
+    tensors = case.random(torch.float32, device=device)
+    output = CONV.fused(**tensors | {"weight": tensors["weight"].clone().requires_grad_()}, **case.keywords)
+    with torch.no_grad():
+        assert_bitwise_equal(CONV.fused(**tensors, **case.keywords), output.detach())
+    assert [constants["UNROLL"] for _, constants in launches] == [True, False]
+
+
 @pytest.mark.wide
 def test_the_last_chunk_of_rows_ends_with_the_image(conv, device):
     """Three rows of windows in chunks of two: a fourth would lie beyond the last image's memory."""

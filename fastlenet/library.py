@@ -3,12 +3,13 @@
 `configurations.json` decides first: an entry with the variant "aten" takes the library, any other the kernel. Without
 an entry a rule decides. Convolutions with few input channels ask `kernels/rules.py`: what a kernel on FMA units
 computes stays there, unless there are enough output channels to fill a library's tiles. For all other calls the depth
-decides, which is the number of products that one element of the result sums. A library multiplies faster than the
-general kernels, which gather their operands. The kernels save passes over memory for relu, its mask and the pool. The
-first gain grows with the depth, the second does not. The number of images never decides, so a sample's result does not
+decides, which is the number of products that one element of the result sums. A library keeps matrix units busier. The
+kernels save passes over memory for relu, its mask and the pool. The first gain grows with the depth, the second does
+not. The number of images never decides, so a sample's result does not
 depend on its batch.
 
-The limits of convolutions are modelled, those of matrix products were measured on an H100.
+The limits of convolutions are modelled, and corrected by the factors between model and clock that an H100 showed for
+other shapes. Those of matrix products were measured there.
 `docs/design/library.md` has the figures. `fastlenet bench --tune` measures and writes entries that override the rule.
 
 This module does not load triton, except to name the current architecture where Triton drives the device.
@@ -42,8 +43,9 @@ _DEEPEST = {
 _FEW_CHANNELS, _DEEPEST_OF_FEW = 16, 64
 """Input channels below which the general kernels read the depth one number at a time, and the limit of depth then.
 
-The same limit holds for the kernels on FMA units. An H100 took 1.4 to 2 times their modelled 1.2 to 1.5 of the floor:
-some 25 TFLOP/s, half of what a library reaches in exact float32.
+The same limit holds for the kernels on FMA units, which compute up to `rules.MOST_CHANNELS` in every precision. An H100
+took 1.4 to 2 times their modelled 1.2 to 1.5 of the floor: some 25 TFLOP/s, half of what a library reaches in exact
+float32.
 """
 
 _FEW_COLUMNS = 64
@@ -124,14 +126,16 @@ def _link(direction: str, links: Links, tensors: Sequence[Any]) -> str | None:
 def convolution(direction: str, input: Tensor, weight: Tensor, geometry: ConvPoolGeometry) -> str | None:
     """Say why cuDNN computes a convolution with its pool, or None if a Triton kernel does; see `why_library`."""
     precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
-    few = weight.shape[1] < _FEW_CHANNELS
     exact = input.dtype == torch.float32 and precision == "ieee"
     sizes = weight.shape[1], weight.shape[0], (weight.shape[2], weight.shape[3])
     # Whatever gradients a call needs: a first layer's images have none.
     name = "forward" if direction == "forward" else "grad_weight"
-    general = not few or rules.choose(name, geometry, *sizes, exact, configurations.architecture()) is None
-    narrow = weight.shape[0] // geometry.groups < _FEW_COLUMNS and not (few and general)
-    deepest = math.inf if narrow else _DEEPEST_OF_FEW if few else None
+    rule = None
+    if weight.shape[1] <= rules.MOST_CHANNELS:
+        rule = rules.choose(name, geometry, *sizes, exact, configurations.architecture())
+    few = weight.shape[1] < _FEW_CHANNELS
+    narrow = weight.shape[0] // geometry.groups < _FEW_COLUMNS and not (few and rule is None)
+    deepest = math.inf if narrow else _DEEPEST_OF_FEW if few or rule is not None else None
     depth = math.prod(weight.shape[1:])
     return why_library(CONV, direction, input.dtype, precision, geometry.key(input, weight), depth, deepest)
 

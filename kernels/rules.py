@@ -11,14 +11,16 @@ H100.
 - **The forward of 32 channels and more** computes blocks of cells on matrix units (`block_dot`): 0.12 to 0.55 of the
   floor, where the general kernel took 0.36 to 1. That loads a pixel again for every cell, and computes cells again for
   every window that overlaps.
-- **General kernels**, on matrix units, compute the rest: from 32 channels on their steps are full. They take 0.34 to
-  0.66 of the floor for the weight's gradient.
+- **The weight's gradient of 32 channels and more** multiplies blocks of cells too (`block_dot`): 0.11 to 0.84 of the
+  floor in most shapes, where the general kernel took 0.3 to 2.0. On sm_90 it computes kernels up to 7 columns wide.
+  Elsewhere the sums of larger kernels and windows do not fit: there up to 5 columns and 4 cells, if none is missing.
+- **General kernels**, on matrix units, compute the rest: from 32 channels on their steps are full.
 - **The input's gradient of 32 to 64 channels** is spread over cells and multiplied (`spread_dot`): 0.2 to 0.6 of the
   floor, where the general kernel took 0.3 to 3.6. It looks at windows again for every tap, four times as often where
   they overlap. With one tap that is once, and costs less than the workspace. Up to 31 channels `patch_fma` takes 1.2 to
   1.4 of the floor and stays, but under overlapping windows, where it takes up to 2.1 and the workspace 0.9.
-- **The weight's gradient of 32 to 64 channels** takes the same workspace under overlapping windows: 0.73 of the floor,
-  where the general kernel took 1.60, because it multiplies each cell once for every window that covers it.
+- **The weight's gradient of 32 to 64 channels** takes the same workspace under overlapping windows where blocks do not
+  compute it, because the general kernel multiplies each cell once for every window that covers it.
 - **gfx942** does not take `patch_fma` for the weight's gradient. Triton compiles it there for 7 s to minutes, in its
   own passes for that target.
 
@@ -43,6 +45,9 @@ class Rule(NamedTuple):
 
 MOST_CHANNELS, MOST_EXACT = 31, 64
 """Input channels up to which FMA units are taken, by matrix units' types and by exact float32."""
+
+UNROLL_WITH_ARGMAX = 2
+"""The forward's option UNROLL: 0 for a loop over kernel rows, 1 for none, this for none if argmax is returned."""
 
 _SPREAD_FROM, _SPREAD_TO = 16, 64
 """Input channels from and up to which `spread_dot` may compute a gradient."""
@@ -76,6 +81,11 @@ def choose(
     if cells > 9 or max(pool_h, pool_w) > 5 or taps > 121 or max(*geometry.stride, *geometry.pool_stride) > 4:
         return None
     overlaps = pool_h > step_h or pool_w > step_w
+    if direction == "grad_weight" and not exact and channels > MOST_CHANNELS:
+        plain = not overlaps and not geometry.ceil_mode and geometry.pool_padding == (0, 0)
+        # Elsewhere larger kernels and windows need more registers, or tensor memory, than there are.
+        if kernel[1] <= 7 if architecture == "sm_90" else plain and kernel[1] <= 5 and cells <= 4:
+            return Rule("block_dot", {})
     if direction != "forward" and not exact and _spreads(direction, channels, taps, overlaps, architecture):
         return Rule("spread_dot", {})
     if direction == "forward" and not exact and channels > MOST_CHANNELS:
@@ -96,7 +106,7 @@ def choose(
         if not architecture.startswith("sm_"):
             return None
         return _grad_weight(cells, kernel, spans, channels, out_channels, overlaps, architecture)
-    return _grad_input(spans[0] * spans[1], channels, overlaps)
+    return _grad_input(cells, spans[0] * spans[1], channels, overlaps)
 
 
 def _spreads(direction: str, channels: int, taps: int, overlaps: bool, architecture: str) -> bool:
@@ -134,9 +144,11 @@ def _forward(
     options = {"CHANNELS": channels, "UNROLL": int(unrolled)}
     # Rows of pixels that wait for later kernel rows take registers, and so do masks of padded rows of odd length.
     waiting = spans[0] - kernel_h + 1 if unrolled else 0
-    if 2 * (cells * channels + waiting * spans[1]) > 160 or (
-        overlaps and padded and taps >= 25 and architecture != "sm_100"
-    ):
+    masked = overlaps and padded and taps >= 25 and architecture != "sm_100"
+    if masked and unrolled:
+        # Without argmax the compiler lets more loads wait than there are registers.
+        options["UNROLL"] = UNROLL_WITH_ARGMAX
+    if 2 * (cells * channels + waiting * spans[1]) > 160 or masked:
         return Rule("patch_fma", options | {"maxnreg": 255})
     # Rows that wait for the next take more registers; with 168 eight channels spill.
     return Rule("patch_fma", options | ({"maxnreg": 200} if overlaps else {}))
@@ -173,10 +185,15 @@ def _grad_weight(
     return Rule("patch_fma", options | ({"maxnreg": 200} if taps > 25 or cells > 4 else {}))
 
 
-def _grad_input(span: int, channels: int, overlaps: bool) -> Rule | None:
+def _grad_input(cells: int, span: int, channels: int, overlaps: bool) -> Rule | None:
     if span > 160:
         return None
     positions = 2 if span <= 72 else 1
-    options = {"CHANNELS": _even(channels, max(1, 96 // (span * positions))), "POSITIONS": positions}
+    tile = _even(channels, max(1, 96 // (span * positions)))
+    # To spread a gradient over its cells costs most where windows overlap: channels share it, positions do not.
+    more = _even(channels, max(1, 72 // span))
+    if overlaps and cells > 1 and more > tile:
+        positions, tile = 1, more
+    options = {"CHANNELS": tile, "POSITIONS": positions}
     sums = span * positions
     return Rule("patch_fma", options | ({"maxnreg": 255 if sums > 120 and overlaps else 200} if sums > 100 else {}))

@@ -66,6 +66,12 @@ def test_few_channels_on_fma_units_stay_there(direction, mode):
     # A library's tiles are full from 64 output channels on.
     assert not takes_library(few_channels(out_channels=63), direction, mode)
     assert takes_library(few_channels(out_channels=64), direction, mode)
+    # So with 16 to 31 channels, which FMA units compute too; from 32 on matrix units do.
+    wider = {"size": 14, "kernel": 3, "out_channels": 64}
+    assert [takes_library(few_channels(channels=n, **wider), direction, mode) for n in (7, 8, 16, 28)] == [False] + [
+        True
+    ] * 3
+    assert not takes_library(few_channels(channels=28, **wider | {"out_channels": 63}), direction, mode)
     # What the rule leaves to the general kernels goes by its depth.
     assert takes_library(few_channels(kernel=12), direction, mode)
 

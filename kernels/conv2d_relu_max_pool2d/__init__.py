@@ -5,7 +5,8 @@ One operator, six variants, a file each, and `shared`, which has what several of
 - `general`: every geometry that PyTorch allows, sizes at run time.
 - `patch_fma`: few channels, on the FMA units, exactly; any stride, padding and small pool.
 - `patch_dot`: non-overlapping 2x2 pools on matrix units (tf32, float16, bfloat16), image sizes compiled in.
-- `block_dot`: the forward of many channels on matrix units; any stride, padding and small pool.
+- `block_dot`: the forward and the weight's gradient of many channels on matrix units; any stride, padding and small
+  pool.
 - `spread_dot`: the input's gradient of many channels on matrix units, by a workspace.
 - `column_fma`: the input's gradient of small images, exactly, image sizes compiled in.
 

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
+from .. import rules
 from ..geometry import ConvPoolGeometry
 from ..joint import Job, Later, launch_job
 from ..runtime import (
@@ -1601,7 +1602,7 @@ def forward(
         RETURN_ARGMAX=return_argmax,
         INDEX=index_type(input, output),
         CHANNELS=limit,
-        UNROLL=bool(options.get("UNROLL", 1)),
+        UNROLL=options.get("UNROLL", 1) in ((1, rules.UNROLL_WITH_ARGMAX) if return_argmax else (1,)),
         num_stages=1,
         **tile,
         **_registers(options.get("maxnreg", 168)),

@@ -8,7 +8,7 @@ dropped by the tuner, which checks all three.
   depths of a step, four or eight warps, all registers or 128 a thread; in the forward one or two stages of loads, in
   the weight's gradient one window or two by two in a patch.
 - `patch_fma`: the rule's tile with other numbers of channels and registers, and image sizes compiled in.
-- `block_dot`: rows and columns of a tile, depth of a step, stages of loads.
+- `block_dot`: rows and columns of a tile, depth of a step, stages of loads; kernel rows in the weight's gradient.
 - `spread_dot`: rows of a tile, depth of a step, stages of loads.
 - `column_fma`: channels, rows of a strip, registers.
 
@@ -48,8 +48,9 @@ def candidates(
         found += [("patch_dot", options) for options in _patch_dot(direction, geometry, input, weight)]
     if VARIANTS["patch_fma"].covers(geometry, input, weight):
         found += [("patch_fma", options) for options in _patch_fma(direction, geometry, input, weight, exact)]
-    if not exact and direction == "forward" and VARIANTS["block_dot"].covers(geometry, input, weight):
-        found += [("block_dot", options) for options in _BLOCK_DOT]
+    if not exact and direction != "grad_input" and VARIANTS["block_dot"].covers(geometry, input, weight):
+        tiles = _BLOCK_DOT if direction == "forward" else _BLOCK_DOT_WEIGHT
+        found += [("block_dot", options) for options in tiles]
     if not exact and direction == "grad_input" and VARIANTS["spread_dot"].covers(geometry, input, weight):
         found += [("spread_dot", options) for options in _SPREAD_DOT]
     # The input's gradient by columns meets in memory, which must hold sums in full.
@@ -65,6 +66,13 @@ _BLOCK_DOT: list[dict[str, int]] = [
     {"BLOCK_N": 32},
     {"BLOCK_K": 16},
     {"num_stages": 2},
+]
+
+_BLOCK_DOT_WEIGHT: list[dict[str, int]] = [
+    {},
+    {"BLOCK_N": 32},
+    {"BLOCK_K": 32},
+    {"TAP_ROWS": 1},
 ]
 
 _SPREAD_DOT: list[dict[str, int]] = [

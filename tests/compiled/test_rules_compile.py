@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from fastlenet.kernels import conv2d_relu_max_pool2d as conv
@@ -89,6 +91,7 @@ MANY = {
     "windows of nine cells": conv_case("", (8192, 48, 12, 12), (40, 48, 3, 3), padding=1, pool_size=3),
     "stride": conv_case("", (8192, 64, 14, 14), (64, 64, 3, 3), stride=2, padding=1),
     "windows a cell apart": conv_case("", (8192, 32, 16, 16), (32, 32, 3, 3), padding=1, pool_size=3, pool_stride=1),
+    "few output channels": conv_case("", (8192, 48, 40, 40), (10, 48, 5, 5)),
     "addresses of 64 bits": conv_case("", (700_000, 64, 8, 8), (64, 64, 3, 3), padding=1, pool_size=3, pool_stride=2),
 }
 
@@ -108,9 +111,12 @@ def test_blocks_and_gradients_by_a_workspace_spill_nothing(target, precision, ca
         conv.conv2d_relu_max_pool2d_backward(grad, input, weight, argmax, case.geometry, (True, True, True))
         assert_shipped_without_spills(records)
         names = {record.name for record in records if record.module.endswith("spread_dot")}
-        both = {"_spread_kernel", "_product_kernel"}
-        overlaps = case.geometry.pool_size > case.geometry.pool_stride
-        assert names == (both | {"_weight_product_kernel"} if overlaps else both)
+        overlaps, cells = case.geometry.pool_size > case.geometry.pool_stride, math.prod(case.geometry.pool_stride)
+        blocks = target == "sm_90" or not (overlaps or cells > 4)
+        workspace = overlaps and not blocks
+        assert names == {"_spread_kernel", "_product_kernel"} | ({"_weight_product_kernel"} if workspace else set())
+        found = {record.module.split(".")[-1] for record in records if record.name == "_grad_weight_kernel"}
+        assert found == ({"block_dot"} if blocks else set() if workspace else {"general"})
 
 
 @every_target

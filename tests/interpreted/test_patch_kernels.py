@@ -172,6 +172,9 @@ RULED = [
     conv_case("padded by an odd number of pairs", (2, 1, 8, 8), (2, 1, 5, 5), padding=2),
     conv_case("smaller than a block's patch", (2, 1, 5, 4), (2, 1, 5, 5), padding=2, pool_size=3, pool_stride=2),
     conv_case("overlapping windows", (3, 2, 9, 10), (3, 2, 3, 3), padding=1, pool_size=3, pool_stride=2),
+    conv_case(
+        "overlapping windows of four channels", (2, 4, 8, 9), (3, 4, 3, 3), padding=1, pool_size=3, pool_stride=2
+    ),
     conv_case("windows that share two rows", (2, 1, 7, 6), (2, 1, 2, 2), pool_size=3, pool_stride=1),
     conv_case("overlapping from row to row", (2, 2, 9, 7), (2, 2, 3, 2), pool_size=(3, 2), pool_stride=(1, 2)),
     conv_case("rows in two chunks", (2, 1, 21, 9), (2, 1, 3, 3), pool_size=3, pool_stride=2),
@@ -231,6 +234,16 @@ def test_the_rule_at_any_number_of_images(images, case, conv, device):
     conv.exact(case, case.exact(torch.float32, device=device))
 
 
+def test_inference_loops_over_rows_of_large_padded_kernels_and_gives_the_same_bits(device, launches):
+    """Where registers hold all rows only beside an argmax."""
+    case = conv_case("inference", (2, 2, 9, 8), (3, 2, 5, 5), padding=2, pool_size=3, pool_stride=2)
+    tensors = case.random(torch.float32, device=device)
+    output = CONV.fused(**tensors | {"weight": tensors["weight"].clone().requires_grad_()}, **case.keywords)
+    with torch.no_grad():
+        assert_bitwise_equal(CONV.fused(**tensors, **case.keywords), output.detach())
+    assert [constants["UNROLL"] for _, constants in launches] == [True, False]
+
+
 @pytest.mark.wide
 def test_the_last_chunk_of_rows_ends_with_the_image(conv, device):
     """Three rows of windows in chunks of two: a fourth would lie beyond the last image's memory."""
@@ -286,7 +299,7 @@ def samples_do_not_depend_on_their_batch(device) -> None:
 
 
 def test_where_the_rule_ends():
-    """Few channels go to the FMA units, more only exactly; the input's gradient of many goes by a workspace."""
+    """Few channels go to the FMA units, more only exactly; those of many go by blocks, the input's by a workspace."""
     geometry, overlapping = RULED[0].geometry, RULED[5].geometry
 
     def variant(direction, channels, exact, kernel=(3, 3), geometry=geometry, target="sm_90"):
@@ -305,9 +318,18 @@ def test_where_the_rule_ends():
     assert few == ["patch_fma", "spread_dot"]
     assert variant("grad_input", 16, False, geometry=overlapping, target="sm_80") == "patch_fma"
     assert variant("grad_input", 32, False, (1, 1), overlapping) == "spread_dot"
-    weights = [variant("grad_weight", channels, False, geometry=overlapping) for channels in (31, 32, 64, 65)]
-    assert weights == ["patch_fma", "spread_dot", "spread_dot", None]
-    assert [variant("grad_weight", 32, exact, geometry=geometry) for exact in (True, False)] == ["patch_fma", None]
+    weights = [variant("grad_weight", channels, False, geometry=overlapping) for channels in (31, 32, 256)]
+    assert weights == ["patch_fma", "block_dot", "block_dot"]
+    assert [variant("grad_weight", 32, exact) for exact in (True, False)] == ["patch_fma", "block_dot"]
+    for width, target, found in (
+        (7, "sm_90", "block_dot"),
+        (8, "sm_90", None),
+        (5, "sm_80", "block_dot"),
+        (6, "sm_80", None),
+    ):
+        assert variant("grad_weight", 65, False, (3, width), target=target) == found
+    elsewhere = [variant("grad_weight", channels, False, (3, 3), overlapping, "sm_100") for channels in (32, 64, 65)]
+    assert elsewhere == ["spread_dot", "spread_dot", None]
     assert variant("forward", 3, True, (12, 12)) is None
     dilated = conv_case("", (1,), (1, 1, 3, 3), dilation=2).geometry
     assert variant("forward", 3, True, geometry=dilated) is None
@@ -321,6 +343,15 @@ def test_windows_that_overlap_slide_where_registers_hold_them(pool, step, channe
     geometry = conv_case("", (1,), (1, 1, 3, 3), pool_size=pool, pool_stride=step).geometry
     rule = rules.choose("grad_weight", geometry, channels, 32, (3, 3), False, target)
     assert rule.options.get("SLIDE", 0) == slides
+
+
+@pytest.mark.parametrize(
+    ("channels", "pool", "step", "expected"), [(16, 3, 2, (4, 1)), (3, 3, 2, (3, 2)), (16, 2, 2, (2, 2))]
+)
+def test_channels_share_what_overlapping_windows_spread(channels, pool, step, expected):
+    geometry = conv_case("", (1,), (1, 1, 3, 3), pool_size=pool, pool_stride=step).geometry
+    options = rules.choose("grad_input", geometry, channels, 32, (3, 3), True, "sm_90").options
+    assert (options["CHANNELS"], options["POSITIONS"]) == expected
 
 
 if hasattr(st, "composite"):
@@ -380,10 +411,19 @@ def spreading(monkeypatch):
     monkeypatch.setattr(rules, "choose", lambda direction, *_: blocks if direction == "forward" else spreads)
 
 
-def by_blocks_and_workspace(launches) -> None:
-    """Assert that the forward computed blocks, and that gradients were spread and multiplied."""
-    gradients = ["_spread_kernel", "_product_kernel", "_spread_kernel", "_weight_product_kernel"]
-    wanted = ["_pack_kernel", "_forward_kernel", *gradients]
+@pytest.fixture
+def blocks(monkeypatch, spreading):
+    """Let `block_dot` compute the weight's gradient too."""
+    input_only = rules.Rule("spread_dot", {}), rules.Rule("block_dot", {})
+    monkeypatch.setattr(rules, "choose", lambda direction, *_: input_only[direction != "grad_input"])
+
+
+WORKSPACE, BLOCKS = ("_spread_kernel", "_weight_product_kernel"), ("_grad_weight_kernel",)
+
+
+def by_blocks_and_workspace(launches, weights=WORKSPACE) -> None:
+    """Assert that the forward computed blocks, and that gradients were spread and multiplied, or the weight's not."""
+    wanted = ["_pack_kernel", "_forward_kernel", "_spread_kernel", "_product_kernel", *weights]
     found = [name for name, _ in launches if name != "_sum_partials_kernel"]
     assert found == wanted * (len(found) // len(wanted))
     assert found
@@ -405,6 +445,58 @@ def test_blocks_and_a_workspace_of_many_channels(mode, case, conv, device, launc
     with fp32_precision(mode.precision):
         conv.exact(case, case.exact(mode.dtype, device=device))
     by_blocks_and_workspace(launches)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("mode", [TF32, BFLOAT], ids=str)
+@ruled
+def test_weight_gradients_by_blocks(mode, case, conv, device, launches, blocks):
+    with fp32_precision(mode.precision):
+        conv.exact(case, case.exact(mode.dtype, device=device))
+        by_blocks_and_workspace(launches, BLOCKS)
+        conv.random(case, case.random(mode.dtype, device=device), allow_zero=True)
+
+
+@pytest.mark.parametrize("mode", [TF32, BFLOAT], ids=str)
+@pytest.mark.parametrize("case", [TWO_STEPS, ONE_TAP_EACH], ids=str)
+def test_weight_gradients_by_blocks_of_many_channels(mode, case, conv, device, launches, blocks):
+    with fp32_precision(mode.precision):
+        conv.exact(case, case.exact(mode.dtype, device=device))
+    by_blocks_and_workspace(launches, BLOCKS)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("images", [0, 1, 70])
+def test_weight_gradients_by_blocks_of_any_number_of_images(images, conv, device, blocks):
+    case = conv_case("images", (images, *RULED[5].input[1:]), RULED[5].weight, **RULED[5].keywords)
+    conv.exact(case, case.exact(torch.float16, device=device))
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("kind", kinds_for(torch.empty(1, 1, 1, 1)))
+@pytest.mark.parametrize("name", ["input", "grad"])
+def test_weight_gradients_by_blocks_take_awkward_layouts(name, kind, conv, device, launches, blocks):
+    case = conv_case("layouts", (3, 2, 8, 6), (3, 2, 3, 3), padding=1, pool_size=3, pool_stride=2)
+    tensors = case.exact(torch.float16, device=device)
+    if name == "input":
+        tensors["input"] = awkward(tensors["input"], kind)
+    conv.exact(case, tensors, kind if name == "grad" else "contiguous")
+    by_blocks_and_workspace(launches, BLOCKS)
+
+
+@pytest.mark.parametrize("value", SPECIAL, ids=str)
+@pytest.mark.parametrize("size", [9, 10], ids=["whole blocks", "cells that are missing"])
+def test_weight_gradients_by_blocks_of_special_pixels(value, size, device, launches, blocks):
+    """A block's cells beyond the convolution meet no pixel: their gradient of 0 would make it NaN."""
+    case = conv_case("special", (3, 2, size, size), (3, 2, 4, 4), padding=2, pool_size=3, pool_stride=2)
+    tensors = case.exact(torch.float32, device=device)
+    tensors["input"][1, 0, -1, -1] = value
+    output = CONV.stock(**tensors, **case.keywords)
+    grad = exact_grid(output.shape, output.dtype, terms=case.terms, device=device)
+    expected, result = (run(f, tensors, case.keywords, grad) for f in (CONV.stock, CONV.fused))
+    for name in ("weight", "bias"):
+        assert_same_values(result.grads[name], expected.grads[name], name=name)
+    by_blocks_and_workspace(launches, BLOCKS)
 
 
 def test_general_gradients_of_cells_that_several_windows_chose(conv, device, launches, monkeypatch):
@@ -488,6 +580,19 @@ def test_drawn_calls_by_blocks_and_a_workspace(call, conv, device, launches, spr
     else:
         conv.random(call.case, tensors, kind, allow_zero=True)
     by_blocks_and_workspace(launches)
+
+
+@pytest.mark.wide
+@settings(max_examples=examples(20))
+@given(call=ruled_calls())
+def test_drawn_calls_with_the_weights_gradient_by_blocks(call, conv, device, launches, blocks):
+    launches.clear()
+    tensors, kind = call.tensors(device), call.grad_kind(4)
+    if call.exact:
+        conv.exact(call.case, tensors, kind)
+    else:
+        conv.random(call.case, tensors, kind, allow_zero=True)
+    by_blocks_and_workspace(launches, BLOCKS)
 
 
 # --- layouts -------------------------------------------------------------------------------------------------------

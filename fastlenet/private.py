@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import logging
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -233,6 +234,16 @@ def guard_hooks() -> None:
                 guards.add(guard.originating_source.make_guard(builder.SEQUENCE_LENGTH))
     except AttributeError as error:
         raise NotImplementedError(f"this PyTorch guards hooks in another way: {error}") from error
+
+
+def guard_attributes() -> None:
+    """Let graphs see changed attributes on Python 3.13.0, where dictionaries do not report them (CPython issue 125608).
+
+    PyTorch 2.11 skips the guards of a module whose dictionary reports no change, here and for other backends.
+    """
+    config = _find("torch._dynamo", "config", None)
+    if sys.version_info[:3] == (3, 13, 0) and hasattr(config, "use_recursive_dict_tags_for_guards"):
+        config.use_recursive_dict_tags_for_guards = False
 
 
 @contextlib.contextmanager

@@ -104,6 +104,7 @@ class Backend:
         if self.inner is None:
             for node in [node for graph in parts for node in graph.nodes if node.target is function]:
                 _follow_grad_mode(node)
+        private.guard_attributes()
         private.guard_hooks()
         mode = "training" if torch.is_grad_enabled() else "inference"
         kinds = {

@@ -23,6 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.10", "3.13")
+OLD_NUMPY = "numpy<2.4"
+"""With later ones Triton 3.6, which the oldest PyTorch asks for, interprets no kernels."""
 
 
 def interpreter(version: str) -> Path | None:
@@ -63,7 +65,8 @@ def combination(interpreter: Path, torch: str, folder: Path, options: list[str])
     log = folder / "install.log"
     subprocess.run([interpreter, "-m", "venv", folder / "environment"], check=True)
     python = folder / "environment" / "bin" / "python"
-    if not install(python, torch, "-e", ".[test]", log=log):
+    wanted = [torch, OLD_NUMPY] if oldest() in torch else [torch]
+    if not install(python, *wanted, "-e", ".[test]", log=log):
         lines = log.read_text(encoding="utf-8").strip().splitlines()
         return "-", f"cannot be installed: {lines[-1] if lines else 'see its log'}"
     code = "import importlib.metadata as m, sys; print(*(f'{n} {m.version(n)}' for n in ('torch', 'triton')), sep=', ')"

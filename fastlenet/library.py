@@ -5,8 +5,7 @@ an entry a rule decides. Convolutions with few input channels ask `kernels/rules
 computes stays there, unless there are enough output channels to fill a library's tiles. For all other calls the depth
 decides, which is the number of products that one element of the result sums. A library keeps matrix units busier. The
 kernels save passes over memory for relu, its mask and the pool. The first gain grows with the depth, the second does
-not. The number of images never decides, so a sample's result does not
-depend on its batch.
+not. The number of images never decides, so a sample's result does not depend on its batch.
 
 The limits of convolutions are modelled, and corrected by the factors between model and clock that an H100 showed for
 other shapes. Those of matrix products were measured there.

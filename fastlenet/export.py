@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastlenet.ops import ADDMM_RELU, CHAIN, CONV2D_RELU_MAX_POOL2D
-from fastlenet.ops.registration import composed, operators
+from fastlenet.ops.registration import decomposition, operators
 from fastlenet.private import OpOverload
 
 __all__ = ["decompositions"]
@@ -43,5 +43,5 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     found: dict[OpOverload, Callable[..., Any]] = {}
     for operator in (CONV2D_RELU_MAX_POOL2D, ADDMM_RELU, CHAIN):
         for name, registered in operator.registered().items():
-            found[getattr(operators, name).default] = composed(operator, registered)
+            found[getattr(operators, name).default] = decomposition(operator, registered)
     return found

@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from fastlenet import library, ops
 from fastlenet.errors import KernelError
 from fastlenet.kernels import configurations
-from fastlenet.ops.registration import Operator, composed, count_flops, differentiate_again, implement
+from fastlenet.ops.registration import Operator, count_flops, decomposition, differentiate_again, implement
 from fastlenet.private import (
     dispatch_modes,
     forward_mode,
@@ -499,7 +499,7 @@ def register(operator: Operator) -> None:
     for name, registered in operator.registered().items():
         implement(name, functools.partial(_run_registered, operator, registered))
         if name.endswith("_backward"):
-            differentiate_again(name, composed(operator, registered))
+            differentiate_again(name, decomposition(operator, registered))
 
 
 for _operator in (ops.CONV2D_RELU_MAX_POOL2D, ops.ADDMM_RELU, ops.CHAIN):

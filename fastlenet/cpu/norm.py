@@ -16,7 +16,8 @@ numbers for each channel in between. Neither the normalised batch nor its gradie
 
 A task is up to 64 channels of an image. Sums are those of an image, so that tasks do not change them. Sums of up to
 `CHAIN` numbers are float32, and sums of these are float64, as stock's are. Squares are float32 too: numbers whose
-distance from the mean is above 1e19 have an infinite variance.
+distance from the mean is above 1e19 have an infinite variance. Other loops take as many windows at a
+time, of all channels of a task, so that neighbouring memory is read together.
 """
 
 from __future__ import annotations

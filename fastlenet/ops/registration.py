@@ -184,7 +184,7 @@ def implement(name: str, function: Callable[..., Any]) -> None:
     library.impl(name, below_autograd, "CompositeExplicitAutograd")
 
 
-def composed(operator: Operator, registered: Registered) -> Callable[..., Any]:
+def decomposition(operator: Operator, registered: Registered) -> Callable[..., Any]:
     """Return a function of a registered operator's arguments that computes it by plain ATen operators."""
     forward, backward = operator.implementation("aten")
     return functools.partial(registered.run, SimpleNamespace(forward=forward, backward=backward))

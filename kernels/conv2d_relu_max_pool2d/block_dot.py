@@ -493,7 +493,6 @@ def _weight_tile(out_channels: int, kernel: tuple[int, int], cells: int, missing
     """
     on = architecture()
     block_n = min(64 if on in ("sm_90", "interpreted") else 32, max(16, next_power_of_2(out_channels)))
-    tile = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
     if INTERPRETED:
         return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 1024, "TAP_ROWS": cdiv(kernel[0], 2)}
     # Taps times output channels, which are half as many sums a lane. A single row of taps may have more than several
@@ -504,7 +503,7 @@ def _weight_tile(out_channels: int, kernel: tuple[int, int], cells: int, missing
     while block_n > 16 and kernel[1] * block_n > widest:
         block_n //= 2
     rows = cdiv(kernel[0], cdiv(kernel[0], max(1, most // (block_n * kernel[1]))))
-    return tile | {"BLOCK_N": block_n, "TAP_ROWS": rows}
+    return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 16, "TAP_ROWS": rows, "num_warps": 4, "num_stages": 1}
 
 
 def grad_weight(
